@@ -1,0 +1,161 @@
+"""Feature extractors: uint8 images -> float32 vectors whose Gaussian statistics are compared.
+
+An extractor has a `name` and `features`; one that also classifies has `logits` and its held-out `accuracy`.
+Shape suffixes: N images, H W pixels, C channels, d features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaluation.metrics import label_agreement
+from evaluation.reference import Images, ImageSet, digits_split
+from promoe_ds.config import reject
+
+Features = npt.NDArray[np.float32]
+
+
+class FeatureExtractor(Protocol):
+    """What `evaluate.py` needs: distances on `features` are reported as `FD[name]`."""
+
+    name: str
+    image_shape: tuple[int, int, int] | None
+    """(H, W, C) it accepts; None for any"""
+
+    def features(self, images_NHWC: Images) -> Features:
+        """uint8 [N, H, W, C] -> float32 [N, d]; batches internally."""
+        ...
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """An extractor that also tells classes apart."""
+
+    num_classes: int
+    accuracy: float
+    """share of held-out real images it classifies correctly"""
+
+    def logits(self, images_NHWC: Images) -> Features:
+        """uint8 [N, H, W, C] -> float32 [N, K]."""
+        ...
+
+
+class DigitsNet(nn.Module):
+    """Three 3x3 convolutions and two linear layers on [N, 1, 8, 8] in [-1, 1]; 45 k parameters.
+
+    The features are the penultimate layer before its GELU: after it, a net this small leaves many of the 64
+    nearly constant on digits, and a distance cannot see what is constant.
+    """
+
+    def __init__(self, width: int = 32, feature_dim: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv3 = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.embed = nn.Linear(2 * width * 2 * 2, feature_dim)
+        self.classify = nn.Linear(feature_dim, 10)
+
+    def features(self, x_NCHW: Tensor) -> Tensor:
+        """Penultimate layer before its activation, [N, 64]."""
+        x_NCHW = F.gelu(self.conv1(x_NCHW))
+        x_NCHW = F.max_pool2d(F.gelu(self.conv2(x_NCHW)), 2)
+        x_NCHW = F.max_pool2d(F.gelu(self.conv3(x_NCHW)), 2)
+        return self.embed(x_NCHW.flatten(1))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits, [N, 10]."""
+        return self.classify(F.gelu(self.features(x_NCHW)))
+
+
+class DigitsCNN:
+    """`digits-cnn`: a small classifier trained on real digits whenever it is built (about 1.5 s on one CPU thread).
+
+    The same weights on every run of a machine: own generator, one thread, the fixed split of `digits_split`.
+    """
+
+    name = "digits-cnn"
+    image_shape: tuple[int, int, int] | None = (8, 8, 1)
+    num_classes = 10
+
+    def __init__(self, *, epochs: int = 10, seed: int = 0) -> None:
+        train, held_out = digits_split()
+        with _one_thread():
+            self._net = _train(train, epochs=epochs, generator=torch.Generator().manual_seed(seed))
+        self.accuracy = label_agreement(self.logits(held_out.images_NHWC), held_out.labels_N)
+
+    def features(self, images_NHWC: Images) -> Features:
+        """uint8 [N, 8, 8, 1] -> float32 [N, 64], the penultimate layer before its activation."""
+        return _in_batches(self._net.features, images_NHWC)
+
+    def logits(self, images_NHWC: Images) -> Features:
+        """uint8 [N, 8, 8, 1] -> float32 [N, 10]."""
+        return _in_batches(self._net, images_NHWC)
+
+
+def _net_input(images_NHWC: Images) -> Tensor:
+    return torch.tensor(images_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _in_batches(function: Callable[[Tensor], Tensor], images_NHWC: Images, size: int = 1024) -> Features:
+    with torch.inference_mode():
+        chunks = [function(_net_input(images_NHWC[i:i + size])) for i in range(0, len(images_NHWC), size)]
+    return torch.cat(chunks).numpy()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Float sums depend on how many threads share them; the score must not depend on OMP_NUM_THREADS."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _initialised(generator: torch.Generator) -> DigitsNet:
+    """Kaiming-uniform weights, zero biases. Built on `meta`: layer constructors would draw from the global RNG."""
+    with torch.device("meta"):
+        net = DigitsNet()
+    net.to_empty(device="cpu")
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+    return net
+
+
+def _train(data: ImageSet, *, epochs: int, generator: torch.Generator, batch_size: int = 64) -> DigitsNet:
+    """AdamW with a cosine-annealed rate on the cross-entropy; float32 on the CPU."""
+    x_NCHW, labels_N = _net_input(data.images_NHWC), torch.tensor(data.labels_N)
+    net = _initialised(generator).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data), generator=generator).split(batch_size):
+            loss = F.cross_entropy(net(x_NCHW[batch]), labels_N[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {DigitsCNN.name: DigitsCNN}
+"""extractor name -> its builder"""
+
+
+def load_extractor(name: str) -> FeatureExtractor:
+    """Build the extractor called `name`. Raises `ConfigError` listing the known ones."""
+    if name not in EXTRACTORS:
+        reject("--features", name, "no such feature extractor", f"choose one of {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[name]()

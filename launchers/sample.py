@@ -1,0 +1,153 @@
+"""Draw images from a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from promoe_ds.config import ConfigError, reject
+from promoe_ds.sample_job import (
+    Job,
+    Worker,
+    barrier_of,
+    check_folder,
+    provenance,
+    record_of,
+    run_job,
+    run_of,
+    worker_from,
+)
+from promoe_ds.sampling import check_channels, find_weights, load_ema
+
+EXAMPLES = """examples:
+  python launchers/sample.py --run runs/digits --num 100
+  python launchers/sample.py --run runs/digits --num 1000 --cfg 1,1.5,4 --steps 50 --out samples
+  torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/digits --num 50000 --precision bf16 --batch 125
+  deepspeed --num_gpus 8 -- launchers/sample.py --model ema.safetensors --num 50000 --out samples
+
+The lone -- keeps torchrun and deepspeed from taking --run and --num for abbreviations of their own options.
+Image i depends on --seed and i alone: not on --batch, not on the number of processes. The same command again finishes
+an interrupted folder. Exit codes: 0 done, 2 user error, 85 stopped (the same command continues).
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports misuse as everything else does: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="DIR", help="run folder: its newest complete checkpoint")
+    source.add_argument("--model", type=Path, metavar="PATH", help="an ema.safetensors or a checkpoint folder")
+    p.add_argument("--num", type=int, default=64, help="images, classes in turn (default 64)")
+    p.add_argument("--cfg", metavar="S[,S...]", help="guidance scales; 1 is unguided (default: sample.cfg of the run)")
+    p.add_argument("--steps", type=int, default=250, help="Euler steps (default 250)")
+    p.add_argument("--seed", type=int, default=0, help="(default 0)")
+    p.add_argument("--out", type=Path, metavar="DIR",
+                   help="one scale: this folder; several: its cfg1.0, cfg1.5, ... (default RUN/samples/cfgS)")
+    p.add_argument("--batch", type=int, default=64, help="images a forward and process (default 64)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
+    return p
+
+
+def parse_scales(text: str) -> list[float]:
+    """`1,1.5` to [1.0, 1.5]; raises `ConfigError`."""
+    way_out = "write numbers of 0 or more, for example 1,1.5,4"
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        reject("--cfg", repr(text), "is not a list of numbers", way_out)
+    if any(not math.isfinite(scale) or scale < 0 for scale in scales):
+        reject("--cfg", repr(text), "has a scale that is negative or not finite", way_out)
+    if len(set(scales)) < len(scales):
+        reject("--cfg", repr(text), "names a scale twice", "write each scale once")
+    return scales
+
+
+def pick_device(name: str, worker: Worker) -> torch.device:
+    """auto and cuda: this process's GPU by LOCAL_RANK; processes in excess of the GPUs share them."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        reject("--device", name, "is no device", "write auto, cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda"):
+        reject("--device", name, "is not supported", "write auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count <= (device.index or 0):
+        reject("--device", name, f"this machine offers {count} CUDA devices", "write cpu or auto, or a lower number")
+    return device if device.index is not None else torch.device("cuda", worker.local % count)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    for key in ("num", "steps", "batch"):
+        if getattr(args, key) <= 0:
+            reject(f"--{key}", getattr(args, key), "must be positive", "choose 1 or more")
+    if not 0 <= args.seed < 2**64:
+        reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
+
+
+def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path) -> list[Job]:
+    """One job a scale: straight into --out for one, into subfolders for several."""
+    base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
+    split = args.out is None or len(scales) > 1
+    return [Job(base / f"cfg{scale}" if split else base, args.num, scale, args.steps, args.seed, args.batch,
+                args.precision) for scale in scales]
+
+
+def sample(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    check_numbers(args)
+    scales = parse_scales(args.cfg) if args.cfg is not None else None
+    worker = worker_from(os.environ)
+    device = pick_device(args.device, worker)
+    weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
+    model, config, step = load_ema(weights, device)
+    check_channels(config)
+    jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights)
+    words = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    command, origin = shlex.join(["launchers/sample.py", *words]), provenance(weights, config, step)
+    records = [record_of(job, origin, command) for job in jobs]
+    for job, record in zip(jobs, records, strict=True):  # all of them before the first image is made
+        check_folder(job.out, record)
+    with barrier_of(worker) as barrier:
+        for job, record in zip(jobs, records, strict=True):
+            run_job(model, config, job, record, worker, device, barrier)
+            if worker.rank == 0:
+                print(f"{job.num} images at cfg {job.cfg} in {job.out}")
+
+
+def main() -> int:
+    try:
+        sample(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 85
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and launchers stop with SIGTERM
+    sys.exit(main())

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Train a diffusion transformer with DeepSpeed expert parallelism. The same command again resumes.
+
+examples:
+  python launchers/train.py                                              digits on this machine, one process
+  deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json parallel.expert_parallel=2
+  deepspeed launchers/train.py --config cifar10_promoe_s data.path=cifar10.npz --ds_config ds_configs/zero1.json
+  torchrun --nproc-per-node 8 launchers/train.py --config imagenet256_promoe_b data.path=/data/imagenet parallel.expert_parallel=4
+  python launchers/train.py --config imagenet256_promoe_xl --dry-run --world 64 parallel.expert_parallel=4
+  python launchers/train.py --config digits train.steps=2000 --run runs/longer
+
+exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by a signal but resumable
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from promoe_ds.config import Config, ConfigError, load_config, validate_data  # noqa: E402
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="digits", metavar="NAME|PATH", help="recipe name or YAML file (digits)")
+    parser.add_argument("--ds_config", metavar="PATH", help="DeepSpeed JSON (ds_configs/zero2.json)")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/RECIPE)")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON; train nothing")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
+    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: number of GPUs to plan for")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the recipe")
+    args = parser.parse_intermixed_args(argv)
+    if args.world is not None and not args.dry_run:
+        parser.error("--world is for --dry-run; start several processes with deepspeed, torchrun or srun")
+    if args.json and not args.dry_run:
+        parser.error("--json is for --dry-run")
+    return args
+
+
+def prepare_environment() -> None:
+    """Share the CPU cores between the processes of this machine (unless OMP_NUM_THREADS is set); before torch."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local)))
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would look for one, and warn
+
+
+def dry_run(args: argparse.Namespace, config: Config) -> int:
+    from promoe_ds.dry_run import render, report
+    from promoe_ds.parallel import ds_config
+    from promoe_ds.parallel.topology import world_size
+
+    world = args.world or world_size()
+    facts = report(config, ds_config.resolve(args.ds_config, config, world), world)
+    print(json.dumps(facts) if args.json else render(facts))
+    return 0
+
+
+def train(args: argparse.Namespace, config: Config) -> int:
+    from promoe_ds.parallel import ds_config, topology
+    from promoe_ds.train.trainer import Trainer, TrainingStopped
+
+    validate_data(config)
+    here = topology.from_environment(config.parallel.expert_parallel)
+    ds = ds_config.resolve(args.ds_config, config, here.world)
+    trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)
+    try:
+        return trainer.run()
+    except TrainingStopped as error:
+        if here.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        trainer.close()
+        topology.disconnect()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    prepare_environment()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about what deepspeed calls
+    try:
+        config = load_config(args.config, args.overrides)
+        return dry_run(args, config) if args.dry_run else train(args, config)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # let rank 0 speak before the launcher ends the others
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

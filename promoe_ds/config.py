@@ -1,0 +1,486 @@
+"""One configuration tree: frozen dataclasses, strict decoding, pure validation.
+
+Order of precedence: dataclass default < recipe YAML < `section.key=value` from the command line. A recipe may start
+from another one with the key `base: NAME`. Unknown keys, wrong types and impossible combinations raise `ConfigError`,
+whose message is one line: config path, value, conflict, way out.
+
+The batch sizes, optimizer, precision and clipping live here and nowhere else; `parallel/ds_config.py` derives the
+DeepSpeed JSON from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(Exception):
+    """A user's mistake; the message is one line and the process exits with code 2."""
+
+
+def reject(path: str, value: Any, conflict: str, way_out: str) -> typing.NoReturn:
+    """Raise `ConfigError` in the one form used everywhere: path, value, conflict, way out."""
+    raise ConfigError(" ".join(f"{path}={value}: {conflict}; {way_out}".splitlines()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The diffusion transformer (DiT, arXiv:2212.09748) shared by all families."""
+
+    depth: int = 12
+    """number of blocks"""
+    width: int = 384
+    """D, hidden width"""
+    heads: int = 6
+    patch: int = 2
+    """side of a patch in pixels (or latent cells)"""
+    image_size: int = 32
+    """side of the input in pixels (or latent cells)"""
+    channels: int = 4
+    num_classes: int = 1000
+    """real classes; label `num_classes` is the null label of classifier-free guidance"""
+    mlp_ratio: float = 4.0
+    """hidden width of a dense MLP over D"""
+    qk_norm: bool = False
+    """LayerNorm on queries and keys, per head"""
+    learn_sigma: bool = True
+    """predict 2C channels; rectified flow ignores the second half (kept for checkpoint compatibility)"""
+
+    @property
+    def tokens(self) -> int:
+        """S, tokens an image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learn_sigma else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Base of every router's own `Config`; `name` picks the class from the registry."""
+
+    name: str = "promoe"
+
+
+def _default_router() -> RouterConfig:
+    return router_config_class("promoe", "moe.router.name")()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture-of-experts layer; `moe: null` in a recipe gives Dense-DiT."""
+
+    layers: Literal["every_other", "all"] | tuple[int, ...] = "every_other"
+    """which blocks are MoE: odd indices, all, or a list of indices"""
+    num_experts: int = 12
+    """E, routed experts (sharded under expert parallelism)"""
+    num_shared: int = 1
+    """N_s, experts that process every token (replicated)"""
+    num_unconditional: int = 1
+    """N_u, experts of null-label images (replicated); built only if `conditional`"""
+    hidden_ratio: float = 2.0
+    """F over D, hidden width of one expert"""
+    conditional: bool = True
+    """conditional routing (Sec. 4.1): null-label images bypass the router"""
+    experts_backend: Literal["loop", "grouped_mm"] = "grouped_mm"
+    router: RouterConfig = field(default_factory=_default_router)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Training objective. Rectified flow with logit-normal timesteps (Esser et al. 2024, arXiv:2403.03206)."""
+
+    name: Literal["rectified_flow"] = "rectified_flow"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    """sigma = shift*u / (1 + (shift-1)*u)"""
+    label_drop: float = 0.1
+    """probability that an image is trained with the null label"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from. `digits` is embedded (scikit-learn); `images` reads a folder or a packed npz."""
+
+    name: Literal["digits", "images"] = "digits"
+    path: str | None = None
+    """images: class-per-folder tree or packed .npz"""
+    split: str = "train"
+    """packed npz: which split"""
+    hflip: bool = False
+    """random horizontal flips"""
+    prefetch: int = 2
+    """batches prepared ahead of the step, on a thread"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with an exponential moving average (EMA) of the fp32 master weights as one more state."""
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 0.5
+    """global L2 norm at which gradients are clipped; 0 turns clipping off"""
+    ema_decay: float = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    expert_parallel: int = 1
+    """ep: ranks over which the routed experts are sharded; must divide the experts and the world size"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 500_000
+    seed: int = 0
+    global_batch_size: int = 256
+    """images an optimizer step, over all ranks"""
+    micro_batch_size: int | None = None
+    """images a rank a forward; null means global_batch_size / world size (no accumulation)"""
+    precision: Literal["fp32", "bf16_autocast", "bf16"] = "bf16_autocast"
+    """fp32; fp32 weights under bf16 autocast; bf16 weights with fp32 masters in ZeRO"""
+    activation_checkpointing: bool = False
+    """recompute every block in the backward pass"""
+    log_every: int = 100
+    checkpoint_every: int = 5000
+    keep_last: int = 2
+    """checkpoints kept; older ones are deleted after a newer one is complete"""
+    sample_every: int = 0
+    """steps between EMA sample grids; 0 draws one at the end only"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Defaults of the sample grids drawn while training."""
+
+    steps: int = 250
+    """Euler steps"""
+    cfg: float = 1.5
+    """classifier-free guidance scale; at <= 1 one conditional forward a step"""
+    per_class: int = 8
+    """columns of the grid"""
+    classes: int = 10
+    """rows of the grid: the first classes"""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig | None = field(default_factory=MoEConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def moe_layers(self) -> tuple[int, ...]:
+        """Block indices that hold a MoE layer."""
+        if self.moe is None:
+            return ()
+        if isinstance(self.moe.layers, tuple):
+            return self.moe.layers
+        first, stride = (1, 2) if self.moe.layers == "every_other" else (0, 1)
+        return tuple(range(first, self.model.depth, stride))
+
+
+def router_config_class(name: str, path: str) -> type[RouterConfig]:
+    """The `Config` of a registered router. Imported late: the registry lives with the routers, which import torch."""
+    registry = importlib.import_module("promoe_ds.moe.routers").ROUTERS
+    if name not in registry:
+        reject(path, name, f"no such router (known: {', '.join(sorted(registry))})", _did_you_mean(name, registry))
+    return registry[name].Config
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "choose a known one"
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        reject(path or "config", repr(value), "expected a mapping", "write it as `key: value` lines")
+    if kind is RouterConfig:
+        name_path = _join(path, "name")
+        kind = router_config_class(_decode(str, value.get("name", "promoe"), name_path), name_path)
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in value:
+        if key not in known:
+            listed = f"unknown key (known: {', '.join(known)})"
+            reject(_join(path, str(key)), value[key], listed, _did_you_mean(key, known))
+    return kind(**{key: _decode(hints[key], item, _join(path, key)) for key, item in value.items()})
+
+
+def _decode_union(kind: Any, value: Any, path: str) -> Any:
+    members = typing.get_args(kind)
+    if value is None and types.NoneType in members:
+        return None
+    errors = []
+    for member in members:
+        if member is types.NoneType:
+            continue
+        try:
+            return _decode(member, value, path)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    reject(path, repr(value), f"expected {' or '.join(map(_spell, members))}", "write one of these")
+
+
+def _spell(kind: Any) -> str:
+    """A type as a user would say it."""
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_spell(typing.get_args(kind)[0])}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    """Turn plain YAML data into `kind` or raise `ConfigError` naming `path`."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), value, path)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(kind, value, path)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if value in choices:
+            return value
+        listed = ", ".join(map(str, choices))
+        reject(path, repr(value), f"must be one of {listed}", _did_you_mean(value, map(str, choices)))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            reject(path, repr(value), "expected a list", "write [a, b, c]")
+        return tuple(_decode(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if type(value) is kind and kind is not float:
+        return value
+    number = _number(value) if kind in (int, float) else None
+    if number is not None and (kind is float or number.is_integer()):
+        return kind(number)
+    reject(path, repr(value), f"expected {kind.__name__}, got {type(value).__name__}", "change the value")
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, also from a string: YAML 1.1 reads 1e-4 and 1e5 as strings. None if it is not one."""
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def decode(tree: dict[str, Any]) -> Config:
+    """Strictly turn a plain tree into a validated `Config`; raises `ConfigError`."""
+    config = _decode_dataclass(Config, tree, "")
+    validate(config)
+    return config
+
+
+def encode(config: Any) -> Any:
+    """The plain tree of a config: `decode(encode(c)) == c`."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: encode(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return list(config) if isinstance(config, tuple) else config
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reject("--config", path, f"cannot be read ({error})", "name a recipe or a YAML file")
+    except yaml.YAMLError as error:
+        reject("--config", path, f"is not YAML ({' '.join(str(error).split())})", "mend the file")
+    if not isinstance(tree, dict):
+        reject("--config", path, "is not a mapping", "write `section: {key: value}`")
+    return tree
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in top.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if nested else value
+    return out
+
+
+def recipe_names() -> list[str]:
+    return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+
+
+def _recipe_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(name_or_path, str):
+        reject("base", name_or_path, "is not the name of a recipe", "write base: NAME")
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+        if not path.is_file():
+            names = recipe_names()
+            listed = f"no such recipe (known: {', '.join(names)})"
+            reject("--config", name_or_path, listed, _did_you_mean(name_or_path, names))
+    if name_or_path in seen:
+        reject("base", name_or_path, "the recipe is its own base", "remove the cycle")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    tree.setdefault("name", path.stem)
+    return _merge(_recipe_tree(base, (*seen, name_or_path)), tree) if base else tree
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        reject("override", repr(text), "is not section.key=value", "write for example train.steps=1000")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        value = raw
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        if parent in node and node[parent] is None:
+            way_out = f"override `{parent}` as a whole or choose another recipe"
+            reject(key, raw, f"`{parent}` is null in this recipe", way_out)
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            reject(key, raw, f"`{parent}` is not a section", "remove the last part of the key")
+    node[leaf] = value
+
+
+def load_config(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """Recipe name or YAML path, plus `section.key=value` overrides, to a validated `Config`.
+
+    Raises:
+        ConfigError: anything unknown, ill-typed or contradictory.
+    """
+    tree = _recipe_tree(name_or_path)
+    for text in overrides:
+        _apply_override(tree, text)
+    return decode(tree)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(encode(config), sort_keys=False)
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+def _positive(config: Config, *paths: str) -> None:
+    for path in paths:
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value is not None and value <= 0:
+            reject(path, value, "must be positive", "choose a value above 0")
+
+
+def _validate_model(config: Config) -> None:
+    m = config.model
+    _positive(config, "model.depth", "model.width", "model.heads", "model.patch", "model.image_size", "model.channels")
+    _positive(config, "model.num_classes", "model.mlp_ratio")
+    if m.width % m.heads:
+        reject("model.width", m.width, f"is not divisible by model.heads={m.heads}", "change one of them")
+    if m.width % 4:
+        reject("model.width", m.width, "the 2-D sine-cosine table needs a multiple of 4", "round it")
+    if m.image_size % m.patch:
+        reject("model.image_size", m.image_size, f"is not divisible by model.patch={m.patch}", "change one of them")
+    _whole_hidden("model.mlp_ratio", m.mlp_ratio, m.width)
+
+
+def _whole_hidden(path: str, ratio: float, width: int) -> None:
+    if not (ratio * width).is_integer():
+        reject(path, ratio, f"times model.width={width} is not a whole number of hidden units", "change one of them")
+
+
+def _validate_moe(config: Config) -> None:
+    moe, ep = config.moe, config.parallel.expert_parallel
+    _positive(config, "parallel.expert_parallel")
+    if moe is None:
+        if ep != 1:
+            reject("parallel.expert_parallel", ep, "the model is dense (moe: null)", "set it to 1")
+        return
+    _positive(config, "moe.num_experts", "moe.hidden_ratio")
+    _whole_hidden("moe.hidden_ratio", moe.hidden_ratio, config.model.width)
+    for key in ("num_shared", "num_unconditional"):
+        if getattr(moe, key) < 0:
+            reject(f"moe.{key}", getattr(moe, key), "must not be negative", "choose 0 or more")
+    if moe.conditional and moe.num_unconditional == 0 and moe.num_shared == 0:
+        conflict = "null-label images would meet no expert (moe.num_shared=0)"
+        reject("moe.num_unconditional", 0, conflict, "set one of them to 1")
+    if moe.num_experts % ep:
+        divisors = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
+        reject("parallel.expert_parallel", ep, f"does not divide moe.num_experts={moe.num_experts}",
+               f"choose one of {', '.join(map(str, divisors))}")
+    if isinstance(moe.layers, tuple):
+        bad = [i for i in moe.layers if not 0 <= i < config.model.depth]
+        if bad or len(set(moe.layers)) != len(moe.layers):
+            reject("moe.layers", list(moe.layers), f"needs distinct indices below model.depth={config.model.depth}",
+                   "list block indices, or write every_other or all")
+    if not config.moe_layers():
+        conflict = f"selects no block of model.depth={config.model.depth}"
+        reject("moe.layers", moe.layers, conflict, "write all, or moe: null for a dense model")
+    validate_router = getattr(moe.router, "validate", None)
+    if validate_router is not None:
+        validate_router(config)
+
+
+def _validate_training(config: Config) -> None:
+    _positive(config, "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.log_every")
+    _positive(config, "train.checkpoint_every", "train.keep_last", "optimizer.lr", "optimizer.eps", "sample.steps")
+    _positive(config, "diffusion.logit_std", "diffusion.shift", "sample.per_class", "sample.classes", "data.prefetch")
+    for path, value in (("optimizer.beta1", config.optimizer.beta1), ("optimizer.beta2", config.optimizer.beta2),
+                        ("optimizer.ema_decay", config.optimizer.ema_decay),
+                        ("diffusion.label_drop", config.diffusion.label_drop)):
+        if not 0 <= value < 1:
+            reject(path, value, "must lie in [0, 1)", "choose such a value")
+    for path, value in (("optimizer.clip_grad_norm", config.optimizer.clip_grad_norm),
+                        ("optimizer.weight_decay", config.optimizer.weight_decay),
+                        ("train.seed", config.train.seed), ("sample.seed", config.sample.seed),
+                        ("train.sample_every", config.train.sample_every)):
+        if value < 0:
+            reject(path, value, "must not be negative", "choose 0 or more")
+
+
+def validate(config: Config) -> None:
+    """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
+    _validate_model(config)
+    _validate_moe(config)
+    _validate_training(config)
+
+
+def validate_data(config: Config) -> None:
+    """Check that the data set is named; before training, not before a dry run. Raises `ConfigError`."""
+    if config.data.name != "digits" and config.data.path is None:
+        reject("data.path", "null", f"data.name={config.data.name} needs one", "add data.path=PATH")

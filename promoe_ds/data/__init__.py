@@ -1,0 +1,78 @@
+"""Images in, micro-batches out: data sets (`digits`, `images`), the global order (`order`), the stream (`batches`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from promoe_ds.config import Config, reject
+from promoe_ds.data.images import PackedImages, open_images
+
+
+class ImageDataset(Protocol):
+    """What the stream, the samplers and the scores need to know of a data set. B images, C channels, H = W size."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names, in the order of the labels."""
+        ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 [B, C, H, W] in [-1, 1] and labels int64 [B] of `indices` int64 [B]; safe in any thread.
+
+        Raises:
+            ConfigError: an image is missing or damaged; the message has its path.
+        """
+        ...
+
+
+def build_dataset(config: Config) -> ImageDataset:
+    """The data set `config.data` names, agreeing with `config.model` in classes, channels and size.
+
+    Raises:
+        ConfigError: it cannot be read, or it disagrees with the model.
+    """
+    dataset = _open(config)
+    _check_agreement(config, dataset)  # before `hold`, which takes seconds
+    return dataset.hold() if isinstance(dataset, PackedImages) else dataset
+
+
+def _open(config: Config) -> ImageDataset:
+    data, model = config.data, config.model
+    if data.name == "digits":
+        if data.path is not None:
+            reject("data.path", data.path, "data.name=digits is embedded and reads no files", "add data.name=images")
+        from promoe_ds.data.digits import Digits  # late: scikit-learn takes a second to import
+
+        return Digits()
+    if data.path is None:
+        reject("data.path", "null", f"data.name={data.name} needs one", "add data.path=PATH")
+    return open_images(data.path, split=data.split, channels=model.channels, image_size=model.image_size)
+
+
+def _check_agreement(config: Config, dataset: ImageDataset) -> None:
+    source = "data.name=digits" if config.data.name == "digits" else f"data.path={config.data.path}"
+    for key, found, what in (
+        ("num_classes", dataset.num_classes, "class(es)"),
+        ("channels", dataset.channels, "channel(s)"),
+        ("image_size", dataset.image_size, "pixels a side"),
+    ):
+        wanted = getattr(config.model, key)
+        if wanted != found:
+            way_out = f"set model.{key}={found} or choose other data"
+            reject(f"model.{key}", wanted, f"{source} has {found} {what}", way_out)

@@ -1,0 +1,211 @@
+"""The stream of micro-batches of one rank, cut out of global batches that do not depend on the topology.
+
+Row of the global batch held by rank r of W in micro-batch j of size m: j*W*m + r*m + 0..m-1, where G = a*W*m and a is
+the number of accumulation steps. All draws are made by row (`order.row_generator`), so the union of the rows over
+ranks and micro-batches is bit for bit the same global batch for every W and m.
+
+Shape suffixes: B images of a micro-batch, C channels, H rows, W columns (as a plain letter, W is the world size).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from promoe_ds.config import Config, reject
+from promoe_ds.data import ImageDataset
+from promoe_ds.data.order import SEED_LIMIT, Purpose, row_generator, step_indices
+
+JOIN_SECONDS = 5.0
+"""how long `close` waits for the image being read; the thread is a daemon and cannot keep the process alive"""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of one rank: CPU tensors, everything random already drawn."""
+
+    x_BCHW: torch.Tensor
+    """float32 in [-1, 1], after random flips"""
+    label_B: torch.Tensor
+    """int64 after label drop; `model.num_classes` is the null label"""
+    noise_BCHW: torch.Tensor
+    """float32, standard normal"""
+    gauss_B: torch.Tensor
+    """float32, standard normal; the objective turns it into timesteps"""
+    rows: torch.Tensor
+    """int64 [B], positions in the global batch"""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of the global batch a rank holds."""
+
+    rank: int
+    world: int
+    micro: int
+    """m, images a forward"""
+    accumulation: int
+    """a, forwards an optimizer step"""
+
+    def rows(self, micro_step: int) -> np.ndarray:
+        """Global rows of micro-batch `micro_step`: int64 [m]."""
+        first = (micro_step * self.world + self.rank) * self.micro
+        return np.arange(first, first + self.micro, dtype=np.int64)
+
+
+def share_of(config: Config, rank: int, world: int) -> Share:
+    """Divide `train.global_batch_size` over ranks and micro-batches.
+
+    Raises:
+        ConfigError: it does not divide.
+        ValueError: `rank` is not in [0, world).
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of a world of {world}")
+    total, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if total % world:
+        reject("train.global_batch_size", total, f"is not divisible by the world size {world}",
+               f"choose a multiple of {world}")
+    if micro is None:
+        micro = total // world
+    if total % (world * micro):
+        reject("train.micro_batch_size", micro,
+               f"times world size {world} does not divide train.global_batch_size={total}",
+               f"choose a divisor of {total // world}")
+    return Share(rank, world, micro, total // (world * micro))
+
+
+class BatchMaker:
+    """Pure: optimizer step -> the micro-batches of one rank."""
+
+    def __init__(self, config: Config, dataset: ImageDataset, share: Share) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.share = share
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (0-based), in the order of accumulation."""
+        train = self.config.train
+        index_G = step_indices(train.seed, step, train.global_batch_size, len(self.dataset))
+        return [self._batch(step, index_G, self.share.rows(j)) for j in range(self.share.accumulation)]
+
+    def _batch(self, step: int, index_G: np.ndarray, rows: np.ndarray) -> Batch:
+        x_BCHW, label_B = self.dataset.get(index_G[rows])
+        if self.config.data.hflip:
+            x_BCHW = _mirror(x_BCHW, self._coin(step, rows, Purpose.FLIP, 0.5))
+        drop_B = self._coin(step, rows, Purpose.DROP, self.config.diffusion.label_drop)
+        return Batch(
+            x_BCHW=x_BCHW,
+            label_B=label_B.masked_fill(drop_B, self.config.model.num_classes),
+            noise_BCHW=self._normal(step, rows, Purpose.NOISE, tuple(x_BCHW.shape[1:])),
+            gauss_B=self._normal(step, rows, Purpose.TIME, ()),
+            rows=torch.from_numpy(rows),
+        )
+
+    def _coin(self, step: int, rows: np.ndarray, purpose: Purpose, probability: float) -> torch.Tensor:
+        """bool [B], true with `probability`."""
+        seed = self.config.train.seed
+        heads = [row_generator(seed, step, int(row), purpose).random() < probability for row in rows]
+        return torch.tensor(heads, dtype=torch.bool)
+
+    def _normal(self, step: int, rows: np.ndarray, purpose: Purpose, shape: tuple[int, ...]) -> torch.Tensor:
+        """float32 [B, *shape], standard normal."""
+        seed = self.config.train.seed
+        out = np.empty((len(rows), *shape), dtype=np.float32)
+        for i, row in enumerate(rows):
+            out[i] = row_generator(seed, step, int(row), purpose).standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(out)
+
+
+def _mirror(x_BCHW: torch.Tensor, flip_B: torch.Tensor) -> torch.Tensor:
+    """Left and right exchanged where `flip_B`. In NumPy: torch would start a second pool of threads under this one."""
+    x, flip = x_BCHW.numpy(), flip_B.numpy()
+    return torch.from_numpy(np.where(flip[:, None, None, None], x[..., ::-1], x))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What stopped the thread, on its way to the consumer."""
+
+    error: BaseException
+
+
+def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threading.Event) -> None:
+    """Body of the thread. A function, not a method: holding the stream would keep a forgotten one alive for ever."""
+    try:
+        for step in itertools.count(first_step):
+            ready.put(maker.step(step))
+            if stop.is_set():
+                return
+    except BaseException as error:  # whatever it is, it belongs to the consumer
+        ready.put(_Failure(error))
+
+
+def _shut(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
+    stop.set()
+    with contextlib.suppress(queue.Empty):
+        while True:  # makes room for the one item the thread may be waiting to deliver
+            ready.get_nowait()
+    thread.join(JOIN_SECONDS)
+
+
+class BatchStream(Iterator[list[Batch]]):
+    """Endless iterator over optimizer steps; an item is the list of this rank's micro-batches (a of them).
+
+    One daemon thread prepares `data.prefetch` steps ahead. Its exceptions, of whatever type, are raised by `next`,
+    from then on every time. `close` (or leaving the `with` block) ends the thread and the iteration.
+
+    Args:
+        config: reads `train`, `data`, `diffusion.label_drop` and `model.num_classes`.
+        dataset: from `build_dataset`.
+        rank: of this process, in [0, world).
+        world: number of processes; each holds different images, whatever ep is.
+        start_step: optimizer step of the first item, 0-based; equal to skipping that many items.
+
+    Raises:
+        ConfigError: the batch sizes do not divide, or the seed does not fit.
+        ValueError: `rank` or `start_step` is out of range.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, rank: int, world: int, start_step: int = 0) -> None:
+        if config.train.seed >= SEED_LIMIT:
+            reject("train.seed", config.train.seed, "does not fit in 64 bits", "choose a smaller one")
+        if start_step < 0:
+            raise ValueError(f"start_step {start_step} is negative")
+        maker = BatchMaker(config, dataset, share_of(config, rank, world))
+        stop = threading.Event()
+        self._ready: queue.Queue[list[Batch] | _Failure] = queue.Queue(maxsize=config.data.prefetch)
+        self._failure: _Failure | None = None
+        thread = threading.Thread(
+            target=_produce, args=(maker, start_step, self._ready, stop), name="batches", daemon=True
+        )
+        self._finalizer = weakref.finalize(self, _shut, thread, self._ready, stop)  # also at interpreter exit
+        thread.start()
+
+    def __next__(self) -> list[Batch]:
+        if not self._finalizer.alive:
+            raise StopIteration
+        item = self._failure or self._ready.get()
+        if isinstance(item, _Failure):
+            self._failure = item
+            raise item.error
+        return item
+
+    def close(self) -> None:
+        """End the thread; harmless when repeated."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Objectives and samplers: pure functions of tensors, no communication."""

@@ -1,0 +1,67 @@
+"""Rectified flow with logit-normal timesteps (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206).
+
+Legend: B images, C channels, H W side. z is an image (or latent), eps is standard normal noise, sigma in [0, 1] is the
+share of noise: 0 is data, 1 is noise. The straight path x = (1 - sigma) z + sigma eps has velocity dx/dsigma = eps - z.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+Number = TypeVar("Number", float, torch.Tensor)
+
+TIME_SCALE = 1000.0
+"""the model is given t = 1000 * sigma"""
+
+
+def shift_sigma(u: Number, shift: float) -> Number:
+    """Move noise levels towards 1 for shift > 1 (arXiv:2403.03206, eq. 23): shift*u / (1 + (shift-1)*u).
+
+    Args:
+        u: levels in [0, 1], a float or a tensor of any shape; 0, 1 and (for shift 1) every level stay where they are.
+    """
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def sigma_from_gauss(gauss_B: torch.Tensor, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> torch.Tensor:
+    """Logit-normal noise levels (arXiv:2403.03206, eq. 19): u = sigmoid(mean + std*g), then `shift_sigma`.
+
+    Args:
+        gauss_B: standard normal draws [B]; drawn by the caller, so that this stays a pure function.
+
+    Returns:
+        sigma [B] in [0, 1], dtype of `gauss_B`.
+    """
+    return shift_sigma(torch.sigmoid(mean + std * gauss_B), shift)
+
+
+def _per_image(sigma_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return sigma_B.view(-1, *[1] * (like.ndim - 1))
+
+
+def interpolate(z_BCHW: torch.Tensor, eps_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+    """x = (1 - sigma) z + sigma eps, [B, C, H, W] in the dtype of the arguments."""
+    sigma = _per_image(sigma_B, z_BCHW)
+    return (1 - sigma) * z_BCHW + sigma * eps_BCHW
+
+
+def target(z_BCHW: torch.Tensor, eps_BCHW: torch.Tensor) -> torch.Tensor:
+    """Velocity dx/dsigma = eps - z, [B, C, H, W]; the same at every sigma."""
+    return eps_BCHW - z_BCHW
+
+
+def loss_per_image(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
+    """Squared error of the velocity, averaged over the C*H*W elements of each image.
+
+    Args:
+        prediction_BCHW: [B, C or more, H, W], any float dtype; channels past those of the target (learned sigma, which
+            rectified flow has no use for) are dropped.
+        target_BCHW: [B, C, H, W].
+
+    Returns:
+        [B] float32, whatever the autocast dtype of the prediction.
+    """
+    error = prediction_BCHW[:, : target_BCHW.shape[1]].float() - target_BCHW.float()
+    return error.square().flatten(1).mean(1)

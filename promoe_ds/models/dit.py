@@ -1,0 +1,125 @@
+"""One diffusion transformer for every family: Dense-DiT, ProMoE and the baselines differ by `config.moe` alone.
+
+Legend: B images, S tokens an image, D width, C channels, H W image side, P patch side, L MoE layers, E routed experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from promoe_ds.config import Config
+from promoe_ds.models.layers import Attention, Mlp, Modulation, TimestepEmbedder, layer_norm, modulate
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.routing import RoutingContext
+
+
+class DiTOutput(NamedTuple):
+    prediction: Tensor
+    """[B, C or 2C, H, W], in the order of the input"""
+    aux: dict[str, Tensor]
+    """auxiliary losses by name, summed over the MoE layers, unweighted; empty outside training"""
+    load_LE: Tensor
+    """int64 [L, E], edges of this rank per MoE layer and expert"""
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.proj(x_BCHW.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class DiTBlock(nn.Module):
+    """Attention and a feed-forward part (dense MLP or MoE layer), each behind adaLN-zero."""
+
+    def __init__(self, config: Config, is_moe: bool):
+        super().__init__()
+        m = config.model
+        self.norm1, self.norm2 = layer_norm(m.width), layer_norm(m.width)
+        self.attn = Attention(m.width, m.heads, m.qk_norm)
+        self.adaLN = Modulation(m.width, 6)
+        self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
+
+    def forward(
+        self, x_BSD: Tensor, c_BD: Tensor, ctx: RoutingContext
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """-> (x_BSD, auxiliary losses, edges per expert or None in a dense block)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
+        x_BSD = x_BSD + gate_a * self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a))
+        h_BSD = modulate(self.norm2(x_BSD), shift_m, scale_m)
+        if isinstance(self.mlp, MoELayer):
+            out_BSD, aux, count_E = self.mlp(h_BSD, ctx)
+        else:
+            out_BSD, aux, count_E = self.mlp(h_BSD), {}, None
+        return x_BSD + gate_m * out_BSD, aux, count_E
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, outputs: int):
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.adaLN = Modulation(width, 2)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN(c_BD)
+        return self.linear(modulate(self.norm(x_BSD), shift, scale))
+
+
+class DiT(nn.Module):
+    """Write nothing here that knows about ranks: `parallel.parallelize` turns this into an expert-parallel model.
+
+    The label is dropped by the caller (label `num_classes` is null), not in here: the host then knows which images are
+    conditional, and no layer has to ask the device.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        m, moe_layers = config.model, set(config.moe_layers())
+        self.config = config
+        self.x_embedder = PatchEmbed(m.channels, m.width, m.patch)
+        self.t_embedder = TimestepEmbedder(m.width)
+        self.y_embedder = nn.Embedding(m.num_classes + 1, m.width)
+        self.pos_embed = nn.Parameter(torch.empty(1, m.tokens, m.width), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(config, i in moe_layers) for i in range(m.depth))
+        self.final_layer = FinalLayer(m.width, m.patch**2 * m.out_channels)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, ctx: RoutingContext) -> DiTOutput:
+        """Predict from noisy images.
+
+        Args:
+            x_BCHW: float [B, C, H, W].
+            t_B: float32 [B], timestep in 0..1000 (1000 is noise).
+            ctx: labels and conditional split of the batch, `RoutingContext.build`.
+        """
+        x_BCHW, t_B = x_BCHW.index_select(0, ctx.order_B), t_B.index_select(0, ctx.order_B)
+        x_BSD = self.x_embedder(x_BCHW)
+        x_BSD = x_BSD + self.pos_embed
+        c_BD = self.t_embedder(t_B) + self.y_embedder(ctx.label_B)
+        aux: dict[str, Tensor] = {}
+        loads: list[Tensor] = []
+        for block in self.blocks:
+            if self.config.train.activation_checkpointing and torch.is_grad_enabled():
+                x_BSD, terms, count_E = checkpoint(block, x_BSD, c_BD, ctx, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSD, terms, count_E = block(x_BSD, c_BD, ctx)
+            for name, value in terms.items():
+                aux[name] = aux[name] + value if name in aux else value
+            if count_E is not None:
+                loads.append(count_E)
+        out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, ctx.restore_B)
+        load_LE = torch.stack(loads) if loads else torch.zeros(0, 0, dtype=torch.int64, device=t_B.device)
+        return DiTOutput(out_BCHW, aux, load_LE)
+
+    def unpatchify(self, x_BSP: Tensor) -> Tensor:
+        """[B, S, P*P*C] -> [B, C, H, W]."""
+        m = self.config.model
+        side = m.image_size // m.patch
+        x = x_BSP.view(-1, side, side, m.patch, m.patch, m.out_channels)
+        return torch.einsum("bhwpqc->bchpwq", x).reshape(-1, m.out_channels, m.image_size, m.image_size)

@@ -1,0 +1,95 @@
+"""Building blocks of the diffusion transformer (DiT, arXiv:2212.09748).
+
+Legend: B images, S tokens an image, D width, C channels, H W image side, P patch side. Parameter names follow the
+published DiT and ProMoE checkpoints where the part is the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """W2 gelu_tanh(W1 x + b1) + b2, any leading shape."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of one image, without mask or dropout."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        B, S, D = x_BSD.shape
+        q, k, v = self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, D))
+
+
+class Modulation(nn.Module):
+    """adaLN: `parts` vectors of width D from the conditioning vector, zero at the start of training."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(width, parts * width)
+
+    def forward(self, c_BD: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(c_BD))[:, None].chunk(self.parts, dim=-1)
+
+
+def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    return x_BSD * (1 + scale_B1D) + shift_B1D
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """Every norm of the blocks: without affine parameters, eps 1e-6."""
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timestep (float, 0..1000) -> sinusoids (cosines first, periods to 1e4) -> two-layer SiLU MLP."""
+
+    FREQUENCIES = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        weight = self.mlp[0].weight
+        assert isinstance(weight, Tensor)
+        return self.mlp(sinusoids(t_B, self.FREQUENCIES).to(weight.dtype))
+
+
+def sinusoids(t_B: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
+    """[B] -> float32 [B, dim]: cos and sin of t / max_period^(i / (dim/2))."""
+    exponent = torch.arange(dim // 2, dtype=torch.float32, device=t_B.device) / (dim // 2)
+    angle = t_B.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def grid_sinusoids(width: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine position table, float32 [1, side*side, D]; row-major tokens, column position first."""
+    omega = 1 / 1e4 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    halves = []
+    for position in (column, row):
+        angle = position.reshape(-1, 1).double() * omega
+        halves += [angle.sin(), angle.cos()]
+    return torch.cat(halves, dim=1).float()[None]

@@ -1,0 +1,168 @@
+"""From edges to rows sorted by expert, and back. Two dispatchers, one interface.
+
+    rows, plan = dispatcher.dispatch(x_TD, routing)      rows of the experts held here, sorted by expert
+    out_TD = dispatcher.combine(y_ND, plan)              weighted sum over each token's edges
+
+`LocalDispatcher` holds all experts: a sort and two gathers, no communication, no device synchronisation.
+`AllToAllDispatcher` adds the exchange between the ranks of an expert-parallel group. Dropless: every edge is computed.
+
+Legend: T tokens, D width, N edges of this rank, M rows received, E experts, e = E/ep local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from promoe_ds.moe.routing import Routing
+
+
+class ExpertRows(NamedTuple):
+    """Work for the experts held by this rank."""
+
+    x_ND: Tensor
+    """rows sorted by local expert"""
+    expert_N: Tensor
+    """int64, the local expert of each row, ascending"""
+    end_E: Tensor
+    """int32 [e], one past the last row of each local expert"""
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; its gradient is g[inverse]: a gather both ways, deterministic, where indexing would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows of x in the given order; `inverse[order[i]] == i`."""
+    return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
+
+
+def invert(order_N: Tensor) -> Tensor:
+    """The inverse of a permutation."""
+    return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+
+
+def segment_ends(sorted_N: Tensor, segments: int) -> Tensor:
+    """One past the last position of each of `segments` values in an ascending index list; int32 [segments]."""
+    return torch.searchsorted(sorted_N, torch.arange(segments, device=sorted_N.device), right=True).int()
+
+
+class Plan(NamedTuple):
+    """What `combine` needs to undo `dispatch`."""
+
+    routing: Routing
+    num_tokens: int
+    order_N: Tensor
+    inverse_N: Tensor
+    count_E: Tensor
+    """int64 [E], edges of this rank for each global expert"""
+    exchange: Exchange | None = None
+
+
+class Exchange(NamedTuple):
+    """Host-side row counts of one all-to-all and the regrouping of what arrived."""
+
+    send: list[int]
+    receive: list[int]
+    order_M: Tensor
+    inverse_M: Tensor
+
+
+def _edges(x_TD: Tensor, routing: Routing) -> Tensor:
+    """One row an edge, in edge order."""
+    if routing.top_k == 1:
+        return x_TD
+    if routing.top_k:
+        return x_TD[:, None].expand(-1, routing.top_k, -1).reshape(-1, x_TD.shape[1])
+    return x_TD.index_select(0, routing.token_N)
+
+
+def _weighted_sum(y_ND: Tensor, routing: Routing, num_tokens: int) -> Tensor:
+    """Sum of weight * row over each token's edges, Eq. (5); accumulates in the weights' precision (fp32)."""
+    weighted_ND = y_ND * routing.weight_N[:, None]
+    if routing.top_k == 1:
+        return weighted_ND
+    if routing.top_k:
+        return weighted_ND.view(num_tokens, routing.top_k, y_ND.shape[1]).sum(1)
+    out_TD = weighted_ND.new_zeros(num_tokens, y_ND.shape[1])
+    return out_TD.index_add(0, routing.token_N, weighted_ND)
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    def __init__(self, num_experts: int):
+        self.num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
+        """x_TD [T, D] and N edges -> N rows sorted by expert."""
+        expert_N, order_N = routing.expert_N.sort(stable=True)
+        inverse_N, end_E = invert(order_N), segment_ends(expert_N, self.num_experts)
+        rows_ND = permute(_edges(x_TD, routing), order_N, inverse_N)
+        count_E = torch.diff(end_E, prepend=end_E.new_zeros(1)).long()
+        return ExpertRows(rows_ND, expert_N, end_E), Plan(routing, len(x_TD), order_N, inverse_N, count_E)
+
+    def combine(self, y_ND: Tensor, plan: Plan) -> Tensor:
+        """Rows in expert order -> [T, D] in the precision of the gate weights."""
+        return _weighted_sum(permute(y_ND, plan.inverse_N, plan.order_N), plan.routing, plan.num_tokens)
+
+
+class AllToAllDispatcher(LocalDispatcher):
+    """Experts are sharded over the ranks of a group, e = E/ep consecutive ones a rank.
+
+    One exchange of the count matrix, one device-to-host copy of it, one uneven all-to-all; after the experts the mirror
+    image. The rows sent are exactly those whose expert lives elsewhere (a rank's share for itself is a local copy).
+    A rank without rows joins every collective, forward and backward.
+
+    Args:
+        num_experts: E.
+        num_local: e.
+        swap_counts: [ep, e] int64 -> [ep, e]: row r goes to rank r, row s of the result came from rank s.
+        swap_rows: (x, send, receive) -> rows received, differentiable; send and receive are rows per rank.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_local: int,
+        swap_counts: Callable[[Tensor], Tensor],
+        swap_rows: Callable[[Tensor, list[int], list[int]], Tensor],
+    ):
+        super().__init__(num_experts)
+        self.num_local, self.ep = num_local, num_experts // num_local
+        self.swap_counts, self.swap_rows = swap_counts, swap_rows
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
+        rows, plan = super().dispatch(x_TD, routing)
+        sent = plan.count_E.view(self.ep, self.num_local)
+        got = self.swap_counts(sent)
+        send, receive = torch.stack([sent.sum(1), got.sum(1)]).tolist()  # the one device-to-host copy of the layer
+        arrived_MD = self.swap_rows(rows.x_ND, send, receive)
+        # Rows arrive rank by rank, each sorted by local expert: bring them into expert order.
+        local = torch.arange(self.num_local, device=x_TD.device).repeat(self.ep)
+        local_M = local.repeat_interleave(got.flatten(), output_size=sum(receive))
+        expert_M, order_M = local_M.sort(stable=True)
+        inverse_M = invert(order_M)
+        ready = ExpertRows(
+            permute(arrived_MD, order_M, inverse_M), expert_M, segment_ends(expert_M, self.num_local)
+        )
+        return ready, plan._replace(exchange=Exchange(send, receive, order_M, inverse_M))
+
+    def combine(self, y_ND: Tensor, plan: Plan) -> Tensor:
+        assert plan.exchange is not None, "the plan was made by another dispatcher"
+        send, receive, order_M, inverse_M = plan.exchange
+        home_ND = self.swap_rows(permute(y_ND, inverse_M, order_M), receive, send)
+        return super().combine(home_ND, plan)

@@ -1,0 +1,79 @@
+"""Stacked expert MLPs over rows sorted by expert.
+
+Two backends that agree: `loop` (the reference: one linear layer an expert, reads the counts on the host) and
+`grouped_mm` (two grouped GEMMs, no padding, no host synchronisation). Experts without rows are computed too: their
+gradient is zero, not absent.
+
+Biases are packed into `w3`, because DeepSpeed's expert-parallel contract knows exactly three stacked weights.
+Legend: N rows, D width, F hidden, E experts held here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promoe_ds.moe.dispatch import ExpertRows
+
+_grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+class StackedExperts(nn.Module):
+    """E two-layer GELU(tanh) MLPs with biases: y = W2 gelu(W1 x + b1) + b2.
+
+    Args:
+        num_experts: E experts held by this module.
+        width: D.
+        hidden: F.
+        backend: "loop" or "grouped_mm".
+        expert_ids: the global ids of these experts; weights are drawn per global id. Defaults to 0..E-1.
+    """
+
+    def __init__(self, num_experts: int, width: int, hidden: int, backend: str, expert_ids: range | None = None):
+        super().__init__()
+        self.backend, self.width, self.hidden = backend, width, hidden
+        self.expert_ids = expert_ids if expert_ids is not None else range(num_experts)
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.w2 = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.w3 = nn.Parameter(torch.empty(num_experts, 1, hidden + width))
+        """[b1 | b2]"""
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        """Xavier-uniform per expert from its own generator, so that sharding does not change the model."""
+        bound = math.sqrt(6 / (self.width + self.hidden))
+        for i, expert in enumerate(self.expert_ids):
+            nn.init.uniform_(self.w1[i], -bound, bound, generator=generator(f"w1.{expert}"))
+            nn.init.uniform_(self.w2[i], -bound, bound, generator=generator(f"w2.{expert}"))
+        nn.init.zeros_(self.w3)
+
+    def forward(self, rows: ExpertRows) -> Tensor:
+        """Rows [N, D] sorted by expert -> [N, D], in the autocast precision if autocast is on."""
+        device = rows.x_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1.dtype
+        x_ND, w1, w2, w3 = (t.to(dtype) for t in (rows.x_ND, self.w1, self.w2, self.w3))
+        b1_EF, b2_ED = w3[:, 0].split([self.hidden, self.width], dim=1)
+        with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours
+            compute = _loop if self.backend == "loop" else _grouped
+            return compute(x_ND, rows, w1, b1_EF, w2, b2_ED)
+
+
+def _loop(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
+    sizes = torch.diff(rows.end_E, prepend=rows.end_E.new_zeros(1)).tolist()
+    outs = [
+        F.linear(F.gelu(F.linear(x, w1[i], b1_EF[i]), approximate="tanh"), w2[i], b2_ED[i])
+        for i, x in enumerate(x_ND.split(sizes))
+    ]
+    return torch.cat(outs)
+
+
+def _grouped(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
+    # The bias of each row's expert as a product with the 0/1 membership matrix: fused into the add, and its gradient
+    # is a small GEMM instead of a scatter with N-fold contention.
+    member_NE = (rows.expert_N[:, None] == torch.arange(len(w1), device=x_ND.device)).to(x_ND.dtype)
+    h_NF = torch.addmm(_grouped_mm(x_ND, w1.transpose(1, 2), offs=rows.end_E), member_NE, b1_EF)
+    h_NF = F.gelu(h_NF, approximate="tanh")
+    return torch.addmm(_grouped_mm(h_NF, w2.transpose(1, 2), offs=rows.end_E), member_NE, b2_ED)

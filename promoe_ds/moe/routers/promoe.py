@@ -1,0 +1,90 @@
+"""Prototypical routing, token choice: the router of ProMoE (arXiv:2510.24711, Sec. 4.1 and 4.3).
+
+Unusual: the gate weight is the raw cosine between token and prototype (it may be negative and is not renormalised),
+and the routing contrastive loss pulls each prototype to the mean of its tokens and pushes it from the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promoe_ds.config import RouterConfig, reject
+from promoe_ds.moe.losses import centroid_sums, routing_contrastive
+from promoe_ds.moe.routing import Router, Routing, RoutingContext, at_least_fp32, register_router
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z_TE: z_TE,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda z_TE: z_TE.softmax(dim=-1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProMoEConfig(RouterConfig):
+    name: str = "promoe"
+    top_k: int = 1
+    """K, experts a token"""
+    activation: Literal["identity", "sigmoid", "softmax"] = "identity"
+    """A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"""
+    alpha: float = 1.0
+    """scale of the cosine, Eq. (4)"""
+    contrastive_weight: float = 1.0
+    """lambda_RCL, per MoE layer"""
+    temperature: float = 0.07
+    """tau of Eq. (6)"""
+    contrastive_scope: Literal["global", "rank"] = "global"
+    """global: centroids over the micro-batch of all ranks (independent of the topology); rank: each rank's own tokens,
+    averaged, as in the official code"""
+
+    def validate(self, config: Any) -> None:
+        if not 1 <= self.top_k <= config.moe.num_experts:
+            reject("moe.router.top_k", self.top_k, f"must lie in 1..moe.num_experts={config.moe.num_experts}", "lower it")
+        for key in ("alpha", "temperature"):
+            if getattr(self, key) <= 0:
+                reject(f"moe.router.{key}", getattr(self, key), "must be positive", "choose a value above 0")
+        if self.contrastive_weight < 0:
+            reject("moe.router.contrastive_weight", self.contrastive_weight, "must not be negative", "0 turns it off")
+
+
+@register_router("promoe")
+class ProMoERouter(Router):
+    Config = ProMoEConfig
+
+    def __init__(self, config: ProMoEConfig, num_experts: int, width: int):
+        super().__init__()
+        self.config = config
+        self.prototypes = nn.Parameter(torch.empty(num_experts, width))
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        nn.init.normal_(self.prototypes, std=0.02, generator=generator("prototypes"))
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return num_experts * width
+
+    @staticmethod
+    def aux_weights(config: RouterConfig) -> dict[str, float]:
+        assert isinstance(config, ProMoEConfig)
+        return {"routing_contrastive": config.contrastive_weight}
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        """Route each token to the K prototypes nearest in cosine. x_BSD [B, S, D] -> Routing with N = B*S*K."""
+        cfg, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
+        with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
+            x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
+            z_TE = cfg.alpha * (F.normalize(x_TD, dim=-1) @ F.normalize(prototype_ED, dim=-1).T)  # Eq. (4)
+            weight_TK, expert_TK = ACTIVATIONS[cfg.activation](z_TE).topk(cfg.top_k, dim=-1)  # Eq. (2), (3)
+            aux = {}
+            if self.training:
+                sums_ED1 = centroid_sums(x_TD, expert_TK, len(prototype_ED))
+                if cfg.contrastive_scope == "global":
+                    sums_ED1 = ctx.all_reduce(sums_ED1)
+                aux["routing_contrastive"] = routing_contrastive(prototype_ED, sums_ED1, cfg.temperature)
+        token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(cfg.top_k)
+        return Routing(token_N, expert_TK.reshape(-1), weight_TK.reshape(-1), cfg.top_k, aux)

@@ -1,0 +1,1 @@
+"""Everything that knows about ranks. Only the files of this package import deepspeed."""

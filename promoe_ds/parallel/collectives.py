@@ -1,0 +1,66 @@
+"""Differentiable collectives. They go through `deepspeed.comm`, so DeepSpeed's communication logger sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        out = x.detach().clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
+    """Sum over ranks; the gradient is the sum of the ranks' gradients.
+
+    If each rank computes the same loss from the sum and gradients are averaged over ranks (as DeepSpeed does), the
+    result is the gradient of that one loss.
+    """
+    return _AllReduceSum.apply(x, group)  # type: ignore[no-any-return]
+
+
+class _SwapRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+        ctx.splits = (send, receive, group)
+        return _exchange(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive, group = ctx.splits
+        return _exchange(grads[0], receive, send, group), None, None, None
+
+
+def _exchange(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    out = x.new_empty(sum(receive), x.shape[1])
+    dist.all_to_all_single(out, x.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group)
+    return out
+
+
+def swap_rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    """Uneven all-to-all of rows: `send[r]` consecutive rows go to rank r, `receive[s]` arrive from rank s.
+
+    Zero rows in any place keep the node in the graph, so every rank joins the backward exchange too.
+    """
+    return _SwapRows.apply(x, send, receive, group)  # type: ignore[no-any-return]
+
+
+def swap_counts(count: Tensor, group: Any) -> Tensor:
+    """[ep, e] integers: row r goes to rank r; row s of the result came from rank s."""
+    out = torch.empty_like(count)
+    dist.all_to_all_single(out, count.contiguous(), group=group)
+    return out

@@ -1,0 +1,337 @@
+"""From a DeepSpeed JSON and our configuration to the one JSON that DeepSpeed gets; imports no DeepSpeed.
+
+A ds_config holds only what DeepSpeed alone understands (ZeRO stage, buckets, offload, profilers). Batch sizes,
+precision and clipping come from the `Config`; a file that repeats them must agree. DeepSpeed 0.19.8 ignores unknown
+top-level keys without a word, so the known ones are listed here and everything else is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from promoe_ds.config import Config, reject
+
+OWNERS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size * world size)",
+    "gradient_clipping": "optimizer.clip_grad_norm",
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+    "steps_per_print": "train.log_every",
+    "zero_allow_untested_optimizer": "the optimizer with its EMA state",
+    "zero_force_ds_cpu_optimizer": "the optimizer with its EMA state",
+}
+"""Keys we write -> the place in our configuration that decides them."""
+
+PASSED = frozenset({
+    "zero_optimization", "communication_data_type", "comms_logger", "flops_profiler", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "disable_python_gc", "timers", "aio", "log_level",
+})
+"""Top-level keys handed to DeepSpeed as they are."""
+
+_EP = "experts are sharded by parallel.expert_parallel"
+_TRAINER = "the trainer does this itself"
+_GRADIENTS = "it changes how expert gradients are averaged, which is untested with expert parallelism"
+_REMOVED = "DeepSpeed 0.19 no longer has it"
+
+REFUSED = {
+    "optimizer": "the optimizer lives in the section `optimizer` of the recipe",
+    "scheduler": "the learning rate is constant and lives in optimizer.lr",
+    "fp16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
+    "bfloat16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
+    "data_types": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
+    "activation_checkpointing": "it lives in train.activation_checkpointing",
+    "expert_parallel": _EP,
+    "tensor_parallel": "there is no tensor parallelism",
+    "pipeline": "there is no pipeline parallelism",
+    "sequence_parallel_size": "there is no sequence parallelism",
+    "seq_parallel_communication_data_type": "there is no sequence parallelism",
+    "use_data_before_expert_parallelism": f"{_EP} over consecutive ranks",
+    "prescale_gradients": _GRADIENTS,
+    "gradient_predivide_factor": _GRADIENTS,
+    "gradient_allreduce_op": _GRADIENTS,
+    "managed_gradient_accumulation": f"{_TRAINER} (train.micro_batch_size)",
+    "checkpoint": f"{_TRAINER} (train.checkpoint_every)",
+    "datastates_ckpt": f"{_TRAINER} (train.checkpoint_every)",
+    "data_efficiency": "the data order is a function of train.seed",
+    "dataloader_drop_last": "the data order is a function of train.seed",
+    "tensorboard": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
+    "wandb": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
+    "comet": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
+    "csv_monitor": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
+    "compile": "DeepCompile does not know mixture-of-experts layers",
+    "autotuning": "DeepSpeed's autotuner writes keys that the recipe owns",
+    "hybrid_engine": "it is for language-model generation",
+    "weight_quantization": "it is for inference",
+    "disable_allgather": "ZeRO needs the all-gather",
+    **dict.fromkeys(("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
+                     "sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning",
+                     "progressive_layer_drop"), _REMOVED),
+}
+"""Top-level keys that DeepSpeed knows (or knew) and this project cannot honour -> why."""
+
+ZERO_KEYS = frozenset({
+    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "offload_param",
+    "offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters",
+    "round_robin_gradients", "parameter_alignment", "memory_efficient_linear", "pipeline_loading_checkpoint",
+    "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module",
+})
+"""Keys of `zero_optimization` handed on (the names a JSON uses: DeepSpeed's field aliases)."""
+
+ZERO_REFUSED = {
+    "compute_grad_norm": "the gradient norm is logged, and clipped by optimizer.clip_grad_norm",
+    "elastic_checkpoint": "the trainer's own checkpoints are elastic",
+    "zenflow": "it has no mixture-of-experts code",
+    "cpu_offload": "it is deprecated: write offload_optimizer",
+    "cpu_offload_param": "it is deprecated: write offload_param",
+    "cpu_offload_use_pin_memory": "it is deprecated: write offload_optimizer.pin_memory",
+    "stage3_gather_fp16_weights_on_model_save": "it is deprecated: write stage3_gather_16bit_weights_on_model_save",
+    "legacy_stage1": "DeepSpeed removed it in 0.5.9",
+    "zero_hpz_partition_size": "expert parallelism under ZeRO-3 has no secondary partitions",
+    "zero_quantized_weights": "expert parallelism has no quantised communication",
+    "zero_quantized_nontrainable_weights": "expert parallelism has no quantised communication",
+    "zero_quantized_gradients": "expert parallelism has no quantised communication",
+    "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
+}
+
+OFFLOAD_KEYS = {
+    "offload_optimizer": frozenset({"device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read",
+                                    "pipeline_write", "fast_init", "ratio", "super_offload", "cpuadam_cores_perc"}),
+    "offload_param": frozenset({"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"}),
+}
+
+
+@dataclass(frozen=True)
+class ResolvedDS:
+    """What `deepspeed.initialize` gets."""
+
+    json: dict[str, Any]
+    stage: int
+    """ZeRO stage, 0 to 3"""
+    offload: bool
+    """optimizer states live in host memory"""
+
+
+# ------------------------------------------------------------------------------------------------------------ topology
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def batch_plan(config: Config, world: int) -> tuple[int, int]:
+    """(images a rank a forward, accumulation steps), whose product with `world` is the global batch.
+
+    Raises:
+        ConfigError: the global batch does not divide.
+    """
+    total, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if total % world:
+        near = [total // world * world, (total // world + 1) * world]
+        reject("train.global_batch_size", total, f"is not divisible by the world size {world}",
+               f"choose for example {_listed(n for n in near if n)}, or another number of processes")
+    if micro is None:
+        return total // world, 1
+    if total % (world * micro):
+        reject("train.micro_batch_size", micro,
+               f"train.global_batch_size={total} is not a multiple of micro batch * world size = {micro} * {world}",
+               f"choose one of {_listed(_divisors(total // world))}")
+    return micro, total // (world * micro)
+
+
+def check_topology(config: Config, world: int) -> None:
+    """Check what depends on the number of processes: ep divides it, the batch divides. Raises `ConfigError`."""
+    ep = config.parallel.expert_parallel
+    if world < 1:
+        reject("world size", world, "is not a number of processes", "choose 1 or more")
+    if world % ep:
+        experts = config.moe.num_experts if config.moe else 1
+        choices = [d for d in _divisors(experts) if world % d == 0]
+        reject("parallel.expert_parallel", ep, f"does not divide the world size {world}",
+               f"choose one of {_listed(choices)}, or a multiple of {ep} processes")
+    batch_plan(config, world)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is written twice")
+    return dict(pairs)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        reject("--ds_config", path, f"cannot be read ({error.strerror})", "name a DeepSpeed JSON, see ds_configs/")
+    except ValueError as error:
+        reject("--ds_config", path, f"is not JSON ({error})", "mend the file")
+    if not isinstance(tree, dict):
+        reject("--ds_config", path, "is not a JSON object", 'write {"zero_optimization": {"stage": 2}}')
+    return tree
+
+
+def _unknown(where: str, value: Any, key: str, known: Iterable[str]) -> NoReturn:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    reject(where, json.dumps(value), "unknown key, which DeepSpeed would ignore or stumble over",
+           f"did you mean {close[0]!r}?" if close else "remove it")
+
+
+def _check_top_level(file: str, tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if key in REFUSED:
+            reject(f"{file}: {key}", json.dumps(value), REFUSED[key], "remove it from the file")
+        if key not in PASSED and key not in OWNERS:
+            _unknown(f"{file}: {key}", value, key, [*PASSED, *OWNERS, *REFUSED])
+
+
+def _check_zero(file: str, zero: dict[str, Any], ep: int) -> None:
+    for key, value in zero.items():
+        where = f"{file}: zero_optimization.{key}"
+        if key in ZERO_REFUSED:
+            reject(where, json.dumps(value), ZERO_REFUSED[key], "remove it from the file")
+        if key not in ZERO_KEYS:
+            _unknown(where, value, key, [*ZERO_KEYS, *ZERO_REFUSED])
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero.get(key) is False and ep > 1:
+            reject(f"{file}: zero_optimization.{key}", "false",
+                   f"DeepSpeed needs it for sharded experts (parallel.expert_parallel={ep})", "write true")
+
+
+def _stage(file: str, zero: Any) -> int:
+    if not isinstance(zero, dict):
+        reject(f"{file}: zero_optimization", json.dumps(zero), "expected an object", 'write {"stage": 2}')
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or not 0 <= stage <= 3:
+        reject(f"{file}: zero_optimization.stage", json.dumps(stage), "is not a ZeRO stage", "choose 0, 1, 2 or 3")
+    return stage
+
+
+def _offload_device(file: str, zero: dict[str, Any], key: str) -> str:
+    """`none`, `cpu` or `nvme`; also checks the names inside the block."""
+    block = zero.get(key)
+    if block is None:
+        return "none"
+    where = f"{file}: zero_optimization.{key}"
+    if not isinstance(block, dict):
+        reject(where, json.dumps(block), "expected an object", 'write {"device": "cpu"}')
+    for name, value in block.items():
+        if name not in OFFLOAD_KEYS[key]:
+            _unknown(f"{where}.{name}", value, name, OFFLOAD_KEYS[key])
+    device = block.get("device", "none")
+    if device not in ("none", "cpu", "nvme"):
+        reject(f"{where}.device", json.dumps(device), "is not an offload device", "choose none, cpu or nvme")
+    return device
+
+
+def _check_offload(file: str, zero: dict[str, Any], stage: int, ep: int) -> bool:
+    """True if the optimizer states go to the host."""
+    optimizer, weights = _offload_device(file, zero, "offload_optimizer"), _offload_device(file, zero, "offload_param")
+    where = f"{file}: zero_optimization."
+    if optimizer != "none" and stage == 0:
+        reject(f"{where}offload_optimizer.device", optimizer, "ZeRO stage 0 shards nothing to offload",
+               "set zero_optimization.stage to 1, 2 or 3")
+    if weights != "none" and stage != 3:
+        reject(f"{where}offload_param.device", weights, f"needs ZeRO stage 3, the stage is {stage}",
+               "set zero_optimization.stage to 3 or remove offload_param")
+    for key, device in (("offload_optimizer", optimizer), ("offload_param", weights)):
+        if ep > 1 and (device == "nvme" or (key == "offload_param" and device != "none")):
+            reject(f"{where}{key}.device", device, f"is untested with parallel.expert_parallel={ep}",
+                   "offload the optimizer to the cpu, or set parallel.expert_parallel=1")
+    if (zero.get("offload_optimizer") or {}).get("super_offload"):
+        reject(f"{where}offload_optimizer.super_offload", "true", "brings its own optimizer, without the EMA state",
+               "remove it from the file")
+    return optimizer != "none"
+
+
+# ----------------------------------------------------------------------------------------------------------- our keys
+
+
+def _owned(config: Config, world: int, stage: int) -> dict[str, Any]:
+    """The keys this project decides.
+
+    Clipping: DeepSpeed's gradient norm at stage 0 averages expert parts over ranks and is wrong under expert
+    parallelism (DeepSpeed #8475), so at stage 0 the engine clips by itself and DeepSpeed is told 0, which is also
+    written out because its default is 1. Autocast: with no "safe" module classes gradients are reduced in fp32.
+    """
+    micro, accumulation = batch_plan(config, world)
+    precision = config.train.precision
+    owned: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip_grad_norm if stage else 0.0,
+        "steps_per_print": 10**9,  # the trainer prints its own line
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "torch_autocast": {"enabled": precision == "bf16_autocast"},
+    }
+    if precision == "bf16_autocast":
+        owned["torch_autocast"] |= {"dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return owned
+
+
+def _agrees(theirs: Any, ours: Any) -> bool:
+    if theirs == "auto":
+        return True
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return all(key in ours and _agrees(value, ours[key]) for key, value in theirs.items())
+    return theirs == ours and isinstance(theirs, bool) == isinstance(ours, bool)
+
+
+def _check_owned(file: str, tree: dict[str, Any], owned: dict[str, Any], config: Config) -> None:
+    accepted = {**owned, "gradient_clipping": config.optimizer.clip_grad_norm}
+    for key, ours in accepted.items():
+        if key in tree and not (_agrees(tree[key], ours) or _agrees(tree[key], owned[key])):
+            reject(f"{file}: {key}", json.dumps(tree[key]), f"contradicts {json.dumps(ours)} from {OWNERS[key]}",
+                   f'remove it from the file or write "auto"; {OWNERS[key]} decides')
+
+
+def _check_precision(file: str, config: Config, stage: int) -> None:
+    if config.train.precision == "bf16" and stage == 0:
+        # DeepSpeed's unfused 16-bit optimizer, taken at stage 0, leaves expert gradients out of its norm (#8613).
+        reject("train.precision", "bf16", f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights",
+               "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast")
+
+
+def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
+    """The complete DeepSpeed JSON for `config` on `world` processes.
+
+    Args:
+        path: a ds_config; None stands for `{"zero_optimization": {"stage": 0}}`, plain data parallelism.
+
+    Raises:
+        ConfigError: unreadable file, unknown or refused key, a value that contradicts `config`, or a topology,
+            precision or offload that cannot work.
+    """
+    file = path or "no --ds_config"
+    tree = {"zero_optimization": {"stage": 0}} if path is None else _read(path)
+    check_topology(config, world)
+    _check_top_level(file, tree)
+    zero = tree.get("zero_optimization", {})
+    stage = _stage(file, zero)
+    _check_zero(file, zero, config.parallel.expert_parallel)
+    offload = _check_offload(file, zero, stage, config.parallel.expert_parallel)
+    _check_precision(file, config, stage)
+    owned = _owned(config, world, stage)
+    _check_owned(file, tree, owned, config)
+    return ResolvedDS({**tree, **owned, "zero_optimization": {**zero, "stage": stage}}, stage, offload)

@@ -1,0 +1,166 @@
+"""DeepSpeed's engine behind the five verbs the trainer needs: forward, backward, step, read and write of state.
+
+State is read and written by full tensors under their single-device names, whatever the ZeRO stage and the
+expert-parallel degree: that is what makes checkpoints independent of the topology.
+
+DeepSpeed 0.19.8 facts worked around here:
+  * stage 0 clips with a norm that averages expert gradients over ranks (#8475): clipping is done here at stage 0
+  * stages 1 and 2 link optimizer-state fragments after the first parameter group has stepped, so the experts' group
+    stays unlinked: `_relink`
+  * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
+"""
+
+from __future__ import annotations
+
+
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import (
+    groups,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from promoe_ds.config import Config
+from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.parallel.collectives import all_reduce_sum
+from promoe_ds.parallel.ds_config import ResolvedDS
+from promoe_ds.parallel.expert_parallel import is_sharded
+from promoe_ds.parallel.topology import Topology
+from promoe_ds.parallel.optimizer import AdamWithEMA
+
+WEIGHT = "fp32"
+"""name of the master weights among the states; the others are those of the optimizer"""
+
+
+class Engine:
+    """A model in training.
+
+    Args:
+        model: materialised, parallelised, fp32.
+        config: the run's configuration.
+        ds: the resolved DeepSpeed configuration.
+        topology: where this process stands; the process group must be connected.
+    """
+
+    def __init__(self, model: DiT, config: Config, ds: ResolvedDS, topology: Topology):
+        self.config, self.stage, self.topology = config, ds.stage, topology
+        params: Any = {"params": [p for p in model.parameters() if p.requires_grad], "name": "all"}
+        param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
+        self.adam = AdamWithEMA(param_groups, config.optimizer)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)
+        self.all_reduce = all_reduce_sum if topology.world > 1 else _same
+        self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, ctx: RoutingContext) -> DiTOutput:
+        return self.engine(x_BCHW, t_B, ctx)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""
+        self.engine.backward(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # advances DeepSpeed's micro-step counter only
+
+    def step(self) -> float:
+        """Clip and update after the last micro-batch; returns the global gradient norm before clipping."""
+        norm = self._clip_stage0() if self.stage == 0 else None
+        self.engine.step()
+        return float(norm if norm is not None else self.engine.get_global_grad_norm())
+
+    def _clip_stage0(self) -> Tensor:
+        dense = [p.grad for p in self.params.values() if not is_sharded(p) and p.grad is not None]
+        local = [p.grad for p in self.params.values() if is_sharded(p) and p.grad is not None]
+        square = _square_sum(dense)
+        if local:  # every rank of the expert-parallel group holds other experts
+            square = square + all_reduce_sum(_square_sum(local), self._ep_group())
+        norm, limit = square.sqrt(), self.config.optimizer.clip_grad_norm
+        if limit > 0:
+            torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _ep_group(self) -> Any:
+        return groups._get_expert_parallel_group(f"ep_size_{self.topology.ep}")
+
+    # ---------------------------------------------------------------------------------------------------- state
+
+    def read(self, name: str, state: str) -> Tensor:
+        """The full tensor of a parameter's state ("fp32", "exp_avg", "exp_avg_sq", "ema"), fp32; collective.
+
+        Sharded experts are gathered over the expert-parallel group: first dimension E.
+        """
+        p = self.params[name]
+        if self.stage == 0:
+            full = p.detach() if state == WEIGHT else self.adam.state[p][state]
+        elif state == WEIGHT:
+            full = safe_get_full_fp32_param(p)
+        else:
+            full = safe_get_full_optimizer_state(p, state)
+        assert full is not None, f"{name}: no {state}"
+        if not is_sharded(p):
+            return full
+        parts = [torch.empty_like(full) for _ in range(self.topology.ep)]
+        dist.all_gather(parts, full.contiguous(), group=self._ep_group())
+        return torch.cat(parts)
+
+    def write(self, name: str, state: str, full: Tensor) -> None:
+        """Set a parameter's state from its full tensor; local."""
+        p = self.params[name]
+        if is_sharded(p):
+            full = full.chunk(self.topology.ep)[self.topology.ep_rank]
+        full = full.to(self.engine.device)
+        if self.stage == 3:
+            size = p.ds_tensor.numel()  # type: ignore[attr-defined]
+            rank = self.engine.optimizer._get_param_partition_rank(p)
+            padded = torch.nn.functional.pad(full.flatten(), (0, max(0, size * (rank + 1) - full.numel())))
+            part = padded[size * rank : size * (rank + 1)]
+            if state == WEIGHT:
+                safe_set_local_fp32_param(p, part)
+            else:
+                safe_set_local_optimizer_state(p, part, state)
+        elif self.stage == 0:
+            (p.data if state == WEIGHT else self.adam.state[p][state]).copy_(full)
+        elif state == WEIGHT:
+            safe_set_full_fp32_param(p, full)
+        else:
+            safe_set_full_optimizer_state(p, full, state)
+
+    def allocate(self, step: int) -> None:
+        """Make empty optimizer state as after `step` updates; `write` fills it."""
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            partitions = list(self.params.values())
+        elif self.stage == 3:
+            partitions = optimizer.fp32_partitioned_groups_flat
+        else:
+            partitions = optimizer.single_partition_of_fp32_groups
+        self.adam.allocate(partitions, step)
+        self.engine.global_steps = step
+        self.relink()
+
+    def relink(self) -> None:
+        """Connect parameters with their slices of the optimizer state; before reading or writing it."""
+        if self.stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _square_sum(tensors: list[Any]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
+
+

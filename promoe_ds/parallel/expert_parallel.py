@@ -1,0 +1,123 @@
+"""Turn a single-device model into an expert-parallel one.
+
+`parallelize(model, topology)` replaces the routed experts of every MoE layer by their local share and an all-to-all
+dispatcher. Routers, shared and unconditional experts stay replicated, so null-label images never travel.
+
+DeepSpeed recognises expert parallelism by the class and attributes of the layer: a subclass of `AutoEPMoELayer`
+(0.19.8) that calls only `nn.Module.__init__` and brings its own forward. What the engine and ZeRO read:
+
+  * isinstance(layer, AutoEPMoELayer): MoE gradient groups, and ZeRO-3 is allowed
+  * num_experts, num_local_experts, ep_size, ep_group_name, expert_placement_descriptor
+  * experts.w1 / w2 / w3, stacked; one expert's slice is 2-D (hence the packed biases)
+  * on each expert parameter: allreduce=False, group_name, ds_zero_placement_family, ds_zero_partition_group_name
+  * set_deepspeed_parallelism() (inherited) creates the groups and sets layer.ep_group in deepspeed.initialize
+
+`tests/distributed` fails if this contract changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from torch import Tensor, nn
+
+from promoe_ds.models.dit import DiT
+from promoe_ds.moe.dispatch import AllToAllDispatcher
+from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.moe.layer import MoELayer, RoutedExperts
+from promoe_ds.moe.routing import Routing
+from promoe_ds.parallel.collectives import swap_counts, swap_rows
+from promoe_ds.parallel.topology import Topology
+
+
+class ExpertParallelExperts(AutoEPMoELayer):
+    """The share of one rank of a layer's routed experts; same interface as `RoutedExperts`."""
+
+    def __init__(self, whole: RoutedExperts, topology: Topology):
+        nn.Module.__init__(self)  # not AutoEPMoELayer's, which rebuilds a language model's block
+        experts = whole.experts
+        self.num_experts, self.ep_size, self.ep_rank = len(experts.expert_ids), topology.ep, topology.ep_rank
+        self.num_local_experts = self.num_experts // self.ep_size
+        self.ep_group_name, self.ep_group = f"ep_size_{self.ep_size}", None
+        self.tp_group, self.folding_group_handles = None, None
+        self.combine_impl, self.comm_backend = "weighted_sum", "comm"
+        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            self.num_experts, self.num_local_experts, self.ep_size
+        )
+        first = self.ep_rank * self.num_local_experts
+        with torch.device(experts.w1.device):
+            self.experts = StackedExperts(
+                self.num_local_experts,
+                experts.width,
+                experts.hidden,
+                experts.backend,
+                range(first, first + self.num_local_experts),
+            )
+        self.dispatcher = AllToAllDispatcher(
+            self.num_experts,
+            self.num_local_experts,
+            lambda count: swap_counts(count, self.ep_group),
+            lambda rows, send, receive: swap_rows(rows, send, receive, self.ep_group),
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExpertParallelExperts:
+        """As in nn.Module (to, to_empty ...): new parameter objects may come out of it, and need their marks."""
+        super()._apply(fn, recurse)
+        for parameter in self.experts.parameters():
+            self._mark(parameter)
+        return self
+
+    def _mark(self, parameter: Any) -> None:
+        """Tell DeepSpeed that this parameter differs between the ranks of the expert-parallel group."""
+        shape = [self.num_experts, *parameter.shape[1:]]
+        placement = self.expert_placement_descriptor
+        metadata = {
+            AUTOEP_EXPERT_PLACEMENT: placement,
+            AFFINE_MAP: autoep_placement_to_affine_map(placement, shape).to_dict(),
+            AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+            AUTOEP_PARAM_EP_RANK: self.ep_rank,
+            AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
+        }
+        setattr(parameter, DS_AUTOEP_UC_META, metadata)
+        parameter.allreduce, parameter.group_name = False, self.ep_group_name
+        parameter.ds_zero_placement_family = "autoep_expert"
+        parameter.ds_zero_partition_group_name = self.ep_group_name
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """As `RoutedExperts.forward`: tokens and edges of this rank -> (output [T, D], edges per global expert [E])."""
+        rows, plan = self.dispatcher.dispatch(x_TD, routing)
+        return self.dispatcher.combine(self.experts(rows), plan), plan.count_E
+
+
+def parallelize(model: DiT, topology: Topology) -> DiT:
+    """Shard the routed experts of `model` over the expert-parallel groups; returns the same object.
+
+    Call it on the meta model, before parameters are drawn: each rank then allocates and draws its own experts only.
+    At ep 1 the model is left as it is, and DeepSpeed trains it as an ordinary data-parallel one.
+    """
+    if topology.ep > 1:
+        for module in model.modules():
+            if isinstance(module, MoELayer):
+                assert isinstance(module.routed, RoutedExperts), "the model is already expert-parallel"
+                module.routed = ExpertParallelExperts(module.routed, topology)
+    return model
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether the parameter holds this rank's experts only (its first dimension is local experts)."""
+    return getattr(parameter, "allreduce", True) is False

@@ -1,0 +1,49 @@
+"""AdamW whose state also holds an exponential moving average (EMA) of the weights it updates.
+
+Under ZeRO the optimizer sees the fp32 master weights, or this rank's partition of them: the EMA is then in fp32 and
+sharded or offloaded like the moments, without a second copy of the model anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from promoe_ds.config import OptimizerConfig
+
+STATES = ("exp_avg", "exp_avg_sq", "ema")
+
+
+class AdamWithEMA(torch.optim.AdamW):
+    """AdamW (arXiv:1711.05101) and, per step, ema <- decay * ema + (1 - decay) * weight, started at the weight."""
+
+    def __init__(self, params: Any, config: OptimizerConfig):
+        super().__init__(
+            params,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.ema_decay = config.ema_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        live = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        first = {p: p.detach().clone() for p in live if "ema" not in self.state[p]}
+        loss = super().step(closure)
+        for p, start in first.items():
+            self.state[p]["ema"] = start
+        if live:
+            torch._foreach_lerp_([self.state[p]["ema"] for p in live], live, 1 - self.ema_decay)
+        return loss
+
+    def allocate(self, params: list[Tensor], step: int) -> None:
+        """Make the state of `params` as after `step` updates, to be filled from a checkpoint."""
+        for p in params:
+            self.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in STATES}
+            self.state[p]["step"] = torch.tensor(float(step), device=p.device)

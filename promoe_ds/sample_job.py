@@ -1,0 +1,299 @@
+"""Filling a folder with samples: several processes, interruptions, one result.
+
+Process r of W makes the images r, r + W, ... of a folder and writes each as a PNG as soon as its batch is finished.
+A PNG is lossless and takes its name only when it is whole, so the PNGs *are* the record of what is done, and an
+interrupted folder can be finished at another number of processes. `sampling.json` says what the folder holds; a folder
+whose record differs is refused, never mixed.
+
+Legend: N images, H W C pixels; r rank, W world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import promoe_ds
+from promoe_ds.config import Config, reject
+from promoe_ds.sampling import Precision, class_labels, generate, grid, to_image
+from promoe_ds.train.checkpoint import MANIFEST, manifest
+
+RECORD = "sampling.json"
+OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|part-\d+-of-\d+\.npz")
+LEFTOVERS = (".*.tmp", "part-*-of-*.npz")
+DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision")
+"""keys of the record that decide the images; a folder is continued only where all of them agree"""
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among those that sample together."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    """number on this machine: picks the GPU"""
+
+
+def worker_from(environ: Mapping[str, str]) -> Worker:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK as torchrun and the deepspeed launcher set them; absent means one process.
+
+    Raises:
+        ConfigError: they are no integers, or the rank is not below the world size.
+    """
+    way_out = "start through torchrun or the deepspeed launcher, or unset it"
+    values = []
+    for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = environ.get(key, default)
+        if not text.isdecimal():
+            reject(key, repr(text), "the environment variable is not a number", way_out)
+        values.append(int(text))
+    worker = Worker(*values)
+    if worker.rank >= worker.world:
+        reject("RANK", worker.rank, f"the environment variable is not below WORLD_SIZE={worker.world}", way_out)
+    if worker.world > 1 and "RANK" not in environ:
+        reject("WORLD_SIZE", worker.world, "is set in the environment without RANK", way_out)
+    return worker
+
+
+@contextlib.contextmanager
+def barrier_of(worker: Worker) -> Iterator[Callable[[], object]]:
+    """Yields a barrier of all sampling processes (gloo); for one process it does nothing.
+
+    Processes join at the start, while they are close in time, and may then be a day apart.
+    """
+    if worker.world == 1:
+        yield lambda: None
+        return
+    import torch.distributed as dist  # only where several processes sample together
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    try:
+        yield dist.barrier
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name on success: readers never see half a file."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- job
+
+
+@dataclass(frozen=True)
+class Job:
+    """All images of one guidance scale in one folder."""
+
+    out: Path
+    num: int
+    """N, images over all processes"""
+    cfg: float
+    steps: int
+    seed: int
+    batch: int
+    """images a forward (twice as many under guidance)"""
+    precision: Precision
+
+    def image_path(self, index: int, label: int) -> Path:
+        return self.out / f"{index:06d}_class{label}.png"
+
+
+def run_of(file: Path) -> Path | None:
+    """The run folder of RUN/checkpoints/step_X/ema.safetensors; None for a file that lies elsewhere."""
+    parents = file.resolve().parents
+    return parents[2] if len(parents) > 2 and parents[1].name == "checkpoints" else None
+
+
+def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
+    """The part of the record about the weights: path relative to the run, step, and the digest that names them.
+
+    Raises:
+        ConfigError: the digest is not the one in the checkpoint's manifest (if the file lies in a checkpoint).
+    """
+    run = run_of(file)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "blake2b").hexdigest()
+    if file.with_name(MANIFEST).is_file():
+        expected = manifest(file.parent)["files"].get(file.name, {}).get("blake2b", digest)
+        if digest != expected:
+            reject("weights", file, "is damaged: it does not match its checksum",
+                   "name another checkpoint with --model")
+    relative = file.resolve().relative_to(run).as_posix() if run else file.name
+    return {"config": config.name, "checkpoint": relative, "checkpoint_step": step, "checkpoint_blake2b": digest}
+
+
+def record_of(job: Job, weights: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """What `sampling.json` says."""
+    versions = {"promoe_ds": promoe_ds.__version__, "torch": str(torch.__version__), "numpy": np.__version__,
+                "python": platform.python_version()}
+    return {"command": command, **weights, "cfg": job.cfg, "steps": job.steps, "seed": job.seed, "num": job.num,
+            "precision": job.precision, "versions": versions}
+
+
+def check_folder(out: Path, record: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds other samples. Changes nothing; a missing folder is fine.
+
+    Raises:
+        ConfigError: the folder's record differs, is unreadable, or is missing beside files that would be overwritten.
+    """
+    if out.exists() and not out.is_dir():
+        reject("--out", out, "is not a folder", "name another one")
+    try:
+        # Listed before the record is looked for: a process that started earlier writes its record first.
+        foreign = sorted(p.name for p in out.iterdir() if OUTPUTS.fullmatch(p.name)) if out.exists() else []
+        text = (out / RECORD).read_text(encoding="utf-8") if (out / RECORD).exists() else None
+        found = {} if text is None else json.loads(text)
+    except (OSError, ValueError) as error:
+        reject("--out", out, f"its {RECORD} cannot be read ({error})", "name another folder or remove this one")
+    if text is None:
+        if foreign:
+            reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
+        return
+    for key in DECISIVE:
+        old = found.get(key) if isinstance(found, dict) else None
+        if old != record[key]:
+            reject("--out", out, f"holds samples of {key}={old}, this command has {key}={record[key]}",
+                   "name another folder or remove this one")
+
+
+def claim_folder(out: Path, record: Mapping[str, Any]) -> None:
+    """Write the record into a folder that `check_folder` accepts; an existing record is kept.
+
+    Every process does this, with equal content, so that none writes an image before the record is there.
+    """
+    check_folder(out, record)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / RECORD).exists():
+            with atomic(out / RECORD) as temporary:
+                temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """uint8 [H, W, C] of a finished image; None if it is missing, damaged or of another shape, hence to be made."""
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture)
+    except (OSError, SyntaxError):  # Pillow reports some damaged PNGs as SyntaxError
+        return None
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None
+
+
+def write_images(job: Job, indices: np.ndarray, labels: np.ndarray, images_NHWC: np.ndarray) -> None:
+    """One PNG an image, each whole or absent."""
+    for index, label, pixels in zip(indices.tolist(), labels.tolist(), images_NHWC, strict=True):
+        with atomic(job.image_path(index, label)) as temporary:
+            to_image(pixels).save(temporary, format="PNG")
+
+
+def write_npz(path: Path, images_NHWC: np.ndarray, labels: np.ndarray) -> None:
+    """The packed form of ADM's evaluation: `arr_0` uint8 [N, H, W, C], `arr_1` int64 [N]."""
+    with atomic(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, arr_0=images_NHWC, arr_1=labels)
+
+
+def _progress(job: Job, worker: Worker, total: int, done: int) -> tqdm:
+    who = f" of process 1/{worker.world}" if worker.world > 1 else ""
+    return tqdm(
+        total=total, initial=done, desc=f"cfg {job.cfg}: images{who}", disable=worker.rank != 0, mininterval=0.5,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]", unit="image",
+    )
+
+
+def make_share(
+    model: Callable[..., Any], config: Config, job: Job, worker: Worker, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images r, r + W, ... of the job: those on disk are read, the others made and written batch by batch.
+
+    Returns:
+        uint8 [n, H, W, C] and their labels int64 [n].
+    """
+    m = config.model
+    indices = np.arange(worker.rank, job.num, worker.world)
+    labels = class_labels(job.num, m.num_classes)[indices]
+    images = np.zeros((len(indices), m.image_size, m.image_size, m.channels), dtype=np.uint8)
+    missing = []
+    for row, (index, label) in enumerate(zip(indices.tolist(), labels.tolist(), strict=True)):
+        pixels = read_image(job.image_path(index, label), images.shape[1:])
+        if pixels is None:
+            missing.append(row)
+        else:
+            images[row] = pixels
+    rows = np.array(missing, dtype=np.int64)
+
+    def keep(part: slice, made: np.ndarray) -> None:
+        write_images(job, indices[rows[part]], labels[rows[part]], made)
+
+    with _progress(job, worker, len(indices), len(indices) - len(rows)) as bar:
+        images[rows] = generate(
+            model, config, labels[rows], indices[rows], job.cfg, job.steps, job.seed, job.batch, device, job.precision,
+            on_step=lambda count: bar.update(count / job.steps), on_batch=keep)
+    return images, labels
+
+
+def assemble(job: Job, config: Config, worker: Worker, images: np.ndarray, labels: np.ndarray) -> None:
+    """Rank 0, after the barrier: its share and the others' parts become `samples.npz` and `grid.png`."""
+    if worker.world > 1:
+        share, images = images, np.zeros((job.num, *images.shape[1:]), dtype=np.uint8)
+        images[:: worker.world], labels = share, class_labels(job.num, config.model.num_classes)
+        for rank in range(1, worker.world):
+            with np.load(part_path(job, worker, rank), allow_pickle=False) as part:
+                images[rank :: worker.world] = part["arr_0"]
+    columns = min(10, config.model.num_classes, job.num)
+    with atomic(job.out / "grid.png") as temporary:
+        grid(images[: 10 * columns], columns).save(temporary, format="PNG")
+    write_npz(job.out / "samples.npz", images, labels)
+    for pattern in LEFTOVERS:
+        for path in job.out.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def part_path(job: Job, worker: Worker, rank: int) -> Path:
+    return job.out / f"part-{rank}-of-{worker.world}.npz"
+
+
+def run_job(
+    model: Callable[..., Any], config: Config, job: Job, record: Mapping[str, Any], worker: Worker,
+    device: torch.device, barrier: Callable[[], object],
+) -> None:
+    """Make or finish one folder: PNGs, `samples.npz`, `grid.png`, `sampling.json`.
+
+    Raises:
+        ConfigError: the folder holds other samples or cannot be written; the model makes values that are not finite.
+    """
+    claim_folder(job.out, record)
+    images, labels = make_share(model, config, job, worker, device)
+    if worker.rank > 0:
+        write_npz(part_path(job, worker, worker.rank), images, labels)
+    barrier()
+    if worker.rank == 0:
+        assemble(job, config, worker, images, labels)

@@ -1,0 +1,243 @@
+"""Image generation from the EMA weights; needs no DeepSpeed.
+
+Image i depends on (seed, i) alone, since its noise has a counter-based generator of its own: neither the number of
+processes nor the batch changes it. `sample_job.py` fills folders with these images.
+
+Legend: N images of a call, B images of a batch, H W C pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from promoe_ds.config import Config, ConfigError, decode, reject
+from promoe_ds.diffusion.guidance import guided_velocity
+from promoe_ds.diffusion.samplers import euler, sigma_schedule
+from promoe_ds.models.dit import DiT
+from promoe_ds.models.init import build
+from promoe_ds.train.checkpoint import EMA, FORMAT, candidates, damage, newest
+
+Precision = Literal["fp32", "bf16"]
+IMAGE_MODES = {1: "L", 3: "RGB"}
+"""channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def find_weights(path: Path, option: str = "--run") -> Path:
+    """The EMA file meant by a file, a checkpoint folder or a run folder (its newest complete checkpoint).
+
+    Raises:
+        ConfigError: nothing there, or the newest is damaged; `option` is what the message calls the path.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        reject(option, path, "no such file or folder", "name a run folder, a checkpoint folder or an ema.safetensors")
+    if (path / EMA).is_file():
+        return path / EMA
+    found = candidates(path)
+    if not found:
+        reject(option, path, "holds no complete checkpoint", "train first, or name another run folder")
+    problem = damage(found[-1], read_bytes=False)
+    if problem:  # never an older model in silence
+        whole = newest(path)
+        reject(option, found[-1], f"is damaged: {problem}",
+               f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run")
+    if not (found[-1] / EMA).is_file():
+        reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")
+    return found[-1] / EMA
+
+
+def _read_weights(file: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(file), framework="pt", device=str(device)) as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        reject("weights", file, f"is damaged or no safetensors file ({' '.join(str(error).split())})",
+               "restore it or name another checkpoint with --model")
+
+
+def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, int]:
+    if metadata.get("format") != FORMAT:
+        reject("weights", file, f"has format {metadata.get('format')!r}, expected {FORMAT!r}",
+               "name an ema.safetensors written by launchers/train.py")
+    try:
+        return decode(yaml.safe_load(metadata["config"])), int(metadata["step"])
+    except (ConfigError, KeyError, ValueError, yaml.YAMLError) as error:
+        reject("weights", file, f"its metadata cannot be used ({' '.join(str(error).split())})",
+               "restore it or name another checkpoint with --model")
+
+
+def _empty_model(config: Config) -> DiT:
+    """The model without storage, unless it has buffers that its state does not hold: those must be computed."""
+    model = build(config)
+    stored = model.state_dict().keys()
+    return model if all(name in stored for name, _ in model.named_buffers()) else DiT(config)
+
+
+def _check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        got, want = found[name], expected[name]
+        if got.shape != want.shape or got.dtype != want.dtype:
+            problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        reject("weights", file, f"does not fit its own config: {min(problems)}{more}",
+               "restore the file or name another checkpoint with --model")
+
+
+def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT, Config, int]:
+    """The EMA model of a file, checkpoint folder or run folder, with its configuration and training step.
+
+    The weights are assigned to a model built without storage: nothing is initialised in vain, and the largest model
+    needs its own size in memory once.
+
+    Returns:
+        The model (float32, `eval`, no gradients, on `device`), the resolved config, the step.
+
+    Raises:
+        ConfigError: no checkpoint; a damaged file; another format; missing, unexpected or ill-shaped tensors.
+    """
+    file, device = find_weights(Path(path)), torch.device(device)
+    tensors, metadata = _read_weights(file, device)
+    config, step = _decode_metadata(file, metadata)
+    model = _empty_model(config)
+    _check_tensors(file, tensors, model.state_dict())
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.to(device).eval().requires_grad_(False), config, step
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+
+def class_labels(num: int, num_classes: int) -> np.ndarray:
+    """Balanced labels [num] int64: image i is of class i modulo `num_classes`."""
+    return np.arange(num, dtype=np.int64) % num_classes
+
+
+def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Standard normal noise [B, *shape] float32 on the CPU; row b depends on (seed, indices[b]) alone.
+
+    Philox (Salmon et al. 2011) is keyed by that pair, so images need no common generator and no order.
+    """
+    rows = [np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+            .standard_normal(shape, dtype=np.float32) for index in indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:
+    """[-1, 1] float [B, C, H, W] to uint8 [B, H, W, C]: clamp(127.5 x + 128, 0, 255), truncated (as ADM and DiT do).
+
+    Raises:
+        ConfigError: the model made NaN or infinity, which no pixel can show.
+    """
+    if not bool(torch.isfinite(x_BCHW).all()):
+        reject("weights", "NaN", "the model makes values that are not finite", "name an earlier checkpoint")
+    return (127.5 * x_BCHW.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def generate(
+    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, cfg: float, steps: int,
+    seed: int, batch: int, device: torch.device, precision: Precision = "fp32",
+    on_step: Callable[[int], object] | None = None, on_batch: Callable[[slice, np.ndarray], object] | None = None,
+) -> np.ndarray:
+    """Draw images with Euler steps from noise to data.
+
+    Args:
+        labels: [N] classes; `config.model.num_classes` is the null label.
+        indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
+            other images, beyond float rounding.
+        cfg: guidance scale; at 1 or below one labelled forward a step.
+        steps: Euler steps over the noise levels of `sigma_schedule`, with the shift of training.
+        precision: `bf16` runs the model under autocast; the state of the solver stays float32.
+        on_step: called with B after every Euler step of a batch of B.
+        on_batch: called with the rows of a finished batch and its images, as soon as it is finished.
+
+    Returns:
+        uint8 [N, H, W, C].
+
+    Raises:
+        ConfigError: the model makes NaN or infinity.
+    """
+    m = config.model
+    images = np.empty((len(indices), m.image_size, m.image_size, m.channels), dtype=np.uint8)
+    sigmas = sigma_schedule(steps, config.diffusion.shift)
+    for start in range(0, len(indices), batch):
+        rows = slice(start, min(start + batch, len(indices)))
+        x = image_noise(seed, indices[rows], (m.channels, m.image_size, m.image_size)).to(device)
+        label_B = torch.from_numpy(np.asarray(labels[rows], dtype=np.int64))
+        velocity = guided_velocity(model, label_B, m.num_classes, cfg, device)
+        tick = None if on_step is None else lambda _step, state: on_step(len(state))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            x = euler(velocity, x, sigmas, tick)
+        images[rows] = to_pixels(x)
+        if on_batch is not None:
+            on_batch(rows, images[rows])
+    return images
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def check_channels(config: Config) -> None:
+    """Raises `ConfigError` if the model's output has a channel count that no picture has."""
+    if config.model.channels not in IMAGE_MODES:
+        reject("model.channels", config.model.channels, "the model makes latents, not pixels",
+               "sample a model of 1 or 3 channels")
+
+
+def to_image(pixels_HWC: np.ndarray) -> Image.Image:
+    """uint8 [H, W, 1 or 3] to a picture."""
+    return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
+
+
+def grid(images_NHWC: np.ndarray, columns: int, scale: int | None = None) -> Image.Image:
+    """Rows of `columns` pictures on white, in the order given.
+
+    Args:
+        images_NHWC: uint8, C 1 or 3.
+        scale: each pixel becomes a square of this side (no smoothing); by default pictures reach at least 48 pixels.
+    """
+    _, height, width, channels = images_NHWC.shape
+    scale = scale or max(1, -(-48 // min(height, width)))
+    cell, gap = (width * scale, height * scale), 2
+    rows = -(-len(images_NHWC) // columns)
+    size = (columns * (cell[0] + gap) + gap, rows * (cell[1] + gap) + gap)
+    sheet = Image.new(IMAGE_MODES[channels], size, "white")
+    for i, pixels in enumerate(images_NHWC):
+        picture = to_image(pixels).resize(cell, Image.Resampling.NEAREST)
+        sheet.paste(picture, (gap + i % columns * (cell[0] + gap), gap + i // columns * (cell[1] + gap)))
+    return sheet
+
+
+def draw_grid(model: torch.nn.Module, config: Config, device: torch.device) -> Image.Image:
+    """The grid that training shows: one row a class, `sample.per_class` columns, the same noise every time.
+
+    Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was.
+
+    Raises:
+        ConfigError: the model makes latents, or values that are not finite.
+    """
+    check_channels(config)
+    s = config.sample
+    labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
+    precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
+    was_training = model.training
+    model.eval()
+    try:
+        images = generate(model, config, labels, np.arange(len(labels)), s.cfg, s.steps, s.seed, 64, device, precision)
+    finally:
+        model.train(was_training)
+    return grid(images, s.per_class)

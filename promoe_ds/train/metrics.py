@@ -1,0 +1,123 @@
+"""One log line, and the same numbers in RUN/metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+def expert_load(load_LE: Tensor) -> tuple[float, int]:
+    """(mean over the MoE layers of max/mean expert load, experts without a token over all layers).
+
+    Args:
+        load_LE: int64 [L, E], tokens per layer and expert over all ranks. A dense model gives (1.0, 0).
+    """
+    if load_LE.numel() == 0:
+        return 1.0, 0
+    load_LE = load_LE.double()
+    ratio_L = load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)
+    return float(ratio_L.mean()), int((load_LE == 0).sum())
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU. GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def duration(seconds: float) -> str:
+    """45s, 3m20s, 2h05m, 2d03h."""
+    s = int(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+class Throughput:
+    """Images a second since the last report, without the time spent in pauses (checkpoints, sample grids)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.images, self.since = 0, time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        self.since += seconds
+
+    def rate(self) -> float:
+        return self.images / max(time.perf_counter() - self.since, 1e-9)
+
+
+class MetricsLog:
+    """Rank 0's log. Opening it to resume at `step` drops what was logged after that step.
+
+    Args:
+        run: the run's folder.
+        step: optimizer steps done so far.
+        steps: optimizer steps of the whole run, for progress and ETA.
+    """
+
+    def __init__(self, run: Path, step: int, steps: int):
+        self.path, self.steps = run / "metrics.jsonl", steps
+        self._truncate(step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def _truncate(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line being written when the run was killed
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record with the key `step`; numbers or None."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self.board.add_scalar(key, value, record["step"])
+        print(self._line(record), flush=True)
+
+    def image(self, name: str, image: Any, step: int) -> None:
+        """Add a PIL image to TensorBoard."""
+        import numpy as np
+
+        self.board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def _line(self, r: dict[str, Any]) -> str:
+        left = (self.steps - r["step"]) * r["seconds_per_step"]
+        parts = [f"step {r['step']}/{self.steps}", f"loss {r['loss']:.4f}"]
+        parts += [f"{key.removeprefix('loss/')} {r[key]:.4f}" for key in r if key.startswith("loss/")]
+        parts += [f"gnorm {r['grad_norm']:.3f}", f"img/s {r['images_per_s']:.0f}"]
+        if r["mfu"] is not None:
+            parts.append(f"mfu {100 * r['mfu']:.1f}%")
+        parts += [f"mem {r['memory_gib']:.2f}G", f"load {r['load_max_over_mean']:.2f}x", f"dead {r['dead_experts']}"]
+        return "  ".join([*parts, f"eta {duration(left)}"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()

@@ -1,0 +1,242 @@
+"""The training loop: read `Trainer.run` from top to bottom.
+
+One optimizer step is a pure function of (state, seed, step): data, noise, timesteps, label drops and flips are drawn
+for the global batch and sliced by rank, so the loss curve does not depend on the topology, and a resumed run repeats
+exactly what the interrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from promoe_ds import accounting
+from promoe_ds.config import Config, dump, reject
+from promoe_ds.data import ImageDataset, build_dataset
+from promoe_ds.data.batches import Batch, BatchStream
+from promoe_ds.diffusion import rectified_flow as flow
+from promoe_ds.models.dit import DiTOutput
+from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.parallel.ds_config import ResolvedDS
+from promoe_ds.parallel.engine import Engine
+from promoe_ds.parallel.expert_parallel import is_sharded, parallelize
+from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
+from promoe_ds.sampling import draw_grid
+from promoe_ds.train import checkpoint
+from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, memory_gib
+
+DONE, USER_ERROR, RESUMABLE = 0, 2, 85
+"""exit codes"""
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on (not a user's mistake); the message is one line."""
+
+
+def prepare_run(run: Path, config: Config, ds: ResolvedDS, rank: int) -> None:
+    """Check that `run` can hold this run, and on rank 0 write the resolved configuration into it.
+
+    Raises:
+        ConfigError: the folder belongs to another configuration, or cannot be written. Nothing is overwritten then.
+    """
+    saved = checkpoint.saved_config(run)
+    if saved is not None:
+        checkpoint.check_same_run(saved, config, run)
+    if rank != 0:
+        return
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name, text in (("config.yaml", dump(config)), ("ds_config.json", json.dumps(ds.json, indent=1) + "\n")):
+            temporary = run / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, run / name)
+    except OSError as error:
+        reject("--run", run, f"cannot be written ({error.strerror or error})", "choose another folder")
+
+
+class Trainer:
+    """A run on one rank: model, engine, data and log, at some step."""
+
+    def __init__(self, config: Config, ds: ResolvedDS, run: Path, topology: Topology):
+        self.config, self.run_folder, self.topology = config, run, topology
+        self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
+        self.dataset: ImageDataset = build_dataset(config)  # before any collective: its errors are the user's
+        prepare_run(run, config, ds, topology.rank)
+        connect(topology)
+        self.stop_requested = False
+        found = checkpoint.find_whole(run, self.ranks)
+        if found:
+            checkpoint.check_same_run(checkpoint.manifest(found)["config"], config, found)
+        self.step = checkpoint.step_of(found) if found else 0
+        self.engine = self._make_engine(ds, found)
+        self.aux_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
+        self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
+        self.log = MetricsLog(run, self.step, config.train.steps) if topology.rank == 0 else None
+        self.throughput = Throughput()
+
+    def _make_engine(self, ds: ResolvedDS, found: Path | None) -> Engine:
+        topology = self.topology
+        model = parallelize(build(self.config), topology)
+        self.total_parameters = accounting.count_parameters(self.config).total
+        materialize(model, self.config.train.seed, topology.device)
+        self.fixed = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
+        reader = checkpoint.Reader(found) if found else None
+        if reader:
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            checkpoint.load_weights(reader, trained, self._local_part)
+        engine = Engine(model, self.config, ds, topology)
+        if reader:
+            checkpoint.restore(reader, engine, self.step)
+        return engine
+
+    def _local_part(self, parameter: Tensor, full: Tensor) -> Tensor:
+        return full.chunk(self.topology.ep)[self.topology.ep_rank] if is_sharded(parameter) else full
+
+    # ------------------------------------------------------------------------------------------------------- loop
+
+    def run(self) -> int:
+        """Train from the current step to `train.steps`; returns the exit code."""
+        cfg = self.config.train
+        self._say(self._banner())
+        signal.signal(signal.SIGTERM, self._on_signal)
+        with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
+            while self.step < cfg.steps:
+                record = self._train_step(next(stream))
+                if self.step % cfg.log_every == 0 or self.step in (1, cfg.steps):
+                    self._report(record)
+                last = self.step == cfg.steps or record["stop"]
+                if last or self.step % cfg.checkpoint_every == 0:
+                    self._save()
+                if cfg.sample_every and self.step % cfg.sample_every == 0 and self.step < cfg.steps:
+                    self._draw_samples()
+                if record["stop"] and self.step < cfg.steps:
+                    self._say(f"stopped by a signal at step {self.step}; the same command continues")
+                    return RESUMABLE
+        self._draw_samples()
+        self._say(f"done: {self.step} steps; weights in {checkpoint.folder(self.run_folder, self.step) / checkpoint.EMA}")
+        return DONE
+
+    def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
+        """One optimizer step; returns the losses, gradient norm and expert load."""
+        totals, load_LE = torch.zeros(len(self.terms) + 1, device=self.topology.device), None
+        for batch in batches:
+            output, terms = self._forward(batch)
+            self.engine.backward(terms[0])
+            totals[:-1] += torch.stack(terms).detach() / len(batches)
+            load_LE = output.load_LE if load_LE is None else load_LE + output.load_LE
+        totals[-1] = float(self.stop_requested)
+        *losses, stop = self._mean_over_ranks(totals)
+        norm = self.engine.step()
+        self.step += 1
+        if not math.isfinite(norm):
+            raise TrainingStopped(f"step {self.step}: the gradient norm is {norm}; the last checkpoint is unharmed")
+        self.throughput.images += self.config.train.global_batch_size
+        return dict(zip(self.terms, losses, strict=True)) | {"grad_norm": norm, "load": load_LE, "stop": stop > 0}
+
+    def _forward(self, batch: Batch) -> tuple[DiTOutput, list[Tensor]]:
+        """-> model output and [total loss, diffusion loss, auxiliary losses]; L = Eq. (1) + lambda * Eq. (6)."""
+        cfg, device = self.config.diffusion, self.topology.device
+        z, eps, gauss = (x.to(device, non_blocking=True) for x in (batch.x_BCHW, batch.noise_BCHW, batch.gauss_B))
+        sigma = flow.sigma_from_gauss(gauss, cfg.logit_mean, cfg.logit_std, cfg.shift)
+        ctx = RoutingContext.build(batch.label_B, self.config.model.num_classes, device, self.engine.all_reduce)
+        output = self.engine(flow.interpolate(z, eps, sigma), 1000 * sigma, ctx)
+        diffusion = flow.loss_per_image(output.prediction, flow.target(z, eps)).mean()
+        total = diffusion
+        for name, weight in self.aux_weights.items():
+            total = total + weight * output.aux[name]
+        return output, [total, diffusion, *(output.aux[name] for name in self.aux_weights)]
+
+    def _mean_over_ranks(self, totals: Tensor) -> list[float]:
+        """Means over ranks, checked before the weights are touched. Raises TrainingStopped on every rank alike."""
+        mine = totals.clone()
+        means = (sum_over_ranks(totals) / self.topology.world).tolist()
+        if not all(map(math.isfinite, means)):
+            per_rank = gather_objects(mine.tolist(), self.topology)
+            bad = [(r, n, v) for r, vs in enumerate(per_rank) for n, v in zip(self.terms, vs, strict=False)
+                   if not math.isfinite(v)]  # fmt: skip
+            rank, name, value = bad[0]
+            raise TrainingStopped(f"step {self.step + 1}, rank {rank}: {name} is {value}; the last checkpoint is unharmed")
+        return means
+
+    # --------------------------------------------------------------------------------------------------- reporting
+
+    def _report(self, record: dict[str, Any]) -> None:
+        """Collective: sum the expert loads over ranks; rank 0 writes the record."""
+        load_LE = sum_over_ranks(record.pop("load").clone())
+        if self.log:
+            rate = self.throughput.rate()
+            ratio, dead = expert_load(load_LE.cpu())
+            device = self.topology.device
+            peak = accounting.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+            mfu = rate / self.topology.world * 3 * accounting.forward_flops(self.config) / peak if peak else None
+            self.log.write({
+                "step": self.step, **{k: record[k] for k in self.terms}, "grad_norm": record["grad_norm"],
+                "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
+                "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
+            })  # fmt: skip
+        self.throughput.reset()
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        facts = {"world": self.topology.world, "ep": self.topology.ep, "stage": self.engine.stage,
+                 "torch": torch.__version__}  # fmt: skip
+        checkpoint.save(self.run_folder, self.engine, self.fixed, self.step, self.config, self.ranks, facts)
+        if self.topology.rank == 0:
+            checkpoint.prune(self.run_folder, self.config.train.keep_last)
+        self._paused(start, f"checkpoint of step {self.step}")
+
+    def _draw_samples(self) -> None:
+        """Rank 0 draws a grid with the EMA weights, fixed noise: samples/grid.png, and by step."""
+        start = time.perf_counter()
+        weights = checkpoint.ema_state_dict(self.engine, self.fixed, self.ranks)
+        if self.log:
+            model = build(self.config)
+            model.load_state_dict(weights, assign=True)
+            image = draw_grid(model.to(self.topology.device).eval(), self.config, self.topology.device)
+            target = self.run_folder / "samples"
+            target.mkdir(exist_ok=True)
+            image.save(target / f"grid_{self.step:08d}.png")
+            image.save(target / "grid.png")
+            self.log.image("samples", image, self.step)
+        barrier(self.topology)
+        self._paused(start, "sample grid")
+
+    def _paused(self, start: float, what: str) -> None:
+        seconds = time.perf_counter() - start
+        self.throughput.pause(seconds)
+        self._say(f"  {what}: {seconds:.1f} s")
+
+    def _banner(self) -> str:
+        t, cfg = self.topology, self.config.train
+        where = f"resuming at step {self.step}" if self.step else "starting"
+        return (
+            f"{self.config.name}: {where} of {cfg.steps}; {self.total_parameters / 1e6:.1f} M parameters, "
+            f"{len(self.dataset)} images; {t.world} x {t.device.type}, ep {t.ep}, ZeRO-{self.engine.stage}, "
+            f"{cfg.precision}, global batch {cfg.global_batch_size}; run folder {self.run_folder}"
+        )
+
+    def _say(self, text: str) -> None:
+        if self.topology.rank == 0:
+            print(text, flush=True)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stop_requested:
+            sys.exit(128 + number)
+        self.stop_requested = True  # every rank learns of it with the losses of the step
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.reference import digits_images
+
+LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], int]:
+    spec = importlib.util.spec_from_file_location("launchers_evaluate", LAUNCHER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def save(folder: Path, n: int, cfg: float) -> Path:
+    images, labels = digits_images()
+    folder.mkdir(parents=True)
+    np.savez(folder / "samples.npz", arr_0=images[:n], arr_1=labels[:n])
+    (folder / "sampling.json").write_text(json.dumps({"cfg": cfg, "seed": 7}), encoding="utf-8")
+    return folder / "samples.npz"
+
+
+def failure(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    assert main([str(a) for a in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
+    return captured.err
+
+
+def test_run_folder_from_elsewhere(tmp_path: Path):
+    run = tmp_path / "run"
+    save(run / "samples" / "cfg4.0", 200, 4.0)
+    save(run / "samples" / "cfg1.0", 300, 1.0)
+    done = subprocess.run([sys.executable, str(LAUNCHER), "--run", "run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("digits-cnn: accuracy on held-out real images 0.9")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["cfg"] == 1.0 and metrics["num"] == 300 and metrics["sampling"]["seed"] == 7
+    assert [s["cfg"] for s in metrics["sets"]] == [1.0, 4.0]
+    assert metrics["label_agreement"] >= 0.97 and metrics["fd_over_noise"] < 0.1
+
+
+def test_mistake_in_a_process_has_no_traceback(tmp_path: Path):
+    done = subprocess.run([sys.executable, str(LAUNCHER), "absent.npz"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == ("error: SAMPLES=absent.npz: no such file; draw samples first: launchers/sample.py, "
+                           "or name an existing .npz\n")
+
+
+def test_sample_sets_and_out(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one, two = save(tmp_path / "a", 100, 1.0), save(tmp_path / "b", 150, 2.0)
+    out = tmp_path / "m.json"
+    assert main([str(one), str(two.parent), "--ref", "digits", "--features", "digits-cnn", "--out", str(out)]) == 0
+    assert [s["num"] for s in json.loads(out.read_text())["sets"]] == [100, 150]
+    assert str(out) in capsys.readouterr().out
+
+
+def test_errors_leave_the_output_alone(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    good, out = save(tmp_path / "a", 10, 1.0), tmp_path / "metrics.json"
+    out.write_text("before")
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(good.read_bytes()[:200])
+    assert "no readable .npz" in failure(main, capsys, good, bad, "--out", out)
+    assert "choose one of digits-cnn" in failure(main, capsys, good, "--features", "inception", "--out", out)
+    assert "choose one of digits" in failure(main, capsys, good, "--ref", "mnist", "--out", out)
+    np.savez(bad, arr_0=np.zeros((3, 9, 9, 1), np.uint8), arr_1=np.zeros(3, np.int64))
+    assert "digits-cnn takes [8, 8, 1]" in failure(main, capsys, good, bad, "--out", out)
+    assert "ends in .json" in failure(main, capsys, good, "--out", good)
+    assert out.read_text() == "before"
+
+
+def test_bad_command_lines(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "nothing to score" in failure(main, capsys)
+    assert "unrecognized arguments: --frobnicate" in failure(main, capsys, "a.npz", "--frobnicate")
+    assert "give one or the other" in failure(main, capsys, "a.npz", "--run", tmp_path)
+    assert "no such folder" in failure(main, capsys, "--run", tmp_path / "absent")
+    assert "no samples.npz below" in failure(main, capsys, "--run", tmp_path)
+
+
+def test_help_ends_with_examples(main, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "examples:" in capsys.readouterr().out

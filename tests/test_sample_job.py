@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from promoe_ds.config import ConfigError, decode, dump
+from promoe_ds.models.init import build, materialize
+from promoe_ds.sample_job import Job, Worker, claim_folder, read_image, run_of, worker_from
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "launchers/sample.py"
+Command = Callable[..., int]
+
+
+def load_launcher() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sample_launcher", LAUNCHER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(run: Path, seed: int = 0, channels: int = 1) -> Path:
+    """A run folder with one complete checkpoint of a tiny model whose every parameter is drawn."""
+    config = decode({"name": "tiny", "model": {"depth": 2, "width": 32, "heads": 2, "image_size": 8,
+                                               "channels": channels, "num_classes": 10}, "moe": {"num_experts": 4}})
+    dit = materialize(build(config), seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: tensor.detach() + 0.1 * torch.randn(tensor.shape, generator=generator)
+               for name, tensor in dit.state_dict().items()}
+    file = run / "checkpoints/step_00000007/ema.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, {"format": "promoe_ds/1", "config": dump(config), "step": "7"})
+    write_manifest(file)
+    return file
+
+
+def write_manifest(file: Path) -> None:
+    entry = {"bytes": file.stat().st_size, "blake2b": hashlib.blake2b(file.read_bytes()).hexdigest()}
+    tree = {"format": "promoe_ds/1", "step": 7, "files": {file.name: entry}}
+    (file.parent / "manifest.json").write_text(json.dumps(tree))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the launcher in this process; small defaults that later words override. Returns the exit code."""
+    launcher = load_launcher()
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+
+    def call(*words: object) -> int:
+        small = ["--num", "12", "--steps", "2", "--batch", "5", "--cfg", "1.5", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *small, *map(str, words)])
+        return launcher.main()
+
+    return call
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(path, allow_pickle=False) as npz:
+        return npz["arr_0"], npz["arr_1"]
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+def test_one_scale_fills_the_folder(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "out", write_run(tmp_path)
+    assert command("--model", file, "--out", out) == 0
+    images, labels = read_npz(out / "samples.npz")
+    assert images.dtype == np.uint8 and images.shape == (12, 8, 8, 1) and images.std() > 20
+    assert labels.dtype == np.int64 and labels.tolist() == [*range(10), 0, 1]
+    assert read_image(out / "000011_class1.png", (8, 8, 1)) is not None
+    names = {f"{i:06d}_class{i % 10}.png" for i in range(12)} | {"samples.npz", "grid.png", "sampling.json"}
+    assert {path.name for path in out.iterdir()} == names
+    for i in range(12):
+        np.testing.assert_array_equal(read_image(out / f"{i:06d}_class{i % 10}.png", (8, 8, 1)), images[i])
+    with Image.open(out / "grid.png") as sheet:
+        assert sheet.size == (10 * 50 + 2, 2 * 50 + 2)
+    record = json.loads((out / "sampling.json").read_text())
+    assert record["checkpoint"] == "checkpoints/step_00000007/ema.safetensors" and record["checkpoint_step"] == 7
+    assert (record["config"], record["cfg"], record["steps"], record["seed"], record["num"], record["precision"]) == \
+        ("tiny", 1.5, 2, 0, 12, "fp32")
+    assert record["command"].startswith("launchers/sample.py --num 12") and record["versions"]["torch"]
+    printed = capsys.readouterr()
+    assert "12 images at cfg 1.5" in printed.out and "12/12" in printed.err
+
+
+def test_several_scales_get_a_folder_each(command: Command, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    assert command("--run", tmp_path, "--cfg", "1,2.5", "--out", tmp_path / "out") == 0
+    plain, _ = read_npz(tmp_path / "out/cfg1.0/samples.npz")
+    guided, _ = read_npz(tmp_path / "out/cfg2.5/samples.npz")
+    assert (plain != guided).any()
+    assert command("--run", tmp_path, "--cfg", "1") == 0
+    default, _ = read_npz(tmp_path / "samples/cfg1.0/samples.npz")
+    np.testing.assert_array_equal(default, plain)
+
+
+def test_colour_images(command: Command, tmp_path: Path) -> None:
+    assert command("--model", write_run(tmp_path, channels=3), "--out", tmp_path / "out", "--num", 3) == 0
+    images, _ = read_npz(tmp_path / "out/samples.npz")
+    np.testing.assert_array_equal(read_image(tmp_path / "out/000002_class2.png", (8, 8, 3)), images[2])
+
+
+def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--model", file, "--num", "7", "--steps", "2", "--cfg", "1,1.5", "--device", "cpu",
+             "--out", tmp_path / "two"]
+    environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                            "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen(
+        [sys.executable, LAUNCHER, *map(str, words), f"--local_rank={rank}"], stderr=subprocess.PIPE, text=True,
+        env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=tmp_path) for rank in range(2)]
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    assert command("--model", file, "--num", 7, "--cfg", "1,1.5", "--out", tmp_path / "one") == 0
+    for scale in ("cfg1.0", "cfg1.5"):
+        alone, shared = tmp_path / "one" / scale, tmp_path / "two" / scale
+        one, labels_one = read_npz(alone / "samples.npz")
+        two, labels_two = read_npz(shared / "samples.npz")
+        assert np.abs(one.astype(int) - two).max() <= 1
+        np.testing.assert_array_equal(labels_one, labels_two)
+        assert {path.name for path in alone.iterdir()} == {path.name for path in shared.iterdir()}
+        assert "local_rank" not in json.loads((shared / "sampling.json").read_text())["command"]
+
+
+def test_sampling_imports_no_deepspeed() -> None:
+    code = f"import runpy, sys; runpy.run_path({str(LAUNCHER)!r}); import promoe_ds.train.checkpoint; " \
+           "sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+def test_interrupted_folder_is_finished_and_finished_images_are_kept(command: Command, tmp_path: Path) -> None:
+    file, out = write_run(tmp_path), tmp_path / "out"
+    assert command("--model", file, "--out", out) == 0
+    whole, _ = read_npz(out / "samples.npz")
+    marked = np.full((8, 8), 77, np.uint8)
+    Image.fromarray(marked).save(out / "000003_class3.png")  # would be redrawn, if finished images were
+    (out / "000004_class4.png").write_bytes((out / "000004_class4.png").read_bytes()[:40])
+    for name in ("samples.npz", "000005_class5.png", "000011_class1.png"):
+        (out / name).unlink()
+    for name in (".000009_class9.png.host-1.tmp", "part-1-of-2.npz"):
+        (out / name).write_bytes(b"half")
+    assert command("--model", file, "--out", out, "--batch", 2) == 0
+    again, _ = read_npz(out / "samples.npz")
+    assert (again[3, :, :, 0] == 77).all()
+    others = np.delete(np.arange(12), 3)
+    assert np.abs(again[others].astype(int) - whole[others]).max() <= 1
+    assert not list(out.glob(".*")) and not list(out.glob("part*"))
+
+
+@pytest.mark.parametrize(("words", "difference"), [
+    (["--seed", 1], "holds samples of seed=0, this command has seed=1"),
+    (["--steps", 3], "steps=2, this command has steps=3"),
+    (["--cfg", 2], "cfg=1.5, this command has cfg=2.0"),
+    (["--num", 13], "num=12, this command has num=13"),
+    (["--precision", "bf16"], "precision=fp32, this command has precision=bf16"),
+])
+def test_other_samples_are_not_overwritten(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list, difference: str
+) -> None:
+    file, out = write_run(tmp_path), tmp_path / "out"
+    assert command("--model", file, "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert command("--model", file, "--out", out, *words) == 2
+    error = capsys.readouterr().err
+    assert difference in error and error.startswith("error: --out=") and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_other_weights_of_the_same_step_are_noticed(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--model", write_run(tmp_path), "--out", tmp_path / "out") == 0
+    assert command("--model", write_run(tmp_path, seed=1), "--out", tmp_path / "out") == 2
+    assert "checkpoint_blake2b=" in capsys.readouterr().err
+
+
+def test_folders_are_checked_before_the_first_image(command: Command, tmp_path: Path) -> None:
+    file, out = write_run(tmp_path), tmp_path / "out"
+    (out / "cfg3.0").mkdir(parents=True)
+    (out / "cfg3.0/grid.png").write_bytes(b"")
+    assert command("--model", file, "--out", out, "--cfg", "1,3") == 2
+    assert [path.name for path in out.iterdir()] == ["cfg3.0"]
+
+
+def test_unclaimable_folders_are_one_line(tmp_path: Path) -> None:
+    record = {"seed": 0}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not a folder; name another one"):
+        claim_folder(tmp_path / "file", record)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        claim_folder(tmp_path / "file/below", record)
+    (tmp_path / "000001_class1.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds 000001_class1.png but no sampling.json"):
+        claim_folder(tmp_path, record)
+    (tmp_path / "sampling.json").write_text("{")
+    with pytest.raises(ConfigError, match="its sampling.json cannot be read"):
+        claim_folder(tmp_path, record)
+    (tmp_path / "sampling.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds samples of config=None"):
+        claim_folder(tmp_path, record | {"config": "tiny"})
+
+
+def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop after the first batch leaves its images and the record; the same command then draws the rest only."""
+    file, out = write_run(tmp_path), tmp_path / "out"
+    kept = Job.image_path
+
+    def stop_at_sixth(self: Job, index: int, label: int) -> Path:
+        if index == 6 and kept(self, 4, 4).exists():
+            raise KeyboardInterrupt
+        return kept(self, index, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "image_path", stop_at_sixth)
+        assert command("--model", file, "--out", out) == 85
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert len(times) == 6 and not (out / "samples.npz").exists() and not list(out.glob(".*"))
+    assert command("--model", file, "--out", out) == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--num", 0], "--num=0: must be positive"),
+    (["--steps", -1], "--steps=-1: must be positive"),
+    (["--batch", 0], "--batch=0: must be positive"),
+    (["--num", "many"], "argument --num: invalid int value: 'many'"),
+    (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
+    (["--cfg", "1,,2"], "--cfg='1,,2': is not a list of numbers"),
+    (["--cfg", "nan"], "--cfg='nan': has a scale that is negative or not finite"),
+    (["--cfg=-1"], "--cfg='-1': has a scale that is negative"),
+    (["--cfg", "1,1.0"], "--cfg='1,1.0': names a scale twice"),
+    (["--device", "abacus"], "--device=abacus: is no device"),
+    (["--device", "meta"], "--device=meta: is not supported"),
+    (["--device", "cuda:99"], "--device=cuda:99: this machine offers"),
+    (["--precision", "fp64"], "invalid choice: 'fp64'"),
+    (["--run", "elsewhere"], "argument --run: not allowed with argument --model"),
+    (["--depth", 3], "unrecognized arguments: --depth 3"),
+])
+def test_misuse_is_one_line(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list, message: str
+) -> None:
+    assert command("--model", write_run(tmp_path), "--out", tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_or_damaged_weights(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged, flipped = write_run(tmp_path / "run"), write_run(tmp_path / "flipped")
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x01")
+    (tmp_path / "empty").mkdir()
+    for words, message in (([], "one of the arguments --run --model is required"),
+                           (["--run", tmp_path / "none"], "no such file or folder"),
+                           (["--run", tmp_path / "empty"], "holds no complete checkpoint"),
+                           (["--run", tmp_path / "run"], "is damaged: ema.safetensors has 1000 bytes"),
+                           (["--run", tmp_path / "flipped"], "is damaged: it does not match its checksum"),
+                           (["--model", damaged], "is damaged or no safetensors file")):
+        assert command(*words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_latent_models_are_refused(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--model", write_run(tmp_path, channels=4), "--out", tmp_path / "out") == 2
+    assert "model.channels=4: the model makes latents, not pixels" in capsys.readouterr().err
+
+
+def test_worker_comes_from_the_environment() -> None:
+    assert worker_from({}) == Worker(0, 1, 0)
+    assert worker_from({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Worker(5, 8, 1)
+    for environ, message in (({"RANK": "2", "WORLD_SIZE": "2"}, "^RANK=2: .*not below WORLD_SIZE=2"),
+                             ({"WORLD_SIZE": "2"}, "^WORLD_SIZE=2: is set in the environment without RANK"),
+                             ({"RANK": "x"}, "^RANK='x': the environment variable is not a number")):
+        with pytest.raises(ConfigError, match=message):
+            worker_from(environ)
+
+
+def test_help_ends_with_examples(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command("--help")
+    assert stopped.value.code == 0 and "launchers/sample.py --run runs/digits" in capsys.readouterr().out
+
+
+def test_run_of_a_checkpoint(tmp_path: Path) -> None:
+    assert run_of(write_run(tmp_path)) == tmp_path.resolve()
+    assert run_of(tmp_path / "ema.safetensors") is None

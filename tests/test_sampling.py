@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from promoe_ds.config import Config, ConfigError, decode, dump
+from promoe_ds.models.dit import DiT
+from promoe_ds.models.init import build, materialize
+from promoe_ds.sampling import (
+    check_channels,
+    class_labels,
+    draw_grid,
+    find_weights,
+    generate,
+    grid,
+    image_noise,
+    load_ema,
+    to_pixels,
+)
+
+CPU = torch.device("cpu")
+MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 10}
+
+
+def tiny(**model: Any) -> tuple[DiT, Config]:
+    """A small ProMoE whose every parameter is drawn, so that it makes more than zeros."""
+    config = decode({"name": "tiny", "model": MODEL | model, "moe": {"num_experts": 4},
+                     "sample": {"steps": 3, "per_class": 2, "classes": 3}})
+    dit = materialize(build(config), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return dit.eval(), config
+
+
+def save(file: Path, dit: DiT, config: Config, metadata: dict[str, str] | None = None) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().clone() for name, tensor in dit.state_dict().items()}
+    save_file(tensors, file, {"format": "promoe_ds/1", "config": dump(config), "step": "7"} | (metadata or {}))
+    return file
+
+
+def draw(dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, **more: Any) -> np.ndarray:
+    return generate(dit, config, class_labels(100, 10)[indices], indices, cfg, 4, 5, batch, CPU, **more)
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_come_back_with_config_and_step(tmp_path: Path) -> None:
+    dit, config = tiny()
+    loaded, loaded_config, step = load_ema(save(tmp_path / "ema.safetensors", dit, config))
+    assert (loaded_config, step) == (config, 7)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    for name, tensor in dit.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def complete(folder: Path, names: tuple[str, ...] = ("ema.safetensors",)) -> None:
+    """Write the manifest that makes a checkpoint folder complete."""
+    files = {name: {"bytes": (folder / name).stat().st_size, "blake2b": ""} for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"format": "promoe_ds/1", "files": files}))
+
+
+def test_weights_are_found_by_file_checkpoint_and_run(tmp_path: Path) -> None:
+    for name in ("step_00000010", "step_00000020", "tmp_step_00000030"):
+        complete(save(tmp_path / "checkpoints" / name / "ema.safetensors", *tiny()).parent)
+    newest = tmp_path / "checkpoints/step_00000020/ema.safetensors"
+    assert find_weights(tmp_path) == find_weights(newest.parent) == find_weights(newest) == newest
+
+
+def test_an_older_checkpoint_never_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
+    old, new = (save(tmp_path / f"checkpoints/step_{step:08d}/ema.safetensors", *tiny()) for step in (1, 2))
+    complete(new.parent)
+    new.write_bytes(new.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="step_00000002: is damaged: .*no whole checkpoint is left"):
+        find_weights(tmp_path)
+    complete(old.parent)
+    with pytest.raises(ConfigError, match=f"step_00000002: is damaged: .*; remove it or sample --model {old.parent}$"):
+        find_weights(tmp_path)
+
+
+def test_missing_weights_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--run=.*nowhere: no such file or folder"):
+        find_weights(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="^--model=.*holds no complete checkpoint; train first"):
+        find_weights(tmp_path, "--model")
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    complete(tmp_path / "checkpoints/step_00000001", ())
+    with pytest.raises(ConfigError, match="has no ema.safetensors"):
+        find_weights(tmp_path)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    file = save(tmp_path / "ema.safetensors", *tiny())
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="ema.safetensors: is damaged or no safetensors file") as raised:
+        load_ema(file)
+    assert "\n" not in str(raised.value)
+    file.write_text("nonsense")
+    with pytest.raises(ConfigError, match="is damaged"):
+        load_ema(file)
+
+
+@pytest.mark.parametrize(("metadata", "message"), [
+    ({"format": "other/9"}, "has format 'other/9', expected 'promoe_ds/1'"),
+    ({"config": "model: {depht: 2}"}, "metadata cannot be used .*did you mean 'depth'"),
+    ({"config": "a: [b"}, "metadata cannot be used"),
+    ({"step": "x"}, "metadata cannot be used"),
+])
+def test_unusable_metadata_is_named(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_ema(save(tmp_path / "ema.safetensors", *tiny(), metadata))
+    assert "ema.safetensors" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop("pos_embed"), "pos_embed is missing;"),
+    (lambda t: t.update(stray=torch.zeros(1)), "stray is unexpected;"),
+    (lambda t: t.update(pos_embed=torch.zeros(1, 2, 3)), r"pos_embed is torch.float32\[1, 2, 3\], expected"),
+    (lambda t: t.update(pos_embed=t["pos_embed"].half()), r"pos_embed is torch.float16"),
+    (lambda t: (t.pop("pos_embed"), t.update(stray=torch.zeros(1))), "pos_embed is missing and 1 more;"),
+])
+def test_tensors_must_fit_the_config(tmp_path: Path, change: Any, message: str) -> None:
+    dit, config = tiny()
+    tensors = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
+    change(tensors)
+    file = tmp_path / "ema.safetensors"
+    save_file(tensors, file, {"format": "promoe_ds/1", "config": dump(config), "step": "7"})
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_ema(file)
+    assert str(file) in str(raised.value)
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+
+def test_labels_are_balanced() -> None:
+    labels = class_labels(25, 10)
+    assert labels.dtype == np.int64 and np.bincount(labels).tolist() == [3] * 5 + [2] * 5
+
+
+def test_noise_depends_on_seed_and_index_alone() -> None:
+    together = image_noise(3, np.array([0, 5, 9]), (1, 8, 8))
+    assert together.dtype == torch.float32 and together.shape == (3, 1, 8, 8)
+    torch.testing.assert_close(image_noise(3, np.array([5]), (1, 8, 8))[0], together[1], rtol=0, atol=0)
+    assert not torch.equal(image_noise(4, np.array([5]), (1, 8, 8))[0], together[1])
+    many = image_noise(2**64 - 1, np.arange(2000), (1, 8, 8))
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
+    assert abs(torch.corrcoef(many.flatten(1)[:2])[0, 1]) < 0.5
+
+
+def test_pixels_are_clamped_and_truncated() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 9.0]).view(1, 1, 1, 6)
+    assert to_pixels(x).reshape(-1).tolist() == [0, 0, 128, 191, 255, 255]
+    assert to_pixels(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+    with pytest.raises(ConfigError, match="values that are not finite"):
+        to_pixels(torch.tensor([[[[torch.nan]]]]))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_images_do_not_depend_on_the_batch(cfg: float) -> None:
+    dit, config = tiny()
+    indices = np.arange(16)
+    whole = draw(dit, config, indices, batch=16, cfg=cfg)
+    assert whole.dtype == np.uint8 and whole.shape == (16, 8, 8, 1) and whole.std() > 20
+    for batch in (1, 7):
+        other = draw(dit, config, indices, batch=batch, cfg=cfg)
+        assert np.abs(whole.astype(int) - other).max() <= 1  # rounding may cross the border of a grey level
+    shares = np.empty_like(whole)
+    shares[0::2], shares[1::2] = draw(dit, config, indices[0::2], cfg=cfg), draw(dit, config, indices[1::2], cfg=cfg)
+    assert np.abs(whole.astype(int) - shares).max() <= 1
+
+
+def test_label_guidance_and_seed_matter() -> None:
+    dit, config = tiny()
+    first = np.arange(4)
+    base = draw(dit, config, first)
+    assert (draw(dit, config, first, cfg=4.0) != base).any()
+    assert (generate(dit, config, np.full(4, 3), first, 1.5, 4, 5, 16, CPU) != base).any()
+    assert (generate(dit, config, class_labels(4, 10), first, 1.5, 4, 6, 16, CPU) != base).any()
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    dit, config = tiny()
+    exact, rough = draw(dit, config, np.arange(8)), draw(dit, config, np.arange(8), precision="bf16")
+    assert 0 < np.abs(exact.astype(int) - rough).mean() < 5
+
+
+def test_hooks_see_every_step_and_batch() -> None:
+    dit, config = tiny()
+    ticks: list[int] = []
+    seen: list[tuple[slice, np.ndarray]] = []
+    images = draw(dit, config, np.arange(10), batch=4, on_step=ticks.append,
+                  on_batch=lambda rows, made: seen.append((rows, made.copy())))
+    assert ticks == [4] * 8 + [2] * 4
+    assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    np.testing.assert_array_equal(np.concatenate([made for _, made in seen]), images)
+
+
+def test_no_images_are_no_work() -> None:
+    dit, config = tiny()
+    assert draw(dit, config, np.arange(0)).shape == (0, 8, 8, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def test_grid_keeps_order_and_sharp_pixels() -> None:
+    images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1) * 10
+    sheet = np.asarray(grid(images, columns=3, scale=4))
+    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2)
+    cell = sheet[12:20, 12:20]  # second row, second column: image 4
+    np.testing.assert_array_equal(cell, images[4, :, :, 0].repeat(4, 0).repeat(4, 1))
+    assert (sheet[12:20, 22:30] == 255).all()  # no sixth image
+    assert grid(np.zeros((1, 8, 8, 3), np.uint8), 1).size == (52, 52)
+    assert grid(np.zeros((1, 64, 64, 3), np.uint8), 1).mode == "RGB"
+
+
+def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:
+    dit, config = tiny()
+    dit.train()
+    sheet = draw_grid(dit, config, CPU)
+    assert isinstance(sheet, Image.Image) and sheet.size == (2 * 50 + 2, 3 * 50 + 2) and dit.training
+    labels = np.repeat(np.arange(3), 2)
+    images = generate(dit.eval(), config, labels, np.arange(6), config.sample.cfg, 3, config.sample.seed, 64, CPU)
+    np.testing.assert_array_equal(np.asarray(sheet), np.asarray(grid(images, 2)))
+
+
+def test_latents_are_no_pictures() -> None:
+    with pytest.raises(ConfigError, match="^model.channels=4: the model makes latents"):
+        check_channels(decode({"model": MODEL | {"channels": 4}}))
