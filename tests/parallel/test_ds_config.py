@@ -1,0 +1,258 @@
+"""The DeepSpeed JSON: what is filled in, what is refused, and whether the known keys are the installed DeepSpeed's."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promoe_ds.config import Config, ConfigError, load_config
+from promoe_ds.parallel import ds_config
+from promoe_ds.parallel.ds_config import batch_plan, check_topology, resolve
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+STAGES = {"zero0": (0, False), "zero1": (1, False), "zero2": (2, False), "zero3": (3, False),
+          "zero2_offload": (2, True), "zero3_offload": (3, True)}
+
+
+def config(*overrides: str) -> Config:
+    return load_config("imagenet256_promoe_s", overrides)
+
+
+class Folder:
+    """Writes a ds_config and resolves it."""
+
+    def __init__(self, path: Path):
+        self.file = path / "ds.json"
+
+    def resolve(self, tree: Any, *overrides: str, world: int = 2) -> ds_config.ResolvedDS:
+        self.file.write_text(tree if isinstance(tree, str) else json.dumps(tree), encoding="utf-8")
+        return resolve(str(self.file), config(*overrides), world)
+
+    def error(self, tree: Any, *overrides: str, world: int = 2) -> str:
+        with pytest.raises(ConfigError) as caught:
+            self.resolve(tree, *overrides, world=world)
+        message = str(caught.value)
+        assert "\n" not in message and "; " in message
+        return message
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- what is filled
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_files(path: Path) -> None:
+    for precision in ("fp32", "bf16_autocast", *(["bf16"] if path.stem != "zero0" else [])):
+        ds = resolve(str(path), config(f"train.precision={precision}", "parallel.expert_parallel=2"), 4)
+        assert (ds.stage, ds.offload) == STAGES[path.stem]
+        assert ds.json["bf16"]["enabled"] == (precision == "bf16")
+        assert ds.json["torch_autocast"]["enabled"] == (precision == "bf16_autocast")
+
+
+def test_all_stages_are_shipped() -> None:
+    assert {path.stem for path in SHIPPED} == set(STAGES)
+
+
+def test_our_keys(folder: Folder) -> None:
+    ds = folder.resolve({"zero_optimization": {"stage": 2}}, "train.micro_batch_size=32", world=4)
+    assert (ds.json["train_batch_size"], ds.json["train_micro_batch_size_per_gpu"]) == (256, 32)
+    assert ds.json["gradient_accumulation_steps"] == 2 and ds.json["gradient_clipping"] == 0.5
+    assert ds.json["zero_allow_untested_optimizer"] is True and ds.json["zero_force_ds_cpu_optimizer"] is False
+    assert ds.json["torch_autocast"]["lower_precision_safe_modules"] == []
+
+
+def test_without_a_file_it_is_stage_0() -> None:
+    ds = resolve(None, config(), 1)
+    assert (ds.stage, ds.offload, ds.json["zero_optimization"]) == (0, False, {"stage": 0})
+
+
+def test_stage_0_leaves_clipping_to_the_engine(folder: Folder) -> None:
+    assert folder.resolve({}).json["gradient_clipping"] == 0.0
+    assert folder.resolve({"gradient_clipping": 0.5}).json["gradient_clipping"] == 0.0
+
+
+def test_a_file_may_repeat_what_we_say(folder: Folder) -> None:
+    tree = {"train_batch_size": 256, "gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": "auto",
+            "bf16": {"enabled": "auto"}, "torch_autocast": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    assert folder.resolve(tree).json["train_micro_batch_size_per_gpu"] == 128
+    assert folder.resolve({"bf16": "auto"}).json["bf16"] == {"enabled": False}
+
+
+def test_deepspeeds_own_keys_pass(folder: Folder) -> None:
+    tree = {"comms_logger": {"enabled": True}, "wall_clock_breakdown": True, "communication_data_type": "fp32"}
+    assert folder.resolve(tree).json.items() >= tree.items()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_deepspeed_reads_the_result(path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    ds = resolve(str(path), config(), 1)
+    read = DeepSpeedConfig(ds.json)
+    assert (read.train_batch_size, read.train_micro_batch_size_per_gpu) == (256, 256)
+    assert read.gradient_accumulation_steps == 1
+    assert read.zero_optimization_stage == ds.stage and read.torch_autocast_enabled
+    assert read.torch_autocast_lower_precision_safe_modules == []
+    assert read.gradient_clipping == (0.5 if ds.stage else 0.0)
+
+
+# --------------------------------------------------------------------------------------------------- what is a conflict
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size=64: contradicts 256 from train.global_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 1}, "contradicts 128 from train.micro_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "contradicts 1 from train.global_batch_size / "),
+        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0: contradicts 0.5 from optimizer.clip_grad_norm"),
+        ({"bf16": {"enabled": True}}, 'contradicts {"enabled": false} from train.precision'),
+        ({"bf16": {"check_grad_overflow": True}}, "from train.precision"),
+        ({"torch_autocast": {"enabled": False}}, "from train.precision"),
+        ({"steps_per_print": 10}, "from train.log_every"),
+        ({"zero_allow_untested_optimizer": 1}, "contradicts true"),
+        ({"optimizer": {"type": "Adam"}}, "the optimizer lives in the section `optimizer`"),
+        ({"scheduler": {}}, "lives in optimizer.lr"),
+        ({"fp16": {"enabled": True}}, "precision lives in train.precision"),
+        ({"expert_parallel": {"enabled": True}}, "experts are sharded by parallel.expert_parallel"),
+        ({"tensor_parallel": {}}, "there is no tensor parallelism"),
+        ({"pipeline": {}}, "there is no pipeline parallelism"),
+        ({"activation_checkpointing": {}}, "it lives in train.activation_checkpointing"),
+        ({"prescale_gradients": True}, "it changes how expert gradients are averaged"),
+        ({"elasticity": {}}, "DeepSpeed 0.19 no longer has it"),
+        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'?"),
+        ({"quokka": 1}, "quokka=1: unknown key, which DeepSpeed would ignore or stumble over; remove it"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "did you mean 'overlap_comm'?"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: is not a ZeRO stage"),
+        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage="2": is not a ZeRO stage'),
+        ({"zero_optimization": True}, "zero_optimization=true: expected an object"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "no quantised communication"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "clipped by optimizer.clip_grad_norm"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "write offload_optimizer"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "ZeRO stage 0 shards nothing to offload"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "expected an object"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, "is not an offload device"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"pin_memry": 1}}}, "did you mean 'pin_memory'?"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO stage 3, the stage is 2"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}}, "brings its own optimizer"),
+    ],
+)
+def test_conflicts_name_the_file_and_the_owner(folder: Folder, tree: dict[str, Any], text: str) -> None:
+    message = folder.error(tree)
+    assert text in message, message
+    assert message.startswith(f"{folder.file}: ")
+
+
+@pytest.mark.parametrize("block", [{"offload_param": {"device": "cpu"}}, {"offload_optimizer": {"device": "nvme"}}])
+def test_untested_offload_is_refused_with_sharded_experts(folder: Folder, block: dict[str, Any]) -> None:
+    tree = {"zero_optimization": {"stage": 3, **block}}
+    assert "is untested with parallel.expert_parallel=2" in folder.error(tree, "parallel.expert_parallel=2")
+    assert folder.resolve(tree).stage == 3
+
+
+@pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+def test_what_sharded_experts_need(folder: Folder, key: str) -> None:
+    tree = {"zero_optimization": {"stage": 1, key: False}}
+    assert "DeepSpeed needs it for sharded experts" in folder.error(tree, "parallel.expert_parallel=2")
+    assert folder.resolve(tree).stage == 1
+
+
+def test_bf16_weights_need_zero(folder: Folder) -> None:
+    message = folder.error({}, "train.precision=bf16")
+    assert message.startswith("train.precision=bf16: ZeRO stage 0") and "zero1.json" in message
+    with pytest.raises(ConfigError, match="no --ds_config"):
+        resolve(None, config("train.precision=bf16"), 1)
+
+
+def test_unreadable_files(folder: Folder, tmp_path: Path) -> None:
+    assert "is not JSON" in folder.error("{")
+    assert "the key 'bf16' is written twice" in folder.error('{"bf16": "auto", "bf16": "auto"}')
+    assert "is not a JSON object" in folder.error("[]")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve(str(tmp_path / "absent.json"), config(), 1)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve(str(tmp_path), config(), 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ topology
+
+
+def test_batch_plan() -> None:
+    assert batch_plan(config(), 8) == (32, 1)
+    assert batch_plan(config("train.micro_batch_size=4"), 8) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "text"),
+    [
+        ([], 3, r"train\.global_batch_size=256: is not divisible by the world size 3; choose for example 255, 258"),
+        (["train.global_batch_size=2"], 4, "choose for example 4, or another number of processes"),
+        (["train.micro_batch_size=48"], 2, r"micro_batch_size=48: .*=256 .* = 48 \* 2; choose one of 1, 2, 4, 8, 16"),
+        (["parallel.expert_parallel=4"], 2, r"expert_parallel=4: does not divide the world size 2; choose one of 1, 2"),
+        (["parallel.expert_parallel=3"], 4, "choose one of 1, 2, 4, or a multiple of 3 processes"),
+        ([], 0, "world size=0: is not a number of processes"),
+    ],
+)
+def test_topologies_that_cannot_be(overrides: list[str], world: int, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        check_topology(config(*overrides), world)
+    with pytest.raises(ConfigError, match=text):
+        resolve(None, config(*overrides), world)
+
+
+# --------------------------------------------------------------------------------------- the installed DeepSpeed's keys
+
+
+def test_no_key_is_in_two_lists() -> None:
+    assert not ds_config.PASSED & set(ds_config.OWNERS) and not ds_config.PASSED & set(ds_config.REFUSED)
+    assert not set(ds_config.OWNERS) & set(ds_config.REFUSED) and not ds_config.ZERO_KEYS & set(ds_config.ZERO_REFUSED)
+
+
+def test_zero_keys_are_those_of_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert names == ds_config.ZERO_KEYS | set(ds_config.ZERO_REFUSED)
+    assert set(DeepSpeedZeroOffloadOptimizerConfig.model_fields) == ds_config.OFFLOAD_KEYS["offload_optimizer"]
+    assert set(DeepSpeedZeroOffloadParamConfig.model_fields) == ds_config.OFFLOAD_KEYS["offload_param"]
+
+
+def test_top_level_keys_are_known_to_deepspeed() -> None:
+    """Each key we pass or write is a string somewhere in DeepSpeed's sources for configurations."""
+    import deepspeed
+
+    root = Path(deepspeed.__file__).parent
+    files = ["runtime/constants.py", "runtime/config.py", "runtime/precision_config.py", "comm/constants.py",
+             "profiling/constants.py", "runtime/zero/config.py", "runtime/swap_tensor/constants.py", "utils/config.py"]
+    words = {
+        node.value
+        for name in files
+        for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert ds_config.PASSED | set(ds_config.OWNERS) <= words
+
+
+def test_the_removed_keys_are_refused() -> None:
+    from deepspeed.runtime import config as theirs
+
+    assert set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(ds_config.REFUSED)
+
+
+def test_this_file_imports_no_deepspeed() -> None:
+    tree = ast.parse(Path(ds_config.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in imported if name.startswith("deepspeed")]
