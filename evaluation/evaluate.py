@@ -62,10 +62,18 @@ def _arrays(path: Path) -> tuple[Any, Any]:
             if {"arr_0", "arr_1"} <= set(keys):
                 return archive["arr_0"], archive["arr_1"]
     except _UNREADABLE as error:
-        reject("SAMPLES", path, f"is no readable .npz: damaged, truncated or pickled ({type(error).__name__})",
-               "draw the samples again or name another file")
-    reject("SAMPLES", path, f"holds {', '.join(keys) or 'no named arrays'}, needs arr_0 and arr_1",
-           "save uint8 NHWC images as arr_0 and integer labels as arr_1")
+        reject(
+            "SAMPLES",
+            path,
+            f"is no readable .npz: damaged, truncated or pickled ({type(error).__name__})",
+            "draw the samples again or name another file",
+        )
+    reject(
+        "SAMPLES",
+        path,
+        f"holds {', '.join(keys) or 'no named arrays'}, needs arr_0 and arr_1",
+        "save uint8 NHWC images as arr_0 and integer labels as arr_1",
+    )
 
 
 def _brief(error: Exception) -> str:
@@ -95,11 +103,19 @@ def load_samples(path: Path) -> SampleSet:
     """Read and check one .npz (at least two images; no pickles). Raises `ConfigError` naming the file and the fault."""
     images_NHWC, labels_N = _arrays(path)
     if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4:
-        reject("SAMPLES", path, f"arr_0 is {images_NHWC.dtype} {list(images_NHWC.shape)}, needs uint8 [N, H, W, C]",
-               "save pixels 0..255, channels last")
+        reject(
+            "SAMPLES",
+            path,
+            f"arr_0 is {images_NHWC.dtype} {list(images_NHWC.shape)}, needs uint8 [N, H, W, C]",
+            "save pixels 0..255, channels last",
+        )
     if labels_N.dtype.kind not in "iu" or labels_N.ndim != 1:
-        reject("SAMPLES", path, f"arr_1 is {labels_N.dtype} {list(labels_N.shape)}, needs integers [N]",
-               "save one class index an image")
+        reject(
+            "SAMPLES",
+            path,
+            f"arr_1 is {labels_N.dtype} {list(labels_N.shape)}, needs integers [N]",
+            "save one class index an image",
+        )
     if len(images_NHWC) != len(labels_N):
         reject("SAMPLES", path, f"{len(images_NHWC)} images, {len(labels_N)} labels", "save one class index an image")
     if len(images_NHWC) < 2:
@@ -175,12 +191,21 @@ class Evaluator:
         """Raises `ConfigError` if the extractor cannot take these images or has no such classes."""
         shape = samples.images_NHWC.shape[1:]
         if self.extractor.image_shape not in (None, shape):
-            reject("SAMPLES", samples.name, f"images are {list(shape)} (H, W, C), {self.extractor.name} takes "
-                   f"{list(self.extractor.image_shape or ())}", "choose samples of a model of that data set")
+            reject(
+                "SAMPLES",
+                samples.name,
+                f"images are {list(shape)} (H, W, C), {self.extractor.name} takes "
+                f"{list(self.extractor.image_shape or ())}",
+                "choose samples of a model of that data set",
+            )
         low, high = int(samples.labels_N.min()), int(samples.labels_N.max())
         if isinstance(self.extractor, Classifier) and not 0 <= low <= high < self.extractor.num_classes:
-            reject("SAMPLES", samples.name, f"labels span {low}..{high}, {self.extractor.name} knows classes "
-                   f"0..{self.extractor.num_classes - 1}", "draw class-conditional samples of that data set")
+            reject(
+                "SAMPLES",
+                samples.name,
+                f"labels span {low}..{high}, {self.extractor.name} knows classes 0..{self.extractor.num_classes - 1}",
+                "draw class-conditional samples of that data set",
+            )
 
     def score(self, samples: SampleSet) -> dict[str, Any]:
         """All numbers of one set, ready for JSON. Shares and accuracies lie in [0, 1]; FDs are squared distances.
@@ -225,12 +250,28 @@ def format_table(scores: list[dict[str, Any]]) -> str:
     fd_key = f"FD[{scores[0]['features']}]"
     rows = [("samples", "cfg", "n", "label agreement", fd_key, "FD/noise")]
     for s in scores:
-        rows.append((s["samples"], _number(s["cfg"], "g"), str(s["num"]), _number(s["label_agreement"], ".4f"),
-                     _number(s[fd_key], ".3f"), _number(s["fd_over_noise"], ".4f")))
+        rows.append(
+            (
+                s["samples"],
+                _number(s["cfg"], "g"),
+                str(s["num"]),
+                _number(s["label_agreement"], ".4f"),
+                _number(s[fd_key], ".3f"),
+                _number(s["fd_over_noise"], ".4f"),
+            )
+        )
     first = scores[0]
     if first["FD_real"] is not None:
-        rows.append(("real, held out", "-", "-", _number(first["classifier_accuracy"], ".4f"),
-                     _number(first["FD_real"], ".3f"), _number(first["FD_real"] / first["FD_noise"], ".4f")))
+        rows.append(
+            (
+                "real, held out",
+                "-",
+                "-",
+                _number(first["classifier_accuracy"], ".4f"),
+                _number(first["FD_real"], ".3f"),
+                _number(first["FD_real"] / first["FD_noise"], ".4f"),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(_aligned(row, widths) for row in rows)
 

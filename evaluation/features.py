@@ -106,7 +106,7 @@ def _net_input(images_NHWC: Images) -> Tensor:
 
 def _in_batches(function: Callable[[Tensor], Tensor], images_NHWC: Images, size: int = 1024) -> Features:
     with torch.inference_mode():
-        chunks = [function(_net_input(images_NHWC[i:i + size])) for i in range(0, len(images_NHWC), size)]
+        chunks = [function(_net_input(images_NHWC[i : i + size])) for i in range(0, len(images_NHWC), size)]
     return torch.cat(chunks).numpy()
 
 

@@ -71,9 +71,7 @@ def digits_images() -> tuple[Images, Labels]:
 def digits_split() -> tuple[ImageSet, ImageSet]:
     """The fixed stratified split of the digits: 1347 to train the classifier on, 450 held out."""
     images_NHWC, labels_N = digits_images()
-    train, held_out = train_test_split(
-        np.arange(len(labels_N)), test_size=HELD_OUT, stratify=labels_N, random_state=0
-    )
+    train, held_out = train_test_split(np.arange(len(labels_N)), test_size=HELD_OUT, stratify=labels_N, random_state=0)
     return (
         ImageSet("digits-train", images_NHWC[train], labels_N[train]),
         ImageSet("digits-held-out", images_NHWC[held_out], labels_N[held_out]),

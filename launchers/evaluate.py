@@ -44,12 +44,18 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="*", type=Path, metavar="SAMPLES", help=".npz, or a folder holding some")
-    parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="every samples.npz below DIR/samples; --out becomes DIR/metrics.json")
-    parser.add_argument("--ref", default="digits", metavar="NAME",
-                        help=f"reference set: {', '.join(REFERENCES)} (default: %(default)s)")
-    parser.add_argument("--features", default="digits-cnn", metavar="NAME",
-                        help=f"feature extractor: {', '.join(EXTRACTORS)} (default: %(default)s)")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="every samples.npz below DIR/samples; --out becomes DIR/metrics.json"
+    )
+    parser.add_argument(
+        "--ref", default="digits", metavar="NAME", help=f"reference set: {', '.join(REFERENCES)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--features",
+        default="digits-cnn",
+        metavar="NAME",
+        help=f"feature extractor: {', '.join(EXTRACTORS)} (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON")
     return parser
 

@@ -57,8 +57,12 @@ def parser() -> Parser:
     p.add_argument("--cfg", metavar="S[,S...]", help="guidance scales; 1 is unguided (default: sample.cfg of the run)")
     p.add_argument("--steps", type=int, default=250, help="Euler steps (default 250)")
     p.add_argument("--seed", type=int, default=0, help="(default 0)")
-    p.add_argument("--out", type=Path, metavar="DIR",
-                   help="one scale: this folder; several: its cfg1.0, cfg1.5, ... (default RUN/samples/cfgS)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="one scale: this folder; several: its cfg1.0, cfg1.5, ... (default RUN/samples/cfgS)",
+    )
     p.add_argument("--batch", type=int, default=64, help="images a forward and process (default 64)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -110,8 +114,10 @@ def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path) -> l
     """One job a scale: straight into --out for one, into subfolders for several."""
     base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
     split = args.out is None or len(scales) > 1
-    return [Job(base / f"cfg{scale}" if split else base, args.num, scale, args.steps, args.seed, args.batch,
-                args.precision) for scale in scales]
+    return [
+        Job(base / f"cfg{scale}" if split else base, args.num, scale, args.steps, args.seed, args.batch, args.precision)
+        for scale in scales
+    ]
 
 
 def sample(argv: list[str]) -> None:

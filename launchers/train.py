@@ -5,7 +5,8 @@ examples:
   python launchers/train.py                                              digits on this machine, one process
   deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json parallel.expert_parallel=2
   deepspeed launchers/train.py --config cifar10_promoe_s data.path=cifar10.npz --ds_config ds_configs/zero1.json
-  torchrun --nproc-per-node 8 launchers/train.py --config imagenet256_promoe_b data.path=/data/imagenet parallel.expert_parallel=4
+  torchrun --nproc-per-node 8 -- launchers/train.py --config cifar10_promoe_s data.path=cifar10.npz \\
+      parallel.expert_parallel=4 --run runs/cifar           (torchrun needs the lone --)
   python launchers/train.py --config imagenet256_promoe_xl --dry-run --world 64 parallel.expert_parallel=4
   python launchers/train.py --config digits train.steps=2000 --run runs/longer
 
@@ -24,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promoe_ds.config import Config, ConfigError, load_config, validate_data  # noqa: E402
+from promoe_ds.config import Config, ConfigError, load_config  # noqa: E402
+from promoe_ds.validate import validate_data  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="digits", metavar="NAME|PATH", help="recipe name or YAML file (digits)")
     parser.add_argument("--ds_config", metavar="PATH", help="DeepSpeed JSON (ds_configs/zero2.json)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/RECIPE)")
-    parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON; train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: number of GPUs to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -58,7 +60,7 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.parallel import ds_config
     from promoe_ds.parallel.topology import world_size
 
-    world = args.world or world_size()
+    world = world_size() if args.world is None else args.world
     facts = report(config, ds_config.resolve(args.ds_config, config, world), world)
     print(json.dumps(facts) if args.json else render(facts))
     return 0
@@ -73,14 +75,14 @@ def train(args: argparse.Namespace, config: Config) -> int:
     ds = ds_config.resolve(args.ds_config, config, here.world)
     trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)
     try:
-        return trainer.run()
-    except TrainingStopped as error:
+        code = trainer.run()
+    except TrainingStopped as error:  # raised on every rank
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        trainer.close()
-        topology.disconnect()
+        code = 1
+    trainer.close()
+    topology.disconnect()
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

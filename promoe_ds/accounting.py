@@ -16,9 +16,22 @@ STAGE0_BUCKET = 500_000_000
 """elements that DeepSpeed 0.19.8 flattens for one all-reduce at ZeRO stage 0"""
 
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
-    "RTX A6000": 155e12, "RTX 4090": 165e12, "V100": 125e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX A6000": 155e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
 }
 """Part of a CUDA device name -> dense bf16 FLOP/s of the vendor's data sheet (V100: fp16, it has no bf16)."""
 

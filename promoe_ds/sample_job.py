@@ -142,18 +142,31 @@ def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
     if file.with_name(MANIFEST).is_file():
         expected = manifest(file.parent)["files"].get(file.name, {}).get("blake2b", digest)
         if digest != expected:
-            reject("weights", file, "is damaged: it does not match its checksum",
-                   "name another checkpoint with --model")
+            reject(
+                "weights", file, "is damaged: it does not match its checksum", "name another checkpoint with --model"
+            )
     relative = file.resolve().relative_to(run).as_posix() if run else file.name
     return {"config": config.name, "checkpoint": relative, "checkpoint_step": step, "checkpoint_blake2b": digest}
 
 
 def record_of(job: Job, weights: Mapping[str, Any], command: str) -> dict[str, Any]:
     """What `sampling.json` says."""
-    versions = {"promoe_ds": promoe_ds.__version__, "torch": str(torch.__version__), "numpy": np.__version__,
-                "python": platform.python_version()}
-    return {"command": command, **weights, "cfg": job.cfg, "steps": job.steps, "seed": job.seed, "num": job.num,
-            "precision": job.precision, "versions": versions}
+    versions = {
+        "promoe_ds": promoe_ds.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    return {
+        "command": command,
+        **weights,
+        "cfg": job.cfg,
+        "steps": job.steps,
+        "seed": job.seed,
+        "num": job.num,
+        "precision": job.precision,
+        "versions": versions,
+    }
 
 
 def check_folder(out: Path, record: Mapping[str, Any]) -> None:
@@ -178,8 +191,12 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
     for key in DECISIVE:
         old = found.get(key) if isinstance(found, dict) else None
         if old != record[key]:
-            reject("--out", out, f"holds samples of {key}={old}, this command has {key}={record[key]}",
-                   "name another folder or remove this one")
+            reject(
+                "--out",
+                out,
+                f"holds samples of {key}={old}, this command has {key}={record[key]}",
+                "name another folder or remove this one",
+            )
 
 
 def claim_folder(out: Path, record: Mapping[str, Any]) -> None:
@@ -224,8 +241,13 @@ def write_npz(path: Path, images_NHWC: np.ndarray, labels: np.ndarray) -> None:
 def _progress(job: Job, worker: Worker, total: int, done: int) -> tqdm:
     who = f" of process 1/{worker.world}" if worker.world > 1 else ""
     return tqdm(
-        total=total, initial=done, desc=f"cfg {job.cfg}: images{who}", disable=worker.rank != 0, mininterval=0.5,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]", unit="image",
+        total=total,
+        initial=done,
+        desc=f"cfg {job.cfg}: images{who}",
+        disable=worker.rank != 0,
+        mininterval=0.5,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+        unit="image",
     )
 
 
@@ -255,8 +277,19 @@ def make_share(
 
     with _progress(job, worker, len(indices), len(indices) - len(rows)) as bar:
         images[rows] = generate(
-            model, config, labels[rows], indices[rows], job.cfg, job.steps, job.seed, job.batch, device, job.precision,
-            on_step=lambda count: bar.update(count / job.steps), on_batch=keep)
+            model,
+            config,
+            labels[rows],
+            indices[rows],
+            job.cfg,
+            job.steps,
+            job.seed,
+            job.batch,
+            device,
+            job.precision,
+            on_step=lambda count: bar.update(count / job.steps),
+            on_batch=keep,
+        )
     return images, labels
 
 
@@ -282,8 +315,13 @@ def part_path(job: Job, worker: Worker, rank: int) -> Path:
 
 
 def run_job(
-    model: Callable[..., Any], config: Config, job: Job, record: Mapping[str, Any], worker: Worker,
-    device: torch.device, barrier: Callable[[], object],
+    model: Callable[..., Any],
+    config: Config,
+    job: Job,
+    record: Mapping[str, Any],
+    worker: Worker,
+    device: torch.device,
+    barrier: Callable[[], object],
 ) -> None:
     """Make or finish one folder: PNGs, `samples.npz`, `grid.png`, `sampling.json`.
 

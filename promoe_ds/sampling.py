@@ -50,8 +50,12 @@ def find_weights(path: Path, option: str = "--run") -> Path:
     problem = damage(found[-1], read_bytes=False)
     if problem:  # never an older model in silence
         whole = newest(path)
-        reject(option, found[-1], f"is damaged: {problem}",
-               f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run")
+        reject(
+            option,
+            found[-1],
+            f"is damaged: {problem}",
+            f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run",
+        )
     if not (found[-1] / EMA).is_file():
         reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")
     return found[-1] / EMA
@@ -62,19 +66,31 @@ def _read_weights(file: Path, device: torch.device) -> tuple[dict[str, torch.Ten
         with safe_open(str(file), framework="pt", device=str(device)) as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        reject("weights", file, f"is damaged or no safetensors file ({' '.join(str(error).split())})",
-               "restore it or name another checkpoint with --model")
+        reject(
+            "weights",
+            file,
+            f"is damaged or no safetensors file ({' '.join(str(error).split())})",
+            "restore it or name another checkpoint with --model",
+        )
 
 
 def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, int]:
     if metadata.get("format") != FORMAT:
-        reject("weights", file, f"has format {metadata.get('format')!r}, expected {FORMAT!r}",
-               "name an ema.safetensors written by launchers/train.py")
+        reject(
+            "weights",
+            file,
+            f"has format {metadata.get('format')!r}, expected {FORMAT!r}",
+            "name an ema.safetensors written by launchers/train.py",
+        )
     try:
         return decode(yaml.safe_load(metadata["config"])), int(metadata["step"])
     except (ConfigError, KeyError, ValueError, yaml.YAMLError) as error:
-        reject("weights", file, f"its metadata cannot be used ({' '.join(str(error).split())})",
-               "restore it or name another checkpoint with --model")
+        reject(
+            "weights",
+            file,
+            f"its metadata cannot be used ({' '.join(str(error).split())})",
+            "restore it or name another checkpoint with --model",
+        )
 
 
 def _empty_model(config: Config) -> DiT:
@@ -93,8 +109,12 @@ def _check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapp
             problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        reject("weights", file, f"does not fit its own config: {min(problems)}{more}",
-               "restore the file or name another checkpoint with --model")
+        reject(
+            "weights",
+            file,
+            f"does not fit its own config: {min(problems)}{more}",
+            "restore the file or name another checkpoint with --model",
+        )
 
 
 def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT, Config, int]:
@@ -131,8 +151,12 @@ def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int]) -> 
 
     Philox (Salmon et al. 2011) is keyed by that pair, so images need no common generator and no order.
     """
-    rows = [np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
-            .standard_normal(shape, dtype=np.float32) for index in indices]
+    rows = [
+        np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64))).standard_normal(
+            shape, dtype=np.float32
+        )
+        for index in indices
+    ]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -149,9 +173,18 @@ def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def generate(
-    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, cfg: float, steps: int,
-    seed: int, batch: int, device: torch.device, precision: Precision = "fp32",
-    on_step: Callable[[int], object] | None = None, on_batch: Callable[[slice, np.ndarray], object] | None = None,
+    model: Callable[..., Any],
+    config: Config,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    cfg: float,
+    steps: int,
+    seed: int,
+    batch: int,
+    device: torch.device,
+    precision: Precision = "fp32",
+    on_step: Callable[[int], object] | None = None,
+    on_batch: Callable[[slice, np.ndarray], object] | None = None,
 ) -> np.ndarray:
     """Draw images with Euler steps from noise to data.
 
@@ -194,8 +227,12 @@ def generate(
 def check_channels(config: Config) -> None:
     """Raises `ConfigError` if the model's output has a channel count that no picture has."""
     if config.model.channels not in IMAGE_MODES:
-        reject("model.channels", config.model.channels, "the model makes latents, not pixels",
-               "sample a model of 1 or 3 channels")
+        reject(
+            "model.channels",
+            config.model.channels,
+            "the model makes latents, not pixels",
+            "sample a model of 1 or 3 channels",
+        )
 
 
 def to_image(pixels_HWC: np.ndarray) -> Image.Image:

@@ -27,8 +27,17 @@ PROMOE = {
 }
 """total, activated (exact); 1e9 MACs an image"""
 DENSE = {"s": 32_963_360, "b": 130_512_416, "l": 458_102_816, "xl": 675_129_632}
-MIXES = ("model.qk_norm=true", "moe.layers=all", "moe.conditional=false", "moe.num_shared=2", "moe.num_unconditional=3",
-         "moe.hidden_ratio=1.5", "model.learn_sigma=false", "moe=null", "moe.num_experts=5")
+MIXES = (
+    "model.qk_norm=true",
+    "moe.layers=all",
+    "moe.conditional=false",
+    "moe.num_shared=2",
+    "moe.num_unconditional=3",
+    "moe.hidden_ratio=1.5",
+    "model.learn_sigma=false",
+    "moe=null",
+    "moe.num_experts=5",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -237,8 +246,15 @@ def test_the_largest_model_is_reported_without_building_it() -> None:
 def test_the_page_names_what_matters() -> None:
     config = load_config("imagenet256_promoe_b", ["parallel.expert_parallel=4"])
     page = dry_run.render(dry(config, 64, str(DS_CONFIGS / "zero2_offload.json")))
-    for text in ("300,607,520", "130,572,320", "adam_moments", "Host memory", "0-3 4-7 8-11 12-15 ... 60-63",
-                 "expert_parallel: 4", '"train_batch_size": 256'):
+    for text in (
+        "300,607,520",
+        "130,572,320",
+        "adam_moments",
+        "Host memory",
+        "0-3 4-7 8-11 12-15 ... 60-63",
+        "expert_parallel: 4",
+        '"train_batch_size": 256',
+    ):
         assert text in page, text
 
 

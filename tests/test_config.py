@@ -20,8 +20,8 @@ from promoe_ds.config import (
     encode,
     load_config,
     recipe_names,
-    validate_data,
 )
+from promoe_ds.validate import validate_data
 
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 
@@ -90,9 +90,7 @@ def test_configurations_cannot_be_changed() -> None:
 # ----------------------------------------------------------------------------------------------------------- overrides
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("1", 1.0), ("'2e-5'", 2e-5)]
-)
+@pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("1", 1.0), ("'2e-5'", 2e-5)])
 def test_floats_as_people_write_them(text: str, expected: float) -> None:
     lr = load_config("imagenet256_promoe_s", [f"optimizer.lr={text}"]).optimizer.lr
     assert lr == expected and type(lr) is float
@@ -182,8 +180,10 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("parallel.expert_parallel=8", "parallel.expert_parallel=8: does not divide moe.num_experts=12; "
-                                       "choose one of 1, 2, 3, 4, 6, 12"),
+        (
+            "parallel.expert_parallel=8",
+            "parallel.expert_parallel=8: does not divide moe.num_experts=12; choose one of 1, 2, 3, 4, 6, 12",
+        ),
         ("parallel.expert_parallel=0", "parallel.expert_parallel=0: must be positive"),
         ("model.width=100", "model.width=100: is not divisible by model.heads=6"),
         ("model.width=390", "the 2-D sine-cosine table needs a multiple of 4"),
@@ -197,7 +197,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("moe.layers=[1, 1]", "needs distinct indices"),
         ("moe.layers=[]", "moe.layers=(): selects no block of model.depth=12"),
         ("model.depth=1", "moe.layers=every_other: selects no block of model.depth=1"),
-        ("moe.router.top_k=13", "moe.router.top_k=13: must lie in 1..moe.num_experts=12"),
+        ("moe.router.top_k=13", "moe.router.top_k=13: is not in 1..moe.num_experts=12"),
         ("train.steps=0", "train.steps=0: must be positive"),
         ("train.micro_batch_size=-2", "train.micro_batch_size=-2: must be positive"),
         ("optimizer.lr=0", "optimizer.lr=0.0: must be positive"),

@@ -35,12 +35,19 @@ def load_launcher() -> ModuleType:
 
 def write_run(run: Path, seed: int = 0, channels: int = 1) -> Path:
     """A run folder with one complete checkpoint of a tiny model whose every parameter is drawn."""
-    config = decode({"name": "tiny", "model": {"depth": 2, "width": 32, "heads": 2, "image_size": 8,
-                                               "channels": channels, "num_classes": 10}, "moe": {"num_experts": 4}})
+    config = decode(
+        {
+            "name": "tiny",
+            "model": {"depth": 2, "width": 32, "heads": 2, "image_size": 8, "channels": channels, "num_classes": 10},
+            "moe": {"num_experts": 4},
+        }
+    )
     dit = materialize(build(config), seed)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: tensor.detach() + 0.1 * torch.randn(tensor.shape, generator=generator)
-               for name, tensor in dit.state_dict().items()}
+    tensors = {
+        name: tensor.detach() + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in dit.state_dict().items()
+    }
     file = run / "checkpoints/step_00000007/ema.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, {"format": "promoe_ds/1", "config": dump(config), "step": "7"})
@@ -92,8 +99,14 @@ def test_one_scale_fills_the_folder(command: Command, tmp_path: Path, capsys: py
         assert sheet.size == (10 * 50 + 2, 2 * 50 + 2)
     record = json.loads((out / "sampling.json").read_text())
     assert record["checkpoint"] == "checkpoints/step_00000007/ema.safetensors" and record["checkpoint_step"] == 7
-    assert (record["config"], record["cfg"], record["steps"], record["seed"], record["num"], record["precision"]) == \
-        ("tiny", 1.5, 2, 0, 12, "fp32")
+    assert (record["config"], record["cfg"], record["steps"], record["seed"], record["num"], record["precision"]) == (
+        "tiny",
+        1.5,
+        2,
+        0,
+        12,
+        "fp32",
+    )
     assert record["command"].startswith("launchers/sample.py --num 12") and record["versions"]["torch"]
     printed = capsys.readouterr()
     assert "12 images at cfg 1.5" in printed.out and "12/12" in printed.err
@@ -121,13 +134,36 @@ def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["--model", file, "--num", "7", "--steps", "2", "--cfg", "1,1.5", "--device", "cpu",
-             "--out", tmp_path / "two"]
-    environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                            "OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen(
-        [sys.executable, LAUNCHER, *map(str, words), f"--local_rank={rank}"], stderr=subprocess.PIPE, text=True,
-        env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=tmp_path) for rank in range(2)]
+    words = [
+        "--model",
+        file,
+        "--num",
+        "7",
+        "--steps",
+        "2",
+        "--cfg",
+        "1,1.5",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "two",
+    ]
+    environ = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, LAUNCHER, *map(str, words), f"--local_rank={rank}"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
     assert command("--model", file, "--num", 7, "--cfg", "1,1.5", "--out", tmp_path / "one") == 0
@@ -142,8 +178,10 @@ def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) 
 
 
 def test_sampling_imports_no_deepspeed() -> None:
-    code = f"import runpy, sys; runpy.run_path({str(LAUNCHER)!r}); import promoe_ds.train.checkpoint; " \
-           "sys.exit('deepspeed' in sys.modules)"
+    code = (
+        f"import runpy, sys; runpy.run_path({str(LAUNCHER)!r}); import promoe_ds.train.checkpoint; "
+        "sys.exit('deepspeed' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -169,13 +207,16 @@ def test_interrupted_folder_is_finished_and_finished_images_are_kept(command: Co
     assert not list(out.glob(".*")) and not list(out.glob("part*"))
 
 
-@pytest.mark.parametrize(("words", "difference"), [
-    (["--seed", 1], "holds samples of seed=0, this command has seed=1"),
-    (["--steps", 3], "steps=2, this command has steps=3"),
-    (["--cfg", 2], "cfg=1.5, this command has cfg=2.0"),
-    (["--num", 13], "num=12, this command has num=13"),
-    (["--precision", "bf16"], "precision=fp32, this command has precision=bf16"),
-])
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (["--seed", 1], "holds samples of seed=0, this command has seed=1"),
+        (["--steps", 3], "steps=2, this command has steps=3"),
+        (["--cfg", 2], "cfg=1.5, this command has cfg=2.0"),
+        (["--num", 13], "num=12, this command has num=13"),
+        (["--precision", "bf16"], "precision=fp32, this command has precision=bf16"),
+    ],
+)
 def test_other_samples_are_not_overwritten(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list, difference: str
 ) -> None:
@@ -245,23 +286,26 @@ def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: p
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--num", 0], "--num=0: must be positive"),
-    (["--steps", -1], "--steps=-1: must be positive"),
-    (["--batch", 0], "--batch=0: must be positive"),
-    (["--num", "many"], "argument --num: invalid int value: 'many'"),
-    (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
-    (["--cfg", "1,,2"], "--cfg='1,,2': is not a list of numbers"),
-    (["--cfg", "nan"], "--cfg='nan': has a scale that is negative or not finite"),
-    (["--cfg=-1"], "--cfg='-1': has a scale that is negative"),
-    (["--cfg", "1,1.0"], "--cfg='1,1.0': names a scale twice"),
-    (["--device", "abacus"], "--device=abacus: is no device"),
-    (["--device", "meta"], "--device=meta: is not supported"),
-    (["--device", "cuda:99"], "--device=cuda:99: this machine offers"),
-    (["--precision", "fp64"], "invalid choice: 'fp64'"),
-    (["--run", "elsewhere"], "argument --run: not allowed with argument --model"),
-    (["--depth", 3], "unrecognized arguments: --depth 3"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num", 0], "--num=0: must be positive"),
+        (["--steps", -1], "--steps=-1: must be positive"),
+        (["--batch", 0], "--batch=0: must be positive"),
+        (["--num", "many"], "argument --num: invalid int value: 'many'"),
+        (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
+        (["--cfg", "1,,2"], "--cfg='1,,2': is not a list of numbers"),
+        (["--cfg", "nan"], "--cfg='nan': has a scale that is negative or not finite"),
+        (["--cfg=-1"], "--cfg='-1': has a scale that is negative"),
+        (["--cfg", "1,1.0"], "--cfg='1,1.0': names a scale twice"),
+        (["--device", "abacus"], "--device=abacus: is no device"),
+        (["--device", "meta"], "--device=meta: is not supported"),
+        (["--device", "cuda:99"], "--device=cuda:99: this machine offers"),
+        (["--precision", "fp64"], "invalid choice: 'fp64'"),
+        (["--run", "elsewhere"], "argument --run: not allowed with argument --model"),
+        (["--depth", 3], "unrecognized arguments: --depth 3"),
+    ],
+)
 def test_misuse_is_one_line(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list, message: str
 ) -> None:
@@ -276,12 +320,14 @@ def test_missing_or_damaged_weights(command: Command, tmp_path: Path, capsys: py
     damaged.write_bytes(damaged.read_bytes()[:1000])
     flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x01")
     (tmp_path / "empty").mkdir()
-    for words, message in (([], "one of the arguments --run --model is required"),
-                           (["--run", tmp_path / "none"], "no such file or folder"),
-                           (["--run", tmp_path / "empty"], "holds no complete checkpoint"),
-                           (["--run", tmp_path / "run"], "is damaged: ema.safetensors has 1000 bytes"),
-                           (["--run", tmp_path / "flipped"], "is damaged: it does not match its checksum"),
-                           (["--model", damaged], "is damaged or no safetensors file")):
+    for words, message in (
+        ([], "one of the arguments --run --model is required"),
+        (["--run", tmp_path / "none"], "no such file or folder"),
+        (["--run", tmp_path / "empty"], "holds no complete checkpoint"),
+        (["--run", tmp_path / "run"], "is damaged: ema.safetensors has 1000 bytes"),
+        (["--run", tmp_path / "flipped"], "is damaged: it does not match its checksum"),
+        (["--model", damaged], "is damaged or no safetensors file"),
+    ):
         assert command(*words) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -295,9 +341,11 @@ def test_latent_models_are_refused(command: Command, tmp_path: Path, capsys: pyt
 def test_worker_comes_from_the_environment() -> None:
     assert worker_from({}) == Worker(0, 1, 0)
     assert worker_from({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Worker(5, 8, 1)
-    for environ, message in (({"RANK": "2", "WORLD_SIZE": "2"}, "^RANK=2: .*not below WORLD_SIZE=2"),
-                             ({"WORLD_SIZE": "2"}, "^WORLD_SIZE=2: is set in the environment without RANK"),
-                             ({"RANK": "x"}, "^RANK='x': the environment variable is not a number")):
+    for environ, message in (
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "^RANK=2: .*not below WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2"}, "^WORLD_SIZE=2: is set in the environment without RANK"),
+        ({"RANK": "x"}, "^RANK='x': the environment variable is not a number"),
+    ):
         with pytest.raises(ConfigError, match=message):
             worker_from(environ)
 

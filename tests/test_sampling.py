@@ -31,8 +31,14 @@ MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "chan
 
 def tiny(**model: Any) -> tuple[DiT, Config]:
     """A small ProMoE whose every parameter is drawn, so that it makes more than zeros."""
-    config = decode({"name": "tiny", "model": MODEL | model, "moe": {"num_experts": 4},
-                     "sample": {"steps": 3, "per_class": 2, "classes": 3}})
+    config = decode(
+        {
+            "name": "tiny",
+            "model": MODEL | model,
+            "moe": {"num_experts": 4},
+            "sample": {"steps": 3, "per_class": 2, "classes": 3},
+        }
+    )
     dit = materialize(build(config), 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -110,25 +116,31 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
         load_ema(file)
 
 
-@pytest.mark.parametrize(("metadata", "message"), [
-    ({"format": "other/9"}, "has format 'other/9', expected 'promoe_ds/1'"),
-    ({"config": "model: {depht: 2}"}, "metadata cannot be used .*did you mean 'depth'"),
-    ({"config": "a: [b"}, "metadata cannot be used"),
-    ({"step": "x"}, "metadata cannot be used"),
-])
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "other/9"}, "has format 'other/9', expected 'promoe_ds/1'"),
+        ({"config": "model: {depht: 2}"}, "metadata cannot be used .*did you mean 'depth'"),
+        ({"config": "a: [b"}, "metadata cannot be used"),
+        ({"step": "x"}, "metadata cannot be used"),
+    ],
+)
 def test_unusable_metadata_is_named(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         load_ema(save(tmp_path / "ema.safetensors", *tiny(), metadata))
     assert "ema.safetensors" in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop("pos_embed"), "pos_embed is missing;"),
-    (lambda t: t.update(stray=torch.zeros(1)), "stray is unexpected;"),
-    (lambda t: t.update(pos_embed=torch.zeros(1, 2, 3)), r"pos_embed is torch.float32\[1, 2, 3\], expected"),
-    (lambda t: t.update(pos_embed=t["pos_embed"].half()), r"pos_embed is torch.float16"),
-    (lambda t: (t.pop("pos_embed"), t.update(stray=torch.zeros(1))), "pos_embed is missing and 1 more;"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("pos_embed"), "pos_embed is missing;"),
+        (lambda t: t.update(stray=torch.zeros(1)), "stray is unexpected;"),
+        (lambda t: t.update(pos_embed=torch.zeros(1, 2, 3)), r"pos_embed is torch.float32\[1, 2, 3\], expected"),
+        (lambda t: t.update(pos_embed=t["pos_embed"].half()), r"pos_embed is torch.float16"),
+        (lambda t: (t.pop("pos_embed"), t.update(stray=torch.zeros(1))), "pos_embed is missing and 1 more;"),
+    ],
+)
 def test_tensors_must_fit_the_config(tmp_path: Path, change: Any, message: str) -> None:
     dit, config = tiny()
     tensors = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
@@ -199,8 +211,14 @@ def test_hooks_see_every_step_and_batch() -> None:
     dit, config = tiny()
     ticks: list[int] = []
     seen: list[tuple[slice, np.ndarray]] = []
-    images = draw(dit, config, np.arange(10), batch=4, on_step=ticks.append,
-                  on_batch=lambda rows, made: seen.append((rows, made.copy())))
+    images = draw(
+        dit,
+        config,
+        np.arange(10),
+        batch=4,
+        on_step=ticks.append,
+        on_batch=lambda rows, made: seen.append((rows, made.copy())),
+    )
     assert ticks == [4] * 8 + [2] * 4
     assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 10)]
     np.testing.assert_array_equal(np.concatenate([made for _, made in seen]), images)

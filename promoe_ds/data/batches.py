@@ -24,6 +24,7 @@ import torch
 from promoe_ds.config import Config, reject
 from promoe_ds.data import ImageDataset
 from promoe_ds.data.order import SEED_LIMIT, Purpose, row_generator, step_indices
+from promoe_ds.validate import batch_plan
 
 JOIN_SECONDS = 5.0
 """how long `close` waits for the image being read; the thread is a daemon and cannot keep the process alive"""
@@ -71,17 +72,7 @@ def share_of(config: Config, rank: int, world: int) -> Share:
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of a world of {world}")
-    total, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if total % world:
-        reject("train.global_batch_size", total, f"is not divisible by the world size {world}",
-               f"choose a multiple of {world}")
-    if micro is None:
-        micro = total // world
-    if total % (world * micro):
-        reject("train.micro_batch_size", micro,
-               f"times world size {world} does not divide train.global_batch_size={total}",
-               f"choose a divisor of {total // world}")
-    return Share(rank, world, micro, total // (world * micro))
+    return Share(rank, world, *batch_plan(config, world))
 
 
 class BatchMaker:

@@ -186,8 +186,9 @@ def _list_class(folder: Path) -> list[str]:
     found = []
     for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
         prefix = os.path.relpath(parent, folder.parent)
-        found += [os.path.join(prefix, name) for name in names
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [
+            os.path.join(prefix, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
     if not found:
         reject("data.path", folder, f"a class folder without images ({' '.join(SUFFIXES)})", "fill it or remove it")
     return sorted(found)

@@ -106,7 +106,9 @@ class DiT(nn.Module):
         loads: list[Tensor] = []
         for block in self.blocks:
             if self.config.train.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD, terms, count_E = checkpoint(block, x_BSD, c_BD, ctx, use_reentrant=False, preserve_rng_state=False)
+                x_BSD, terms, count_E = checkpoint(
+                    block, x_BSD, c_BD, ctx, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_BSD, terms, count_E = block(x_BSD, c_BD, ctx)
             for name, value in terms.items():

@@ -156,9 +156,7 @@ class AllToAllDispatcher(LocalDispatcher):
         local_M = local.repeat_interleave(got.flatten(), output_size=sum(receive))
         expert_M, order_M = local_M.sort(stable=True)
         inverse_M = invert(order_M)
-        ready = ExpertRows(
-            permute(arrived_MD, order_M, inverse_M), expert_M, segment_ends(expert_M, self.num_local)
-        )
+        ready = ExpertRows(permute(arrived_MD, order_M, inverse_M), expert_M, segment_ends(expert_M, self.num_local))
         return ready, plan._replace(exchange=Exchange(send, receive, order_M, inverse_M))
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Tensor:

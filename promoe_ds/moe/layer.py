@@ -34,7 +34,7 @@ class RoutedExperts(nn.Module):
         self.experts = StackedExperts(num_experts, width, hidden, backend)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Tokens and edges -> (sum of each token's weighted experts [T, D], edges of this rank per expert [E] int64)."""
+        """Tokens and edges -> (weighted sum over each token's experts [T, D], edges per expert [E] int64)."""
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
         return self.dispatcher.combine(self.experts(rows), plan), plan.count_E
 

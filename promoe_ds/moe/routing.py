@@ -72,9 +72,7 @@ class RoutingContext:
         order_B = torch.argsort(null_B.to(torch.uint8), stable=True)
         restore_B = torch.empty_like(order_B)
         restore_B[order_B] = torch.arange(len(order_B))
-        label_B, order_B, restore_B = (
-            x.to(device, non_blocking=True) for x in (label_B[order_B], order_B, restore_B)
-        )
+        label_B, order_B, restore_B = (x.to(device, non_blocking=True) for x in (label_B[order_B], order_B, restore_B))
         return RoutingContext(label_B, order_B, restore_B, int((~null_B).sum()), all_reduce)
 
 

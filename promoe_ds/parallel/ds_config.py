@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from promoe_ds.config import Config, reject
+from promoe_ds.validate import batch_plan, check_topology
 
 OWNERS = {
     "train_batch_size": "train.global_batch_size",
@@ -29,10 +30,21 @@ OWNERS = {
 }
 """Keys we write -> the place in our configuration that decides them."""
 
-PASSED = frozenset({
-    "zero_optimization", "communication_data_type", "comms_logger", "flops_profiler", "wall_clock_breakdown",
-    "memory_breakdown", "dump_state", "disable_python_gc", "timers", "aio", "log_level",
-})
+PASSED = frozenset(
+    {
+        "zero_optimization",
+        "communication_data_type",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "disable_python_gc",
+        "timers",
+        "aio",
+        "log_level",
+    }
+)
 """Top-level keys handed to DeepSpeed as they are."""
 
 _EP = "experts are sharded by parallel.expert_parallel"
@@ -70,22 +82,59 @@ REFUSED = {
     "hybrid_engine": "it is for language-model generation",
     "weight_quantization": "it is for inference",
     "disable_allgather": "ZeRO needs the all-gather",
-    **dict.fromkeys(("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
-                     "sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning",
-                     "progressive_layer_drop"), _REMOVED),
+    **dict.fromkeys(
+        (
+            "nebula",
+            "compression_training",
+            "amp",
+            "quantize_training",
+            "sparse_gradients",
+            "eigenvalue",
+            "sparse_attention",
+            "elasticity",
+            "graph_harvesting",
+            "curriculum_learning",
+            "progressive_layer_drop",
+        ),
+        _REMOVED,
+    ),
 }
 """Top-level keys that DeepSpeed knows (or knew) and this project cannot honour -> why."""
 
-ZERO_KEYS = frozenset({
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
-    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "offload_param",
-    "offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters",
-    "round_robin_gradients", "parameter_alignment", "memory_efficient_linear", "pipeline_loading_checkpoint",
-    "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module",
-})
+ZERO_KEYS = frozenset(
+    {
+        "stage",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "load_from_fp32_weights",
+        "offload_param",
+        "offload_optimizer",
+        "sub_group_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+        "ignore_unused_parameters",
+        "round_robin_gradients",
+        "parameter_alignment",
+        "memory_efficient_linear",
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+        "leaf_module",
+    }
+)
 """Keys of `zero_optimization` handed on (the names a JSON uses: DeepSpeed's field aliases)."""
 
 ZERO_REFUSED = {
@@ -105,8 +154,20 @@ ZERO_REFUSED = {
 }
 
 OFFLOAD_KEYS = {
-    "offload_optimizer": frozenset({"device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read",
-                                    "pipeline_write", "fast_init", "ratio", "super_offload", "cpuadam_cores_perc"}),
+    "offload_optimizer": frozenset(
+        {
+            "device",
+            "nvme_path",
+            "buffer_count",
+            "pin_memory",
+            "pipeline_read",
+            "pipeline_write",
+            "fast_init",
+            "ratio",
+            "super_offload",
+            "cpuadam_cores_perc",
+        }
+    ),
     "offload_param": frozenset({"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"}),
 }
 
@@ -120,50 +181,6 @@ class ResolvedDS:
     """ZeRO stage, 0 to 3"""
     offload: bool
     """optimizer states live in host memory"""
-
-
-# ------------------------------------------------------------------------------------------------------------ topology
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def batch_plan(config: Config, world: int) -> tuple[int, int]:
-    """(images a rank a forward, accumulation steps), whose product with `world` is the global batch.
-
-    Raises:
-        ConfigError: the global batch does not divide.
-    """
-    total, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if total % world:
-        near = [total // world * world, (total // world + 1) * world]
-        reject("train.global_batch_size", total, f"is not divisible by the world size {world}",
-               f"choose for example {_listed(n for n in near if n)}, or another number of processes")
-    if micro is None:
-        return total // world, 1
-    if total % (world * micro):
-        reject("train.micro_batch_size", micro,
-               f"train.global_batch_size={total} is not a multiple of micro batch * world size = {micro} * {world}",
-               f"choose one of {_listed(_divisors(total // world))}")
-    return micro, total // (world * micro)
-
-
-def check_topology(config: Config, world: int) -> None:
-    """Check what depends on the number of processes: ep divides it, the batch divides. Raises `ConfigError`."""
-    ep = config.parallel.expert_parallel
-    if world < 1:
-        reject("world size", world, "is not a number of processes", "choose 1 or more")
-    if world % ep:
-        experts = config.moe.num_experts if config.moe else 1
-        choices = [d for d in _divisors(experts) if world % d == 0]
-        reject("parallel.expert_parallel", ep, f"does not divide the world size {world}",
-               f"choose one of {_listed(choices)}, or a multiple of {ep} processes")
-    batch_plan(config, world)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -191,8 +208,12 @@ def _read(path: str) -> dict[str, Any]:
 
 def _unknown(where: str, value: Any, key: str, known: Iterable[str]) -> NoReturn:
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    reject(where, json.dumps(value), "unknown key, which DeepSpeed would ignore or stumble over",
-           f"did you mean {close[0]!r}?" if close else "remove it")
+    reject(
+        where,
+        json.dumps(value),
+        "unknown key, which DeepSpeed would ignore or stumble over",
+        f"did you mean {close[0]!r}?" if close else "remove it",
+    )
 
 
 def _check_top_level(file: str, tree: dict[str, Any]) -> None:
@@ -212,8 +233,12 @@ def _check_zero(file: str, zero: dict[str, Any], ep: int) -> None:
             _unknown(where, value, key, [*ZERO_KEYS, *ZERO_REFUSED])
     for key in ("contiguous_gradients", "reduce_scatter"):
         if zero.get(key) is False and ep > 1:
-            reject(f"{file}: zero_optimization.{key}", "false",
-                   f"DeepSpeed needs it for sharded experts (parallel.expert_parallel={ep})", "write true")
+            reject(
+                f"{file}: zero_optimization.{key}",
+                "false",
+                f"DeepSpeed needs it for sharded experts (parallel.expert_parallel={ep})",
+                "write true",
+            )
 
 
 def _stage(file: str, zero: Any) -> int:
@@ -247,18 +272,34 @@ def _check_offload(file: str, zero: dict[str, Any], stage: int, ep: int) -> bool
     optimizer, weights = _offload_device(file, zero, "offload_optimizer"), _offload_device(file, zero, "offload_param")
     where = f"{file}: zero_optimization."
     if optimizer != "none" and stage == 0:
-        reject(f"{where}offload_optimizer.device", optimizer, "ZeRO stage 0 shards nothing to offload",
-               "set zero_optimization.stage to 1, 2 or 3")
+        reject(
+            f"{where}offload_optimizer.device",
+            optimizer,
+            "ZeRO stage 0 shards nothing to offload",
+            "set zero_optimization.stage to 1, 2 or 3",
+        )
     if weights != "none" and stage != 3:
-        reject(f"{where}offload_param.device", weights, f"needs ZeRO stage 3, the stage is {stage}",
-               "set zero_optimization.stage to 3 or remove offload_param")
+        reject(
+            f"{where}offload_param.device",
+            weights,
+            f"needs ZeRO stage 3, the stage is {stage}",
+            "set zero_optimization.stage to 3 or remove offload_param",
+        )
     for key, device in (("offload_optimizer", optimizer), ("offload_param", weights)):
         if ep > 1 and (device == "nvme" or (key == "offload_param" and device != "none")):
-            reject(f"{where}{key}.device", device, f"is untested with parallel.expert_parallel={ep}",
-                   "offload the optimizer to the cpu, or set parallel.expert_parallel=1")
+            reject(
+                f"{where}{key}.device",
+                device,
+                f"is untested with parallel.expert_parallel={ep}",
+                "offload the optimizer to the cpu, or set parallel.expert_parallel=1",
+            )
     if (zero.get("offload_optimizer") or {}).get("super_offload"):
-        reject(f"{where}offload_optimizer.super_offload", "true", "brings its own optimizer, without the EMA state",
-               "remove it from the file")
+        reject(
+            f"{where}offload_optimizer.super_offload",
+            "true",
+            "brings its own optimizer, without the EMA state",
+            "remove it from the file",
+        )
     return optimizer != "none"
 
 
@@ -302,15 +343,23 @@ def _check_owned(file: str, tree: dict[str, Any], owned: dict[str, Any], config:
     accepted = {**owned, "gradient_clipping": config.optimizer.clip_grad_norm}
     for key, ours in accepted.items():
         if key in tree and not (_agrees(tree[key], ours) or _agrees(tree[key], owned[key])):
-            reject(f"{file}: {key}", json.dumps(tree[key]), f"contradicts {json.dumps(ours)} from {OWNERS[key]}",
-                   f'remove it from the file or write "auto"; {OWNERS[key]} decides')
+            reject(
+                f"{file}: {key}",
+                json.dumps(tree[key]),
+                f"contradicts {json.dumps(ours)} from {OWNERS[key]}",
+                f'remove it from the file or write "auto"; {OWNERS[key]} decides',
+            )
 
 
 def _check_precision(file: str, config: Config, stage: int) -> None:
     if config.train.precision == "bf16" and stage == 0:
         # DeepSpeed's unfused 16-bit optimizer, taken at stage 0, leaves expert gradients out of its norm (#8613).
-        reject("train.precision", "bf16", f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights",
-               "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast")
+        reject(
+            "train.precision",
+            "bf16",
+            f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights",
+            "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast",
+        )
 
 
 def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:

@@ -12,7 +12,6 @@ DeepSpeed 0.19.8 facts worked around here:
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import deepspeed
@@ -36,8 +35,8 @@ from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.collectives import all_reduce_sum
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.expert_parallel import is_sharded
-from promoe_ds.parallel.topology import Topology
 from promoe_ds.parallel.optimizer import AdamWithEMA
+from promoe_ds.parallel.topology import Topology
 
 WEIGHT = "fp32"
 """name of the master weights among the states; the others are those of the optimizer"""
@@ -58,7 +57,7 @@ class Engine:
         params: Any = {"params": [p for p in model.parameters() if p.requires_grad], "name": "all"}
         param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
         self.adam = AdamWithEMA(param_groups, config.optimizer)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)
+        self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
         self.all_reduce = all_reduce_sum if topology.world > 1 else _same
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
@@ -162,5 +161,3 @@ def _same(x: Tensor) -> Tensor:
 
 def _square_sum(tensors: list[Any]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
-
-

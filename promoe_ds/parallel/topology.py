@@ -91,7 +91,9 @@ def connect(topology: Topology, timeout_minutes: float = 30.0) -> None:
 
 
 def disconnect() -> None:
+    """Leave the process group, together: gloo aborts a rank whose peers close their connections before it does."""
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

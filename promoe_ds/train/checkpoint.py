@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,11 +35,11 @@ FORMAT = "promoe_ds/1"
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 RESUMED_STATES = ("fp32", "exp_avg", "exp_avg_sq")
-FREE_ON_RESUME = (
-    "name", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every",
-    "train.micro_batch_size", "train.activation_checkpointing", "moe.experts_backend", "parallel", "sample", "data.path",
-    "data.prefetch",
-)  # fmt: skip
+FREE_ON_RESUME = {
+    *("name", "sample", "parallel", "data.path", "data.prefetch", "moe.experts_backend"),
+    *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
+    *("train.micro_batch_size", "train.activation_checkpointing"),
+}
 """keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed"""
 
 
@@ -235,7 +235,7 @@ def save(
             problem = str(error)
     problem = ranks.gather(problem)[0]
     if problem:
-        reject("checkpoint", final, f"could not be written ({problem})", "free space or mend the run folder, then resume")
+        reject("checkpoint", final, f"cannot be written ({problem})", "free space or mend the folder, then resume")
     return final
 
 
@@ -299,7 +299,7 @@ class Reader:
         return file.get_tensor(inner)
 
 
-def load_weights(reader: Reader, params: dict[str, Tensor], local: Callable[[Tensor, Tensor], Tensor]) -> None:
+def load_weights(reader: Reader, params: Mapping[str, Tensor], local: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Copy master weights into a model before the engine is made.
 
     Args:
@@ -310,8 +310,12 @@ def load_weights(reader: Reader, params: dict[str, Tensor], local: Callable[[Ten
         for name, p in params.items():
             part = local(p, reader(name, "fp32"))
             if part.shape != p.shape:
-                reject("checkpoint", reader.path, f"{name} has shape {list(part.shape)}, the model {list(p.shape)}",
-                       "use a checkpoint of this model")
+                reject(
+                    "checkpoint",
+                    reader.path,
+                    f"{name} has shape {list(part.shape)}, the model {list(p.shape)}",
+                    "use a checkpoint of this model",
+                )
             p.copy_(part)
 
 

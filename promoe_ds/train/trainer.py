@@ -124,7 +124,8 @@ class Trainer:
                     self._say(f"stopped by a signal at step {self.step}; the same command continues")
                     return RESUMABLE
         self._draw_samples()
-        self._say(f"done: {self.step} steps; weights in {checkpoint.folder(self.run_folder, self.step) / checkpoint.EMA}")
+        weights = checkpoint.folder(self.run_folder, self.step) / checkpoint.EMA
+        self._say(f"done: {self.step} steps; weights in {weights}")
         return DONE
 
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
@@ -166,7 +167,8 @@ class Trainer:
             bad = [(r, n, v) for r, vs in enumerate(per_rank) for n, v in zip(self.terms, vs, strict=False)
                    if not math.isfinite(v)]  # fmt: skip
             rank, name, value = bad[0]
-            raise TrainingStopped(f"step {self.step + 1}, rank {rank}: {name} is {value}; the last checkpoint is unharmed")
+            where = f"step {self.step + 1}, rank {rank}"
+            raise TrainingStopped(f"{where}: {name} is {value}; the last checkpoint is unharmed")
         return means
 
     # --------------------------------------------------------------------------------------------------- reporting
@@ -238,5 +240,3 @@ class Trainer:
     def close(self) -> None:
         if self.log:
             self.log.close()
-
-

@@ -31,24 +31,31 @@ def test_digits_are_built():
     assert len(build_dataset(DIGITS)) == 1797
 
 
-@pytest.mark.parametrize(("key", "value", "found"), [
-    ("num_classes", 1000, "10 class(es)"), ("channels", 3, "1 channel(s)"), ("image_size", 32, "8 pixels a side"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("num_classes", 1000, "10 class(es)"),
+        ("channels", 3, "1 channel(s)"),
+        ("image_size", 32, "8 pixels a side"),
+    ],
+)
 def test_digits_that_disagree_with_the_model(key: str, value: int, found: str):
     config = replace(DIGITS, model=replace(DIGITS.model, **{key: value}))
     with pytest.raises(ConfigError) as caught:
         build_dataset(config)
     right = found.split()[0]
-    assert str(caught.value) == (f"model.{key}={value}: data.name=digits has {found}; "
-                                 f"set model.{key}={right} or choose other data")
+    assert str(caught.value) == (
+        f"model.{key}={value}: data.name=digits has {found}; set model.{key}={right} or choose other data"
+    )
 
 
 def test_digits_with_a_path_are_a_mistake():
     config = replace(DIGITS, data=DataConfig(path="photos"))
     with pytest.raises(ConfigError) as caught:
         build_dataset(config)
-    assert str(caught.value) == ("data.path=photos: data.name=digits is embedded and reads no files; "
-                                 "add data.name=images")
+    assert str(caught.value) == (
+        "data.path=photos: data.name=digits is embedded and reads no files; add data.name=images"
+    )
 
 
 def test_images_without_a_path_are_a_mistake():
@@ -64,14 +71,20 @@ def test_a_folder_is_read_on_demand(tree: Path):
 def test_a_folder_with_another_number_of_classes(tree: Path):
     with pytest.raises(ConfigError) as caught:
         build_dataset(images_config(tree, num_classes=1000))
-    assert str(caught.value) == (f"model.num_classes=1000: data.path={tree} has 2 class(es); "
-                                 "set model.num_classes=2 or choose other data")
+    assert str(caught.value) == (
+        f"model.num_classes=1000: data.path={tree} has 2 class(es); set model.num_classes=2 or choose other data"
+    )
 
 
 def test_a_pack_is_held(tree: Path):
     data = np.frombuffer((tree / "cat" / "0.png").read_bytes(), dtype=np.uint8)
     path = tree / "pack.npz"
-    np.savez(path, classes=np.array(["cat", "dog"]), train_jpeg=data, train_offsets=np.array([0, len(data)]),
-             train_labels=np.array([1]))
+    np.savez(
+        path,
+        classes=np.array(["cat", "dog"]),
+        train_jpeg=data,
+        train_offsets=np.array([0, len(data)]),
+        train_labels=np.array([1]),
+    )
     dataset = build_dataset(images_config(path))
     assert isinstance(dataset, HeldImages) and dataset.get(np.array([0]))[1].tolist() == [1]

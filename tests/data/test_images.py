@@ -215,7 +215,8 @@ def test_packs_that_contradict_themselves(tmp_path: Path, changes: dict, conflic
 def test_pickled_names_are_not_unpickled(tmp_path: Path):
     path = write_pack(tmp_path / "p.npz", classes=np.array(["cat", "dog", "owl"], dtype=object))
     assert "cannot be read (Object arrays cannot be loaded when allow_pickle=False)" in rejected(
-        PackedImages, path, "train", 3, 16)
+        PackedImages, path, "train", 3, 16
+    )
 
 
 def test_files_that_are_no_packs(tmp_path: Path):
@@ -225,8 +226,9 @@ def test_files_that_are_no_packs(tmp_path: Path):
     np.save(tmp_path / "bare.npy", np.zeros(3))
     for name in ("half.npz", "text.npz", "bare.npy"):
         message = rejected(open_images, str(tmp_path / name), split="train", channels=3, image_size=8)
-        assert message == (f"data.path={tmp_path}/{name}: is neither a folder nor a complete npz; "
-                           "name a folder or a packed npz")
+        assert message == (
+            f"data.path={tmp_path}/{name}: is neither a folder nor a complete npz; name a folder or a packed npz"
+        )
 
 
 def test_flipped_bytes_in_a_pack(tmp_path: Path):
@@ -247,10 +249,13 @@ def test_a_damaged_image_in_a_pack_is_named(tmp_path: Path):
         assert f"data.path={path} (train image 3): is not an image" in rejected(call)
 
 
-@pytest.mark.parametrize(("name", "train", "test", "classes", "size"), [
-    ("cifar10_jpeg.npz", 50_000, 10_000, 10, 32),
-    ("tinyimagenet50_jpeg.npz", 25_000, 2_500, 50, 64),
-])
+@pytest.mark.parametrize(
+    ("name", "train", "test", "classes", "size"),
+    [
+        ("cifar10_jpeg.npz", 50_000, 10_000, 10, 32),
+        ("tinyimagenet50_jpeg.npz", 25_000, 2_500, 50, 64),
+    ],
+)
 def test_real_packs(name: str, train: int, test: int, classes: int, size: int):
     path = PACKS / name
     if not path.is_file():

@@ -66,15 +66,22 @@ def test_streams_that_differ_in_one_word_share_no_numbers():
     seeds = steps = rows = (0, 1, 2, 255, 2**63)
     streams = [
         row_generator(seed, step, row, purpose).integers(0, 2**63, size=64)
-        for seed in seeds for step in steps for row in rows for purpose in Purpose
+        for seed in seeds
+        for step in steps
+        for row in rows
+        for purpose in Purpose
     ]
     drawn = np.concatenate(streams)
     assert len(np.unique(drawn)) == len(drawn)
 
 
 def test_moments_and_correlation_across_rows_and_purposes():
-    draws = np.array([[row_generator(0, 5, row, purpose).standard_normal(64) for row in range(256)]
-                      for purpose in (Purpose.NOISE, Purpose.TIME)])
+    draws = np.array(
+        [
+            [row_generator(0, 5, row, purpose).standard_normal(64) for row in range(256)]
+            for purpose in (Purpose.NOISE, Purpose.TIME)
+        ]
+    )
     n = draws[0].size
     assert abs(draws.mean()) < 4 / np.sqrt(2 * n)
     assert abs(draws.var() - 1) < 4 * np.sqrt(2 / (2 * n))

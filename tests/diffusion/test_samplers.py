@@ -32,8 +32,10 @@ def test_order_of_convergence(solver: Callable, order: int) -> None:
     """dx/dsigma = 2 x + sigma: from x(1) the exact x(0) = (x(1) + 3/4) e^-2 - 1/4."""
     start = torch.tensor([1.0, -2.0], dtype=torch.float64)
     exact = (start + 0.75) * math.exp(-2) - 0.25
-    errors = [(solver(lambda x, sigma: 2 * x + sigma, start, sigma_schedule(n)) - exact).abs().max().item()
-              for n in (64, 128, 256)]
+    errors = [
+        (solver(lambda x, sigma: 2 * x + sigma, start, sigma_schedule(n)) - exact).abs().max().item()
+        for n in (64, 128, 256)
+    ]
     for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.05)
 

@@ -175,9 +175,14 @@ def test_pickles_are_refused(tmp_path: Path):
     assert "is no readable .npz" in message(path)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("{", "cannot be read as JSON"), ('{"cfg": NaN}', "NaN is not JSON"), ("[1]", "is not a JSON object"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "cannot be read as JSON"),
+        ('{"cfg": NaN}', "NaN is not JSON"),
+        ("[1]", "is not a JSON object"),
+    ],
+)
 def test_bad_sampling_json(tmp_path: Path, text: str, expected: str):
     path = save(tmp_path / "samples.npz")
     path.with_name("sampling.json").write_text(text, encoding="utf-8")
@@ -219,7 +224,11 @@ def test_write_metrics_is_whole_or_untouched(tmp_path: Path):
 
 def test_bad_outputs(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    for path, expected in ((tmp_path, "is a folder"), (tmp_path / "a.npz", "ends in .json"),
-                           (tmp_path / "no" / "m.json", "does not exist"), (tmp_path / "file" / "m.json", "not exist")):
+    for path, expected in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "a.npz", "ends in .json"),
+        (tmp_path / "no" / "m.json", "does not exist"),
+        (tmp_path / "file" / "m.json", "not exist"),
+    ):
         with pytest.raises(ConfigError, match=expected):
             check_output(path)

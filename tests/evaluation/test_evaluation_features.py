@@ -37,7 +37,7 @@ def test_no_feature_is_constant(cnn: DigitsCNN):
 
 def test_features_do_not_depend_on_the_batch(cnn: DigitsCNN):
     images = np.concatenate([split.images_NHWC for split in digits_split()])  # more than one internal batch
-    alone = np.concatenate([cnn.features(images[i:i + 300]) for i in range(0, len(images), 300)])
+    alone = np.concatenate([cnn.features(images[i : i + 300]) for i in range(0, len(images), 300)])
     np.testing.assert_allclose(cnn.features(images), alone, atol=1e-4)
 
 

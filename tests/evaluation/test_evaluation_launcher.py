@@ -55,8 +55,9 @@ def test_run_folder_from_elsewhere(tmp_path: Path):
 def test_mistake_in_a_process_has_no_traceback(tmp_path: Path):
     done = subprocess.run([sys.executable, str(LAUNCHER), "absent.npz"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == ("error: SAMPLES=absent.npz: no such file; draw samples first: launchers/sample.py, "
-                           "or name an existing .npz\n")
+    assert done.stderr == (
+        "error: SAMPLES=absent.npz: no such file; draw samples first: launchers/sample.py, or name an existing .npz\n"
+    )
 
 
 def test_sample_sets_and_out(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -67,10 +67,12 @@ def test_images_do_not_see_each_other_nor_their_order() -> None:
         torch.testing.assert_close(one[0], whole[i], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("overrides", [(), ("moe=null",), ("model.qk_norm=true",), ("moe.layers=all",), ("moe.layers=[0, 3]",)])
-def test_variants_train(overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "override", ["moe.num_shared=1", "moe=null", "model.qk_norm=true", "moe.layers=all", "moe.layers=[0, 3]"]
+)
+def test_variants_train(override: str) -> None:
     x, t, labels = inputs()
-    model = awake(tiny(*overrides))
+    model = awake(tiny(override))
     out = model(x, t, RoutingContext.build(labels, 10, "cpu"))
     (out.prediction.square().mean() + sum(out.aux.values())).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -120,7 +122,13 @@ def test_initialisation_follows_the_table() -> None:
     assert state["blocks.0.attn.qkv.weight"].abs().max() == pytest.approx(xavier(256, 768), rel=1e-3)
     assert state["blocks.1.mlp.routed.experts.w1"].abs().max() == pytest.approx(xavier(256, 512), rel=1e-3)
     assert state["x_embedder.proj.weight"].abs().max() == pytest.approx(xavier(4, 256), rel=2e-2)
-    for name in ("y_embedder.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "blocks.1.mlp.router.prototypes"):
+    normal = (
+        "y_embedder.weight",
+        "t_embedder.mlp.0.weight",
+        "t_embedder.mlp.2.weight",
+        "blocks.1.mlp.router.prototypes",
+    )
+    for name in normal:
         assert state[name].std() == pytest.approx(0.02, rel=0.1), name
     for name in ("blocks.0.adaLN.linear.weight", "final_layer.adaLN.linear.weight", "final_layer.linear.weight"):
         assert (state[name] == 0).all(), name

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from promoe_ds.config import decode
 from promoe_ds.moe.layer import MoELayer
@@ -154,3 +155,32 @@ def test_no_auxiliary_loss_outside_training() -> None:
     layer = make_layer(torch.float32).eval()
     _, aux, _ = layer(torch.randn(2, S, D), RoutingContext.build(torch.tensor([1, 2]), NULL, "cpu"))
     assert aux == {}
+
+
+class Operations(TorchDispatchMode):
+    """Names of every operator that runs, in the forward and in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_synchronisation_and_no_collective_at_ep_1() -> None:
+    """Nothing that reads a tensor's value on the host, or whose output size depends on one."""
+    layer = make_layer(torch.float32, backend="grouped_mm")
+    ctx = RoutingContext.build(torch.tensor([3, 1, NULL]), NULL, "cpu")
+    x = torch.randn(3, S, D, requires_grad=True)
+    with Operations() as operations:
+        out, aux, _ = layer(x, ctx)
+        (out.sum() + aux["routing_contrastive"]).backward()
+    assert any("grouped_mm" in name for name in operations.names)
+    waiting = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "c10d", "_c10d")
+    found = [name for name in operations.names if any(word in name for word in waiting)]
+    assert not found
+    with Operations() as operations:  # the mode does see a synchronisation where there is one
+        make_layer(torch.float32, backend="loop")(x, ctx)[0].sum().item()
+    assert any("_local_scalar_dense" in name for name in operations.names)

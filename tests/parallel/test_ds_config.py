@@ -11,11 +11,18 @@ import pytest
 
 from promoe_ds.config import Config, ConfigError, load_config
 from promoe_ds.parallel import ds_config
-from promoe_ds.parallel.ds_config import batch_plan, check_topology, resolve
+from promoe_ds.parallel.ds_config import resolve
+from promoe_ds.validate import batch_plan, check_topology
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-STAGES = {"zero0": (0, False), "zero1": (1, False), "zero2": (2, False), "zero3": (3, False),
-          "zero2_offload": (2, True), "zero3_offload": (3, True)}
+STAGES = {
+    "zero0": (0, False),
+    "zero1": (1, False),
+    "zero2": (2, False),
+    "zero3": (3, False),
+    "zero2_offload": (2, True),
+    "zero3_offload": (3, True),
+}
 
 
 def config(*overrides: str) -> Config:
@@ -80,8 +87,14 @@ def test_stage_0_leaves_clipping_to_the_engine(folder: Folder) -> None:
 
 
 def test_a_file_may_repeat_what_we_say(folder: Folder) -> None:
-    tree = {"train_batch_size": 256, "gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": "auto",
-            "bf16": {"enabled": "auto"}, "torch_autocast": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    tree = {
+        "train_batch_size": 256,
+        "gradient_clipping": 0.5,
+        "train_micro_batch_size_per_gpu": "auto",
+        "bf16": {"enabled": "auto"},
+        "torch_autocast": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+    }
     assert folder.resolve(tree).json["train_micro_batch_size_per_gpu"] == 128
     assert folder.resolve({"bf16": "auto"}).json["bf16"] == {"enabled": False}
 
@@ -234,8 +247,16 @@ def test_top_level_keys_are_known_to_deepspeed() -> None:
     import deepspeed
 
     root = Path(deepspeed.__file__).parent
-    files = ["runtime/constants.py", "runtime/config.py", "runtime/precision_config.py", "comm/constants.py",
-             "profiling/constants.py", "runtime/zero/config.py", "runtime/swap_tensor/constants.py", "utils/config.py"]
+    files = [
+        "runtime/constants.py",
+        "runtime/config.py",
+        "runtime/precision_config.py",
+        "comm/constants.py",
+        "profiling/constants.py",
+        "runtime/zero/config.py",
+        "runtime/swap_tensor/constants.py",
+        "utils/config.py",
+    ]
     words = {
         node.value
         for name in files

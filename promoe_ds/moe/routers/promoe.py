@@ -44,7 +44,7 @@ class ProMoEConfig(RouterConfig):
 
     def validate(self, config: Any) -> None:
         if not 1 <= self.top_k <= config.moe.num_experts:
-            reject("moe.router.top_k", self.top_k, f"must lie in 1..moe.num_experts={config.moe.num_experts}", "lower it")
+            reject("moe.router.top_k", self.top_k, f"is not in 1..moe.num_experts={config.moe.num_experts}", "lower it")
         for key in ("alpha", "temperature"):
             if getattr(self, key) <= 0:
                 reject(f"moe.router.{key}", getattr(self, key), "must be positive", "choose a value above 0")

@@ -1,0 +1,177 @@
+"""What a configuration must satisfy: checks that depend on it alone, and checks against the number of processes.
+
+Pure: nothing is changed, nothing is read but the configuration. Every failure is a one-line `ConfigError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from promoe_ds.config import Config, reject
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _positive(config: Config, *paths: str) -> None:
+    for path in paths:
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value is not None and value <= 0:
+            reject(path, value, "must be positive", "choose a value above 0")
+
+
+def _validate_model(config: Config) -> None:
+    m = config.model
+    _positive(config, "model.depth", "model.width", "model.heads", "model.patch", "model.image_size", "model.channels")
+    _positive(config, "model.num_classes", "model.mlp_ratio")
+    if m.width % m.heads:
+        reject("model.width", m.width, f"is not divisible by model.heads={m.heads}", "change one of them")
+    if m.width % 4:
+        reject("model.width", m.width, "the 2-D sine-cosine table needs a multiple of 4", "round it")
+    if m.image_size % m.patch:
+        reject("model.image_size", m.image_size, f"is not divisible by model.patch={m.patch}", "change one of them")
+    _whole_hidden("model.mlp_ratio", m.mlp_ratio, m.width)
+
+
+def _whole_hidden(path: str, ratio: float, width: int) -> None:
+    if not (ratio * width).is_integer():
+        reject(path, ratio, f"times model.width={width} is not a whole number of hidden units", "change one of them")
+
+
+def _aligned(config: Config) -> None:
+    """Grouped GEMM reads bf16 rows in units of 16 bytes."""
+    moe, width = config.moe, config.model.width
+    if moe is None or moe.experts_backend != "grouped_mm" or config.train.precision == "fp32":
+        return
+    for path, value in (("model.width", width), ("moe.hidden_ratio * model.width", int(moe.hidden_ratio * width))):
+        if value % 8:
+            conflict = f"grouped_mm under train.precision={config.train.precision} needs a multiple of 8"
+            reject(path, value, conflict, "change it, or set moe.experts_backend=loop")
+
+
+def _validate_moe(config: Config) -> None:
+    moe, ep = config.moe, config.parallel.expert_parallel
+    _positive(config, "parallel.expert_parallel")
+    if moe is None:
+        if ep != 1:
+            reject("parallel.expert_parallel", ep, "the model is dense (moe: null)", "set it to 1")
+        return
+    _positive(config, "moe.num_experts", "moe.hidden_ratio")
+    _whole_hidden("moe.hidden_ratio", moe.hidden_ratio, config.model.width)
+    _aligned(config)
+    for key in ("num_shared", "num_unconditional"):
+        if getattr(moe, key) < 0:
+            reject(f"moe.{key}", getattr(moe, key), "must not be negative", "choose 0 or more")
+    if moe.conditional and moe.num_unconditional == 0 and moe.num_shared == 0:
+        conflict = "null-label images would meet no expert (moe.num_shared=0)"
+        reject("moe.num_unconditional", 0, conflict, "set one of them to 1")
+    if moe.num_experts % ep:
+        reject(
+            "parallel.expert_parallel",
+            ep,
+            f"does not divide moe.num_experts={moe.num_experts}",
+            f"choose one of {_listed(_divisors(moe.num_experts))}",
+        )
+    if isinstance(moe.layers, tuple):
+        bad = [i for i in moe.layers if not 0 <= i < config.model.depth]
+        if bad or len(set(moe.layers)) != len(moe.layers):
+            reject(
+                "moe.layers",
+                list(moe.layers),
+                f"needs distinct indices below model.depth={config.model.depth}",
+                "list block indices, or write every_other or all",
+            )
+    if not config.moe_layers():
+        conflict = f"selects no block of model.depth={config.model.depth}"
+        reject("moe.layers", moe.layers, conflict, "write all, or moe: null for a dense model")
+    validate_router = getattr(moe.router, "validate", None)
+    if validate_router is not None:
+        validate_router(config)
+
+
+def _validate_training(config: Config) -> None:
+    _positive(config, "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.log_every")
+    _positive(config, "train.checkpoint_every", "train.keep_last", "optimizer.lr", "optimizer.eps", "sample.steps")
+    _positive(config, "diffusion.logit_std", "diffusion.shift", "sample.per_class", "sample.classes", "data.prefetch")
+    for path, value in (
+        ("optimizer.beta1", config.optimizer.beta1),
+        ("optimizer.beta2", config.optimizer.beta2),
+        ("optimizer.ema_decay", config.optimizer.ema_decay),
+        ("diffusion.label_drop", config.diffusion.label_drop),
+    ):
+        if not 0 <= value < 1:
+            reject(path, value, "must lie in [0, 1)", "choose such a value")
+    for path, value in (
+        ("optimizer.clip_grad_norm", config.optimizer.clip_grad_norm),
+        ("optimizer.weight_decay", config.optimizer.weight_decay),
+        ("train.seed", config.train.seed),
+        ("sample.seed", config.sample.seed),
+        ("train.sample_every", config.train.sample_every),
+    ):
+        if value < 0:
+            reject(path, value, "must not be negative", "choose 0 or more")
+
+
+def validate(config: Config) -> None:
+    """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
+    _validate_model(config)
+    _validate_moe(config)
+    _validate_training(config)
+
+
+def validate_data(config: Config) -> None:
+    """Check that the data set is named; before training, not before a dry run. Raises `ConfigError`."""
+    if config.data.name != "digits" and config.data.path is None:
+        reject("data.path", "null", f"data.name={config.data.name} needs one", "add data.path=PATH")
+
+
+def batch_plan(config: Config, world: int) -> tuple[int, int]:
+    """(images a rank a forward, accumulation steps), whose product with `world` is the global batch.
+
+    Raises:
+        ConfigError: the global batch does not divide.
+    """
+    total, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if total % world:
+        near = [total // world * world, (total // world + 1) * world]
+        reject(
+            "train.global_batch_size",
+            total,
+            f"is not divisible by the world size {world}",
+            f"choose for example {_listed(n for n in near if n)}, or another number of processes",
+        )
+    if micro is None:
+        return total // world, 1
+    if total % (world * micro):
+        reject(
+            "train.micro_batch_size",
+            micro,
+            f"train.global_batch_size={total} is not a multiple of micro batch * world size = {micro} * {world}",
+            f"choose one of {_listed(_divisors(total // world))}",
+        )
+    return micro, total // (world * micro)
+
+
+def check_topology(config: Config, world: int) -> None:
+    """Check what depends on the number of processes: ep divides it, the batch divides. Raises `ConfigError`."""
+    ep = config.parallel.expert_parallel
+    if world < 1:
+        reject("world size", world, "is not a number of processes", "choose 1 or more")
+    if world % ep:
+        experts = config.moe.num_experts if config.moe else 1
+        choices = [d for d in _divisors(experts) if world % d == 0]
+        reject(
+            "parallel.expert_parallel",
+            ep,
+            f"does not divide the world size {world}",
+            f"choose one of {_listed(choices)}, or a multiple of {ep} processes",
+        )
+    batch_plan(config, world)

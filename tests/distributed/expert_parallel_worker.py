@@ -1,0 +1,150 @@
+"""Run by test_expert_parallel.py under torchrun: checks of one expert-parallel MoE layer, one result line a case."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+
+from promoe_ds.config import decode
+from promoe_ds.models.dit import DiT
+from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.parallel.collectives import all_reduce_sum
+from promoe_ds.parallel.expert_parallel import parallelize
+from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects
+
+D, S, NULL, ITEM = 16, 5, 10, 4
+MIXES = {  # labels of each rank; 3 images a rank
+    "mixed": [[1, NULL, 2], [3, 4, 5], [NULL, 6, 7], [8, 9, 0]],
+    "one rank all null": [[NULL] * 3, [3, 4, 5], [1, 2, 3], [8, 9, 0]],
+    "only one rank conditional": [[NULL] * 3, [1, 2, 3], [NULL] * 3, [NULL] * 3],
+    "all null": [[NULL] * 3] * 4,
+}
+
+
+class Recorder:
+    """Counts what every collective of deepspeed.comm moves, by wrapping the real functions."""
+
+    def __init__(self, topology: Topology):
+        self.rank = topology.ep_rank
+        self.calls: list[tuple[str, int, int]] = []
+        self.real = dist.all_to_all_single, dist.all_reduce
+
+    def __enter__(self) -> Recorder:
+        def all_to_all(out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            splits = kwargs.get("input_split_sizes")
+            kind = "counts" if splits is None else "rows"
+            away = 0 if splits is None else sum(n for r, n in enumerate(splits) if r != self.rank)
+            self.calls.append((kind, away, x.element_size() * (x.shape[1] if x.dim() == 2 else 1)))
+            return self.real[0](out, x, *args, **kwargs)
+
+        def all_reduce(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append(("all_reduce", x.numel(), x.element_size()))
+            return self.real[1](x, *args, **kwargs)
+
+        dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        dist.all_to_all_single, dist.all_reduce = self.real
+
+
+def make(topology: Topology, top_k: int, skewed: bool) -> MoELayer:
+    """A MoE layer with random weights, sharded if ep > 1; the same weights for every ep."""
+    tree = {"model": {"width": D, "heads": 4, "depth": 1, "image_size": 8, "num_classes": NULL},
+            "moe": {"layers": "all", "router": {"top_k": top_k}}}  # fmt: skip
+    model: DiT = materialize(parallelize(build(decode(tree)), topology), seed=5)
+    layer = model.blocks[0].mlp  # type: ignore[union-attr]
+    assert isinstance(layer, MoELayer)
+    if skewed:  # every token to expert 1, none elsewhere
+        with torch.no_grad():
+            layer.router.prototypes.zero_()[1] = 1.0  # type: ignore[index, operator, union-attr]
+    if topology.ep > 1:
+        layer.routed.set_deepspeed_parallelism()  # type: ignore[operator]
+    return layer
+
+
+def step(layer: MoELayer, x: Tensor, labels: list[int], reduce: Any, contrastive: float = 1.0) -> tuple[Tensor, Tensor]:
+    ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", reduce)
+    x = x[ctx.order_B].requires_grad_()
+    out, aux, _ = layer(x, ctx)
+    probe = torch.linspace(-1, 1, S * D).view(1, S, D)
+    ((out * probe).sum() + contrastive * aux["routing_contrastive"]).backward()
+    assert x.grad is not None
+    return out.detach()[ctx.restore_B], x.grad[ctx.restore_B]
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def compare(topology: Topology, labels: list[list[int]], top_k: int, skewed: bool) -> dict[str, float]:
+    """Largest difference between the sharded layer on this rank's images and one device with all images."""
+    world, rank = topology.world, topology.rank
+    x = torch.randn(world * 3, S, D, generator=torch.Generator().manual_seed(0)) + (5.0 if skewed else 0.0)
+    whole = make(Topology(0, 1, 0, 1), top_k, skewed)
+    mine = slice(rank * 3, rank * 3 + 3)
+    sharded = make(topology, top_k, skewed)
+    with Recorder(topology) as record:
+        out, grad = step(sharded, x[mine].clone(), labels[rank], all_reduce_sum)
+    # Each rank computes the same global contrastive loss, so a sum over ranks counts it `world` times.
+    expected, expected_grad = step(whole, x.clone(), sum(labels[:world], []), lambda v: v, contrastive=world)
+    worst = {"output": largest(out - expected[mine]), "input grad": largest(grad - expected_grad[mine])}
+    reference = dict(whole.named_parameters())
+    for name, p in sharded.named_parameters():
+        assert p.grad is not None, name
+        total = p.grad.clone()
+        want = reference[name].grad
+        if getattr(p, "allreduce", True):
+            dist.all_reduce(total)
+        else:  # summed over the replicas of these experts
+            owners = gather_objects((topology.ep_rank, p.grad), topology)
+            total = torch.stack([grad for owner, grad in owners if owner == topology.ep_rank]).sum(0)
+            want = want.chunk(topology.ep)[topology.ep_rank]  # type: ignore[union-attr]
+        worst["gradients"] = max(worst.get("gradients", 0.0), largest(total - want))  # type: ignore[operator]
+    return worst | traffic(topology, sharded, x[mine], labels[rank], record)
+
+
+def traffic(topology: Topology, layer: MoELayer, x: Tensor, labels: list[int], record: Recorder) -> dict[str, Any]:
+    """Rows this rank sent away in the four exchanges, and how many the routing says it must."""
+    ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu")
+    routing = layer.router(x[ctx.order_B][: ctx.num_conditional], ctx)
+    local = 12 // topology.ep
+    away = int((routing.expert_N // local != topology.ep_rank).sum())
+    group = topology.ep_groups()[topology.rank // topology.ep]
+    everyone = gather_objects((routing.expert_N // local).tolist(), topology)
+    arriving = sum(owner == topology.ep_rank for r in group if r != topology.rank for owner in everyone[r])
+    rows = [call for call in record.calls if call[0] == "rows"]
+    return {
+        "rows sent": [n for _, n, _ in rows],
+        # dispatch out, results back, gradients of results out, gradients of inputs back
+        "rows needed": [away, arriving, away, arriving],
+        "row bytes": sorted({size for _, _, size in rows}),
+        "counts exchanges": sum(kind == "counts" for kind, *_ in record.calls),
+        "all-reduces": [n for kind, n, _ in record.calls if kind == "all_reduce"],
+    }
+
+
+def main() -> None:
+    ep = int(sys.argv[1])
+    topology = from_environment(ep)
+    connect(topology)
+    results = {}
+    for name, labels in MIXES.items():
+        for top_k in (1, 3):
+            results[f"{name}, top-{top_k}"] = compare(topology, labels, top_k, skewed=False)
+    results["everything to one expert"] = compare(topology, MIXES["mixed"], 1, skewed=True)
+    everyone = gather_objects(results, topology)
+    if topology.rank == 0:
+        print("RESULT " + json.dumps(everyone), flush=True)
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""One expert-parallel MoE layer on 2 and 4 real processes: equal to one device, and not a row more than needed sent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.launch import run, torchrun
+
+D, FP32 = 16, 4
+
+
+@pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["world 2, ep 2", "world 4, ep 2"])
+def results(request: pytest.FixtureRequest) -> list[dict]:
+    world, ep = request.param
+    done = run(torchrun(world, "tests/distributed/expert_parallel_worker.py", str(ep)))
+    (line,) = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
+    everyone = json.loads(line.removeprefix("RESULT "))
+    assert len(everyone) == world
+    return everyone
+
+
+def test_sharded_equals_one_device(results: list[dict]) -> None:
+    """Outputs and all gradients, with ranks that have no routed row, all-null batches and a single busy expert."""
+    for cases in results:
+        for name, case in cases.items():
+            for what in ("output", "input grad", "gradients"):
+                assert case[what] < 3e-5, (name, what, case)
+
+
+def test_exactly_the_rows_that_belong_elsewhere_travel(results: list[dict]) -> None:
+    """Forward and backward; null-label images send nothing; every rank still joins every exchange."""
+    for cases in results:
+        for name, case in cases.items():
+            assert case["rows sent"] == case["rows needed"], name
+            assert case["row bytes"] == [D * FP32], name
+            assert case["counts exchanges"] == 1, name
+            assert case["all-reduces"] == [12 * (D + 1)] * 2, name  # centroids of the contrastive loss
+        assert cases["all null, top-1"]["rows sent"] == [0, 0, 0, 0]
+    assert any(sum(cases["mixed, top-1"]["rows sent"]) for cases in results)

@@ -1,0 +1,178 @@
+"""The real trainer through the real launchers: interrupted and resumed, at other topologies, at other precisions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import topology_invariance
+from promoe_ds.train import checkpoint
+from tests.launch import ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
+
+ZERO2_EP2 = ("--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "parallel.expert_parallel=2")
+STEPS = ("train.steps=60", "train.checkpoint_every=20")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, moments and EMA."""
+    where = checkpoint.folder(folder, step)
+    return {f"{f.name[:3]}/{k}": v for f in sorted(where.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the launcher and every rank: they share a session."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (folder / "metrics.jsonl").exists() and max(losses_so_far(folder), default=0) >= step:
+            return
+        assert process.poll() is None, f"ended early with {process.returncode}"
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} not reached in {seconds} s")
+
+
+def losses_so_far(folder: Path) -> list[int]:
+    return [json.loads(t)["step"] for t in (folder / "metrics.jsonl").read_text().splitlines() if t.endswith("}")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(deepspeed(2, "launchers/train.py", *ZERO2_EP2, "--run", str(folder), *STEPS))
+    return folder
+
+
+def test_run_folder_holds_what_other_programs_rely_on(uninterrupted: Path) -> None:
+    assert {"config.yaml", "ds_config.json", "metrics.jsonl", "checkpoints", "samples"} <= set(
+        os.listdir(uninterrupted)
+    )
+    assert (uninterrupted / "samples" / "grid.png").read_bytes().startswith(b"\x89PNG")
+    records = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, 61))
+    wanted = "loss loss/diffusion loss/routing_contrastive grad_norm images_per_s mfu memory_gib"
+    assert {*wanted.split(), "load_max_over_mean", "dead_experts", "step"} <= records[-1].keys()
+    assert records[-1]["loss"] < records[0]["loss"]
+    kept = [checkpoint.step_of(p) for p in checkpoint.candidates(uninterrupted)]
+    assert kept == [40, 60]
+    assert not list((uninterrupted / "checkpoints").glob("tmp_*"))
+
+
+def test_kill_9_of_all_ranks_then_the_same_command_is_bit_exact(uninterrupted: Path, tmp_path: Path) -> None:
+    command = deepspeed(2, "launchers/train.py", *ZERO2_EP2, "--run", str(tmp_path / "run"), *STEPS)
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, text=True)
+    wait_for_step(tmp_path / "run", 27, process)
+    kill_all(process)
+    assert checkpoint.step_of(checkpoint.candidates(tmp_path / "run")[-1]) == 20
+    resumed = run(command)
+    assert "resuming at step 20 of 60" in resumed.stdout
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+    whole, again = state(uninterrupted, 60), state(tmp_path / "run", 60)
+    assert whole.keys() == again.keys() and len(whole) > 250
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("world", "ep", "stage"), [(1, 1, 0), (2, 1, 3), (4, 4, 1)])
+def test_resume_at_another_topology_continues_the_curve(
+    uninterrupted: Path, tmp_path: Path, world: int, ep: int, stage: int
+) -> None:
+    """Checkpoints hold full tensors: world size, ep and ZeRO stage are free on resume."""
+    folder = tmp_path / "run"
+    checkpoint.folder(folder, 40).parent.mkdir(parents=True)
+    os.symlink(checkpoint.folder(uninterrupted, 40), checkpoint.folder(folder, 40))
+    arguments = ("--config", "tiny", "--ds_config", str(ROOT / f"ds_configs/zero{stage}.json"), "--run", str(folder))
+    train(*arguments, f"parallel.expert_parallel={ep}", *STEPS, processes=world)
+    expected = losses(uninterrupted)
+    for step, loss in losses(folder).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step
+    whole, other = (load_file(checkpoint.folder(f, 60) / "ema.safetensors") for f in (uninterrupted, folder))
+    assert max(float((whole[k] - other[k]).abs().max()) for k in whole) < 1e-5
+
+
+def test_sigterm_ends_with_85_and_the_same_command_continues(uninterrupted: Path, tmp_path: Path) -> None:
+    """To one rank only: all ranks agree on the step, save it and stop; no step is repeated or lost."""
+    folder = tmp_path / "run"
+    command = torchrun(2, "launchers/train.py", *ZERO2_EP2, "--run", str(folder), *STEPS)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    wait_for_step(folder, 25, process)
+    ranks = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(max(int(pid) for pid in ranks if int(pid) != process.pid), signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by a signal at step" in out
+    stopped = checkpoint.step_of(checkpoint.candidates(folder)[-1])
+    assert 25 <= stopped < 60
+    run(command)
+    assert losses(folder) == losses(uninterrupted)
+
+
+def test_topology_invariance(tmp_path: Path) -> None:
+    """Every (world, ep, ZeRO stage, micro-batch, accumulation) of the promise, 20 steps in fp32."""
+    rows = topology_invariance.measure(tmp_path)
+    assert len(rows) == len(topology_invariance.CASES)
+    for case, deviation in rows.items():
+        assert deviation.within(), f"{case.name}: {deviation}"
+
+
+def test_precisions_and_offload(tmp_path: Path) -> None:
+    """bf16 autocast, bf16 with fp32 masters, optimizer offload, activation checkpointing: all near the fp32 curve."""
+    results = {}
+    cases = {
+        "fp32": ("zero1", "train.precision=fp32"),
+        "offload": ("zero2_offload", "train.precision=fp32"),
+        "offload3": ("zero3_offload", "train.precision=fp32"),
+        "checkpointing": ("zero2", "train.precision=fp32", "train.activation_checkpointing=true"),
+        "checkpointing3": ("zero3", "train.precision=fp32", "train.activation_checkpointing=true"),
+        "autocast": ("zero2", "train.precision=bf16_autocast"),
+        "autocast0": ("zero0", "train.precision=bf16_autocast"),
+        "autocast3": ("zero3", "train.precision=bf16_autocast"),
+        "bf16": ("zero1", "train.precision=bf16"),
+        "bf16_3": ("zero3", "train.precision=bf16"),
+    }
+    work = json.dumps({name: case for name, case in cases.items()})
+    run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), work))
+    results = {name: losses(tmp_path / name) for name in cases}
+    for name, curve in results.items():
+        tolerance = 1e-5 if cases[name][1] == "train.precision=fp32" else 0.03
+        for step, loss in results["fp32"].items():
+            assert curve[step] == pytest.approx(loss, rel=tolerance), (name, step)
+    for name in ("autocast", "bf16"):
+        assert results[name] != results["fp32"], name
+
+
+def test_bf16_masters_survive_a_resume(tmp_path: Path) -> None:
+    """The fp32 masters, not the bf16 weights, are what a checkpoint restores."""
+    arguments = ("--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero1.json"), "train.precision=bf16")
+    train(
+        *arguments, "--run", str(tmp_path / "whole"), "train.steps=8", "train.checkpoint_every=4", "train.keep_last=9"
+    )
+    train(*arguments, "--run", str(tmp_path / "parts"), "train.steps=4", "train.checkpoint_every=4")
+    train(*arguments, "--run", str(tmp_path / "parts"), "train.steps=8", "train.checkpoint_every=4")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    whole, parts = state(tmp_path / "whole", 8), state(tmp_path / "parts", 8)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    name = "sta/blocks.0.attn.qkv.weight/fp32"
+    assert not torch.equal(whole[name], whole[name].bfloat16().float())
+
+
+def test_a_poisoned_rank_stops_the_run_by_name(tmp_path: Path) -> None:
+    """A non-finite loss on one rank: every rank stops before the weights are touched, naming step and rank."""
+    done = run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), "poison"), check=False)
+    assert "step 3, rank 1: loss is nan; the last checkpoint is unharmed" in done.stdout + done.stderr
+    assert losses_so_far(tmp_path / "poison") == [1, 2]

@@ -1,0 +1,58 @@
+"""Run by test_train.py under torchrun: many short training runs in one launch, with the real trainer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.config import load_config
+from promoe_ds.parallel import ds_config, topology
+from promoe_ds.train.trainer import Trainer, TrainingStopped
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(folder: Path, ds: str, *overrides: str) -> Trainer:
+    config = load_config(
+        "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
+    )
+    resolved = ds_config.resolve(str(ROOT / f"ds_configs/{ds}.json"), config, topology.world_size())
+    return Trainer(config, resolved, folder, topology.from_environment(2))
+
+
+class Poisoned:
+    """A data set that is the real one until the third step, where rank 1's images turn to NaN."""
+
+    def __init__(self, real: Any, rank: int):
+        self.real, self.rank, self.calls = real, rank, 0
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def get(self, indices: Any) -> Any:
+        self.calls += 1
+        x, label = self.real.get(indices)
+        return (x * float("nan") if self.calls == 3 and self.rank == 1 else x), label
+
+
+def main() -> None:
+    folder, work = Path(sys.argv[1]), sys.argv[2]
+    if work == "poison":
+        trainer = make(folder / "poison", "zero2")
+        trainer.dataset = Poisoned(trainer.dataset, trainer.topology.rank)  # type: ignore[assignment]
+        try:
+            trainer.run()
+        except TrainingStopped as error:
+            print(error, flush=True)
+    else:
+        for name, (ds, *overrides) in json.loads(work).items():
+            trainer = make(folder / name, ds, *overrides)
+            assert trainer.run() == 0
+            trainer.close()
+    topology.disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Ranks and groups."""
+
+from __future__ import annotations
+
+import pytest
+
+from promoe_ds.config import ConfigError
+from promoe_ds.parallel import topology
+from promoe_ds.parallel.topology import Topology
+
+
+def test_groups_are_consecutive_ranks() -> None:
+    t = Topology(rank=5, world=8, local_rank=5, ep=4)
+    assert t.ep_groups() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert t.ep_rank == 1 and t.expert_data_parallel == 2
+    assert t.ep_groups()[t.rank // t.ep][t.ep_rank] == t.rank
+
+
+def test_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert topology.from_environment(1) == Topology(0, 1, 0, 1)
+
+
+def test_a_broken_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="environment WORLD_SIZE='two': is not an integer; start with"):
+        topology.world_size()

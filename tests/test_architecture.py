@@ -1,0 +1,63 @@
+"""Who may import what: read from the source, so that the boundaries hold without anyone watching."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for folder in ("promoe_ds", "evaluation", "launchers") for p in (ROOT / folder).rglob("*.py"))
+LEVELS = ("config", "validate", "data", "models", "moe", "diffusion", "parallel", "train")
+WITHOUT_DISTRIBUTED = (
+    "promoe_ds/models",
+    "promoe_ds/moe",
+    "promoe_ds/diffusion",
+    "promoe_ds/data",
+    "promoe_ds/sampling.py",
+    "evaluation/metrics.py",
+)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module imported anywhere in a file, functions included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def within(module: str, name: str) -> bool:
+    return module == name or module.startswith(f"{name}.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_boundaries(path: Path) -> None:
+    name, found = str(path.relative_to(ROOT)), imports(path)
+    if not name.startswith("promoe_ds/parallel/"):
+        assert not any(within(module, "deepspeed") for module in found), "only promoe_ds/parallel imports deepspeed"
+    if name.startswith(WITHOUT_DISTRIBUTED):
+        assert not any(within(module, "torch.distributed") for module in found)
+    if name.startswith("evaluation/"):
+        ours = {module for module in found if within(module, "promoe_ds")}
+        assert all(within(module, "promoe_ds.config") for module in ours), ours
+
+
+def test_only_the_parallel_package_touches_process_groups() -> None:
+    for path in SOURCES:
+        name = str(path.relative_to(ROOT))
+        if name.startswith(("promoe_ds/models", "promoe_ds/moe", "promoe_ds/diffusion", "promoe_ds/train")):
+            assert "torch.distributed" not in path.read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_house_sizes(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is longer than 60 lines"

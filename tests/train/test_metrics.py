@@ -1,0 +1,47 @@
+"""Log lines, their JSON twin, and what a resumed run drops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds.train.metrics import MetricsLog, duration, expert_load
+
+
+def record(step: int) -> dict:
+    return {
+        **{"step": step, "loss": 1.5, "loss/diffusion": 1.25, "loss/routing_contrastive": 0.25, "grad_norm": 0.5},
+        **{"images_per_s": 100.0, "mfu": None, "memory_gib": 0.5, "load_max_over_mean": 2.0, "dead_experts": 1},
+        "seconds_per_step": 2.0,
+    }
+
+
+def test_expert_load() -> None:
+    assert expert_load(torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0]])) == (2.5, 3)
+    assert expert_load(torch.zeros(2, 3, dtype=torch.int64)) == (0.0, 6)
+    assert expert_load(torch.zeros(0, 0, dtype=torch.int64)) == (1.0, 0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (200, "3m20s"), (7500, "2h05m"), (183600, "2d03h")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_resumed_log_drops_later_and_broken_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, 0, 100)
+    for step in (10, 20, 30):
+        log.write(record(step))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # killed while writing
+    log = MetricsLog(tmp_path, 20, 100)
+    log.write(record(30))
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    out = capsys.readouterr().out
+    assert "step 30/100  loss 1.5000  diffusion 1.2500  routing_contrastive 0.2500  gnorm 0.500" in out
+    assert "load 2.00x  dead 1  eta 2m20s" in out and "mfu" not in out
