@@ -24,13 +24,33 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class QKV(nn.Linear):
+    """Queries, keys and values in one product, x_BSD -> [B, S, 3D].
+
+    The key bias b_k adds q.b_k to all scores of a query, which softmax ignores: its true gradient is zero, and what is
+    computed is rounding noise, which Adam would turn into full-sized steps that differ between any two topologies. It
+    is therefore held fixed, except under qk_norm, where it does matter.
+    """
+
+    def __init__(self, width: int, train_key_bias: bool):
+        super().__init__(width, 3 * width)
+        self.train_key_bias = train_key_bias
+
+    def forward(self, x_BSD: Tensor) -> Tensor:  # type: ignore[override]
+        bias = self.bias
+        if not self.train_key_bias:
+            q, k, v = bias.chunk(3)
+            bias = torch.cat([q, k.detach(), v])
+        return F.linear(x_BSD, self.weight, bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over the tokens of one image, without mask or dropout."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv, self.proj = QKV(width, train_key_bias=qk_norm), nn.Linear(width, width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
 

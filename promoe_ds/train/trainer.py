@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -163,13 +163,16 @@ class Trainer:
         mine = totals.clone()
         means = (sum_over_ranks(totals) / self.topology.world).tolist()
         if not all(map(math.isfinite, means)):
-            per_rank = gather_objects(mine.tolist(), self.topology)
-            bad = [(r, n, v) for r, vs in enumerate(per_rank) for n, v in zip(self.terms, vs, strict=False)
-                   if not math.isfinite(v)]  # fmt: skip
-            rank, name, value = bad[0]
-            where = f"step {self.step + 1}, rank {rank}"
-            raise TrainingStopped(f"{where}: {name} is {value}; the last checkpoint is unharmed")
+            self._name_culprit(gather_objects(mine.tolist(), self.topology))
         return means
+
+    def _name_culprit(self, values_by_rank: list[list[float]]) -> NoReturn:
+        """The diffusion loss first: a contrastive loss of global scope is bad on every rank if it is on one."""
+        order = [*range(1, len(self.terms)), 0]
+        bad = ((r, i) for i in order for r, values in enumerate(values_by_rank) if not math.isfinite(values[i]))
+        rank, i = next(bad, (0, 0))
+        value = f"{self.terms[i]} is {values_by_rank[rank][i]}"
+        raise TrainingStopped(f"step {self.step + 1}, rank {rank}: {value}; the last checkpoint is unharmed")
 
     # --------------------------------------------------------------------------------------------------- reporting
 

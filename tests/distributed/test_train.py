@@ -149,7 +149,7 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
     run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), work))
     results = {name: losses(tmp_path / name) for name in cases}
     for name, curve in results.items():
-        tolerance = 1e-5 if cases[name][1] == "train.precision=fp32" else 0.03
+        tolerance = 1e-5 if cases[name][1] == "train.precision=fp32" else 0.06
         for step, loss in results["fp32"].items():
             assert curve[step] == pytest.approx(loss, rel=tolerance), (name, step)
     for name in ("autocast", "bf16"):
@@ -174,5 +174,5 @@ def test_bf16_masters_survive_a_resume(tmp_path: Path) -> None:
 def test_a_poisoned_rank_stops_the_run_by_name(tmp_path: Path) -> None:
     """A non-finite loss on one rank: every rank stops before the weights are touched, naming step and rank."""
     done = run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), "poison"), check=False)
-    assert "step 3, rank 1: loss is nan; the last checkpoint is unharmed" in done.stdout + done.stderr
+    assert "step 3, rank 1: loss/diffusion is nan; the last checkpoint is unharmed" in done.stdout + done.stderr
     assert losses_so_far(tmp_path / "poison") == [1, 2]

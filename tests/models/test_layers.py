@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from promoe_ds.models.layers import grid_sinusoids, sinusoids
+from promoe_ds.models.layers import Attention, grid_sinusoids, sinusoids
 
 
 def test_timestep_sinusoids() -> None:
@@ -29,3 +29,21 @@ def test_position_table_has_columns_first_then_rows() -> None:
                     angle = position / 1e4 ** (i / 2)
                     assert math.isclose(entry[half + i], math.sin(angle), abs_tol=1e-6)
                     assert math.isclose(entry[half + 2 + i], math.cos(angle), abs_tol=1e-6)
+
+
+def test_key_bias_changes_nothing_and_is_not_trained() -> None:
+    attention = Attention(16, 4, qk_norm=False).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = attention(x)
+    with torch.no_grad():
+        attention.qkv.bias[16:32] += 3.0
+    torch.testing.assert_close(attention(x), before)
+    attention(x).square().sum().backward()
+    assert attention.qkv.bias.grad is not None
+    assert (attention.qkv.bias.grad[16:32] == 0).all() and (attention.qkv.bias.grad[:16] != 0).any()
+
+
+def test_key_bias_is_trained_under_qk_norm() -> None:
+    attention = Attention(16, 4, qk_norm=True)
+    attention(torch.randn(2, 5, 16)).square().sum().backward()
+    assert attention.qkv.bias.grad is not None and (attention.qkv.bias.grad[16:32] != 0).any()

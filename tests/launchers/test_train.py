@@ -1,0 +1,167 @@
+"""launchers/train.py as a person meets it: every mistake is one line on stderr, exit code 2, and nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launchers import train as launcher
+from promoe_ds.train import checkpoint
+from tests.launch import ROOT, deepspeed, run, train
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run in this process (these errors come before any process group) and return the one line."""
+    assert launcher.main(list(args)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+BAD = {
+    "unknown key": (["train.stepz=5"], "train.stepz=5: unknown key", "did you mean 'steps'?"),
+    "unknown section": (["trian.steps=5"], "trian=", "did you mean 'train'?"),
+    "wrong type": (["train.steps=many"], "train.steps='many': expected int, got str", ""),
+    "unknown recipe": (["--config", "digit"], "--config=digit: no such recipe", "did you mean 'digits'?"),
+    "no such file": (["--config", "nowhere.yaml"], "--config=nowhere.yaml: cannot be read", ""),
+    "ep 8": (
+        ["parallel.expert_parallel=8"],
+        "parallel.expert_parallel=8: does not divide moe.num_experts=12",
+        "1, 2, 3",
+    ),
+    "ep and world": (["parallel.expert_parallel=2"], "does not divide the world size 1", ""),
+    "batch": (["train.micro_batch_size=7"], "train.micro_batch_size=7", "choose one of"),
+    "router": (["moe.router.name=promo"], "moe.router.name=promo: no such router", "did you mean 'promoe'?"),
+    "missing data": (["--config", "cifar10_promoe_s"], "data.path=null", "add data.path=PATH"),
+    "wrong data": (["--config", "cifar10_promoe_s", "data.path=nowhere.npz"], "data.path=nowhere.npz", ""),
+    "class count": (["model.num_classes=11"], "model.num_classes=11", "10"),
+    "no override": (["steps"], "override='steps': is not section.key=value", ""),
+    "no ds_config": (["--ds_config", "nowhere.json"], "--ds_config=nowhere.json: cannot be read", ""),
+    "world": (["--dry-run", "--world", "0"], "world size=0", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message, way_out = BAD[name]
+    line = mistake(capsys, *arguments)
+    assert message in line and way_out in line
+    assert not list(tmp_path.iterdir()), "a rejected command leaves nothing behind"
+
+
+DS_BAD = {
+    "unknown key": ({"zero_optimisation": {"stage": 2}}, "zero_optimisation", "did you mean 'zero_optimization'?"),
+    "unknown inner key": ({"zero_optimization": {"stag": 2}}, "zero_optimization.stag", "did you mean 'stage'?"),
+    "contradiction": ({"gradient_clipping": 1.0}, "gradient_clipping", "optimizer.clip_grad_norm"),
+    "batch": ({"train_batch_size": 7}, "train_batch_size", "train.global_batch_size"),
+    "optimizer": ({"optimizer": {"type": "Adam"}}, "optimizer", "section `optimizer` of the recipe"),
+}
+
+
+@pytest.mark.parametrize("name", DS_BAD)
+def test_mistakes_in_the_ds_config(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tree, key, way_out = DS_BAD[name]
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(tree))
+    line = mistake(capsys, "--ds_config", str(path), "--run", str(tmp_path / "run"))
+    assert f"{path}: {key}" in line and way_out in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path / "file" / "run"))
+    assert f"--run={tmp_path / 'file' / 'run'}: cannot be written" in line
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_run_folder_of_another_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from promoe_ds.config import dump, load_config
+
+    (tmp_path / "config.yaml").write_text(dump(load_config("tiny")))
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path), "optimizer.lr=0.5")
+    assert "optimizer.lr=0.5" in line and "was made with optimizer.lr=0.001" in line and "another --run" in line
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+
+
+def test_bad_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--frobnicate"], ["--json"], ["--world", "4"]):
+        with pytest.raises(SystemExit) as caught:
+            launcher.main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        launcher.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and "deepspeed --num_gpus 2 launchers/train.py" in out and "resumes" in out
+
+
+@pytest.mark.parametrize(("size", "total", "activated"), [("s", 75543584, 32993312), ("xl", 1567733792, 675339296)])
+def test_dry_run_for_machines(size: str, total: int, activated: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main(["--config", f"imagenet256_promoe_{size}", "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["params"]["total"] == total and facts["params"]["activated"] == activated
+
+
+def test_dry_run_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "imagenet256_promoe_xl", "--dry-run", "--world", "64", "parallel.expert_parallel=4"]
+    assert launcher.main([*arguments, "--ds_config", str(ROOT / "ds_configs/zero1.json")]) == 0
+    out = capsys.readouterr().out
+    assert "1,567,733,792" in out and "reduce_bucket_size" in out
+
+
+def test_one_process_by_the_deepspeed_launcher_with_nothing_else(tmp_path: Path) -> None:
+    """`deepspeed launchers/train.py --ds_config ds_configs/zero2.json`, shortened; then damage and exit codes."""
+    folder = tmp_path / "run"
+    command = deepspeed(
+        1, "launchers/train.py", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "--run", str(folder)
+    )
+    short = ["train.steps=4", "train.checkpoint_every=2", "sample.steps=2", "sample.per_class=1"]
+    assert "1 x cpu, ep 1, ZeRO-2" in run([*command, *short]).stdout
+    assert [checkpoint.step_of(p) for p in checkpoint.candidates(folder)] == [2, 4]
+
+    weights = checkpoint.folder(folder, 4) / "ema.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
+    done = run([*command, *short], check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = next(text for text in done.stderr.splitlines() if text.startswith("error: "))
+    assert "step_00000004" in line and "ema.safetensors has" in line
+    assert "remove it to continue from step_00000002" in line
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
+    assert after == before
+
+    shutil.rmtree(checkpoint.folder(folder, 4))
+    assert "resuming at step 2 of 4" in run([*command, *short]).stdout
+    finished = run([*command, *short])
+    assert "resuming at step 4 of 4" in finished.stdout and "done: 4 steps" in finished.stdout
+
+
+def test_errors_of_many_ranks_are_one_line(tmp_path: Path) -> None:
+    done = train("--config", "tiny", "--run", str(tmp_path), "parallel.expert_parallel=4", processes=2, check=False)
+    errors = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1 and "does not divide the world size 2" in errors[0]
+
+
+def test_launchers_run_from_anywhere(tmp_path: Path) -> None:
+    assert os.getcwd() != str(tmp_path)
+    done = run(["env", "-C", str(tmp_path), "python3", str(ROOT / "launchers/train.py"), "--help"], check=False)
+    assert done.returncode == 0
