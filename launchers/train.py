@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             time.sleep(1)  # let rank 0 speak before the launcher ends the others
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ exactly what the interrupted one would have done.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -44,25 +45,34 @@ class TrainingStopped(Exception):
     """The run cannot go on (not a user's mistake); the message is one line."""
 
 
-def prepare_run(run: Path, config: Config, ds: ResolvedDS, rank: int) -> None:
-    """Check that `run` can hold this run, and on rank 0 write the resolved configuration into it.
+def prepare_run(run: Path, config: Config, ds: ResolvedDS, rank: int) -> IO[str] | None:
+    """Check that `run` can hold this run, and on rank 0 lock it and write the resolved configuration into it.
+
+    Returns:
+        Rank 0's lock: the run folder is this process's until the file is closed, or the process dies.
 
     Raises:
-        ConfigError: the folder belongs to another configuration, or cannot be written. Nothing is overwritten then.
+        ConfigError: the folder belongs to another configuration or is in use, or cannot be written. Nothing is
+            overwritten then.
     """
     saved = checkpoint.saved_config(run)
     if saved is not None:
         checkpoint.check_same_run(saved, config, run)
     if rank != 0:
-        return
+        return None
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name, text in (("config.yaml", dump(config)), ("ds_config.json", json.dumps(ds.json, indent=1) + "\n")):
             temporary = run / f".{name}.tmp"
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, run / name)
+    except BlockingIOError:
+        reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
     except OSError as error:
         reject("--run", run, f"cannot be written ({error.strerror or error})", "choose another folder")
+    return lock
 
 
 class Trainer:
@@ -72,7 +82,7 @@ class Trainer:
         self.config, self.run_folder, self.topology = config, run, topology
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset: ImageDataset = build_dataset(config)  # before any collective: its errors are the user's
-        prepare_run(run, config, ds, topology.rank)
+        self.lock = prepare_run(run, config, ds, topology.rank)
         connect(topology)
         self.stop_requested = False
         found = checkpoint.find_whole(run, self.ranks)
@@ -84,6 +94,7 @@ class Trainer:
         self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
         self.log = MetricsLog(run, self.step, config.train.steps) if topology.rank == 0 else None
         self.throughput = Throughput()
+        self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
 
     def _make_engine(self, ds: ResolvedDS, found: Path | None) -> Engine:
         topology = self.topology
@@ -184,7 +195,7 @@ class Trainer:
             ratio, dead = expert_load(load_LE.cpu())
             device = self.topology.device
             peak = accounting.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-            mfu = rate / self.topology.world * 3 * accounting.forward_flops(self.config) / peak if peak else None
+            mfu = rate / self.topology.world * self.image_flops / peak if peak else None
             self.log.write({
                 "step": self.step, **{k: record[k] for k in self.terms}, "grad_norm": record["grad_norm"],
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
@@ -243,3 +254,5 @@ class Trainer:
     def close(self) -> None:
         if self.log:
             self.log.close()
+        if self.lock:
+            self.lock.close()

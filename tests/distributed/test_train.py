@@ -126,13 +126,15 @@ def test_topology_invariance(tmp_path: Path) -> None:
     """Every (world, ep, ZeRO stage, micro-batch, accumulation) of the promise, 20 steps in fp32."""
     rows = topology_invariance.measure(tmp_path)
     assert len(rows) == len(topology_invariance.CASES)
+    log, _ = topology_invariance.read(tmp_path, topology_invariance.REFERENCE)
+    golden = json.loads((ROOT / "tests/golden/tiny_losses.json").read_text())
+    assert [r["loss"] for r in log] == pytest.approx(golden, rel=1e-3), "training changed: say why, and renew the file"
     for case, deviation in rows.items():
         assert deviation.within(), f"{case.name}: {deviation}"
 
 
 def test_precisions_and_offload(tmp_path: Path) -> None:
     """bf16 autocast, bf16 with fp32 masters, optimizer offload, activation checkpointing: all near the fp32 curve."""
-    results = {}
     cases = {
         "fp32": ("zero1", "train.precision=fp32"),
         "offload": ("zero2_offload", "train.precision=fp32"),
@@ -145,8 +147,8 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
         "bf16": ("zero1", "train.precision=bf16"),
         "bf16_3": ("zero3", "train.precision=bf16"),
     }
-    work = json.dumps({name: case for name, case in cases.items()})
-    run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), work))
+    work = [(name, *case) for name, case in cases.items()]
+    run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(work)))
     results = {name: losses(tmp_path / name) for name in cases}
     for name, curve in results.items():
         tolerance = 1e-5 if cases[name][1] == "train.precision=fp32" else 0.06
@@ -158,12 +160,13 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
 
 def test_bf16_masters_survive_a_resume(tmp_path: Path) -> None:
     """The fp32 masters, not the bf16 weights, are what a checkpoint restores."""
-    arguments = ("--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero1.json"), "train.precision=bf16")
-    train(
-        *arguments, "--run", str(tmp_path / "whole"), "train.steps=8", "train.checkpoint_every=4", "train.keep_last=9"
-    )
-    train(*arguments, "--run", str(tmp_path / "parts"), "train.steps=4", "train.checkpoint_every=4")
-    train(*arguments, "--run", str(tmp_path / "parts"), "train.steps=8", "train.checkpoint_every=4")
+    shared = ("zero1", "train.precision=bf16", "train.checkpoint_every=4")
+    work = [
+        ("whole", *shared, "train.steps=8"),
+        ("parts", *shared, "train.steps=4"),
+        ("parts", *shared, "train.steps=8"),
+    ]
+    run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(work)))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     whole, parts = state(tmp_path / "whole", 8), state(tmp_path / "parts", 8)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

@@ -47,7 +47,7 @@ def main() -> None:
         except TrainingStopped as error:
             print(error, flush=True)
     else:
-        for name, (ds, *overrides) in json.loads(work).items():
+        for name, ds, *overrides in json.loads(work):
             trainer = make(folder / name, ds, *overrides)
             assert trainer.run() == 0
             trainer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -96,6 +97,13 @@ def test_a_run_folder_of_another_configuration(capsys: pytest.CaptureFixture[str
     line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path), "optimizer.lr=0.5")
     assert "optimizer.lr=0.5" in line and "was made with optimizer.lr=0.001" in line and "another --run" in line
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+
+
+def test_a_run_folder_in_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path))
+    assert "another process is training in it" in line and not (tmp_path / "config.yaml").exists()
 
 
 def test_bad_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
