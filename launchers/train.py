@@ -69,7 +69,7 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
 
 def train(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.parallel import ds_config, topology
-    from promoe_ds.train.trainer import Trainer, TrainingStopped
+    from promoe_ds.train.trainer import USER_ERROR, RankFailed, Trainer, TrainingStopped
 
     validate_data(config)
     here = topology.from_environment(config.parallel.expert_parallel)
@@ -81,9 +81,12 @@ def train(args: argparse.Namespace, config: Config) -> int:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = 1
+    except RankFailed as error:  # this rank alone: its end makes the launcher end the others
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        topology.leave(USER_ERROR)
     trainer.close()
     topology.disconnect()
-    return code
+    return code if here.world == 1 else topology.leave(code)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,13 +27,24 @@ class DiTOutput(NamedTuple):
     """int64 [L, E], edges of this rank per MoE layer and expert"""
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, computed as the matrix product it is: in fp32 no TF32 slips in."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, C, H, W] -> tokens [B, S, D], row-major."""
+        B, C, H, W = x_BCHW.shape
+        P = self.kernel_size[0]
+        patches = x_BCHW.view(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, channels: int, width: int, patch: int):
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        self.proj = PatchProjection(channels, width, patch, stride=patch)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.proj(x_BCHW.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return self.proj(x_BCHW)
 
 
 class DiTBlock(nn.Module):

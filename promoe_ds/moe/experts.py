@@ -50,10 +50,14 @@ class StackedExperts(nn.Module):
             nn.init.uniform_(self.w2[i], -bound, bound, generator=generator(f"w2.{expert}"))
         nn.init.zeros_(self.w3)
 
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """The autocast precision if autocast is on, else that of the weights; rows travel in it too."""
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1.dtype
+
     def forward(self, rows: ExpertRows) -> Tensor:
-        """Rows [N, D] sorted by expert -> [N, D], in the autocast precision if autocast is on."""
+        """Rows [N, D] sorted by expert -> [N, D], in `compute_dtype`."""
         device = rows.x_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1.dtype
+        dtype = self.compute_dtype(device)
         x_ND, w1, w2, w3 = (t.to(dtype) for t in (rows.x_ND, self.w1, self.w2, self.w3))
         b1_EF, b2_ED = w3[:, 0].split([self.hidden, self.width], dim=1)
         with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours

@@ -35,6 +35,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """Tokens and edges -> (weighted sum over each token's experts [T, D], edges per expert [E] int64)."""
+        x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
         return self.dispatcher.combine(self.experts(rows), plan), plan.count_E
 

@@ -24,7 +24,6 @@ OWNERS = {
     "gradient_clipping": "optimizer.clip_grad_norm",
     "bf16": "train.precision",
     "torch_autocast": "train.precision",
-    "steps_per_print": "train.log_every",
     "zero_allow_untested_optimizer": "the optimizer with its EMA state",
     "zero_force_ds_cpu_optimizer": "the optimizer with its EMA state",
 }
@@ -55,6 +54,7 @@ _REMOVED = "DeepSpeed 0.19 no longer has it"
 REFUSED = {
     "optimizer": "the optimizer lives in the section `optimizer` of the recipe",
     "scheduler": "the learning rate is constant and lives in optimizer.lr",
+    "steps_per_print": f"{_TRAINER} (train.log_every)",
     "fp16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
     "bfloat16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
     "data_types": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
@@ -286,13 +286,12 @@ def _check_offload(file: str, zero: dict[str, Any], stage: int, ep: int) -> bool
             "set zero_optimization.stage to 3 or remove offload_param",
         )
     for key, device in (("offload_optimizer", optimizer), ("offload_param", weights)):
-        if ep > 1 and (device == "nvme" or (key == "offload_param" and device != "none")):
-            reject(
-                f"{where}{key}.device",
-                device,
-                f"is untested with parallel.expert_parallel={ep}",
-                "offload the optimizer to the cpu, or set parallel.expert_parallel=1",
-            )
+        if device == "nvme":
+            reject(f"{where}{key}.device", device, "is untested here", "offload to the cpu")
+        if ep > 1 and key == "offload_param" and device != "none":
+            conflict = f"is untested with parallel.expert_parallel={ep}"
+            way_out = "offload the optimizer instead, or set parallel.expert_parallel=1"
+            reject(f"{where}{key}.device", device, conflict, way_out)
     if (zero.get("offload_optimizer") or {}).get("super_offload"):
         reject(
             f"{where}offload_optimizer.super_offload",

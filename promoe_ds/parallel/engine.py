@@ -6,7 +6,7 @@ expert-parallel degree: that is what makes checkpoints independent of the topolo
 DeepSpeed 0.19.8 facts worked around here:
   * stage 0 clips with a norm that averages expert gradients over ranks (#8475): clipping is done here at stage 0
   * stages 1 and 2 link optimizer-state fragments after the first parameter group has stepped, so the experts' group
-    stays unlinked: `_relink`
+    stays unlinked: `relink`
   * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
 """
 
@@ -34,7 +34,7 @@ from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.collectives import all_reduce_sum
 from promoe_ds.parallel.ds_config import ResolvedDS
-from promoe_ds.parallel.expert_parallel import is_sharded
+from promoe_ds.parallel.expert_parallel import is_sharded, local_part
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.parallel.topology import Topology
 
@@ -116,9 +116,7 @@ class Engine:
     def write(self, name: str, state: str, full: Tensor) -> None:
         """Set a parameter's state from its full tensor; local."""
         p = self.params[name]
-        if is_sharded(p):
-            full = full.chunk(self.topology.ep)[self.topology.ep_rank]
-        full = full.to(self.engine.device)
+        full = local_part(p, full, self.topology).to(self.engine.device)
         if self.stage == 3:
             size = p.ds_tensor.numel()  # type: ignore[attr-defined]
             rank = self.engine.optimizer._get_param_partition_rank(p)

@@ -100,6 +100,7 @@ class ExpertParallelExperts(AutoEPMoELayer):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """As `RoutedExperts.forward`: tokens and edges of this rank -> (output [T, D], edges per global expert [E])."""
+        x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
         return self.dispatcher.combine(self.experts(rows), plan), plan.count_E
 
@@ -116,6 +117,11 @@ def parallelize(model: DiT, topology: Topology) -> DiT:
                 assert isinstance(module.routed, RoutedExperts), "the model is already expert-parallel"
                 module.routed = ExpertParallelExperts(module.routed, topology)
     return model
+
+
+def local_part(parameter: Tensor, full: Tensor, topology: Topology) -> Tensor:
+    """This rank's share of a full tensor: its experts of a sharded parameter, else all of it."""
+    return full.chunk(topology.ep)[topology.ep_rank] if is_sharded(parameter) else full
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def _integer(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        reject(f"environment {name}", repr(text), "is not an integer", "start with deepspeed, torchrun or srun")
+        reject(f"environment {name}", repr(text), "is not an integer", "start with deepspeed or torchrun")
 
 
 def world_size() -> int:
@@ -58,7 +59,15 @@ def rank() -> int:
 
 
 def from_environment(ep: int) -> Topology:
-    """The topology given by the launcher (RANK, WORLD_SIZE, LOCAL_RANK); a single process without one."""
+    """The topology given by the launcher (RANK, WORLD_SIZE, LOCAL_RANK); a single process without one.
+
+    Raises:
+        ConfigError: a variable is not a number, or srun started several tasks that do not know of each other.
+    """
+    tasks = _integer("SLURM_STEP_NUM_TASKS", 1)
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        conflict = "each task would train alone: RANK, WORLD_SIZE and MASTER_ADDR are not set"
+        reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, "export them, or start torchrun in one task a node")
     return Topology(rank(), world_size(), _integer("LOCAL_RANK", 0), ep)
 
 
@@ -95,6 +104,17 @@ def disconnect() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End a process of several at once, flushed but without destructors.
+
+    At interpreter exit gloo's threads now and then abort a rank ("terminate called without an active exception"), which
+    would turn a finished run into a failed job.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def barrier(topology: Topology) -> None:

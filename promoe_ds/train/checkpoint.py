@@ -40,7 +40,8 @@ FREE_ON_RESUME = {
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
     *("train.micro_batch_size", "train.activation_checkpointing"),
 }
-"""keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed"""
+"""Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
+shown. Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""
 
 
 class StateAccess(Protocol):
@@ -178,6 +179,15 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     return {path.name: {"bytes": path.stat().st_size, "blake2b": _digest(path)}}
 
 
+def _trouble(work: Callable[[], Any]) -> str | None:
+    """Do it; say what went wrong, if anything did, so that every rank can be told."""
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
 def _share(engine: StateAccess, ranks: Ranks) -> dict[str, Tensor]:
     """This rank's part of the state, on the CPU; every rank takes part in every read."""
     mine = {}
@@ -209,30 +219,30 @@ def save(
     """
     final = folder(run, step)
     temporary = final.with_name(f"tmp_{final.name}")
+    problem = None
     if ranks.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+        problem = _trouble(lambda: temporary.mkdir(parents=True, exist_ok=True))
     ranks.gather(None)
     metadata = {"format": FORMAT, "config": dump(config), "step": str(step)}
-    ema, mine = ema_state_dict(engine, fixed, ranks), _share(engine, ranks)
     files: dict[str, Any] = {}
-    problem = None
-    try:
+    # The EMA is written and freed before this rank's share is collected: rank 0 holds one copy of the model at a time.
+    ema = ema_state_dict(engine, fixed, ranks)
+    if ranks.rank == 0 and problem is None:
+        problem = _trouble(lambda: files.update(_write(temporary / EMA, ema, metadata)))
+    ema.clear()
+    mine = _share(engine, ranks)
+    if problem is None:
         name = f"state-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
-        files |= _write(temporary / name, mine, metadata)
-        if ranks.rank == 0:
-            files |= _write(temporary / EMA, ema, metadata)
-    except (OSError, SafetensorError) as error:
-        problem = f"rank {ranks.rank}: {error}"
+        problem = _trouble(lambda: files.update(_write(temporary / name, mine, metadata)))
+    if problem:
+        problem = f"rank {ranks.rank}: {problem}"
     answers = ranks.gather((files, problem))
     problem = next((p for _, p in answers if p), None)
     if problem is None and ranks.rank == 0:
         entries = {name: entry for part, _ in answers for name, entry in part.items()}
         tree = {"format": FORMAT, "version": __version__, "step": step, "config": encode(config), **facts}
-        try:
-            _finish(temporary, final, tree | {"files": entries})
-        except OSError as error:
-            problem = str(error)
+        problem = _trouble(lambda: _finish(temporary, final, tree | {"files": entries}))
     problem = ranks.gather(problem)[0]
     if problem:
         reject("checkpoint", final, f"cannot be written ({problem})", "free space or mend the folder, then resume")

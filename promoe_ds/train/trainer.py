@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from promoe_ds import accounting
-from promoe_ds.config import Config, dump, reject
+from promoe_ds.config import Config, ConfigError, dump, reject
 from promoe_ds.data import ImageDataset, build_dataset
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.diffusion import rectified_flow as flow
@@ -31,7 +32,7 @@ from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine
-from promoe_ds.parallel.expert_parallel import is_sharded, parallelize
+from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
 from promoe_ds.sampling import draw_grid
 from promoe_ds.train import checkpoint
@@ -41,8 +42,16 @@ DONE, USER_ERROR, RESUMABLE = 0, 2, 85
 """exit codes"""
 
 
+REPEAT_SECONDS = 5.0
+"""a launcher forwards a signal that its process group also got: a repeat within this time is the same request"""
+
+
 class TrainingStopped(Exception):
-    """The run cannot go on (not a user's mistake); the message is one line."""
+    """The run cannot go on (not a user's mistake); raised on every rank alike; the message is one line."""
+
+
+class RankFailed(Exception):
+    """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
 
 
 def prepare_run(run: Path, config: Config, ds: ResolvedDS, rank: int) -> IO[str] | None:
@@ -84,7 +93,8 @@ class Trainer:
         self.dataset: ImageDataset = build_dataset(config)  # before any collective: its errors are the user's
         self.lock = prepare_run(run, config, ds, topology.rank)
         connect(topology)
-        self.stop_requested = False
+        torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
+        self.stop_since: float | None = None
         found = checkpoint.find_whole(run, self.ranks)
         if found:
             checkpoint.check_same_run(checkpoint.manifest(found)["config"], config, found)
@@ -105,14 +115,11 @@ class Trainer:
         reader = checkpoint.Reader(found) if found else None
         if reader:
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            checkpoint.load_weights(reader, trained, self._local_part)
+            checkpoint.load_weights(reader, trained, lambda p, full: local_part(p, full, topology))
         engine = Engine(model, self.config, ds, topology)
         if reader:
             checkpoint.restore(reader, engine, self.step)
         return engine
-
-    def _local_part(self, parameter: Tensor, full: Tensor) -> Tensor:
-        return full.chunk(self.topology.ep)[self.topology.ep_rank] if is_sharded(parameter) else full
 
     # ------------------------------------------------------------------------------------------------------- loop
 
@@ -123,7 +130,7 @@ class Trainer:
         signal.signal(signal.SIGTERM, self._on_signal)
         with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
             while self.step < cfg.steps:
-                record = self._train_step(next(stream))
+                record = self._train_step(self._next(stream))
                 if self.step % cfg.log_every == 0 or self.step in (1, cfg.steps):
                     self._report(record)
                 last = self.step == cfg.steps or record["stop"]
@@ -139,6 +146,12 @@ class Trainer:
         self._say(f"done: {self.step} steps; weights in {weights}")
         return DONE
 
+    def _next(self, stream: BatchStream) -> list[Batch]:
+        try:
+            return next(stream)
+        except ConfigError as error:
+            raise RankFailed(f"rank {self.topology.rank}: {error}") from error
+
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step; returns the losses, gradient norm and expert load."""
         totals, load_LE = torch.zeros(len(self.terms) + 1, device=self.topology.device), None
@@ -147,7 +160,7 @@ class Trainer:
             self.engine.backward(terms[0])
             totals[:-1] += torch.stack(terms).detach() / len(batches)
             load_LE = output.load_LE if load_LE is None else load_LE + output.load_LE
-        totals[-1] = float(self.stop_requested)
+        totals[-1] = float(self.stop_since is not None)
         *losses, stop = self._mean_over_ranks(totals)
         norm = self.engine.step()
         self.step += 1
@@ -162,7 +175,7 @@ class Trainer:
         z, eps, gauss = (x.to(device, non_blocking=True) for x in (batch.x_BCHW, batch.noise_BCHW, batch.gauss_B))
         sigma = flow.sigma_from_gauss(gauss, cfg.logit_mean, cfg.logit_std, cfg.shift)
         ctx = RoutingContext.build(batch.label_B, self.config.model.num_classes, device, self.engine.all_reduce)
-        output = self.engine(flow.interpolate(z, eps, sigma), 1000 * sigma, ctx)
+        output = self.engine(flow.interpolate(z, eps, sigma), flow.TIME_SCALE * sigma, ctx)
         diffusion = flow.loss_per_image(output.prediction, flow.target(z, eps)).mean()
         total = diffusion
         for name, weight in self.aux_weights.items():
@@ -219,14 +232,21 @@ class Trainer:
         if self.log:
             model = build(self.config)
             model.load_state_dict(weights, assign=True)
-            image = draw_grid(model.to(self.topology.device).eval(), self.config, self.topology.device)
-            target = self.run_folder / "samples"
-            target.mkdir(exist_ok=True)
-            image.save(target / f"grid_{self.step:08d}.png")
-            image.save(target / "grid.png")
-            self.log.image("samples", image, self.step)
+            try:
+                image = draw_grid(model.to(self.topology.device).eval(), self.config, self.topology.device)
+                self._keep_grid(image)
+            except (ConfigError, OSError) as error:  # a picture is no reason to lose a run
+                self._say(f"  no sample grid: {error}")
         barrier(self.topology)
         self._paused(start, "sample grid")
+
+    def _keep_grid(self, image: Image.Image) -> None:
+        target = self.run_folder / "samples"
+        target.mkdir(exist_ok=True)
+        image.save(target / f"grid_{self.step:08d}.png")
+        image.save(target / "grid.png")
+        if self.log:
+            self.log.image("samples", image, self.step)
 
     def _paused(self, start: float, what: str) -> None:
         seconds = time.perf_counter() - start
@@ -247,9 +267,11 @@ class Trainer:
             print(text, flush=True)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_requested:
+        now = time.monotonic()
+        if self.stop_since is None:
+            self.stop_since = now  # every rank learns of it with the losses of the step
+        elif now - self.stop_since > REPEAT_SECONDS:
             sys.exit(128 + number)
-        self.stop_requested = True  # every rank learns of it with the losses of the step
 
     def close(self) -> None:
         if self.log:

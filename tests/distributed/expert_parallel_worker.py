@@ -17,7 +17,7 @@ from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.collectives import all_reduce_sum
 from promoe_ds.parallel.expert_parallel import parallelize
-from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects
+from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects, leave
 
 D, S, NULL, ITEM = 16, 5, 10, 4
 MIXES = {  # labels of each rank; 3 images a rank
@@ -139,11 +139,14 @@ def main() -> None:
     for name, labels in MIXES.items():
         for top_k in (1, 3):
             results[f"{name}, top-{top_k}"] = compare(topology, labels, top_k, skewed=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results["bf16 autocast"] = compare(topology, MIXES["mixed"], 1, skewed=False)
     results["everything to one expert"] = compare(topology, MIXES["mixed"], 1, skewed=True)
     everyone = gather_objects(results, topology)
     if topology.rank == 0:
         print("RESULT " + json.dumps(everyone), flush=True)
     disconnect()
+    leave(0)
 
 
 if __name__ == "__main__":

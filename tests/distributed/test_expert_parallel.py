@@ -8,7 +8,7 @@ import pytest
 
 from tests.launch import run, torchrun
 
-D, FP32 = 16, 4
+D, FP32, BF16 = 16, 4, 2
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["world 2, ep 2", "world 4, ep 2"])
@@ -26,7 +26,7 @@ def test_sharded_equals_one_device(results: list[dict]) -> None:
     for cases in results:
         for name, case in cases.items():
             for what in ("output", "input grad", "gradients"):
-                assert case[what] < 3e-5, (name, what, case)
+                assert case[what] < (0.2 if name == "bf16 autocast" else 3e-5), (name, what, case)
 
 
 def test_exactly_the_rows_that_belong_elsewhere_travel(results: list[dict]) -> None:
@@ -34,7 +34,7 @@ def test_exactly_the_rows_that_belong_elsewhere_travel(results: list[dict]) -> N
     for cases in results:
         for name, case in cases.items():
             assert case["rows sent"] == case["rows needed"], name
-            assert case["row bytes"] == [D * FP32], name
+            assert case["row bytes"] == [D * (BF16 if name == "bf16 autocast" else FP32)], name
             assert case["counts exchanges"] == 1, name
             assert case["all-reduces"] == [12 * (D + 1)] * 2, name  # centroids of the contrastive loss
         assert cases["all null, top-1"]["rows sent"] == [0, 0, 0, 0]

@@ -52,6 +52,7 @@ def main() -> None:
             assert trainer.run() == 0
             trainer.close()
     topology.disconnect()
+    topology.leave(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""What the trainer feeds the model and asks of it, recomputed from the batch by the formulas of rectified flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from promoe_ds.config import load_config
+from promoe_ds.data import build_dataset
+from promoe_ds.data.batches import BatchMaker, share_of
+from promoe_ds.models.dit import DiTOutput
+from promoe_ds.train.trainer import Trainer
+
+
+class Captured:
+    """Stands where the engine is: keeps the inputs, answers with a fixed prediction and auxiliary loss."""
+
+    all_reduce = staticmethod(lambda x: x)
+
+    def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, ctx: Any) -> DiTOutput:
+        self.x, self.t, self.ctx = x_BCHW, t_B, ctx
+        self.prediction = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(0))
+        return DiTOutput(self.prediction, {"routing_contrastive": torch.tensor(3.0)}, torch.zeros(1, 12))
+
+
+def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
+    overrides = ["moe.router.contrastive_weight=0.5", "diffusion.shift=2", "diffusion.logit_mean=0.3"]
+    config = load_config("tiny", overrides)
+    trainer = object.__new__(Trainer)  # no process group needed for one forward
+    trainer.config, trainer.engine = config, Captured()  # type: ignore[assignment]
+    trainer.topology = type("T", (), {"device": torch.device("cpu")})()  # type: ignore[assignment]
+    trainer.aux_weights = {"routing_contrastive": 0.5}
+    (batch,) = BatchMaker(config, build_dataset(config), share_of(config, 0, 1)).step(3)
+    _, (total, diffusion, contrastive) = trainer._forward(batch)
+    seen: Any = trainer.engine
+
+    u = 1 / (1 + torch.exp(-(0.3 + batch.gauss_B.double())))
+    sigma = 2 * u / (1 + u)  # shift u / (1 + (shift - 1) u)
+    torch.testing.assert_close(seen.t.double(), 1000 * sigma, rtol=1e-5, atol=1e-3)
+    w = sigma[:, None, None, None]
+    noisy = (1 - w) * batch.x_BCHW.double() + w * batch.noise_BCHW.double()
+    torch.testing.assert_close(seen.x.double(), noisy, rtol=1e-5, atol=1e-5)
+    velocity = batch.noise_BCHW - batch.x_BCHW
+    expected = (seen.prediction - velocity).square().mean()
+    torch.testing.assert_close(diffusion, expected)
+    torch.testing.assert_close(total, expected + 0.5 * 3.0)
+    assert contrastive == 3.0
+    assert torch.equal(seen.ctx.label_B[seen.ctx.restore_B], batch.label_B)
+    assert seen.ctx.num_conditional == int((batch.label_B != 10).sum())
