@@ -57,7 +57,7 @@ class ModelConfig:
     qk_norm: bool = False
     """LayerNorm on queries and keys, per head"""
     learn_sigma: bool = True
-    """predict 2C channels; rectified flow ignores the second half (kept for checkpoint compatibility)"""
+    """predict 2C channels: DDPM learns its variance there; rectified flow ignores them (kept for compatibility)"""
 
     @property
     def tokens(self) -> int:
