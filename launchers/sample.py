@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from promoe_ds.config import ConfigError, reject
+from promoe_ds.config import Config, ConfigError, reject
+from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.objective_config import Channels
 from promoe_ds.sample_job import (
     Job,
     Worker,
@@ -27,7 +29,8 @@ from promoe_ds.sample_job import (
     run_of,
     worker_from,
 )
-from promoe_ds.sampling import check_channels, find_weights, load_ema
+from promoe_ds.sampling import How, check_channels, find_weights, load_ema
+from promoe_ds.validate import check_guidance
 
 EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
@@ -55,7 +58,19 @@ def parser() -> Parser:
     source.add_argument("--model", type=Path, metavar="PATH", help="an ema.safetensors or a checkpoint folder")
     p.add_argument("--num", type=int, default=64, help="images, classes in turn (default 64)")
     p.add_argument("--cfg", metavar="S[,S...]", help="guidance scales; 1 is unguided (default: sample.cfg of the run)")
-    p.add_argument("--steps", type=int, default=250, help="Euler steps (default 250)")
+    p.add_argument(
+        "--steps",
+        type=parse_steps,
+        default=250,
+        help="steps (default 250); of DDPM also as ADM: 10,15,20 or ddim50",
+    )
+    p.add_argument("--sampler", metavar="S", help="flow: euler (default), heun; DDPM: ddpm (default, ancestral), ddim")
+    p.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none (default), 1 as ddpm's")
+    p.add_argument(
+        "--guidance-channels",
+        choices=("all", "3"),
+        help="which to guide (default: the run's guidance.channels)",
+    )
     p.add_argument("--seed", type=int, default=0, help="(default 0)")
     p.add_argument(
         "--out",
@@ -68,6 +83,14 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
     return p
+
+
+def parse_steps(text: str) -> int | str:
+    """A number, or ADM's notation of respacing as it stands."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def parse_scales(text: str) -> list[float]:
@@ -104,19 +127,31 @@ def pick_device(name: str, worker: Worker) -> torch.device:
 
 def check_numbers(args: argparse.Namespace) -> None:
     for key in ("num", "steps", "batch"):
-        if getattr(args, key) <= 0:
-            reject(f"--{key}", getattr(args, key), "must be positive", "choose 1 or more")
+        value = getattr(args, key)
+        if isinstance(value, int) and value <= 0:
+            reject(f"--{key}", value, "must be positive", "choose 1 or more")
     if not 0 <= args.seed < 2**64:
         reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
 
 
-def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path) -> list[Job]:
+def choose_how(args: argparse.Namespace, config: Config) -> How:
+    """Sampler, eta and guided channels, checked against the model; raises `ConfigError`."""
+    sampler, _ = choose_sampler(config, args.sampler, args.steps, args.eta)
+    channels: Channels = config.guidance.channels
+    if args.guidance_channels:
+        channels = 3 if args.guidance_channels == "3" else "all"
+    check_guidance(config.model, channels, "--guidance-channels")
+    return How(sampler, args.eta, channels)
+
+
+def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path, how: How) -> list[Job]:
     """One job a scale: straight into --out for one, into subfolders for several."""
     base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
     split = args.out is None or len(scales) > 1
+    outs = [base / f"cfg{scale}" if split else base for scale in scales]
     return [
-        Job(base / f"cfg{scale}" if split else base, args.num, scale, args.steps, args.seed, args.batch, args.precision)
-        for scale in scales
+        Job(out, args.num, scale, args.steps, args.seed, args.batch, args.precision, how)
+        for out, scale in zip(outs, scales, strict=True)
     ]
 
 
@@ -129,7 +164,7 @@ def sample(argv: list[str]) -> None:
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
     model, config, step = load_ema(weights, device)
     check_channels(config)
-    jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights)
+    jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights, choose_how(args, config))
     words = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
     command, origin = shlex.join(["launchers/sample.py", *words]), provenance(weights, config, step)
     records = [record_of(job, origin, command) for job in jobs]

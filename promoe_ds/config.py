@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import yaml
 
+from promoe_ds.objective_config import DiffusionConfig, GuidanceConfig
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -55,7 +57,7 @@ class ModelConfig:
     qk_norm: bool = False
     """LayerNorm on queries and keys, per head"""
     learn_sigma: bool = True
-    """predict 2C channels; rectified flow ignores the second half (kept for checkpoint compatibility)"""
+    """predict 2C channels: DDPM learns its variance there; rectified flow ignores them (kept for compatibility)"""
 
     @property
     def tokens(self) -> int:
@@ -96,19 +98,6 @@ class MoEConfig:
     """conditional routing (Sec. 4.1): null-label images bypass the router"""
     experts_backend: Literal["loop", "grouped_mm"] = "grouped_mm"
     router: RouterConfig = field(default_factory=_default_router)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    """Training objective. Rectified flow with logit-normal timesteps (Esser et al. 2024, arXiv:2403.03206)."""
-
-    name: Literal["rectified_flow"] = "rectified_flow"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    shift: float = 1.0
-    """sigma = shift*u / (1 + (shift-1)*u)"""
-    label_drop: float = 0.1
-    """probability that an image is trained with the null label"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +159,8 @@ class TrainConfig:
 class SampleConfig:
     """Defaults of the sample grids drawn while training."""
 
-    steps: int = 250
-    """Euler steps"""
+    steps: int | str = 250
+    """solver steps; DDPM also takes ADM's notation of respacing, such as "10,15,20" or ddim50"""
     cfg: float = 1.5
     """classifier-free guidance scale; at <= 1 one conditional forward a step"""
     per_class: int = 8
@@ -192,6 +181,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     def moe_layers(self) -> tuple[int, ...]:
         """Block indices that hold a MoE layer."""

@@ -30,14 +30,18 @@ from tqdm import tqdm
 
 import promoe_ds
 from promoe_ds.config import Config, reject
-from promoe_ds.sampling import Precision, class_labels, generate, grid, to_image
+from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.sampling import How, Precision, class_labels, generate, grid, to_image
 from promoe_ds.train.checkpoint import MANIFEST, manifest
 
 RECORD = "sampling.json"
 OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|part-\d+-of-\d+\.npz")
 LEFTOVERS = (".*.tmp", "part-*-of-*.npz")
-DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision")
+DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision",
+            "sampler", "eta", "guidance_channels")  # fmt: skip
 """keys of the record that decide the images; a folder is continued only where all of them agree"""
+IMPLIED = {"sampler": "euler", "eta": 0.0, "guidance_channels": "all"}
+"""what records say that were written before these keys"""
 
 
 # --------------------------------------------------------------------------------------------------------- processes
@@ -114,11 +118,13 @@ class Job:
     num: int
     """N, images over all processes"""
     cfg: float
-    steps: int
+    steps: int | str
+    """of the sampler, as the objective takes them"""
     seed: int
     batch: int
     """images a forward (twice as many under guidance)"""
     precision: Precision
+    how: How = How()
 
     def image_path(self, index: int, label: int) -> Path:
         return self.out / f"{index:06d}_class{label}.png"
@@ -165,6 +171,9 @@ def record_of(job: Job, weights: Mapping[str, Any], command: str) -> dict[str, A
         "seed": job.seed,
         "num": job.num,
         "precision": job.precision,
+        "sampler": job.how.sampler,
+        "eta": job.how.eta,
+        "guidance_channels": job.how.channels,
         "versions": versions,
     }
 
@@ -189,7 +198,7 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
             reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
         return
     for key in DECISIVE:
-        old = found.get(key) if isinstance(found, dict) else None
+        old = found.get(key, IMPLIED.get(key)) if isinstance(found, dict) else None
         if old != record[key]:
             reject(
                 "--out",
@@ -275,6 +284,7 @@ def make_share(
     def keep(part: slice, made: np.ndarray) -> None:
         write_images(job, indices[rows[part]], labels[rows[part]], made)
 
+    _, steps = choose_sampler(config, job.how.sampler, job.steps, job.how.eta)
     with _progress(job, worker, len(indices), len(indices) - len(rows)) as bar:
         images[rows] = generate(
             model,
@@ -287,8 +297,9 @@ def make_share(
             job.batch,
             device,
             job.precision,
-            on_step=lambda count: bar.update(count / job.steps),
+            on_step=lambda count: bar.update(count / steps),
             on_batch=keep,
+            how=job.how,
         )
     return images, labels
 

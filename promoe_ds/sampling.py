@@ -1,7 +1,8 @@
 """Image generation from the EMA weights; needs no DeepSpeed.
 
-Image i depends on (seed, i) alone, since its noise has a counter-based generator of its own: neither the number of
-processes nor the batch changes it. `sample_job.py` fills folders with these images.
+Image i depends on (seed, i) alone, since its noise has a counter-based generator of its own, also the noise that a
+sampler adds on the way: neither the number of processes nor the batch changes it. `sample_job.py` fills folders with
+these images.
 
 Legend: N images of a call, B images of a batch, H W C pixels.
 """
@@ -9,6 +10,8 @@ Legend: N images of a call, B images of a batch, H W C pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +22,29 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from promoe_ds.config import Config, ConfigError, decode, reject
-from promoe_ds.diffusion.guidance import guided_velocity
-from promoe_ds.diffusion.samplers import euler, sigma_schedule
+from promoe_ds.diffusion.guidance import guided_prediction
+from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
+from promoe_ds.objective_config import Channels
 from promoe_ds.train.checkpoint import EMA, FORMAT, candidates, damage, newest
 
 Precision = Literal["fp32", "bf16"]
 IMAGE_MODES = {1: "L", 3: "RGB"}
 """channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
+
+
+@dataclass(frozen=True)
+class How:
+    """What decides the images besides weights, labels, noise, guidance scale and steps."""
+
+    sampler: str = "euler"
+    """one of the objective's: euler, heun; ddpm, ddim"""
+    eta: float = 0.0
+    """of ddim, in [0, 1]"""
+    channels: Channels = "all"
+    """guided channels"""
+
 
 # ----------------------------------------------------------------------------------------------------------- weights
 
@@ -146,17 +163,18 @@ def class_labels(num: int, num_classes: int) -> np.ndarray:
     return np.arange(num, dtype=np.int64) % num_classes
 
 
-def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise [B, *shape] float32 on the CPU; row b depends on (seed, indices[b]) alone.
+def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int], step: int | None = None) -> torch.Tensor:
+    """Standard normal noise [B, *shape] float32 on the CPU; row b depends on (seed, indices[b], step) alone.
 
-    Philox (Salmon et al. 2011) is keyed by that pair, so images need no common generator and no order.
+    Philox (Salmon et al. 2011) is keyed by the pair, so images need no common generator and no order; the step is in
+    the high words of its counter, which no stream reaches by counting.
+
+    Args:
+        step: of a sampler that adds noise, from 0; None is the noise that sampling starts from.
     """
-    rows = [
-        np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64))).standard_normal(
-            shape, dtype=np.float32
-        )
-        for index in indices
-    ]
+    counter = np.array([0, 0, 0, 0] if step is None else [0, 0, step, 1], dtype=np.uint64)
+    streams = (np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter) for i in indices)
+    rows = [np.random.Generator(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -178,25 +196,27 @@ def generate(
     labels: np.ndarray,
     indices: np.ndarray,
     cfg: float,
-    steps: int,
+    steps: int | str,
     seed: int,
     batch: int,
     device: torch.device,
     precision: Precision = "fp32",
     on_step: Callable[[int], object] | None = None,
     on_batch: Callable[[slice, np.ndarray], object] | None = None,
+    how: How | None = None,
 ) -> np.ndarray:
-    """Draw images with Euler steps from noise to data.
+    """Draw images from noise.
 
     Args:
         labels: [N] classes; `config.model.num_classes` is the null label.
         indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
             other images, beyond float rounding.
         cfg: guidance scale; at 1 or below one labelled forward a step.
-        steps: Euler steps over the noise levels of `sigma_schedule`, with the shift of training.
+        steps: of the sampler, as the objective takes them.
         precision: `bf16` runs the model under autocast; the state of the solver stays float32.
-        on_step: called with B after every Euler step of a batch of B.
+        on_step: called with B after every step of a batch of B.
         on_batch: called with the rows of a finished batch and its images, as soon as it is finished.
+        how: sampler, its eta and the guided channels; by default the objective's first, 0, `config.guidance`.
 
     Returns:
         uint8 [N, H, W, C].
@@ -204,17 +224,20 @@ def generate(
     Raises:
         ConfigError: the model makes NaN or infinity.
     """
-    m = config.model
+    m, objective = config.model, make_objective(config.diffusion, device)
+    how = how or How(objective.samplers[0], channels=config.guidance.channels)
     images = np.empty((len(indices), m.image_size, m.image_size, m.channels), dtype=np.uint8)
-    sigmas = sigma_schedule(steps, config.diffusion.shift)
+
+    def noise(rows: slice, step: int | None = None) -> torch.Tensor:
+        return image_noise(seed, indices[rows], (m.channels, m.image_size, m.image_size), step).to(device)
+
     for start in range(0, len(indices), batch):
         rows = slice(start, min(start + batch, len(indices)))
-        x = image_noise(seed, indices[rows], (m.channels, m.image_size, m.image_size)).to(device)
         label_B = torch.from_numpy(np.asarray(labels[rows], dtype=np.int64))
-        velocity = guided_velocity(model, label_B, m.num_classes, cfg, device)
+        predict = guided_prediction(model, label_B, m.num_classes, cfg, device, how.channels)
         tick = None if on_step is None else lambda _step, state: on_step(len(state))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x = euler(velocity, x, sigmas, tick)
+            x = objective.sample(predict, noise(rows), partial(noise, rows), steps, how.sampler, how.eta, tick)
         images[rows] = to_pixels(x)
         if on_batch is not None:
             on_batch(rows, images[rows])

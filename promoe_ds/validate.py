@@ -5,10 +5,12 @@ Pure: nothing is changed, nothing is read but the configuration. Every failure i
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from promoe_ds.config import Config, reject
+from promoe_ds.config import Config, ModelConfig, reject
+from promoe_ds.objective_config import Channels
 
 
 def _divisors(number: int) -> list[int]:
@@ -99,7 +101,7 @@ def _validate_moe(config: Config) -> None:
 
 def _validate_training(config: Config) -> None:
     _positive(config, "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.log_every")
-    _positive(config, "train.checkpoint_every", "train.keep_last", "optimizer.lr", "optimizer.eps", "sample.steps")
+    _positive(config, "train.checkpoint_every", "train.keep_last", "optimizer.lr", "optimizer.eps")
     _positive(config, "diffusion.logit_std", "diffusion.shift", "sample.per_class", "sample.classes", "data.prefetch")
     for path, value in (
         ("optimizer.beta1", config.optimizer.beta1),
@@ -120,11 +122,40 @@ def _validate_training(config: Config) -> None:
             reject(path, value, "must not be negative", "choose 0 or more")
 
 
+def check_guidance(model: ModelConfig, channels: Channels, path: str) -> None:
+    """Raise `ConfigError`, naming `path`, if three channels are to be guided and the model has fewer."""
+    if channels != "all" and model.channels < channels:
+        reject(path, channels, f"the model has model.channels={model.channels}", f"set {path}=all")
+
+
+def _validate_objective(config: Config) -> None:
+    """What is trained and how the sample grids are drawn."""
+    steps, num_steps = config.sample.steps, config.diffusion.ddpm.num_steps
+    check_guidance(config.model, config.guidance.channels, "guidance.channels")
+    if config.diffusion.name == "rectified_flow":
+        if isinstance(steps, str):
+            reject("sample.steps", steps, "rectified flow takes a number of steps", "write one, for example 250")
+        _positive(config, "sample.steps")
+        return
+    if not config.model.learn_sigma:
+        conflict = "diffusion.name=ddpm learns a variance range"
+        reject("model.learn_sigma", "false", conflict, "set model.learn_sigma=true")
+    if num_steps <= 20:
+        conflict = "a linear schedule this short has betas of 1 or more"
+        reject("diffusion.ddpm.num_steps", num_steps, conflict, "choose more than 20, as a rule 1000")
+    spacing = importlib.import_module("promoe_ds.diffusion.spacing")  # late: config and validate come before diffusion
+    try:
+        spacing.spaced_timesteps(num_steps, steps)
+    except ValueError as error:
+        reject("sample.steps", steps, str(error), f"choose 1 to diffusion.ddpm.num_steps={num_steps} steps")
+
+
 def validate(config: Config) -> None:
     """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
     _validate_model(config)
     _validate_moe(config)
     _validate_training(config)
+    _validate_objective(config)
 
 
 def validate_data(config: Config) -> None:

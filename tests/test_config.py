@@ -206,10 +206,52 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("diffusion.label_drop=1", "diffusion.label_drop=1.0: must lie in [0, 1)"),
         ("optimizer.clip_grad_norm=-1", "optimizer.clip_grad_norm=-1.0: must not be negative"),
         ("train.seed=-1", "train.seed=-1: must not be negative"),
+        ("sample.steps=0", "sample.steps=0: must be positive"),
+        ("sample.steps=ddim50", "sample.steps=ddim50: rectified flow takes a number of steps; write one"),
+        ("guidance.channels=4", "guidance.channels=4: must be one of all, 3"),
+        ("diffusion.name=dppm", "diffusion.name='dppm': must be one of rectified_flow, ddpm; did you mean 'ddpm'?"),
     ],
 )
 def test_impossible_values(override: str, text: str) -> None:
     error(text, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (("model.learn_sigma=false",), "model.learn_sigma=false: diffusion.name=ddpm learns a variance range; set"),
+        (("diffusion.ddpm.num_steps=20",), "diffusion.ddpm.num_steps=20: a linear schedule this short has betas of 1"),
+        (("diffusion.ddpm.num_steps=0",), "diffusion.ddpm.num_steps=0: a linear schedule this short"),
+        (("sample.steps=1001",), "sample.steps=1001: keeps 1001 of the 1000 timesteps of a section; choose 1 to"),
+        (("sample.steps=0",), "sample.steps=0: is not a number of steps, nor a list like 10,15,20, nor ddimN"),
+        (("sample.steps=ddim300",), "sample.steps=ddim300: no whole stride gives 300 of 1000 timesteps"),
+    ],
+)  # fmt: skip
+def test_impossible_ddpm(overrides: tuple[str, ...], text: str) -> None:
+    error(text, *overrides, base="imagenet256_promoe_b_ddpm")
+
+
+def test_three_guided_channels_need_three() -> None:
+    error("guidance.channels=3: the model has model.channels=1; set guidance.channels=all", "guidance.channels=3",
+          base="digits_ddpm")  # fmt: skip
+    assert load_config("imagenet256_promoe_l_ddpm", ["guidance.channels=3"]).guidance.channels == 3
+
+
+def test_respacing_is_a_number_or_adms_notation() -> None:
+    for text, expected in (("100", 100), ("ddim50", "ddim50"), ("'10,15,20'", "10,15,20")):
+        steps = load_config("imagenet256_promoe_b_ddpm", [f"sample.steps={text}"]).sample.steps
+        assert steps == expected and type(steps) is type(expected)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "xl"])
+def test_ddpm_recipes_of_table_4(size: str) -> None:
+    for family in ("promoe", "dense"):
+        plain, config = (load_config(f"imagenet256_{family}_{size}{tail}") for tail in ("", "_ddpm"))
+        assert config.diffusion.name == "ddpm" and config.diffusion.ddpm.num_steps == 1000
+        assert (config.model, config.optimizer, config.train) == (plain.model, plain.optimizer, plain.train)
+        assert config.model.learn_sigma and config.sample.steps == 250 and (config.moe is None) == (family == "dense")
+        if config.moe is not None:
+            assert encode(config.moe.router)["contrastive_weight"] == (10 if size == "b" else 1)
 
 
 def test_null_label_images_must_meet_an_expert() -> None:

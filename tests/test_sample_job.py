@@ -33,13 +33,14 @@ def load_launcher() -> ModuleType:
     return module
 
 
-def write_run(run: Path, seed: int = 0, channels: int = 1) -> Path:
+def write_run(run: Path, seed: int = 0, channels: int = 1, objective: str = "rectified_flow") -> Path:
     """A run folder with one complete checkpoint of a tiny model whose every parameter is drawn."""
     config = decode(
         {
             "name": "tiny",
             "model": {"depth": 2, "width": 32, "heads": 2, "image_size": 8, "channels": channels, "num_classes": 10},
             "moe": {"num_experts": 4},
+            "diffusion": {"name": objective},
         }
     )
     dit = materialize(build(config), seed)
@@ -121,6 +122,31 @@ def test_several_scales_get_a_folder_each(command: Command, tmp_path: Path) -> N
     assert command("--run", tmp_path, "--cfg", "1") == 0
     default, _ = read_npz(tmp_path / "samples/cfg1.0/samples.npz")
     np.testing.assert_array_equal(default, plain)
+
+
+def test_the_record_names_the_sampler(command: Command, tmp_path: Path) -> None:
+    def record(name: str, *words: object) -> tuple[object, ...]:
+        assert command("--model", file, "--out", tmp_path / name, *words) == 0
+        found = json.loads((tmp_path / name / "sampling.json").read_text())
+        return tuple(found[key] for key in ("sampler", "eta", "guidance_channels", "steps"))
+
+    file = write_run(tmp_path, channels=3, objective="ddpm")
+    assert record("default") == ("ddpm", 0.0, "all", 2)
+    words = ("--sampler", "ddim", "--eta", 0.5, "--guidance-channels", "3", "--steps", "ddim4")
+    assert record("ddim", *words) == ("ddim", 0.5, 3, "ddim4")
+    assert command("--model", file, "--out", tmp_path / "ddim", *words, "--eta", 0) == 2
+    images, again = (read_npz(tmp_path / name / "samples.npz")[0] for name in ("default", "ddim"))
+    assert (images != again).any()
+
+
+def test_folders_from_before_samplers_were_recorded_are_continued(command: Command, tmp_path: Path) -> None:
+    file, out = write_run(tmp_path), tmp_path / "out"
+    assert command("--model", file, "--out", out) == 0
+    record = json.loads((out / "sampling.json").read_text())
+    old = {k: v for k, v in record.items() if k not in ("sampler", "eta", "guidance_channels")}
+    (out / "sampling.json").write_text(json.dumps(old))
+    assert command("--model", file, "--out", out) == 0
+    assert command("--model", file, "--out", out, "--sampler", "heun") == 2
 
 
 def test_colour_images(command: Command, tmp_path: Path) -> None:
@@ -215,6 +241,7 @@ def test_interrupted_folder_is_finished_and_finished_images_are_kept(command: Co
         (["--cfg", 2], "cfg=1.5, this command has cfg=2.0"),
         (["--num", 13], "num=12, this command has num=13"),
         (["--precision", "bf16"], "precision=fp32, this command has precision=bf16"),
+        (["--sampler", "heun"], "sampler=euler, this command has sampler=heun"),
     ],
 )
 def test_other_samples_are_not_overwritten(
@@ -293,6 +320,10 @@ def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: p
         (["--steps", -1], "--steps=-1: must be positive"),
         (["--batch", 0], "--batch=0: must be positive"),
         (["--num", "many"], "argument --num: invalid int value: 'many'"),
+        (["--steps", "ddim50"], "--steps=ddim50: rectified flow takes a number of steps; choose another"),
+        (["--sampler", "ddim"], "--sampler=ddim: the model was trained with diffusion.name=rectified_flow; choose"),
+        (["--eta", "0.5"], "--eta=0.5: the sampler euler has no eta; remove it"),
+        (["--guidance-channels", "3"], "--guidance-channels=3: the model has model.channels=1; set"),
         (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
         (["--cfg", "1,,2"], "--cfg='1,,2': is not a list of numbers"),
         (["--cfg", "nan"], "--cfg='nan': has a scale that is negative or not finite"),

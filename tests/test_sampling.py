@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from promoe_ds.config import Config, ConfigError, decode, dump
+from promoe_ds.config import Config, ConfigError, decode, dump, encode
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.sampling import (
+    How,
     check_channels,
     class_labels,
     draw_grid,
@@ -29,13 +30,14 @@ CPU = torch.device("cpu")
 MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 10}
 
 
-def tiny(**model: Any) -> tuple[DiT, Config]:
+def tiny(diffusion: dict[str, Any] | None = None, **model: Any) -> tuple[DiT, Config]:
     """A small ProMoE whose every parameter is drawn, so that it makes more than zeros."""
     config = decode(
         {
             "name": "tiny",
             "model": MODEL | model,
             "moe": {"num_experts": 4},
+            "diffusion": diffusion or {},
             "sample": {"steps": 3, "per_class": 2, "classes": 3},
         }
     )
@@ -54,8 +56,10 @@ def save(file: Path, dit: DiT, config: Config, metadata: dict[str, str] | None =
     return file
 
 
-def draw(dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, **more: Any) -> np.ndarray:
-    return generate(dit, config, class_labels(100, 10)[indices], indices, cfg, 4, 5, batch, CPU, **more)
+def draw(
+    dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, seed: int = 5, **more: Any
+) -> np.ndarray:
+    return generate(dit, config, class_labels(100, 10)[indices], indices, cfg, 4, seed, batch, CPU, **more)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -199,6 +203,56 @@ def test_label_guidance_and_seed_matter() -> None:
     assert (draw(dit, config, first, cfg=4.0) != base).any()
     assert (generate(dit, config, np.full(4, 3), first, 1.5, 4, 5, 16, CPU) != base).any()
     assert (generate(dit, config, class_labels(4, 10), first, 1.5, 4, 6, 16, CPU) != base).any()
+
+
+def test_the_noise_of_a_step_is_a_stream_of_its_own() -> None:
+    """(seed, index, step) decide it: neither the images beside it nor the steps before."""
+    shape, indices = (1, 8, 8), np.array([0, 5, 9])
+    steps = [image_noise(3, indices, shape, step) for step in (None, 0, 1, 2)]
+    for step, noise in zip((None, 0, 1, 2), steps, strict=True):
+        assert torch.equal(image_noise(3, np.array([5]), shape, step)[0], noise[1])
+    values = torch.cat(steps).flatten(1)
+    assert float((torch.corrcoef(values) - torch.eye(12)).abs().max()) < 0.5
+    assert torch.equal(steps[0], image_noise(3, indices, shape))
+
+
+DDPM = {"name": "ddpm", "ddpm": {"clip_denoised": True}}
+
+
+@pytest.mark.parametrize("how", [None, How("ddpm"), How("ddim"), How("ddim", eta=1.0)])
+def test_ddpm_images_do_not_depend_on_the_batch(how: How | None) -> None:
+    """Also the noise that the sampler adds on the way belongs to the image, whatever the batch and the process."""
+    dit, config = tiny(diffusion=DDPM)
+    indices = np.arange(8)
+    whole = draw(dit, config, indices, how=how)
+    assert whole.dtype == np.uint8 and whole.std() > 20
+    parts = np.empty_like(whole)
+    parts[0::2], parts[1::2] = (draw(dit, config, indices[i::2], batch=3, how=how) for i in (0, 1))
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    assert (draw(dit, config, indices, how=how, seed=6) != whole).any()
+
+
+def test_samplers_differ_and_ddpm_is_its_objectives_default() -> None:
+    dit, config = tiny(diffusion=DDPM)
+    first = np.arange(4)
+    ancestral = draw(dit, config, first)
+    np.testing.assert_array_equal(ancestral, draw(dit, config, first, how=How("ddpm")))
+    assert (ancestral != draw(dit, config, first, how=How("ddim"))).any()
+    flow_dit, flow_config = tiny()
+    euler = draw(flow_dit, flow_config, first)
+    np.testing.assert_array_equal(euler, draw(flow_dit, flow_config, first, how=How("euler")))
+    assert (euler != draw(flow_dit, flow_config, first, how=How("heun"))).any()
+
+
+def test_three_guided_channels_of_four() -> None:
+    dit, config = tiny(diffusion=DDPM, channels=4)
+    first = np.arange(4)
+    every, three = (draw(dit, config, first, cfg=4.0, how=How("ddim", channels=c)) for c in ("all", 3))
+    assert (every != three).any()
+    by_config = decode(encode(config) | {"guidance": {"channels": 3}})
+    np.testing.assert_array_equal(
+        draw(dit, by_config, first, cfg=4.0), draw(dit, config, first, cfg=4.0, how=How("ddpm", channels=3))
+    )
 
 
 def test_bfloat16_is_close_to_float32() -> None:

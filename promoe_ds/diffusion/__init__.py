@@ -1,1 +1,1 @@
-"""Objectives and samplers: pure functions of tensors, no communication."""
+"""Objectives and samplers: pure functions of tensors, joined by `objective.py`; no communication."""

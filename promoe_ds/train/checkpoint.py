@@ -36,7 +36,8 @@ MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 RESUMED_STATES = ("fp32", "exp_avg", "exp_avg_sq")
 FREE_ON_RESUME = {
-    *("name", "sample", "parallel", "data.path", "data.prefetch", "moe.experts_backend"),
+    *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
+    *("parallel", "data.path", "data.prefetch", "moe.experts_backend"),
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
     *("train.micro_batch_size", "train.activation_checkpointing"),
 }

@@ -25,7 +25,7 @@ from promoe_ds import accounting
 from promoe_ds.config import Config, ConfigError, dump, reject
 from promoe_ds.data import ImageDataset, build_dataset
 from promoe_ds.data.batches import Batch, BatchStream
-from promoe_ds.diffusion import rectified_flow as flow
+from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routers import ROUTERS
@@ -100,7 +100,9 @@ class Trainer:
             checkpoint.check_same_run(checkpoint.manifest(found)["config"], config, found)
         self.step = checkpoint.step_of(found) if found else 0
         self.engine = self._make_engine(ds, found)
-        self.aux_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
+        self.objective = make_objective(config.diffusion, topology.device)
+        router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
+        self.aux_weights = self.objective.aux_weights | router_weights
         self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
         self.log = MetricsLog(run, self.step, config.train.steps) if topology.rank == 0 else None
         self.throughput = Throughput()
@@ -171,16 +173,14 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> tuple[DiTOutput, list[Tensor]]:
         """-> model output and [total loss, diffusion loss, auxiliary losses]; L = Eq. (1) + lambda * Eq. (6)."""
-        cfg, device = self.config.diffusion, self.topology.device
+        device = self.topology.device
         z, eps, gauss = (x.to(device, non_blocking=True) for x in (batch.x_BCHW, batch.noise_BCHW, batch.gauss_B))
-        sigma = flow.sigma_from_gauss(gauss, cfg.logit_mean, cfg.logit_std, cfg.shift)
         ctx = RoutingContext.build(batch.label_B, self.config.model.num_classes, device, self.engine.all_reduce)
-        output = self.engine(flow.interpolate(z, eps, sigma), flow.TIME_SCALE * sigma, ctx)
-        diffusion = flow.loss_per_image(output.prediction, flow.target(z, eps)).mean()
-        total = diffusion
+        output, losses = self.objective.loss(lambda x, t: self.engine(x, t, ctx), z, eps, gauss)
+        total, aux = losses["diffusion"], losses | output.aux
         for name, weight in self.aux_weights.items():
-            total = total + weight * output.aux[name]
-        return output, [total, diffusion, *(output.aux[name] for name in self.aux_weights)]
+            total = total + weight * aux[name]
+        return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_weights)]
 
     def _mean_over_ranks(self, totals: Tensor) -> list[float]:
         """Means over ranks, checked before the weights are touched. Raises TrainingStopped on every rank alike."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from promoe_ds.diffusion.guidance import guided_velocity
+from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.moe.routing import RoutingContext
 
 NULL = 9
@@ -17,7 +17,7 @@ class Output(NamedTuple):
 
 
 class LabelModel:
-    """v = label + t + x, in the caller's order, with C more channels of junk; notes the batch size of every forward."""
+    """label + t + x, in the caller's order, and the same again as variance channels; notes every forward's batch."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -28,31 +28,39 @@ class LabelModel:
         self.contexts.append(ctx)
         assert t.dtype == torch.float32 and t.shape == (len(x),)
         label = ctx.label_B[ctx.restore_B]
-        v = x + (label + t).view(-1, 1, 1, 1)
-        return Output(torch.cat([v, torch.full_like(v, torch.nan)], 1))
+        p = x + (label + t).view(-1, 1, 1, 1)
+        return Output(torch.cat([p, p], 1))
 
 
 def test_scale_above_one_extrapolates_from_null_to_label() -> None:
     model, label, x = LabelModel(), torch.tensor([3, 7, 0]), torch.zeros(3, 1, 2, 2, dtype=torch.float64)
-    v = guided_velocity(model, label, NULL, 2.5, CPU)(x, 0.25)
+    p = guided_prediction(model, label, NULL, 2.5, CPU)(x, 250.0)
     expected = 250 + NULL + 2.5 * (label.double() - NULL)
-    torch.testing.assert_close(v, expected.view(-1, 1, 1, 1).expand_as(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(p[:, :1], expected.view(-1, 1, 1, 1).expand_as(x), rtol=0, atol=1e-12)
     assert model.batches == [6]
+
+
+@pytest.mark.parametrize(("channels", "moved"), [("all", [0, 1, 2, 3]), (3, [0, 1, 2])])
+def test_unguided_and_variance_channels_are_those_of_the_label(channels: int, moved: list[int]) -> None:
+    """Of a latent's 4 channels all or the first 3 are guided; channels 4 to 7 hold the variance."""
+    label, x = torch.tensor([3]), torch.zeros(1, 4, 1, 1)
+    p = guided_prediction(LabelModel(), label, NULL, 2.0, CPU, channels)(x, 0.0)  # type: ignore[arg-type]
+    assert p.flatten().tolist() == [NULL + 2 * (3 - NULL) if i in moved else 3 for i in range(8)]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_no_null_half_at_scale_one_or_below(scale: float) -> None:
     model, label, x = LabelModel(), torch.tensor([3, 7, 0]), torch.ones(3, 2, 2, 2)
-    v = guided_velocity(model, label, NULL, scale, CPU)(x, 0.5)
-    torch.testing.assert_close(v, x + 500 + label.view(-1, 1, 1, 1), rtol=0, atol=0)
+    p = guided_prediction(model, label, NULL, scale, CPU)(x, 500.0)
+    torch.testing.assert_close(p[:, :2], x + 500 + label.view(-1, 1, 1, 1), rtol=0, atol=0)
     assert model.batches == [3]
 
 
 def test_routing_context_is_built_once_a_batch() -> None:
     model = LabelModel()
-    velocity = guided_velocity(model, torch.tensor([3, NULL]), NULL, 4.0, CPU)
-    for sigma in (1.0, 0.5):
-        velocity(torch.zeros(2, 1, 2, 2), sigma)
+    predict = guided_prediction(model, torch.tensor([3, NULL]), NULL, 4.0, CPU)
+    for time in (999.0, 500.0):
+        predict(torch.zeros(2, 1, 2, 2), time)
     assert model.contexts[0] is model.contexts[1]
     assert model.contexts[0].num_conditional == 1
 
@@ -61,4 +69,5 @@ def test_state_dtype_is_kept_when_the_model_answers_in_bfloat16() -> None:
     def model(x: torch.Tensor, t: torch.Tensor, ctx: RoutingContext) -> Output:
         return Output(x.bfloat16())
 
-    assert guided_velocity(model, torch.tensor([1]), NULL, 2.0, CPU)(torch.ones(1, 1, 2, 2), 1.0).dtype == torch.float32
+    predict = guided_prediction(model, torch.tensor([1]), NULL, 2.0, CPU)
+    assert predict(torch.ones(1, 1, 2, 2), 1000.0).dtype == torch.float32

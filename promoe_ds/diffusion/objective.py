@@ -1,0 +1,189 @@
+"""The seam between an objective and the rest: training calls `loss`, sampling calls `sample`, of the one by its name.
+
+Legend: B images, C channels, H W side. An objective is stateless but for its tables on one device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from promoe_ds.config import Config, reject
+from promoe_ds.diffusion import ddpm
+from promoe_ds.diffusion import rectified_flow as flow
+from promoe_ds.diffusion.ddpm_samplers import Noise, Predict, ancestral, ddim
+from promoe_ds.diffusion.samplers import Callback, euler, heun, sigma_schedule
+from promoe_ds.diffusion.spacing import spaced_timesteps
+from promoe_ds.objective_config import DiffusionConfig
+
+Forward = Callable[[Tensor, Tensor], Any]
+"""(x [B, C, H, W], t float32 [B] in 0..1000) -> an output whose `prediction` is [B, C or 2C, H, W]"""
+
+
+class Objective(ABC):
+    """What is learned from noisy images, and how images are drawn with it."""
+
+    samplers: ClassVar[tuple[str, ...]]
+    """names of its samplers, the default first"""
+    aux_weights: dict[str, float]
+    """losses besides "diffusion", each with its weight in the training loss"""
+
+    @abstractmethod
+    def __init__(self, config: DiffusionConfig, device: torch.device): ...
+
+    @abstractmethod
+    def loss(
+        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """One forward of a batch and its losses.
+
+        Args:
+            z_BCHW: images or latents, float32.
+            eps_BCHW: standard normal noise, as z.
+            gauss_B: a standard normal draw an image, which chooses its timestep.
+
+        Returns:
+            The output of `forward`, and float32 scalars by name: "diffusion" (weight 1) and those of `aux_weights`,
+            unweighted, each the mean over the batch.
+        """
+
+    @abstractmethod
+    def timesteps(self, steps: int | str) -> list[float]:
+        """The times a sampler of so many steps tells the model at the start of each, from 1000 (noise) downwards.
+
+        Raises:
+            ValueError: there is no such way of `steps`; says why, without the value.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        predict: Predict,
+        x_BCHW: Tensor,
+        noise: Noise,
+        steps: int | str,
+        sampler: str,
+        eta: float = 0.0,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Images [B, C, H, W] from noise x.
+
+        Args:
+            predict: the guided model, with its variance channels where it has them.
+            noise: for samplers that draw more noise than x.
+            sampler: one of `samplers`.
+            eta: of DDIM.
+        """
+
+
+class RectifiedFlow(Objective):
+    """Velocity regression on straight paths, `rectified_flow.py`; the loss has one term."""
+
+    samplers = ("euler", "heun")
+
+    def __init__(self, config: DiffusionConfig, device: torch.device):
+        self.config = config
+        self.aux_weights = {}
+
+    def loss(
+        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
+    ) -> tuple[Any, dict[str, Tensor]]:
+        c = self.config
+        sigma_B = flow.sigma_from_gauss(gauss_B, c.logit_mean, c.logit_std, c.shift)
+        output = forward(flow.interpolate(z_BCHW, eps_BCHW, sigma_B), flow.TIME_SCALE * sigma_B)
+        loss_B = flow.loss_per_image(output.prediction, flow.target(z_BCHW, eps_BCHW))
+        return output, {"diffusion": loss_B.mean()}
+
+    def timesteps(self, steps: int | str) -> list[float]:
+        if not isinstance(steps, int):
+            raise ValueError("rectified flow takes a number of steps")
+        return [flow.TIME_SCALE * sigma for sigma in sigma_schedule(steps, self.config.shift)[:-1]]
+
+    def sample(
+        self,
+        predict: Predict,
+        x_BCHW: Tensor,
+        noise: Noise,
+        steps: int | str,
+        sampler: str,
+        eta: float = 0.0,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return predict(x, flow.TIME_SCALE * sigma)[:, : x.shape[1]]
+
+        solver = heun if sampler == "heun" else euler
+        return solver(velocity, x_BCHW, sigma_schedule(int(steps), self.config.shift), callback)
+
+
+class DDPM(Objective):
+    """Noise prediction with a learned variance range, `ddpm.py`; trained on L_simple + lambda L_vlb."""
+
+    samplers = ("ddpm", "ddim")
+
+    def __init__(self, config: DiffusionConfig, device: torch.device):
+        self.config = config.ddpm
+        self.schedule = ddpm.Schedule.of(ddpm.linear_betas(self.config.num_steps)).to(device)
+        self.aux_weights = {"vb": ddpm.vb_weight(self.config.num_steps)}
+
+    def loss(
+        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
+    ) -> tuple[Any, dict[str, Tensor]]:
+        s = self.schedule
+        t_B = ddpm.timestep_from_gauss(gauss_B, s.num_steps)
+        x_BCHW = ddpm.q_sample(s, z_BCHW, eps_BCHW, t_B)
+        output = forward(x_BCHW, s.time_T.index_select(0, t_B).float())
+        mse_B, vb_B = ddpm.losses_per_image(s, output.prediction, z_BCHW, eps_BCHW, x_BCHW, t_B)
+        return output, {"diffusion": mse_B.mean(), "vb": vb_B.mean()}
+
+    def timesteps(self, steps: int | str) -> list[float]:
+        kept = spaced_timesteps(self.config.num_steps, steps)
+        return self.schedule.respaced(kept).time_T.flip(0).tolist()
+
+    def sample(
+        self,
+        predict: Predict,
+        x_BCHW: Tensor,
+        noise: Noise,
+        steps: int | str,
+        sampler: str,
+        eta: float = 0.0,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        schedule = self.schedule.respaced(spaced_timesteps(self.config.num_steps, steps))
+        if sampler == "ddim":
+            return ddim(predict, x_BCHW, schedule, noise, eta, self.config.clip_denoised, callback)
+        return ancestral(predict, x_BCHW, schedule, noise, self.config.clip_denoised, callback)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"rectified_flow": RectifiedFlow, "ddpm": DDPM}
+
+
+def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") -> Objective:
+    """The objective that `diffusion.name` names, with its tables on `device`."""
+    return OBJECTIVES[config.name](config, torch.device(device))
+
+
+def choose_sampler(config: Config, name: str | None, steps: int | str, eta: float) -> tuple[str, int]:
+    """The sampler's name (default: the objective's first) and its number of steps.
+
+    Raises:
+        ConfigError: the objective has no such sampler, the sampler no such steps, or an eta that means nothing.
+    """
+    objective = make_objective(config.diffusion)
+    chosen = name or objective.samplers[0]
+    if chosen not in objective.samplers:
+        conflict = f"the model was trained with diffusion.name={config.diffusion.name}"
+        reject("--sampler", chosen, conflict, f"choose {' or '.join(objective.samplers)}")
+    if not 0 <= eta <= 1:
+        reject("--eta", eta, "must lie in [0, 1]", "choose such a value")
+    if eta and chosen != "ddim":
+        reject("--eta", eta, f"the sampler {chosen} has no eta", "remove it, or add --sampler ddim")
+    try:
+        return chosen, len(objective.timesteps(steps))
+    except ValueError as error:
+        reject("--steps", steps, str(error), "choose another number of steps")

@@ -1,0 +1,135 @@
+"""The seam: what training and sampling get from an objective, and the errors of choosing a sampler."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from promoe_ds.config import Config, ConfigError, load_config
+from promoe_ds.diffusion import ddpm
+from promoe_ds.diffusion import rectified_flow as flow
+from promoe_ds.diffusion.objective import OBJECTIVES, choose_sampler, make_objective
+from promoe_ds.diffusion.samplers import euler, heun, sigma_schedule
+
+FLOW = load_config("tiny")
+DDPM = load_config("tiny", ["model.learn_sigma=true", "diffusion.name=ddpm"])
+
+
+class Output(NamedTuple):
+    prediction: Tensor
+
+
+class Recorder:
+    """A model that answers twice its input, on both halves of the channels, and notes what it was given."""
+
+    x: Tensor
+    t: Tensor
+
+    def __call__(self, x: Tensor, t: Tensor) -> Output:
+        self.x, self.t = x, t
+        return Output(torch.cat([2 * x, 0 * x], 1))
+
+
+def batch(size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z, eps = (torch.randn(size, 1, 4, 4, generator=generator) for _ in range(2))
+    return z, eps, torch.randn(size, generator=generator)
+
+
+def test_flow_loss_is_the_velocity_error() -> None:
+    model, (z, eps, gauss) = Recorder(), batch()
+    output, losses = make_objective(FLOW.diffusion).loss(model, z, eps, gauss)
+    sigma = torch.sigmoid(gauss)
+    assert torch.equal(model.x, flow.interpolate(z, eps, sigma)) and torch.equal(model.t, 1000 * sigma)
+    assert losses.keys() == {"diffusion"} and make_objective(FLOW.diffusion).aux_weights == {}
+    expected = flow.loss_per_image(output.prediction, flow.target(z, eps)).mean()
+    assert torch.equal(losses["diffusion"], expected)
+
+
+def test_ddpm_loss_is_mse_and_bound() -> None:
+    model, (z, eps, gauss) = Recorder(), batch()
+    objective = make_objective(DDPM.diffusion)
+    output, losses = objective.loss(model, z, eps, gauss)
+    t = ddpm.timestep_from_gauss(gauss, 1000)
+    schedule = ddpm.Schedule.of(ddpm.linear_betas(1000))
+    assert torch.equal(model.x, ddpm.q_sample(schedule, z, eps, t))
+    assert model.t.dtype == torch.float32 and model.t.tolist() == t.tolist()
+    mse, vb = ddpm.losses_per_image(schedule, output.prediction, z, eps, model.x, t)
+    assert losses.keys() == {"diffusion", "vb"} and objective.aux_weights == {"vb": pytest.approx(1.0)}
+    torch.testing.assert_close(losses["diffusion"], (eps - 2 * model.x).square().mean())
+    assert torch.equal(losses["diffusion"], mse.mean()) and torch.equal(losses["vb"], vb.mean())
+
+
+def test_a_shorter_schedule_tells_the_model_times_up_to_1000() -> None:
+    config = load_config("tiny", ["model.learn_sigma=true", "diffusion.name=ddpm", "diffusion.ddpm.num_steps=100",
+                                  "sample.steps=10"])  # fmt: skip
+    objective, model, (z, eps, gauss) = make_objective(config.diffusion), Recorder(), batch()
+    objective.loss(model, z, eps, gauss)
+    t = ddpm.timestep_from_gauss(gauss, 100)
+    assert model.t.tolist() == pytest.approx([10.0 * i for i in t.tolist()]) and int(t.max()) > 50
+    assert objective.aux_weights["vb"] == pytest.approx(0.1)
+    assert objective.timesteps(10) == pytest.approx([990, 880, 770, 660, 550, 440, 330, 220, 110, 0])
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler"), [(FLOW, "euler"), (FLOW, "heun"), (DDPM, "ddpm"), (DDPM, "ddim")], ids=lambda x: str(x)[:5]
+)
+def test_samplers_tell_the_model_the_times_announced(config: Config, sampler: str) -> None:
+    objective, x = make_objective(config.diffusion), torch.ones(2, 1, 4, 4)
+    heard: list[float] = []
+    ticks: list[int] = []
+
+    def predict(x: Tensor, time: float) -> Tensor:
+        heard.append(time)
+        return torch.cat([0.1 * x, 0 * x], 1)
+
+    def tick(step: int, state: Tensor) -> None:
+        ticks.append(step)
+
+    out = objective.sample(predict, x, lambda step: torch.zeros_like(x), 4, sampler, 0.5, tick)
+    assert out.shape == x.shape and out.dtype == x.dtype and ticks == [0, 1, 2, 3]
+    assert heard[:: 2 if sampler == "heun" else 1] == objective.timesteps(4)
+    assert choose_sampler(config, sampler, 4, 0.0) == (sampler, 4)
+
+
+def test_flow_samplers_are_the_solvers() -> None:
+    objective, x = make_objective(FLOW.diffusion), batch()[0]
+
+    def predict(x: Tensor, time: float) -> Tensor:
+        return torch.cat([x * time / 1000, torch.full_like(x, torch.nan)], 1)
+
+    for name, solver in (("euler", euler), ("heun", heun)):
+        expected = solver(lambda x, sigma: x * (1000 * sigma) / 1000, x, sigma_schedule(5))
+        assert torch.equal(objective.sample(predict, x, lambda step: x, 5, name), expected)
+
+
+def test_default_samplers() -> None:
+    assert choose_sampler(FLOW, None, 250, 0.0) == ("euler", 250)
+    assert choose_sampler(DDPM, None, 250, 0.0) == ("ddpm", 250)
+    assert choose_sampler(DDPM, "ddim", "10,15,20", 1.0) == ("ddim", 45)
+    assert {name: cls.samplers for name, cls in OBJECTIVES.items()} == {
+        "rectified_flow": ("euler", "heun"),
+        "ddpm": ("ddpm", "ddim"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        (FLOW, ("ddim", 10, 0.0), "--sampler=ddim: the model was trained with diffusion.name=rectified_flow"),
+        (DDPM, ("euler", 10, 0.0), "trained with diffusion.name=ddpm; choose ddpm or ddim"),
+        (DDPM, ("ddpm", 10, 0.5), "--eta=0.5: the sampler ddpm has no eta; remove it, or add --sampler ddim"),
+        (DDPM, ("ddim", 10, 1.5), "--eta=1.5: must lie in [0, 1]"),
+        (DDPM, ("ddim", 10, float("nan")), "--eta=nan: must lie in [0, 1]"),
+        (DDPM, (None, 1001, 0.0), "--steps=1001: keeps 1001 of the 1000 timesteps of a section; choose another number"),
+        (DDPM, (None, "many", 0.0), "--steps=many: is not a number of steps"),
+        (FLOW, (None, "ddim50", 0.0), "--steps=ddim50: rectified flow takes a number of steps"),
+    ],
+)  # fmt: skip
+def test_samplers_that_cannot_be(config: Config, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_sampler(config, *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
