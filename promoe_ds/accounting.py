@@ -107,6 +107,13 @@ def router_parameters(config: Config) -> int:
     return router.num_parameters(config.moe.router, config.moe.num_experts, config.model.width)
 
 
+def router_macs(config: Config) -> int:
+    """MACs a token of one layer's router, stated by its class."""
+    assert config.moe is not None
+    router = importlib.import_module("promoe_ds.moe.routers").ROUTERS[config.moe.router.name]
+    return router.macs_per_token(config.moe.router, config.moe.num_experts, config.model.width)
+
+
 def count_parameters(config: Config) -> ParameterCount:
     """Exact sizes, equal to those of the built model (the dry run compares them)."""
     m, moe, D = config.model, config.moe, config.model.width
@@ -139,7 +146,7 @@ def _moe_macs(config: Config, null_fraction: float) -> float:
     """MACs a token in one MoE layer."""
     assert config.moe is not None
     one_expert = 2 * config.model.width * expert_hidden(config)
-    routed = experts_per_token(config) * one_expert + router_parameters(config)
+    routed = experts_per_token(config) * one_expert + router_macs(config)
     null = num_unconditional(config) * one_expert
     if not config.moe.conditional:
         null_fraction = 0.0
