@@ -74,11 +74,11 @@ class Choice(NamedTuple):
 
 def choose_here(score_TE: Tensor, likely_TE: Tensor, quota: int) -> Choice:
     """The pool is this rank's tokens: exactly `quota` tokens an expert."""
-    token_N, expert_N = expert_major(score_TE.topk(quota, dim=0).indices.T)
-    taken_TE = torch.zeros_like(score_TE)
-    taken_TE = taken_TE.scatter(0, token_N.view(-1, quota).T, 1.0)
+    token_kE = score_TE.topk(quota, dim=0).indices
+    token_N, expert_N = expert_major(token_kE.T)
+    taken_TE = torch.zeros_like(score_TE).scatter(0, token_kE, 1.0)
     kth_1E = (
-        likely_TE.topk(quota, dim=0).values[quota - 1 : quota] if quota else likely_TE.new_zeros(1, len(taken_TE.T))
+        likely_TE.topk(quota, dim=0).values[quota - 1 : quota] if quota else likely_TE.new_zeros(1, likely_TE.shape[1])
     )
     return Choice(token_N, expert_N, taken_TE, F.pad(kth_1E[0], (0, 1), value=float(quota > 0)))
 
@@ -198,6 +198,6 @@ class DiffMoERouter(Router):
         *_, number = total_E1 = all_reduce(self.kth_E1)
         kth_E = (total_E1[:-1] / number.clamp(min=1)).to(self.threshold.dtype)
         step = torch.where(self.updates > 0, 1 - self.config.threshold_decay, 1.0) * (number > 0)
-        self.threshold.lerp_(kth_E, step)
+        self.threshold.lerp_(kth_E, step.to(kth_E.dtype))
         self.updates.add_(number > 0)
         self.kth_E1 = None
