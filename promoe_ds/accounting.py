@@ -95,7 +95,7 @@ def num_unconditional(config: Config) -> int:
 
 
 def experts_per_token(config: Config) -> int:
-    """K, routed experts that a token meets on average; 0 in a dense model."""
+    """K, routed experts that a token meets on average (before a quota is rounded down); 0 in a dense model."""
     return getattr(config.moe.router, "top_k", 1) if config.moe else 0
 
 

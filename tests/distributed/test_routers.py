@@ -41,6 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in RESUMED:
         shared = (f"{name} resumed", "zero2", "train.checkpoint_every=3", *CASES[name])
         both += [(*shared, "train.steps=3"), (*shared, "train.steps=6")]
+        both.append((f"{name} stage 3", "zero3", "train.activation_checkpointing=true", *CASES[name]))
+        both.append((f"{name} bf16", "zero1", "train.precision=bf16", *CASES[name]))
     run(torchrun(1, WORKER, str(folder), json.dumps(alone)))
     run(torchrun(2, WORKER, str(folder), json.dumps(both)))
     return folder
@@ -52,12 +54,9 @@ def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]
     return log, load_file(checkpoint.folder(folder, STEPS) / "ema.safetensors")
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.parametrize("case", CASES)
-def test_one_curve_whatever_the_topology(folder: Path, case: str, ep: int) -> None:
-    """Every loss, the gradient norm, and the EMA with its buffers; the pool of DiffMoE and k-means are global."""
-    log, ema = read(folder / f"{case} 2 {ep}")
-    log0, ema0 = read(folder / f"{case} 1 1")
+def same_run(run: Path, reference_run: Path) -> None:
+    """Every loss, the gradient norm, and the EMA with its buffers."""
+    (log, ema), (log0, ema0) = read(run), read(reference_run)
     assert ema.keys() == ema0.keys()
     for ours, reference in zip(log, log0, strict=True):
         for key in (k for k in reference if k.startswith(("loss", "grad_norm"))):
@@ -66,6 +65,27 @@ def test_one_curve_whatever_the_topology(folder: Path, case: str, ep: int) -> No
             assert ours[key] == pytest.approx(reference[key], rel=tolerance, abs=1e-7), (ours["step"], key)
     for name in ema0:
         torch.testing.assert_close(ema[name], ema0[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_one_curve_whatever_the_topology(folder: Path, case: str, ep: int) -> None:
+    """The pool of DiffMoE and k-means are global."""
+    same_run(folder / f"{case} 2 {ep}", folder / f"{case} 1 1")
+
+
+@pytest.mark.parametrize("router", RESUMED)
+def test_recomputation_under_zero_3_changes_nothing(folder: Path, router: str) -> None:
+    same_run(folder / f"{router} stage 3", folder / f"{router} 1 1")
+
+
+@pytest.mark.parametrize("router", RESUMED)
+def test_buffers_are_fp32_in_a_bf16_model(folder: Path, router: str) -> None:
+    (log, ema), (log0, _) = read(folder / f"{router} bf16"), read(folder / f"{router} 1 1")
+    assert log[-1]["loss"] == pytest.approx(log0[-1]["loss"], rel=0.06)
+    name = {"diffmoe": "threshold", "kmeans": "centroids"}[router]
+    values = ema[f"blocks.1.mlp.router.{name}"]
+    assert not torch.equal(values, values.bfloat16().float())
 
 
 @pytest.mark.parametrize("router", RESUMED)
