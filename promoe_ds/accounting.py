@@ -95,7 +95,7 @@ def num_unconditional(config: Config) -> int:
 
 
 def experts_per_token(config: Config) -> int:
-    """K, routed experts that a token meets on average; 0 in a dense model."""
+    """K, routed experts that a token meets on average (before a quota is rounded down); 0 in a dense model."""
     return getattr(config.moe.router, "top_k", 1) if config.moe else 0
 
 
@@ -105,6 +105,13 @@ def router_parameters(config: Config) -> int:
         return 0
     router = importlib.import_module("promoe_ds.moe.routers").ROUTERS[config.moe.router.name]
     return router.num_parameters(config.moe.router, config.moe.num_experts, config.model.width)
+
+
+def router_macs(config: Config) -> int:
+    """MACs a token of one layer's router, stated by its class."""
+    assert config.moe is not None
+    router = importlib.import_module("promoe_ds.moe.routers").ROUTERS[config.moe.router.name]
+    return router.macs_per_token(config.moe.router, config.moe.num_experts, config.model.width)
 
 
 def count_parameters(config: Config) -> ParameterCount:
@@ -139,7 +146,7 @@ def _moe_macs(config: Config, null_fraction: float) -> float:
     """MACs a token in one MoE layer."""
     assert config.moe is not None
     one_expert = 2 * config.model.width * expert_hidden(config)
-    routed = experts_per_token(config) * one_expert + router_parameters(config)
+    routed = experts_per_token(config) * one_expert + router_macs(config)
     null = num_unconditional(config) * one_expert
     if not config.moe.conditional:
         null_fraction = 0.0

@@ -1,6 +1,7 @@
 """What a configuration must satisfy: checks that depend on it alone, and checks against the number of processes.
 
-Pure: nothing is changed, nothing is read but the configuration. Every failure is a one-line `ConfigError`.
+Pure: nothing is changed, and nothing read but the configuration (`validate_data` looks at files too). Every failure is
+a one-line `ConfigError`.
 """
 
 from __future__ import annotations
@@ -159,9 +160,12 @@ def validate(config: Config) -> None:
 
 
 def validate_data(config: Config) -> None:
-    """Check that the data set is named; before training, not before a dry run. Raises `ConfigError`."""
+    """Check the files that training reads; before training, not before a dry run. Raises `ConfigError`."""
     if config.data.name != "digits" and config.data.path is None:
         reject("data.path", "null", f"data.name={config.data.name} needs one", "add data.path=PATH")
+    validate_files = getattr(config.moe.router, "validate_files", None) if config.moe else None
+    if validate_files is not None:
+        validate_files(config)
 
 
 def batch_plan(config: Config, world: int) -> tuple[int, int]:

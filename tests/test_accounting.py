@@ -27,6 +27,26 @@ PROMOE = {
 }
 """total, activated (exact); 1e9 MACs an image"""
 DENSE = {"s": 32_963_360, "b": 130_512_416, "l": 458_102_816, "xl": 675_129_632}
+BASELINES = [
+    ("tc_s", 82_607_648, None),
+    ("tc_b", 328_891_424, None),
+    ("tc_l", 1_163_274_272, 458_201_120),
+    ("tc_xl", 1_716_272_672, None),
+    ("ec_s", 82_607_648, None),
+    ("ec_b", 328_891_424, None),
+    ("ec_l", 1_163_274_272, 458_201_120),
+    ("ec_xl", 1_716_272_672, None),
+    ("diffmoe_s", 83_513_168, None),
+    ("diffmoe_s_e16", 140_265_344, None),
+    ("diffmoe_b", 332_471_888, None),
+    ("diffmoe_l", 1_175_967_872, 470_894_720),
+    ("diffmoe_l_e16", 1_981_962_464, 471_091_424),
+    ("diffmoe_xl", 1_734_997_392, None),
+    *((f"promoe_ec_{size}", total, activated) for size, (total, activated, _) in PROMOE.items()),
+]
+"""recipe, total, activated (exact)"""
+EXPERT_SCALING = {4: 558.9, 6: 659.6, 8: 760.4, 10: 861.2, 12: 961.9, 14: 1062.7, 16: 1163.4}
+"""experts of ProMoE-L, shared and unconditional included -> millions of parameters"""
 MIXES = (
     "model.qk_norm=true",
     "moe.layers=all",
@@ -72,6 +92,25 @@ def test_variants_of_the_paper() -> None:
     assert count("moe.num_experts=6").total == pytest.approx(760.4e6, rel=1e-4)
 
 
+@pytest.mark.parametrize(("recipe", "total", "activated"), BASELINES)
+def test_baseline_sizes_of_the_paper(recipe: str, total: int, activated: int | None) -> None:
+    count = accounting.count_parameters(load_config(f"imagenet256_{recipe}"))
+    assert count.total == total and activated in (None, count.activated)
+
+
+@pytest.mark.parametrize("recipe", ["tc", "ec", "diffmoe", "promoe_ec", "kmeans", "classification"])
+def test_count_equals_the_built_baseline(recipe: str) -> None:
+    config = load_config(f"digits_{recipe}")
+    built, count = dry_run.count_built(build(config)), accounting.count_parameters(config)
+    assert built == {"total": count.total, "trainable": count.trainable, "routed": count.routed}
+
+
+@pytest.mark.parametrize(("total_experts", "size"), list(EXPERT_SCALING.items()))
+def test_expert_scaling_of_the_paper(total_experts: int, size: float) -> None:
+    config = load_config("imagenet256_promoe_l", [f"moe.num_experts={total_experts - 2}"])
+    assert accounting.count_parameters(config).total / 1e6 == pytest.approx(size, abs=0.05)
+
+
 @pytest.mark.parametrize("override", MIXES)
 def test_count_equals_the_built_model(override: str) -> None:
     config = load_config("digits", [override])
@@ -100,8 +139,9 @@ def test_without_the_split_null_images_cost_the_same() -> None:
     assert accounting.forward_flops(config, null_fraction=0.5) == accounting.forward_flops(config)
 
 
-def test_flops_equal_those_torch_counts() -> None:
-    config = load_config("digits", ["moe.experts_backend=loop"])
+@pytest.mark.parametrize("recipe", ["digits", "digits_tc", "digits_kmeans", "digits_ec"])
+def test_flops_equal_those_torch_counts(recipe: str) -> None:
+    config = load_config(recipe, ["moe.experts_backend=loop"])
     m, images = config.model, 3
     model = materialize(build(config), seed=0).eval()
     ctx = RoutingContext.build(torch.arange(images), m.num_classes, "cpu")

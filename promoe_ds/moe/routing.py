@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import RouterConfig
+from promoe_ds.config import Config, RouterConfig, reject
 
 
 class Routing(NamedTuple):
@@ -53,12 +53,21 @@ class RoutingContext:
     """int64 on the device: the caller's order from the model's"""
     num_conditional: int
     """I: the first I images of the model's order carry a real label"""
+    row_B: Tensor
+    """int64 on the device, in the model's order: the image's place in the global batch"""
     all_reduce: Callable[[Tensor], Tensor] = identity
     """differentiable sum over the data-parallel ranks (identity on one device)"""
+    all_gather: Callable[[Tensor], Tensor] = identity
+    """rows of every rank, in rank order, of a tensor that has the same shape on all; not differentiable"""
 
     @staticmethod
     def build(
-        label_B: Tensor, null_label: int, device: torch.device | str, all_reduce: Callable[[Tensor], Tensor] = identity
+        label_B: Tensor,
+        null_label: int,
+        device: torch.device | str,
+        all_reduce: Callable[[Tensor], Tensor] = identity,
+        all_gather: Callable[[Tensor], Tensor] = identity,
+        row_B: Tensor | None = None,
     ) -> RoutingContext:
         """Split a batch by label.
 
@@ -67,19 +76,38 @@ class RoutingContext:
             null_label: the label of classifier-free guidance's unconditional images.
             device: where the model runs.
             all_reduce: differentiable sum over ranks, for losses of global scope.
+            all_gather: rows of all ranks, for choices that look at the whole batch.
+            row_B: int64 [B] on the CPU, places in the global batch; 0..B-1 if not given.
         """
         null_B = label_B == null_label
         order_B = torch.argsort(null_B.to(torch.uint8), stable=True)
         restore_B = torch.empty_like(order_B)
         restore_B[order_B] = torch.arange(len(order_B))
-        label_B, order_B, restore_B = (x.to(device, non_blocking=True) for x in (label_B[order_B], order_B, restore_B))
-        return RoutingContext(label_B, order_B, restore_B, int((~null_B).sum()), all_reduce)
+        row_B = torch.arange(len(label_B)) if row_B is None else row_B
+        host = (label_B[order_B], order_B, restore_B, row_B[order_B])
+        label_B, order_B, restore_B, row_B = (x.to(device, non_blocking=True) for x in host)
+        return RoutingContext(label_B, order_B, restore_B, int((~null_B).sum()), row_B, all_reduce, all_gather)
 
 
 class Router(nn.Module):
-    """Base of all routers. Subclasses set `Config` and implement `forward`."""
+    """Base of all routers. Subclasses set `Config` and implement `forward`.
+
+    State that is not trained by gradients is kept in persistent floating-point buffers, equal on every rank: they are
+    saved with the EMA weights, restored on resume, and stay fp32 in a bf16 model. Buffers are drawn in `init_weights`
+    and change in `after_step`.
+    """
 
     Config: ClassVar[type[RouterConfig]] = RouterConfig
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """As in nn.Module (to, bfloat16 ...), but a running state is not rounded to half precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = buffer.to(now.device)
+        return self
 
     def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
         """Choose experts for the tokens of `x_BSD` (conditional images only, where the layer splits)."""
@@ -89,10 +117,22 @@ class Router(nn.Module):
         """Draw the router's parameters; `generator(parameter_name)` is keyed by seed and full name."""
         raise TypeError(f"{type(self).__name__} does not define init_weights")
 
+    def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Update the buffers; called on every rank after each optimizer step, without gradients.
+
+        Args:
+            all_reduce: sum over ranks, to be called on every rank or on none.
+        """
+
     @staticmethod
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        """Parameters of one router, from the configuration alone."""
+        """Parameters of one router, from the configuration alone; buffers do not count."""
         raise TypeError("the router does not define num_parameters")
+
+    @classmethod
+    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
+        """Multiply-adds of one router a token; by default every parameter is used once."""
+        return cls.num_parameters(config, num_experts, width)
 
     @staticmethod
     def aux_weights(config: RouterConfig) -> dict[str, float]:
@@ -118,3 +158,55 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
 def at_least_fp32(x: Tensor) -> Tensor:
     """Scores and losses are computed in fp32 whatever the autocast; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def expert_major(token_EN: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges of an expert choice: int64 [E, n], the tokens taken by each expert -> (token_N, expert_N), N = E*n."""
+    expert_E = torch.arange(len(token_EN), device=token_EN.device)
+    return token_EN.reshape(-1), expert_E.repeat_interleave(token_EN.shape[1])
+
+
+def top_tokens_per_image(score_BSE: Tensor, quota: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Expert choice within each image: every expert takes its `quota` tokens of highest score.
+
+    Returns:
+        (token_N int64, expert_N int64, score_N), N = E*B*quota, expert by expert.
+    """
+    B, S, E = score_BSE.shape
+    score_EBk, position_EBk = score_BSE.permute(2, 0, 1).topk(quota, dim=-1)
+    first_B = torch.arange(B, device=score_BSE.device) * S
+    token_N, expert_N = expert_major((position_EBk + first_B[:, None]).reshape(E, B * quota))
+    return token_N, expert_N, score_EBk.reshape(-1)
+
+
+# ----------------------------------------------------------------------------------------- checks of a router's Config
+
+
+def check_top_k(router: Any, config: Config) -> None:
+    """`top_k` lies in 1..E. Raises ConfigError."""
+    assert config.moe is not None
+    if not 1 <= router.top_k <= config.moe.num_experts:
+        limit = f"is not in 1..moe.num_experts={config.moe.num_experts}"
+        reject("moe.router.top_k", router.top_k, limit, "lower it" if router.top_k > 0 else "raise it")
+
+
+def check_quota(router: Any, config: Config, images: int, pool: str) -> None:
+    """An expert that chooses among the tokens of `images` images takes at least one. Raises ConfigError."""
+    assert config.moe is not None
+    E, tokens = config.moe.num_experts, images * config.model.tokens
+    if tokens * router.top_k < E:
+        conflict = f"an expert's quota of {pool} is {tokens} tokens * top_k={router.top_k} // {E} experts = 0"
+        reject(
+            "moe.num_experts", E, conflict, f"lower it to at most {tokens * router.top_k}, or raise moe.router.top_k"
+        )
+
+
+def check_not_negative(router: Any, *keys: str) -> None:
+    for key in keys:
+        if getattr(router, key) < 0:
+            reject(f"moe.router.{key}", getattr(router, key), "must not be negative", "0 turns it off")
+
+
+def images_a_forward(config: Config) -> int:
+    """Images in a forward pass of one process alone: what is sure before the number of processes is known."""
+    return config.train.micro_batch_size or config.train.global_batch_size

@@ -33,6 +33,14 @@ def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     return _AllReduceSum.apply(x, group)  # type: ignore[no-any-return]
 
 
+def all_gather_rows(x: Tensor, group: Any = None) -> Tensor:
+    """[n, ...] of every rank, the same shape on all -> [W*n, ...] in rank order; not differentiable."""
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.cat(parts)
+
+
 class _SwapRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:

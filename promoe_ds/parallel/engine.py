@@ -32,7 +32,7 @@ from torch import Tensor
 from promoe_ds.config import Config
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.parallel.collectives import all_reduce_sum
+from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.expert_parallel import is_sharded, local_part
 from promoe_ds.parallel.optimizer import AdamWithEMA
@@ -59,6 +59,7 @@ class Engine:
         self.adam = AdamWithEMA(param_groups, config.optimizer)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
         self.all_reduce = all_reduce_sum if topology.world > 1 else _same
+        self.all_gather = all_gather_rows if topology.world > 1 else _same
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------------------------------------------ one step

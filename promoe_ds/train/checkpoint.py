@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step_00000200/
         state-00000-of-00002.safetensors   full fp32 tensors: NAME/fp32, NAME/exp_avg, NAME/exp_avg_sq
-        ema.safetensors                    the model's state dict with EMA weights: what sampling and evaluation read
+        ema.safetensors                    the model's state dict with EMA weights: what sampling and evaluation read;
+                                       also the buffers of routers, not averaged
         manifest.json                      written last: step, config, sizes and checksums of the files
 
 The tensors are stored in full under single-device names, so any world size, expert-parallel degree and ZeRO stage can
@@ -39,7 +40,7 @@ FREE_ON_RESUME = {
     *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
     *("parallel", "data.path", "data.prefetch", "moe.experts_backend"),
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
-    *("train.micro_batch_size", "train.activation_checkpointing"),
+    *("train.micro_batch_size", "train.activation_checkpointing", "moe.router.superclasses"),
 }
 """Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
 shown. Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""
@@ -155,7 +156,7 @@ def ema_state_dict(engine: StateAccess, fixed: dict[str, Tensor], ranks: Ranks) 
     """The EMA model on rank 0 (fp32, CPU); collective, empty on the other ranks.
 
     Args:
-        fixed: parameters that are not trained (the position table).
+        fixed: what the optimizer does not train (the position table, buffers of routers), as it is.
     """
     engine.relink()
     out = {name: tensor.detach().float().cpu().contiguous() for name, tensor in fixed.items()}
@@ -212,7 +213,7 @@ def save(
     """Write the checkpoint of `step` (optimizer steps done); collective. Returns its folder.
 
     Args:
-        fixed: parameters that are not trained, for the EMA file.
+        fixed: what the optimizer does not train, for the EMA file.
         facts: what to record besides (topology, versions).
 
     Raises:
@@ -328,6 +329,13 @@ def load_weights(reader: Reader, params: Mapping[str, Tensor], local: Callable[[
                     "use a checkpoint of this model",
                 )
             p.copy_(part)
+
+
+def load_buffers(reader: Reader, buffers: Mapping[str, Tensor]) -> None:
+    """Copy the buffers, which are equal on every rank, from the EMA file. Raises ConfigError if one is missing."""
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(reader(name, "ema"))
 
 
 def restore(reader: Reader, engine: StateAccess, step: int) -> None:

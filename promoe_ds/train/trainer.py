@@ -29,7 +29,7 @@ from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
@@ -113,15 +113,21 @@ class Trainer:
         model = parallelize(build(self.config), topology)
         self.total_parameters = accounting.count_parameters(self.config).total
         materialize(model, self.config.train.seed, topology.device)
-        self.fixed = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
+        self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
+        self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
         reader = checkpoint.Reader(found) if found else None
         if reader:
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
             checkpoint.load_weights(reader, trained, lambda p, full: local_part(p, full, topology))
+            checkpoint.load_buffers(reader, dict(model.named_buffers()))
         engine = Engine(model, self.config, ds, topology)
         if reader:
             checkpoint.restore(reader, engine, self.step)
         return engine
+
+    def _fixed(self) -> dict[str, Tensor]:
+        """What the model holds besides trained parameters: the position table, and the buffers of routers as of now."""
+        return self.positions | dict(self.model.named_buffers())
 
     # ------------------------------------------------------------------------------------------------------- loop
 
@@ -168,6 +174,8 @@ class Trainer:
         self.step += 1
         if not math.isfinite(norm):
             raise TrainingStopped(f"step {self.step}: the gradient norm is {norm}; the last checkpoint is unharmed")
+        for router in self.routers:
+            router.after_step(self.engine.all_reduce)
         self.throughput.images += self.config.train.global_batch_size
         return dict(zip(self.terms, losses, strict=True)) | {"grad_norm": norm, "load": load_LE, "stop": stop > 0}
 
@@ -175,7 +183,10 @@ class Trainer:
         """-> model output and [total loss, diffusion loss, auxiliary losses]; L = Eq. (1) + lambda * Eq. (6)."""
         device = self.topology.device
         z, eps, gauss = (x.to(device, non_blocking=True) for x in (batch.x_BCHW, batch.noise_BCHW, batch.gauss_B))
-        ctx = RoutingContext.build(batch.label_B, self.config.model.num_classes, device, self.engine.all_reduce)
+        engine, null_label = self.engine, self.config.model.num_classes
+        ctx = RoutingContext.build(
+            batch.label_B, null_label, device, engine.all_reduce, engine.all_gather, row_B=batch.rows
+        )
         output, losses = self.objective.loss(lambda x, t: self.engine(x, t, ctx), z, eps, gauss)
         total, aux = losses["diffusion"], losses | output.aux
         for name, weight in self.aux_weights.items():
@@ -220,7 +231,7 @@ class Trainer:
         start = time.perf_counter()
         facts = {"world": self.topology.world, "ep": self.topology.ep, "stage": self.engine.stage,
                  "torch": torch.__version__}  # fmt: skip
-        checkpoint.save(self.run_folder, self.engine, self.fixed, self.step, self.config, self.ranks, facts)
+        checkpoint.save(self.run_folder, self.engine, self._fixed(), self.step, self.config, self.ranks, facts)
         if self.topology.rank == 0:
             checkpoint.prune(self.run_folder, self.config.train.keep_last)
         self._paused(start, f"checkpoint of step {self.step}")
@@ -228,7 +239,7 @@ class Trainer:
     def _draw_samples(self) -> None:
         """Rank 0 draws a grid with the EMA weights, fixed noise: samples/grid.png, and by step."""
         start = time.perf_counter()
-        weights = checkpoint.ema_state_dict(self.engine, self.fixed, self.ranks)
+        weights = checkpoint.ema_state_dict(self.engine, self._fixed(), self.ranks)
         if self.log:
             model = build(self.config)
             model.load_state_dict(weights, assign=True)

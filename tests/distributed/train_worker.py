@@ -19,7 +19,7 @@ def make(folder: Path, ds: str, *overrides: str) -> Trainer:
         "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
     )
     resolved = ds_config.resolve(str(ROOT / f"ds_configs/{ds}.json"), config, topology.world_size())
-    return Trainer(config, resolved, folder, topology.from_environment(2))
+    return Trainer(config, resolved, folder, topology.from_environment(config.parallel.expert_parallel))
 
 
 class Poisoned:

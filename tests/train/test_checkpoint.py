@@ -148,6 +148,15 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         checkpoint.load_weights(reader, {"a": torch.zeros(4, 2)}, lambda p, full: full)
 
 
+def test_buffers_come_back_from_the_ema_file(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    reader, buffer = Reader(checkpoint.folder(tmp_path, 5)), torch.zeros(2)
+    checkpoint.load_buffers(reader, {"fixed": buffer})
+    assert (buffer == 1).all()
+    with pytest.raises(ConfigError, match="holds no ema/zebra"):
+        checkpoint.load_buffers(reader, {"zebra": buffer})
+
+
 def test_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 5)
     path = checkpoint.folder(tmp_path, 5) / "manifest.json"

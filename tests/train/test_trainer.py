@@ -17,7 +17,7 @@ from promoe_ds.train.trainer import Trainer
 class Captured:
     """Stands where the engine is: keeps the inputs, answers with a fixed prediction and auxiliary loss."""
 
-    all_reduce = staticmethod(lambda x: x)
+    all_reduce = all_gather = staticmethod(lambda x: x)
 
     def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, ctx: Any) -> DiTOutput:
         self.x, self.t, self.ctx = x_BCHW, t_B, ctx

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
 from promoe_ds.moe.losses import centroid_sums, routing_contrastive
-from promoe_ds.moe.routing import Router, Routing, RoutingContext, at_least_fp32, register_router
+from promoe_ds.moe.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    at_least_fp32,
+    check_not_negative,
+    check_top_k,
+    register_router,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z_TE: z_TE,
@@ -43,13 +51,11 @@ class ProMoEConfig(RouterConfig):
     averaged, as in the official code"""
 
     def validate(self, config: Any) -> None:
-        if not 1 <= self.top_k <= config.moe.num_experts:
-            reject("moe.router.top_k", self.top_k, f"is not in 1..moe.num_experts={config.moe.num_experts}", "lower it")
+        check_top_k(self, config)
         for key in ("alpha", "temperature"):
             if getattr(self, key) <= 0:
                 reject(f"moe.router.{key}", getattr(self, key), "must be positive", "choose a value above 0")
-        if self.contrastive_weight < 0:
-            reject("moe.router.contrastive_weight", self.contrastive_weight, "must not be negative", "0 turns it off")
+        check_not_negative(self, "contrastive_weight")
 
 
 @register_router("promoe")

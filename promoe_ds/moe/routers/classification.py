@@ -1,0 +1,107 @@
+"""Explicit guidance: a classifier of superclasses as the router (arXiv:2510.24711, Sec. 4.2, Tab. 1).
+
+The mean token of an image goes through a linear classifier; all tokens of the image go to the expert of the most likely
+superclass, with the softmax score of it as gate weight (Eq. (3): G = S where S is largest). Training adds the
+cross-entropy to the superclass of the image's label. The superclasses are a file, `promoe_ds.superclasses`; only
+training reads it. Null-label images that reach this router (`moe.conditional: false`) are routed, but not classified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promoe_ds.config import RouterConfig, reject
+from promoe_ds.moe.losses import mean_over_scope
+from promoe_ds.moe.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    at_least_fp32,
+    check_not_negative,
+    register_router,
+)
+from promoe_ds.superclasses import assignment, read_superclasses
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(RouterConfig):
+    name: str = "classification"
+    superclasses: str | None = None
+    """a superclass file (format: promoe_ds/superclasses), or `digits` for the built-in one; needed for training"""
+    class_weight: float = 1.0
+    """weight of the cross-entropy, per MoE layer"""
+    class_scope: Literal["global", "rank"] = "global"
+    """the mean over conditional images: of all ranks, or of each rank, averaged"""
+
+    def validate(self, config: Any) -> None:
+        check_not_negative(self, "class_weight")
+
+    def validate_files(self, config: Any) -> None:
+        """The file is there, covers every class, and has one superclass an expert. Raises ConfigError."""
+        path, E = "moe.router.superclasses", config.moe.num_experts
+        if self.superclasses is None:
+            reject(path, "null", "the classification router needs a superclass file", f"add {path}=PATH, or =digits")
+        number = len(read_superclasses(self.superclasses, config.model.num_classes))
+        if number != E:
+            conflict = f"has {number} superclasses, one expert each, but moe.num_experts={E}"
+            reject(path, self.superclasses, conflict, f"set moe.num_experts={number} or use another file")
+
+
+@register_router("classification")
+class ClassificationRouter(Router):
+    Config = ClassificationConfig
+
+    def __init__(self, config: ClassificationConfig, num_experts: int, width: int):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.bias = nn.Parameter(torch.empty(num_experts))
+        self.superclass_C: Tensor | None = None
+        """int64, superclass of each class and -1 for the null label; read when first needed"""
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        nn.init.xavier_uniform_(self.weight, generator=generator("weight"))
+        nn.init.zeros_(self.bias)
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return num_experts * width + num_experts
+
+    @classmethod
+    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
+        return 0  # one product an image
+
+    @staticmethod
+    def aux_weights(config: RouterConfig) -> dict[str, float]:
+        assert isinstance(config, ClassificationConfig)
+        return {"superclass": config.class_weight}
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        """Route each image as a whole. x_BSD [B, S, D] -> Routing with N = B*S."""
+        B, S, _ = x_BSD.shape
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            mean_BD = at_least_fp32(x_BSD).mean(dim=1)
+            logit_BE = F.linear(mean_BD, at_least_fp32(self.weight), at_least_fp32(self.bias))
+            weight_B, expert_B = logit_BE.softmax(dim=-1).max(dim=-1)
+            aux = {}
+            if self.training:
+                target_B = self.superclasses(x_BSD.device).index_select(0, ctx.label_B[:B])
+                total = F.cross_entropy(logit_BE, target_B, ignore_index=-1, reduction="sum")
+                number = (target_B >= 0).sum()
+                aux["superclass"] = mean_over_scope((total, number), self.config.class_scope, ctx.all_reduce)
+        token_T = torch.arange(B * S, device=x_BSD.device)
+        return Routing(token_T, expert_B.repeat_interleave(S), weight_B.repeat_interleave(S), 1, aux)
+
+    def superclasses(self, device: torch.device) -> Tensor:
+        """int64 [classes + 1] on the device; the last is the null label's, -1. Reads the file once."""
+        if self.superclass_C is None or self.superclass_C.device != device:
+            assert self.config.superclasses is not None, "validate_data asks for a superclass file before training"
+            groups = read_superclasses(self.config.superclasses)
+            self.superclass_C = torch.tensor([*assignment(groups), -1], device=device)
+        return self.superclass_C

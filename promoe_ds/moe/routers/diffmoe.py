@@ -1,0 +1,203 @@
+"""DiffMoE (arXiv:2503.14487): expert choice over the pool of all tokens of a batch, with a capacity predictor.
+
+Training: scores are a softmax over the experts; each expert takes the k = T*K // E tokens of the pool with the highest
+score for it. A small MLP learns from detached tokens which tokens each expert takes (binary cross-entropy), and a
+running threshold for each expert follows the k-th largest prediction in the pool. Inference: the thresholds decide, so
+the number of tokens an expert takes varies, and no pool is needed.
+
+The pool of scope `global` is the micro-batch of all ranks, whose k-th largest score is found from the gathered scores:
+on several ranks every token of at least that score is taken (equal scores at the boundary all are; on one rank exactly
+k tokens are), and the number of edges of one rank is read on the host. Scope `rank` does neither.
+Legend: P tokens of the pool, padding included; C = 2E columns, scores and predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promoe_ds.config import RouterConfig, reject
+from promoe_ds.moe.losses import mean_over_scope
+from promoe_ds.moe.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    at_least_fp32,
+    check_not_negative,
+    check_quota,
+    check_top_k,
+    expert_major,
+    images_a_forward,
+    register_router,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffMoEConfig(RouterConfig):
+    name: str = "diffmoe"
+    top_k: int = 1
+    """K, experts a token on average over the pool"""
+    capacity_weight: float = 0.01
+    """weight of the capacity predictor's loss, per MoE layer. 0.01 is what the official ProMoE code trains with (its
+    config says 1, but is not read); DiffMoE's own code uses 1. Only the predictor's gradient depends on it"""
+    threshold_decay: float = 0.95
+    """decay of the moving average of the thresholds"""
+    scope: Literal["global", "rank"] = "global"
+    """the pool: the micro-batch of all ranks (independent of the topology) or of one rank, as in the official code"""
+    inference: Literal["token", "pool"] = "token"
+    """token: an expert takes the tokens whose prediction is above its threshold: an image does not depend on its batch;
+    pool: it takes that many tokens, but those of highest score in the batch, as in the official code"""
+
+    def validate(self, config: Any) -> None:
+        check_top_k(self, config)
+        check_quota(self, config, images_a_forward(config), "the pool")
+        check_not_negative(self, "capacity_weight")
+        if not 0 <= self.threshold_decay < 1:
+            reject("moe.router.threshold_decay", self.threshold_decay, "must lie in [0, 1)", "choose such a value")
+
+
+class Choice(NamedTuple):
+    """What the experts take of this rank's tokens."""
+
+    token_N: Tensor
+    expert_N: Tensor
+    taken_TE: Tensor
+    """1.0 where taken"""
+    kth_E1: Tensor
+    """the k-th largest prediction of the pool for each expert, and 1; all 0 if k is 0"""
+
+
+def choose_here(score_TE: Tensor, likely_TE: Tensor, quota: int) -> Choice:
+    """The pool is this rank's tokens: exactly `quota` tokens an expert."""
+    token_kE = score_TE.topk(quota, dim=0).indices
+    token_N, expert_N = expert_major(token_kE.T)
+    taken_TE = torch.zeros_like(score_TE).scatter(0, token_kE, 1.0)
+    kth_1E = (
+        likely_TE.topk(quota, dim=0).values[quota - 1 : quota] if quota else likely_TE.new_zeros(1, likely_TE.shape[1])
+    )
+    return Choice(token_N, expert_N, taken_TE, F.pad(kth_1E[0], (0, 1), value=float(quota > 0)))
+
+
+def choose_in_pool(score_TE: Tensor, pool_PC: Tensor, top_k: int) -> Choice:
+    """The pool is spread over ranks: tokens whose score is at least the k-th largest of the pool.
+
+    Args:
+        score_TE: float32 [T, E], this rank's scores.
+        pool_PC: float32 [P, 2E], scores and predictions of all ranks; rows of padding are negative.
+        top_k: K.
+    """
+    E = score_TE.shape[1]
+    quota = (pool_PC[:, 0] >= 0).sum() * top_k // E
+    place_1C = (quota - 1).clamp(min=0).expand(1, 2 * E)
+    kth_C = pool_PC.sort(dim=0, descending=True).values.gather(0, place_1C)[0]
+    taken_TE = (score_TE >= kth_C[:E]) & (quota > 0)
+    token_N, expert_N = taken_TE.nonzero().unbind(1)  # this rank's number of edges depends on the others' scores
+    kth_E1 = torch.cat([kth_C[E:], torch.ones_like(kth_C[:1])]) * (quota > 0)
+    return Choice(token_N, expert_N, taken_TE.to(score_TE.dtype), kth_E1)
+
+
+@register_router("diffmoe")
+class DiffMoERouter(Router):
+    Config = DiffMoEConfig
+
+    def __init__(self, config: DiffMoEConfig, num_experts: int, width: int):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Parameter(torch.empty(num_experts, width))
+        self.hidden_weight, self.hidden_bias = nn.Parameter(torch.empty(width, width)), nn.Parameter(torch.empty(width))
+        self.out_weight = nn.Parameter(torch.empty(num_experts, width))
+        self.out_bias = nn.Parameter(torch.empty(num_experts))
+        self.threshold: Tensor
+        self.updates: Tensor
+        self.register_buffer("threshold", torch.empty(num_experts))
+        """of the sigmoid of the prediction"""
+        self.register_buffer("updates", torch.empty(1))
+        self.kth_E1: Tensor | None = None
+        """sum of `Choice.kth_E1` over the forwards since the last step"""
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        nn.init.normal_(self.gate, std=0.006, generator=generator("gate"))
+        for name in ("hidden", "out"):
+            nn.init.xavier_uniform_(getattr(self, f"{name}_weight"), generator=generator(f"{name}_weight"))
+            nn.init.zeros_(getattr(self, f"{name}_bias"))
+        nn.init.constant_(self.threshold, 0.5)
+        nn.init.zeros_(self.updates)
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return 2 * num_experts * width + num_experts + width * width + width
+
+    @classmethod
+    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
+        return 2 * num_experts * width + width * width
+
+    @staticmethod
+    def aux_weights(config: RouterConfig) -> dict[str, float]:
+        assert isinstance(config, DiffMoEConfig)
+        return {"capacity": config.capacity_weight}
+
+    def predict(self, x_TD: Tensor) -> Tensor:
+        """Logits of "expert i takes token t", Linear(D, D) - SiLU - Linear(D, E) on detached tokens; [T, E].
+
+        The wide product runs in the precision of autocast, the logits in fp32.
+        """
+        h_TD = F.silu(F.linear(x_TD.detach(), self.hidden_weight, self.hidden_bias))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(at_least_fp32(h_TD), at_least_fp32(self.out_weight), at_least_fp32(self.out_bias))
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        """Each expert takes k tokens of the pool (training) or those above its threshold. x_BSD [B, S, D]."""
+        x_TD, aux = x_BSD.reshape(-1, x_BSD.shape[-1]), {}
+        logit_TE = self.predict(x_TD)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
+            if self.training:
+                choice = self._choose(score_TE.detach(), logit_TE.detach().sigmoid(), x_BSD.shape[1], ctx)
+                token_N, expert_N, taken_TE, kth_E1 = choice
+                self.kth_E1 = kth_E1 if self.kth_E1 is None else self.kth_E1 + kth_E1
+                total = F.binary_cross_entropy_with_logits(logit_TE, taken_TE, reduction="sum")
+                aux["capacity"] = mean_over_scope((total, taken_TE.numel()), self.config.scope, ctx.all_reduce)
+            else:
+                token_N, expert_N = self._above_threshold(score_TE, logit_TE.sigmoid())
+            weight_N = score_TE.reshape(-1).index_select(0, token_N * len(self.gate) + expert_N)
+        return Routing(token_N, expert_N, weight_N, 0, aux)
+
+    def _choose(self, score_TE: Tensor, likely_TE: Tensor, tokens: int, ctx: RoutingContext) -> Choice:
+        quota = len(score_TE) * self.config.top_k // len(self.gate)
+        if self.config.scope == "rank":
+            return choose_here(score_TE, likely_TE, quota)
+        mine_PC = torch.cat([score_TE, likely_TE], dim=1)
+        padding = len(ctx.label_B) * tokens - len(score_TE)  # null-label images: a rank's number of tokens varies
+        mine_PC = F.pad(mine_PC, (0, 0, 0, padding), value=-1.0)
+        pool_PC = ctx.all_gather(mine_PC)
+        if len(pool_PC) == len(mine_PC):  # one rank
+            return choose_here(score_TE, likely_TE, quota)
+        return choose_in_pool(score_TE, pool_PC, self.config.top_k)
+
+    def _above_threshold(self, score_TE: Tensor, likely_TE: Tensor) -> tuple[Tensor, Tensor]:
+        taken_TE = likely_TE > self.threshold.to(likely_TE.dtype)
+        if self.config.inference == "pool":
+            place_TE = score_TE.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+            taken_TE = place_TE < taken_TE.sum(dim=0)
+        token_N, expert_N = taken_TE.nonzero().unbind(1)
+        return token_N, expert_N
+
+    @torch.no_grad()
+    def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Thresholds move towards the k-th largest prediction (mean over ranks and micro-batches); the first sets them.
+
+        Recomputation under activation checkpointing counts every forward twice, which leaves the mean as it is.
+        """
+        if self.kth_E1 is None:  # no training forward since, on any rank
+            return
+        *_, number = total_E1 = all_reduce(self.kth_E1)
+        kth_E = (total_E1[:-1] / number.clamp(min=1)).to(self.threshold.dtype)
+        step = torch.where(self.updates > 0, 1 - self.config.threshold_decay, 1.0) * (number > 0)
+        self.threshold.lerp_(kth_E, step.to(kth_E.dtype))
+        self.updates.add_(number > 0)
+        self.kth_E1 = None

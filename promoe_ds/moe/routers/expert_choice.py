@@ -1,0 +1,63 @@
+"""Expert choice within each image by a linear softmax gate: the EC-DiT baseline (arXiv:2410.02098).
+
+Scores are a softmax over the experts; each expert then takes the k = S*K // E tokens of an image with the highest
+score for it. A token may be taken by several experts or by none; the load is equal by construction. The rule is the
+same in training and in inference, and an image does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.config import RouterConfig
+from promoe_ds.moe.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    at_least_fp32,
+    check_quota,
+    check_top_k,
+    register_router,
+    top_tokens_per_image,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceConfig(RouterConfig):
+    name: str = "expert_choice"
+    top_k: int = 1
+    """K, experts a token on average"""
+
+    def validate(self, config: Any) -> None:
+        check_top_k(self, config)
+        check_quota(self, config, 1, "an image")
+
+
+@register_router("expert_choice")
+class ExpertChoiceRouter(Router):
+    Config = ExpertChoiceConfig
+
+    def __init__(self, config: ExpertChoiceConfig, num_experts: int, width: int):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Parameter(torch.empty(num_experts, width))
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        nn.init.normal_(self.gate, std=0.006, generator=generator("gate"))
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return num_experts * width
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        """Each expert takes k tokens of each image. x_BSD [B, S, D] -> Routing with N = B*E*k, expert by expert."""
+        quota = x_BSD.shape[1] * self.config.top_k // len(self.gate)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            score_BSE = (at_least_fp32(x_BSD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
+            token_N, expert_N, weight_N = top_tokens_per_image(score_BSE, quota)
+        return Routing(token_N, expert_N, weight_N, 0, {})

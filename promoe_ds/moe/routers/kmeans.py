@@ -1,0 +1,136 @@
+"""Implicit guidance: k-means instead of a trained gate (arXiv:2510.24711, Sec. 4.2, Tab. 1 and 8).
+
+Each token goes to the expert of its nearest centroid; after each step a centroid becomes the mean of the tokens it got
+from all ranks, and one without tokens keeps its place. What the paper leaves open is chosen here: the distance is
+Euclidean, between router inputs; the gate weight is 1 (a distance is no gate, and nothing trains it).
+
+Centroids start as E distinct tokens of the first training batch, drawn at random by their place in the global batch, so
+the draw depends on the seed but on no rank. Legend: W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.config import RouterConfig, reject
+from promoe_ds.moe.losses import centroid_sums
+from promoe_ds.moe.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    at_least_fp32,
+    images_a_forward,
+    register_router,
+)
+
+PRIME = 16_777_213
+"""the largest prime below 2^24: keys are exact in float32. 5 does not divide PRIME - 1, so x^5 permutes the residues"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMeansConfig(RouterConfig):
+    name: str = "kmeans"
+
+    def validate(self, config: Any) -> None:
+        E, tokens = config.moe.num_experts, images_a_forward(config) * config.model.tokens
+        if tokens < E:
+            conflict = f"a forward pass has {tokens} tokens, fewer than centroids"
+            reject("moe.num_experts", E, conflict, "lower it, or raise the batch size")
+
+
+def shuffled(index_T: Tensor, shift: int) -> Tensor:
+    """A fixed pseudo-random permutation of 0..PRIME-1: int64 -> int64, x -> (x + shift)^5 mod PRIME."""
+    x_T = (index_T + shift) % PRIME
+    square_T = x_T * x_T % PRIME
+    return square_T * square_T % PRIME * x_T % PRIME
+
+
+@register_router("kmeans")
+class KMeansRouter(Router):
+    Config = KMeansConfig
+
+    def __init__(self, config: KMeansConfig, num_experts: int, width: int):
+        super().__init__()
+        self.centroids: Tensor
+        self.placed: Tensor
+        self.register_buffer("centroids", torch.empty(num_experts, width))
+        self.register_buffer("placed", torch.empty(num_experts))
+        """1 where a centroid has been put on a token"""
+        self.all_placed = False
+        """whether `placed` is known, on the host, to be full; alike on every rank"""
+        self.shift = 0
+        self.sums_ED1: Tensor | None = None
+        """of this rank's tokens since the last step, `losses.centroid_sums`"""
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        """Small random centroids, until the first training batch; and the seed of the draw from that batch."""
+        nn.init.normal_(self.centroids, std=0.02, generator=generator("centroids"))
+        nn.init.zeros_(self.placed)
+        self.shift = int(torch.randint(PRIME, (), generator=generator("shift")))
+        self.all_placed = False
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return 0
+
+    @classmethod
+    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
+        return num_experts * width
+
+    @torch.no_grad()
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        """Route each token to its nearest centroid. x_BSD [B, S, D] -> Routing with N = B*S, weights 1."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            x_TD = at_least_fp32(x_BSD.reshape(-1, x_BSD.shape[-1]))
+            if self.training:
+                self.place(x_TD, x_BSD.shape[1], ctx)
+            c_ED = self.centroids.to(x_TD.dtype)
+            # argmin |x - c|^2 = argmax x.c - |c|^2 / 2
+            expert_T = (x_TD @ c_ED.T - c_ED.square().sum(1) / 2).argmax(dim=1)
+            if self.training:
+                sums_ED1 = centroid_sums(x_TD, expert_T[:, None], len(c_ED))
+                self.sums_ED1 = sums_ED1 if self.sums_ED1 is None else self.sums_ED1 + sums_ED1
+        token_T = torch.arange(len(x_TD), device=x_TD.device)
+        return Routing(token_T, expert_T, x_TD.new_ones(len(x_TD)), 1, {})
+
+    def place(self, x_TD: Tensor, tokens: int, ctx: RoutingContext) -> None:
+        """Put centroids that have no place yet on random tokens of all ranks; waits for the device until all have one.
+
+        A batch with too few conditional tokens leaves the rest for the next one.
+        """
+        self.all_placed = self.all_placed or bool(self.placed.all())
+        if self.all_placed:
+            return
+        E, row_I = len(self.centroids), ctx.row_B[: len(x_TD) // tokens]
+        index_T = (row_I[:, None] * tokens + torch.arange(tokens, device=x_TD.device)).reshape(-1)
+        key_T = torch.cat([shuffled(index_T, self.shift).to(x_TD.dtype), x_TD.new_full((E,), -1.0)])
+        best = key_T.topk(E)
+        mine_ED1 = torch.cat(
+            [best.values[:, None], torch.cat([x_TD, x_TD.new_zeros(E, x_TD.shape[1])])[best.indices]], 1
+        )
+        found_WD1 = ctx.all_gather(mine_ED1)  # W*E rows
+        best = found_WD1[:, 0].topk(E)
+        fresh_E1 = ((self.placed == 0) & (best.values >= 0))[:, None]
+        self.centroids.copy_(
+            torch.where(fresh_E1, found_WD1[best.indices, 1:].to(self.centroids.dtype), self.centroids)
+        )
+        self.placed.copy_(self.placed.maximum(fresh_E1[:, 0].to(self.placed.dtype)))
+
+    @torch.no_grad()
+    def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Each centroid becomes the mean of its tokens over all ranks and micro-batches of the step.
+
+        Recomputation under activation checkpointing counts every token twice, which leaves the means as they are.
+        """
+        if self.sums_ED1 is None:  # no training forward since, on any rank
+            return
+        sums_ED1 = all_reduce(self.sums_ED1)
+        count_E1 = sums_ED1[:, -1:]
+        mean_ED = (sums_ED1[:, :-1] / count_E1.clamp(min=1)).to(self.centroids.dtype)
+        self.centroids.copy_(torch.where(count_E1 > 0, mean_ED, self.centroids))
+        self.sums_ED1 = None

@@ -1,0 +1,87 @@
+"""Prototypical routing, expert choice: ProMoE-EC (arXiv:2510.24711, Sec. 4.1 and 4.3, expert-choice form).
+
+Scores are the cosines between tokens and prototypes, Eq. (4); each expert takes the k = S*K // E tokens of an image
+nearest to its prototype, and the gate weight is the raw cosine. The routing contrastive loss, Eq. (6), is taken within
+each image: every expert has tokens there, so none is left out. Images do not depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promoe_ds.config import RouterConfig, reject
+from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image
+from promoe_ds.moe.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    at_least_fp32,
+    check_not_negative,
+    check_quota,
+    check_top_k,
+    register_router,
+    top_tokens_per_image,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProMoEECConfig(RouterConfig):
+    name: str = "promoe_ec"
+    top_k: int = 1
+    """K, experts a token on average"""
+    contrastive_weight: float = 1.0
+    """lambda_RCL, per MoE layer"""
+    temperature: float = 0.07
+    """tau of Eq. (6)"""
+    contrastive_scope: Literal["global", "rank"] = "global"
+    """the mean over conditional images: of all ranks, or of each rank, averaged, as in the official code"""
+
+    def validate(self, config: Any) -> None:
+        check_top_k(self, config)
+        check_quota(self, config, 1, "an image")
+        check_not_negative(self, "contrastive_weight")
+        if self.temperature <= 0:
+            reject("moe.router.temperature", self.temperature, "must be positive", "choose a value above 0")
+
+
+@register_router("promoe_ec")
+class ProMoEECRouter(Router):
+    Config = ProMoEECConfig
+
+    def __init__(self, config: ProMoEECConfig, num_experts: int, width: int):
+        super().__init__()
+        self.config = config
+        self.prototypes = nn.Parameter(torch.empty(num_experts, width))
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        nn.init.normal_(self.prototypes, std=0.02, generator=generator("prototypes"))
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return num_experts * width
+
+    @staticmethod
+    def aux_weights(config: RouterConfig) -> dict[str, float]:
+        assert isinstance(config, ProMoEECConfig)
+        return {"routing_contrastive": config.contrastive_weight}
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        """Each expert takes k tokens of each image. x_BSD [B, S, D] -> Routing with N = B*E*k, expert by expert."""
+        cfg = self.config
+        quota = x_BSD.shape[1] * cfg.top_k // len(self.prototypes)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            x_BSD, prototype_ED = at_least_fp32(x_BSD), at_least_fp32(self.prototypes)
+            z_BSE = F.normalize(x_BSD, dim=-1) @ F.normalize(prototype_ED, dim=-1).T  # Eq. (4), alpha = 1
+            token_N, expert_N, weight_N = top_tokens_per_image(z_BSE, quota)
+            aux = {}
+            if self.training:
+                total = routing_contrastive_per_image(prototype_ED, x_BSD, token_N, quota, cfg.temperature)
+                mean = mean_over_scope((total, len(x_BSD)), cfg.contrastive_scope, ctx.all_reduce)
+                aux["routing_contrastive"] = mean
+        return Routing(token_N, expert_N, weight_N, 0, aux)

@@ -1,0 +1,80 @@
+"""Token choice by a linear softmax gate, with a load-balance loss: the "DiT-MoE" (TC-DiT) baseline of the paper.
+
+Each token goes to the K experts of highest softmax score, which are also the gate weights, not renormalised. Drawn
+uniformly in +-1/sqrt(D), as the official code draws it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.config import RouterConfig
+from promoe_ds.moe.losses import load_balance, load_balance_sums
+from promoe_ds.moe.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    at_least_fp32,
+    check_not_negative,
+    check_top_k,
+    register_router,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChoiceConfig(RouterConfig):
+    name: str = "token_choice"
+    top_k: int = 1
+    """K, experts a token"""
+    balance_weight: float = 0.01
+    """weight of the load-balance loss, per MoE layer; at 0 it is computed and logged, not trained"""
+    balance_scope: Literal["global", "rank"] = "global"
+    """global: shares over the micro-batch of all ranks; rank: each rank's own, averaged, as in the official code"""
+
+    def validate(self, config: Any) -> None:
+        check_top_k(self, config)
+        check_not_negative(self, "balance_weight")
+
+
+@register_router("token_choice")
+class TokenChoiceRouter(Router):
+    Config = TokenChoiceConfig
+
+    def __init__(self, config: TokenChoiceConfig, num_experts: int, width: int):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Parameter(torch.empty(num_experts, width))
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        bound = 1 / math.sqrt(self.gate.shape[1])
+        nn.init.uniform_(self.gate, -bound, bound, generator=generator("gate"))
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return num_experts * width
+
+    @staticmethod
+    def aux_weights(config: RouterConfig) -> dict[str, float]:
+        assert isinstance(config, TokenChoiceConfig)
+        return {"load_balance": config.balance_weight}
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        """Route each token to its K best experts. x_BSD [B, S, D] -> Routing with N = B*S*K."""
+        cfg, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
+        with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
+            score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
+            weight_TK, expert_TK = score_TE.topk(cfg.top_k, dim=-1)
+            aux = {}
+            if self.training:
+                sums_3E = load_balance_sums(score_TE, expert_TK)
+                if cfg.balance_scope == "global":
+                    sums_3E = ctx.all_reduce(sums_3E)
+                aux["load_balance"] = load_balance(sums_3E, cfg.top_k)
+        token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(cfg.top_k)
+        return Routing(token_N, expert_TK.reshape(-1), weight_TK.reshape(-1), cfg.top_k, aux)

@@ -1,0 +1,185 @@
+"""What every registered router must do, whatever its rule: one test, parametrised over the registry."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from promoe_ds.config import Config, decode
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.routing import Router, Routing, RoutingContext
+from tests.moe.test_layer import Operations
+
+D, S, E, NULL = 16, 16, 4, 10
+NAMES = sorted(ROUTERS)
+EXTRA: dict[str, dict[str, Any]] = {"classification": {"superclasses": "digits"}}
+MIXES = {
+    "mixed": [3, NULL, 1, 3, NULL, 7],
+    "all conditional": [0, 1, 2, 3],
+    "all null": [NULL, NULL, NULL],
+    "one conditional image": [4],
+    "one null image": [NULL],
+}
+
+
+def make_config(name: str, **moe: object) -> Config:
+    model = {"width": D, "heads": 4, "num_classes": NULL, "image_size": 8, "patch": 2}
+    router = {"name": name, **EXTRA.get(name, {})}
+    return decode({"model": model, "moe": {"num_experts": E, "experts_backend": "loop", "router": router, **moe}})
+
+
+def make_layer(name: str, seed: int = 0, **moe: object) -> MoELayer:
+    layer = MoELayer(make_config(name, **moe))
+    draw = lambda prefix: lambda key: torch.Generator().manual_seed(seed + len(prefix) * 31 + len(key))  # noqa: E731
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel())) * 0.3)
+        router_of(layer).init_weights(draw("router"))
+    return layer
+
+
+def router_of(layer: MoELayer) -> Router:
+    assert isinstance(layer.router, Router)
+    return layer.router
+
+
+def images(labels: list[int], seed: int = 1) -> Tensor:
+    return torch.randn(len(labels), S, D, generator=torch.Generator().manual_seed(seed))
+
+
+def context(labels: list[int]) -> RoutingContext:
+    return RoutingContext.build(torch.tensor(labels), NULL, "cpu")
+
+
+def step(layer: MoELayer, labels: list[int], seed: int = 1) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """One training step without an optimizer: forward, backward, after_step."""
+    ctx, x = context(labels), images(labels, seed)
+    out, aux, count_E = layer(x[ctx.order_B], ctx)
+    (out.square().sum() + sum(aux.values())).backward()
+    router_of(layer).after_step(lambda v: v)
+    return out[ctx.restore_B].detach(), aux, count_E
+
+
+def check_edges(routing: Routing, tokens: int) -> None:
+    token_N, expert_N, weight_N = routing.token_N, routing.expert_N, routing.weight_N
+    assert token_N.dtype == expert_N.dtype == torch.int64 and weight_N.dtype == torch.float32
+    assert token_N.shape == expert_N.shape == weight_N.shape == (len(token_N),)
+    assert ((token_N >= 0) & (token_N < tokens)).all() and ((expert_N >= 0) & (expert_N < E)).all()
+    assert weight_N.isfinite().all()
+    assert len(set(zip(token_N.tolist(), expert_N.tolist(), strict=True))) == len(token_N), "an edge is there twice"
+    if routing.top_k:
+        assert torch.equal(token_N, torch.arange(tokens).repeat_interleave(routing.top_k))
+
+
+@pytest.mark.parametrize("labels", MIXES.values(), ids=MIXES.keys())
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_edges_losses_and_gradients(name: str, conditional: bool, labels: list[int]) -> None:
+    layer = make_layer(name, conditional=conditional)
+    router, ctx = router_of(layer), context(labels)
+    routed = ctx.num_conditional if conditional else len(labels)
+    x_ISD = images(labels)[ctx.order_B][:routed]
+    for mode in (True, False):
+        routing = layer.train(mode).router(x_ISD, ctx)  # type: ignore[operator]
+        check_edges(routing, routed * S)
+        expected = set(type(router).aux_weights(router_config(layer))) if mode else set()
+        assert routing.aux.keys() == expected
+        assert all(loss.shape == () and loss.isfinite() for loss in routing.aux.values())
+    _, aux, count_E = step(layer.train(), labels)
+    assert count_E.sum() > 0 or routed == 0
+    for key, p in layer.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), key
+        if key.startswith("router.") and ctx.num_conditional and routed:
+            assert (p.grad != 0).any(), key
+    for p in layer.routed.parameters():
+        for expert in range(E):  # an expert without rows has a zero gradient, one with rows has not
+            assert (p.grad is not None) and bool((p.grad[expert] != 0).any()) == bool(count_E[expert] > 0)
+
+
+def router_config(layer: MoELayer) -> Any:
+    return getattr(layer.router, "config", None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_steps_give_equal_bits(name: str) -> None:
+    a, b = make_layer(name), make_layer(name)
+    for seed in (1, 2, 3):
+        (out, aux, _), (out_b, aux_b, _) = step(a, MIXES["mixed"], seed), step(b, MIXES["mixed"], seed)
+        assert torch.equal(out, out_b) and all(torch.equal(aux[key], aux_b[key]) for key in aux)
+    assert all(torch.equal(v, b.state_dict()[key]) for key, v in a.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_dict_holds_everything_that_inference_needs(name: str) -> None:
+    trained = make_layer(name)
+    for seed in (1, 2):
+        step(trained, MIXES["mixed"], seed)
+    fresh = make_layer(name, seed=9)
+    fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
+    labels = MIXES["mixed"]
+    ctx, x = context(labels), images(labels, 5)
+    a, b = (layer.eval()(x[ctx.order_B], ctx)[0] for layer in (trained, fresh))
+    assert torch.equal(a, b)
+    before = copy.deepcopy(fresh.state_dict())
+    router_of(fresh).after_step(lambda v: v)  # no training forward since: nothing to learn from
+    assert all(torch.equal(v, before[key]) for key, v in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_does_not_depend_on_its_batch_in_inference(name: str) -> None:
+    labels = [0, 5, 2, 7]
+    layer = make_layer(name)
+    step(layer, labels)
+    layer.eval()
+    whole = layer(images(labels), context(labels))[0]
+    for i, label in enumerate(labels):
+        alone = layer(images(labels)[i : i + 1], context([label]))[0]
+        torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_fp32_under_autocast_and_buffers_in_a_bf16_model(name: str) -> None:
+    layer, labels = make_layer(name), [0, 1, 2]
+    step(layer, labels)
+    plain = layer.router(images(labels), context(labels))  # type: ignore[operator]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = layer.router(images(labels), context(labels))  # type: ignore[operator]
+    assert torch.equal(plain.expert_N, routing.expert_N) and torch.equal(plain.weight_N, routing.weight_N)
+    before = {key: b.clone() for key, b in layer.named_buffers()}
+    layer.bfloat16()
+    assert all(torch.equal(b, before[key]) and b.dtype == torch.float32 for key, b in layer.named_buffers())
+    _, aux, _ = layer(images(labels).bfloat16(), context(labels))
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in aux.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_on_one_device_waits_for_nothing(name: str) -> None:
+    """From the second step on: k-means looks once whether its centroids have a place."""
+    layer = make_layer(name, experts_backend="grouped_mm")
+    for _ in range(2):
+        step(layer, MIXES["mixed"])
+    ctx, x = context(MIXES["mixed"]), images(MIXES["mixed"])
+    with Operations() as operations:
+        out, aux, _ = layer(x, ctx)
+        (out.sum() + sum(aux.values())).backward()
+        router_of(layer).after_step(lambda v: v)
+    waiting = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "c10d")
+    assert not [op for op in operations.names if any(word in op for word in waiting)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_and_names_are_stated_by_the_class(name: str) -> None:
+    config = make_config(name)
+    assert config.moe is not None
+    layer, kind = make_layer(name), ROUTERS[name]
+    assert sum(p.numel() for p in layer.router.parameters()) == kind.num_parameters(config.moe.router, E, D)
+    assert kind.macs_per_token(config.moe.router, E, D) >= 0
+    assert kind.Config is type(config.moe.router) and kind.Config().name == name
+    assert all(b.is_floating_point() for b in layer.router.buffers())
+    assert inspect.getdoc(kind.forward)

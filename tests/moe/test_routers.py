@@ -1,0 +1,342 @@
+"""Each router against a slow float64 loop written from its equations; what the contract cannot say of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from promoe_ds.config import ConfigError, load_config
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.routers.diffmoe import choose_here, choose_in_pool
+from promoe_ds.moe.routing import Router, Routing, RoutingContext
+from promoe_ds.validate import validate_data
+
+D, S, E, NULL = 8, 12, 4, 10
+LABELS = [3, 1, 9, 3, 0]
+
+
+def make(name: str, experts: int = E, **options: Any) -> Router:
+    kind = ROUTERS[name]
+    router = kind(kind.Config(**options), experts, D).double()  # type: ignore[call-arg]
+    with torch.no_grad():
+        router.init_weights(lambda key: torch.Generator().manual_seed(len(key)))
+        for p in router.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=torch.float64) / 2)
+    return router
+
+
+def tokens(images: int = len(LABELS), seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(images, S, D, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def context(labels: list[int] = LABELS, **options: Any) -> RoutingContext:
+    return RoutingContext.build(torch.tensor(labels), NULL, "cpu", **options)
+
+
+def edges(routing: Routing) -> dict[tuple[int, int], Tensor]:
+    pairs = zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True)
+    return dict(zip(pairs, routing.weight_N, strict=True))
+
+
+def check(routing: Routing, expected: dict[tuple[int, int], Tensor]) -> None:
+    found = edges(routing)
+    assert found.keys() == expected.keys()
+    for edge, weight in expected.items():
+        torch.testing.assert_close(found[edge], weight, rtol=1e-12, atol=1e-12)
+
+
+def same_gradients(ours: Tensor, slow: Tensor, inputs: list[Tensor]) -> None:
+    for a, b in zip(*(torch.autograd.grad(v, inputs, allow_unused=True) for v in (ours, slow)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------- token choice
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_token_choice(top_k: int) -> None:
+    router, x = make("token_choice", top_k=top_k), tokens()
+    gate = router.gate
+    assert isinstance(gate, Tensor)
+    expected, share, mean, x_TD = {}, [0.0] * E, [torch.zeros(()).double()] * E, x.reshape(-1, D)
+    for t, token in enumerate(x_TD):
+        z = [token @ gate[i] for i in range(E)]
+        p = [torch.exp(v) / sum(torch.exp(w) for w in z) for v in z]
+        for i in sorted(range(E), key=lambda i: -p[i].item())[:top_k]:
+            expected[t, i] = p[i]
+            share[i] += 1 / (len(x_TD) * top_k)
+        mean = [m + q / len(x_TD) for m, q in zip(mean, p, strict=True)]
+    routing = router(x, context())
+    check(routing, expected)
+    loss = E * sum(f * P for f, P in zip(share, mean, strict=True))
+    torch.testing.assert_close(routing.aux["load_balance"], loss)
+    same_gradients(routing.aux["load_balance"], loss, [x, gate])  # type: ignore[arg-type]
+
+
+def test_perfect_balance_costs_one() -> None:
+    router = make("token_choice", experts=2)
+    with torch.no_grad():
+        router.gate.copy_(torch.eye(2, D) * 1e-6)  # type: ignore[operator]
+    x = torch.zeros(1, 2, D, dtype=torch.float64)
+    x[0, 0, 0] = x[0, 1, 1] = 1.0
+    torch.testing.assert_close(router(x, context([1])).aux["load_balance"], torch.ones(()).double())
+
+
+# -------------------------------------------------------------------------------------------------------- expert choice
+
+
+def per_image_choice(x: Tensor, score: Any, quota: int) -> dict[tuple[int, int], Tensor]:
+    """Loop over images and experts: the `quota` tokens with the highest `score(token, expert)`."""
+    expected = {}
+    for b, image in enumerate(x):
+        for i in range(E):
+            scores = [score(token, i) for token in image]
+            for s in sorted(range(S), key=lambda s: -scores[s].item())[:quota]:
+                expected[b * S + s, i] = scores[s]
+    return expected
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_expert_choice(top_k: int) -> None:
+    router, x = make("expert_choice", top_k=top_k), tokens()
+    softmax = lambda token, i: (router.gate @ token).softmax(0)[i]  # noqa: E731
+    check(router(x, context()), per_image_choice(x, softmax, S * top_k // E))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_promoe_expert_choice(top_k: int) -> None:
+    router, x, tau = make("promoe_ec", top_k=top_k, temperature=0.3), tokens(), 0.3
+    P: Any = router.prototypes
+    cosine = lambda token, i: token @ P[i] / (token.norm() * P[i].norm())  # noqa: E731, Eq. (4)
+    expected = per_image_choice(x, cosine, S * top_k // E)
+    routing = router(x, context())
+    check(routing, expected)
+    loss = torch.zeros(()).double()
+    for b in range(len(x)):  # Eq. (6) within the image
+        m = [torch.stack([x[b, t - b * S] for t, j in expected if j == i and t // S == b]).mean(0) for i in range(E)]
+        for i in range(E):
+            sim = torch.stack([F.cosine_similarity(P[i], m[j], dim=0) for j in range(E)]) / tau
+            loss = loss - (sim[i] - torch.logsumexp(sim, 0)) / (len(x) * E)
+    torch.testing.assert_close(routing.aux["routing_contrastive"], loss)
+    same_gradients(routing.aux["routing_contrastive"], loss, [x, P])
+
+
+def test_the_paper_takes_21_of_256_tokens() -> None:
+    kind = ROUTERS["promoe_ec"]
+    router = kind(kind.Config(), 12, D)  # type: ignore[call-arg]
+    torch.nn.init.normal_(router.prototypes)  # type: ignore[arg-type]
+    assert len(router(torch.randn(1, 256, D), context([0])).token_N) == 12 * 21
+
+
+# -------------------------------------------------------------------------------------------------------------- k-means
+
+
+def test_kmeans_nearest_centroid_and_its_update() -> None:
+    router: Any = make("kmeans")
+    places = []
+    for seed in range(4):
+        x = tokens(seed=seed)
+        before = router.centroids.clone()
+        routing = router(x, context())
+        if seed == 0:  # E distinct tokens of the first batch
+            before = router.centroids.clone()
+            places = [int((x.reshape(-1, D) - c).norm(dim=1).argmin()) for c in before]
+            assert len(set(places)) == E and torch.equal(x.reshape(-1, D)[places], before)
+        nearest = [min(range(E), key=lambda i: float((t - before[i]).norm())) for t in x.reshape(-1, D)]  # noqa: B023
+        assert routing.expert_N.tolist() == nearest and (routing.weight_N == 1).all()
+        assert torch.equal(router.centroids, before), "centroids move after the step, not in it"
+        router.after_step(lambda v: v)
+        for i in range(E):
+            own = [t for t, j in zip(x.reshape(-1, D), nearest, strict=True) if j == i]
+            torch.testing.assert_close(router.centroids[i], torch.stack(own).mean(0) if own else before[i])
+
+
+def test_kmeans_empty_centroid_keeps_its_place() -> None:
+    router: Any = make("kmeans")
+    router(tokens(), context())
+    router.centroids[2] = 1e3
+    router.sums_ED1 = None
+    router(tokens(), context())
+    router.after_step(lambda v: v)
+    assert (router.centroids[2] == 1e3).all() and (router.centroids[[0, 1, 3]].abs() < 10).all()
+
+
+def test_kmeans_starts_the_same_however_the_batch_is_split() -> None:
+    """Two ranks that gather each other's candidates, and a batch too small to place every centroid."""
+    whole: Any = make("kmeans")
+    x = tokens(4)
+    whole(x, context(LABELS[:4]))
+    halves, mine = [make("kmeans") for _ in range(2)], []
+    parts = [(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2, 3]))]
+    for router, (part, rows) in zip(halves, parts, strict=True):  # first pass: see what each rank offers
+        router(part, context(LABELS[:2], row_B=rows, all_gather=lambda v: mine.append(v) or v))
+    for part, rows in parts:
+        router: Any = make("kmeans")
+        router(part, context(LABELS[:2], row_B=rows, all_gather=lambda v: torch.cat(mine)))
+        assert torch.equal(router.centroids, whole.centroids)
+    few: Any = make("kmeans", experts=S + 3)
+    few(tokens(1), context([1]))
+    assert few.placed.sum() == S
+    few(tokens(2, seed=3), context([1, 2]))
+    assert few.placed.sum() == S + 3
+
+
+# -------------------------------------------------------------------------------------------------------------- DiffMoE
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("scope", ["global", "rank"])
+def test_diffmoe_training(scope: str, top_k: int) -> None:
+    router: Any = make("diffmoe", top_k=top_k, scope=scope)
+    threshold = None
+    for seed in range(3):
+        x = tokens(seed=seed)
+        x_TD = x.reshape(-1, D)
+        k = len(x_TD) * top_k // E
+        score = torch.stack([(router.gate @ t).softmax(0) for t in x_TD])
+        logit = torch.stack([
+            router.out_weight @ F.silu(router.hidden_weight @ t.detach() + router.hidden_bias) + router.out_bias
+            for t in x_TD
+        ])  # fmt: skip
+        taken = {(t, i) for i in range(E) for t in sorted(range(len(x_TD)), key=lambda t: -score[t, i].item())[:k]}  # noqa: B023
+        routing = router(x, context())
+        check(routing, {(t, i): score[t, i] for t, i in taken})
+        terms = [
+            -F.logsigmoid(logit[t, i] if (t, i) in taken else -logit[t, i]) for t in range(len(x_TD)) for i in range(E)
+        ]
+        loss = sum(terms) / len(terms)
+        torch.testing.assert_close(routing.aux["capacity"], loss)
+        predictor = [router.hidden_weight, router.hidden_bias, router.out_weight, router.out_bias]
+        same_gradients(routing.aux["capacity"], loss, predictor)  # type: ignore[arg-type]
+        assert torch.autograd.grad(routing.aux["capacity"], x, allow_unused=True) == (None,), "x is detached"
+        router.after_step(lambda v: v)
+        kth = torch.stack(
+            [sorted(logit[:, i].sigmoid().tolist(), reverse=True)[k - 1] * torch.ones(()) for i in range(E)]
+        )
+        threshold = kth if threshold is None else 0.95 * threshold + 0.05 * kth
+        torch.testing.assert_close(router.threshold, threshold.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("inference", ["token", "pool"])
+def test_diffmoe_inference(inference: str) -> None:
+    router: Any = make("diffmoe", inference=inference).eval()
+    router.threshold.copy_(torch.tensor([0.2, 0.5, 0.6, 1.1]))
+    x = tokens()
+    x_TD = x.reshape(-1, D)
+    score, likely = (router.gate @ x_TD.T).softmax(0).T, router.predict(x_TD).sigmoid()
+    above = {(t, i) for t in range(len(x_TD)) for i in range(E) if likely[t, i] > router.threshold[i]}
+    if inference == "pool":
+        number = [sum(i == j for _, j in above) for i in range(E)]
+        above = {
+            (t, i) for i in range(E) for t in sorted(range(len(x_TD)), key=lambda t: -score[t, i].item())[: number[i]]
+        }
+    routing = router(x, context())
+    check(routing, {(t, i): score[t, i] for t, i in above})
+    assert routing.aux == {} and 3 not in routing.expert_N and 0 < len(above) < len(x_TD) * E
+
+
+def test_diffmoe_pool_of_several_ranks() -> None:
+    """The union of the ranks' choices is the choice of one rank with all tokens; ties at the boundary are all taken."""
+    generator = torch.Generator().manual_seed(0)
+    score, likely = (torch.rand(21, E, generator=generator) for _ in range(2))
+    whole = choose_here(score, likely, 21 // E)
+    padding = torch.full((4, 2 * E), -1.0)
+    pool = torch.cat([torch.cat([score, likely], 1)[:8], padding, torch.cat([score, likely], 1)[8:]])
+    parts = [choose_in_pool(score[:8], pool, 1), choose_in_pool(score[8:], pool, 1)]
+    assert torch.equal(torch.cat([p.taken_TE for p in parts]), whole.taken_TE)
+    assert all(torch.equal(p.kth_E1, whole.kth_E1) for p in parts)
+    pairs = [
+        (t + 8 * r, i)
+        for r, p in enumerate(parts)
+        for t, i in zip(p.token_N.tolist(), p.expert_N.tolist(), strict=True)
+    ]
+    assert set(pairs) == set(zip(whole.token_N.tolist(), whole.expert_N.tolist(), strict=True))
+    level = torch.full((6, E), 0.25)
+    assert choose_in_pool(level, torch.cat([level, level], 1), 1).taken_TE.sum() == 6 * E
+    assert choose_here(level, level, 1).taken_TE.sum() == E
+    empty = choose_in_pool(score[:0], padding, 1)
+    assert len(empty.token_N) == 0 and (empty.kth_E1 == 0).all()
+
+
+# ------------------------------------------------------------------------------------------- classification and uniform
+
+
+@pytest.mark.parametrize("labels", [LABELS, [3, 1, 9, NULL, NULL]])
+def test_classification(labels: list[int]) -> None:
+    router, x = make("classification", superclasses="digits"), tokens()
+    W, b = router.weight, router.bias
+    group = {0: 0, 8: 0, 6: 1, 9: 1, 1: 2, 4: 2, 7: 2, 2: 3, 3: 3, 5: 3}
+    expected, losses = {}, []
+    for j, image in enumerate(x):
+        p = (W @ (sum(image) / S) + b).softmax(0)  # type: ignore[operator]
+        best = int(p.argmax())
+        expected |= {(j * S + s, best): p[best] for s in range(S)}
+        if labels[j] != NULL:
+            losses.append(-p[group[labels[j]]].log())
+    routing = router(x, context(labels))
+    check(routing, expected)
+    torch.testing.assert_close(routing.aux["superclass"], torch.stack(losses).mean())
+    same_gradients(routing.aux["superclass"], torch.stack(losses).mean(), [x, W, b])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_uniform(top_k: int) -> None:
+    routing = make("uniform", experts=5, top_k=top_k)(tokens(), context())
+    expected = {}
+    for b, label in enumerate(LABELS):
+        for s in range(S):
+            for j in range(top_k):
+                expected[b * S + s, ((label * S + s) * top_k + j) % 5] = torch.tensor(1 / top_k, dtype=torch.float64)
+    check(routing, expected)
+    load = torch.bincount(routing.expert_N, minlength=5)
+    assert load.max() - load.min() <= len(LABELS)
+
+
+# ------------------------------------------------------------------------------------------------------ a user's errors
+
+
+@pytest.mark.parametrize(
+    ("router", "overrides", "message"),
+    [
+        ("token_choice", ["moe.router.top_k=13"], "moe.router.top_k=13: is not in 1..moe.num_experts=12; lower it"),
+        ("expert_choice", ["moe.router.top_k=0"], "moe.router.top_k=0: is not in 1..moe.num_experts=12; raise it"),
+        ("uniform", ["moe.router.top_k=13"], "moe.router.top_k=13: is not in 1..moe.num_experts=12"),
+        ("diffmoe", ["moe.router.top_k=13"], "moe.router.top_k=13: is not in 1..moe.num_experts=12"),
+        ("promoe_ec", ["moe.router.top_k=13"], "moe.router.top_k=13: is not in 1..moe.num_experts=12"),
+        (
+            "expert_choice",
+            ["moe.num_experts=24"],
+            "moe.num_experts=24: an expert's quota of an image is 16 tokens * top_k=1 // 24 experts = 0; "
+            "lower it to at most 16, or raise moe.router.top_k",
+        ),
+        ("promoe_ec", ["moe.num_experts=24"], "an expert's quota of an image is 16 tokens"),
+        ("diffmoe", ["moe.num_experts=24", "train.micro_batch_size=1"], "an expert's quota of the pool is 16 tokens"),
+        (
+            "kmeans",
+            ["moe.num_experts=24", "train.micro_batch_size=1"],
+            "moe.num_experts=24: a forward pass has 16 tokens, fewer than centroids; lower it, or raise the batch size",
+        ),
+        ("token_choice", ["moe.router.balance_weight=-1"], "moe.router.balance_weight=-1.0: must not be negative"),
+        ("diffmoe", ["moe.router.capacity_weight=-1"], "moe.router.capacity_weight=-1.0: must not be negative"),
+        ("diffmoe", ["moe.router.threshold_decay=1"], "moe.router.threshold_decay=1.0: must lie in [0, 1)"),
+        ("promoe_ec", ["moe.router.contrastive_weight=-1"], "contrastive_weight=-1.0: must not be negative"),
+        ("promoe_ec", ["moe.router.temperature=0"], "moe.router.temperature=0.0: must be positive"),
+        ("classification", ["moe.router.class_weight=-1"], "moe.router.class_weight=-1.0: must not be negative"),
+        ("classification", [], "moe.router.superclasses=null: the classification router needs a superclass file; add"),
+        (
+            "classification",
+            ["moe.router.superclasses=digits"],
+            "moe.router.superclasses=digits: has 4 superclasses, one expert each, but moe.num_experts=12; "
+            "set moe.num_experts=4 or use another file",
+        ),
+    ],
+)
+def test_mistakes_are_one_clear_line(router: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate_data(load_config("tiny", [f"moe.router.name={router}", *overrides]))
+    assert message in str(error.value) and "\n" not in str(error.value)
