@@ -11,6 +11,7 @@ examples:
   python launchers/train.py --config digits train.steps=2000 --run runs/longer
 
 exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by a signal but resumable
+(torchrun makes every failure 1)
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def train(args: argparse.Namespace, config: Config) -> int:
     validate_data(config)
     here = topology.from_environment(config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
-    trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)
     try:
+        trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)
         code = trainer.run()
     except TrainingStopped as error:  # raised on every rank
         if here.rank == 0:
@@ -103,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(1)  # let rank 0 speak before the launcher ends the others
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
         return 130
 
 

@@ -149,6 +149,9 @@ def _validate_objective(config: Config) -> None:
         spacing.spaced_timesteps(num_steps, steps)
     except ValueError as error:
         reject("sample.steps", steps, str(error), f"choose 1 to diffusion.ddpm.num_steps={num_steps} steps")
+    for path, seed in (("train.seed", config.train.seed), ("sample.seed", config.sample.seed)):
+        if seed >= 2**64:
+            reject(path, seed, "does not fit in 64 bits", "choose a smaller one")
 
 
 def validate(config: Config) -> None:

@@ -206,6 +206,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("diffusion.label_drop=1", "diffusion.label_drop=1.0: must lie in [0, 1)"),
         ("optimizer.clip_grad_norm=-1", "optimizer.clip_grad_norm=-1.0: must not be negative"),
         ("train.seed=-1", "train.seed=-1: must not be negative"),
+        ("train.seed=18446744073709551616", "train.seed=18446744073709551616: does not fit in 64 bits"),
         ("sample.steps=0", "sample.steps=0: must be positive"),
         ("sample.steps=ddim50", "sample.steps=ddim50: rectified flow takes a number of steps; write one"),
         ("guidance.channels=4", "guidance.channels=4: must be one of all, 3"),

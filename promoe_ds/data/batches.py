@@ -21,9 +21,9 @@ from typing import Self
 import numpy as np
 import torch
 
-from promoe_ds.config import Config, reject
+from promoe_ds.config import Config
 from promoe_ds.data import ImageDataset
-from promoe_ds.data.order import SEED_LIMIT, Purpose, row_generator, step_indices
+from promoe_ds.data.order import Purpose, row_generator, step_indices
 from promoe_ds.validate import batch_plan
 
 JOIN_SECONDS = 5.0
@@ -163,13 +163,11 @@ class BatchStream(Iterator[list[Batch]]):
         start_step: optimizer step of the first item, 0-based; equal to skipping that many items.
 
     Raises:
-        ConfigError: the batch sizes do not divide, or the seed does not fit.
+        ConfigError: the batch sizes do not divide.
         ValueError: `rank` or `start_step` is out of range.
     """
 
     def __init__(self, config: Config, dataset: ImageDataset, rank: int, world: int, start_step: int = 0) -> None:
-        if config.train.seed >= SEED_LIMIT:
-            reject("train.seed", config.train.seed, "does not fit in 64 bits", "choose a smaller one")
         if start_step < 0:
             raise ValueError(f"start_step {start_step} is negative")
         maker = BatchMaker(config, dataset, share_of(config, rank, world))

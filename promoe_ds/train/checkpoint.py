@@ -101,9 +101,17 @@ def manifest(path: Path) -> dict[str, Any]:
         tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reject("checkpoint", path, f"{MANIFEST} cannot be read ({error})", "use another checkpoint")
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not isinstance(tree.get("files"), dict):
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         reject("checkpoint", path, f"{MANIFEST} is not of format {FORMAT}", "use another checkpoint")
+    if tree.pop("blake2b", None) != _tree_digest(tree):
+        reject("checkpoint", path, f"{MANIFEST} does not match its own checksum", "use another checkpoint")
+    if folder(path.parent.parent, tree["step"]).name != path.name:
+        reject("checkpoint", path, f"{MANIFEST} says step {tree['step']}", "give the folder its name back")
     return tree
+
+
+def _tree_digest(tree: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def damage(path: Path, read_bytes: bool = True, share: slice = slice(None)) -> str | None:
@@ -246,6 +254,8 @@ def save(
         tree = {"format": FORMAT, "version": __version__, "step": step, "config": encode(config), **facts}
         problem = _trouble(lambda: _finish(temporary, final, tree | {"files": entries}))
     problem = ranks.gather(problem)[0]
+    if problem and ranks.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it is in the way
     if problem:
         reject("checkpoint", final, f"cannot be written ({problem})", "free space or mend the folder, then resume")
     return final
@@ -254,7 +264,7 @@ def save(
 def _finish(temporary: Path, final: Path, tree: dict[str, Any]) -> None:
     """Write the manifest, flush, and give the folder its name: from here on the checkpoint exists."""
     with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(tree, file, indent=1)
+        json.dump(tree | {"blake2b": _tree_digest(tree)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _fsync(temporary)
@@ -287,7 +297,11 @@ def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, 
 
 def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
     """Raise ConfigError if a saved configuration computes something else than `config`."""
-    for path, old, new in differences(encode(decode(saved)), encode(config)):
+    try:
+        known = encode(decode(saved))
+    except ConfigError as error:
+        reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
+    for path, old, new in differences(known, encode(config)):
         reject(path, new, f"{where} was made with {path}={old}", f"set {path}={old} or choose another --run")
 
 
@@ -353,6 +367,8 @@ def saved_config(run: Path) -> dict[str, Any] | None:
         return None
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        reject("--run", path, f"cannot be read ({error})", "choose another --run")
-    return tree if isinstance(tree, dict) else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reject("--run", path, f"cannot be read ({' '.join(str(error).split())})", "mend it or choose another --run")
+    if not isinstance(tree, dict):
+        reject("--run", path, "is not a configuration", "mend it or choose another --run")
+    return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -62,6 +63,15 @@ class Throughput:
 
     def rate(self) -> float:
         return self.images / max(time.perf_counter() - self.since, 1e-9)
+
+
+def last_logged_step(run: Path) -> int:
+    """The last step in RUN/metrics.jsonl; 0 without one."""
+    path, last = run / "metrics.jsonl", 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            last = max(last, json.loads(line)["step"])
+    return last
 
 
 class MetricsLog:

@@ -31,12 +31,12 @@ from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
-from promoe_ds.parallel.engine import Engine
+from promoe_ds.parallel.engine import Engine, check_deepspeed_values
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
 from promoe_ds.sampling import draw_grid
 from promoe_ds.train import checkpoint
-from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, memory_gib
+from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
 
 DONE, USER_ERROR, RESUMABLE = 0, 2, 85
 """exit codes"""
@@ -54,34 +54,39 @@ class RankFailed(Exception):
     """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
 
 
-def prepare_run(run: Path, config: Config, ds: ResolvedDS, rank: int) -> IO[str] | None:
-    """Check that `run` can hold this run, and on rank 0 lock it and write the resolved configuration into it.
-
-    Returns:
-        Rank 0's lock: the run folder is this process's until the file is closed, or the process dies.
+def claim(run: Path) -> IO[str]:
+    """Make the run folder and lock it: it is this process's until the file is closed, or the process dies.
 
     Raises:
-        ConfigError: the folder belongs to another configuration or is in use, or cannot be written. Nothing is
-            overwritten then.
+        ConfigError: another process trains in it, or it cannot be written.
     """
-    saved = checkpoint.saved_config(run)
-    if saved is not None:
-        checkpoint.check_same_run(saved, config, run)
-    if rank != 0:
-        return None
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name, text in (("config.yaml", dump(config)), ("ds_config.json", json.dumps(ds.json, indent=1) + "\n")):
-            temporary = run / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, run / name)
     except BlockingIOError:
         reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
     except OSError as error:
         reject("--run", run, f"cannot be written ({error.strerror or error})", "choose another folder")
     return lock
+
+
+def check_history(run: Path, found: Path | None, config: Config) -> int:
+    """The step to continue from, 0 for a fresh run.
+
+    Raises:
+        ConfigError: the run is past `train.steps`, or its log shows that it had checkpoints and they are gone.
+    """
+    if found:
+        step = checkpoint.step_of(found)
+        if step > config.train.steps:
+            reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
+        return step
+    logged, saved = last_logged_step(run), checkpoint.saved_config(run)
+    if saved and logged > saved.get("train", {}).get("checkpoint_every", logged):
+        conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
+        reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
+    return 0
 
 
 class Trainer:
@@ -91,22 +96,38 @@ class Trainer:
         self.config, self.run_folder, self.topology = config, run, topology
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset: ImageDataset = build_dataset(config)  # before any collective: its errors are the user's
-        self.lock = prepare_run(run, config, ds, topology.rank)
+        saved = checkpoint.saved_config(run)
+        if saved is not None:
+            checkpoint.check_same_run(saved, config, run)
+        self.lock = claim(run) if topology.rank == 0 else None
         connect(topology)
+        check_deepspeed_values(ds)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
         self.stop_since: float | None = None
         found = checkpoint.find_whole(run, self.ranks)
         if found:
             checkpoint.check_same_run(checkpoint.manifest(found)["config"], config, found)
-        self.step = checkpoint.step_of(found) if found else 0
+        self.step = check_history(run, found, config)
         self.engine = self._make_engine(ds, found)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
         self.aux_weights = self.objective.aux_weights | router_weights
         self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
-        self.log = MetricsLog(run, self.step, config.train.steps) if topology.rank == 0 else None
+        self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
         self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
+
+    def _open_log(self, ds: ResolvedDS) -> MetricsLog:
+        """Everything is checked: from here on the run folder is written."""
+        run = self.run_folder
+        try:
+            for name, text in (("config.yaml", dump(self.config)), ("ds_config.json", json.dumps(ds.json, indent=1))):
+                temporary = run / f".{name}.tmp"
+                temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
+                os.replace(temporary, run / name)
+            return MetricsLog(run, self.step, self.config.train.steps)
+        except OSError as error:
+            raise RankFailed(f"--run={run}: cannot be written ({error}); choose another folder") from error
 
     def _make_engine(self, ds: ResolvedDS, found: Path | None) -> Engine:
         topology = self.topology

@@ -138,11 +138,6 @@ def test_batches_that_do_not_divide(micro: int | None, world: int, key: str):
         BatchStream(make_config(24, micro), DIGITS, 0, world)
 
 
-def test_a_seed_that_does_not_fit():
-    with pytest.raises(ConfigError, match=r"^train\.seed=18446744073709551616: does not fit in 64 bits; .*"):
-        BatchStream(make_config(seed=2**64), DIGITS, 0, 1)
-
-
 @pytest.mark.parametrize(("rank", "start_step"), [(-1, 0), (2, 0), (0, -1)])
 def test_programming_errors(rank: int, start_step: int):
     with pytest.raises(ValueError):

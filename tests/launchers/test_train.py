@@ -171,6 +171,17 @@ def test_one_process_by_the_deepspeed_launcher_with_nothing_else(tmp_path: Path)
     assert "resuming at step 4 of 4" in finished.stdout and "done: 4 steps" in finished.stdout
 
 
+def test_a_value_that_deepspeed_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "abc"}}))
+    folder = tmp_path / "run"
+    done = train("--config", "tiny", "--ds_config", str(path), "--run", str(folder), check=False)
+    (line,) = done.stderr.strip().splitlines()[-1:]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert line.startswith("error: --ds_config") and "reduce_bucket_size" in line
+    assert not (folder / "config.yaml").exists() and not (folder / "ds_config.json").exists()
+
+
 def test_errors_of_many_ranks_are_one_line(tmp_path: Path) -> None:
     done = train("--config", "tiny", "--run", str(tmp_path), "parallel.expert_parallel=4", processes=2, check=False)
     errors = [text for text in done.stderr.splitlines() if text.startswith("error: ")]

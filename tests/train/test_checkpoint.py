@@ -169,3 +169,34 @@ def test_unreadable_run_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="config.yaml: cannot be read"):
         checkpoint.saved_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"world": 1', '"world": 3'), ('"config": {', '"confih": {'), ('"bytes"', '"bytez"')]
+)
+def test_a_changed_manifest_is_damage(tmp_path: Path, old: str, new: str) -> None:
+    save(tmp_path, 5)
+    path = checkpoint.folder(tmp_path, 5) / "manifest.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match="does not match its own checksum"):
+        checkpoint.find_whole(tmp_path, Ranks())
+
+
+def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    checkpoint.folder(tmp_path, 5).rename(checkpoint.folder(tmp_path, 7))
+    with pytest.raises(ConfigError, match="says step 5"):
+        checkpoint.find_whole(tmp_path, Ranks())
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[1]"])
+def test_a_damaged_run_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="config.yaml: .*choose another --run"):
+        checkpoint.saved_config(tmp_path)
+
+
+def test_a_run_configuration_of_another_version_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a configuration that this version cannot read .*foo"):
+        checkpoint.check_same_run({"foo": 1}, CONFIG, tmp_path)
