@@ -121,6 +121,9 @@ def _validate_training(config: Config) -> None:
     ):
         if value < 0:
             reject(path, value, "must not be negative", "choose 0 or more")
+    for path, seed in (("train.seed", config.train.seed), ("sample.seed", config.sample.seed)):
+        if seed >= 2**64:
+            reject(path, seed, "does not fit in 64 bits", "choose a smaller one")
 
 
 def check_guidance(model: ModelConfig, channels: Channels, path: str) -> None:
@@ -149,9 +152,6 @@ def _validate_objective(config: Config) -> None:
         spacing.spaced_timesteps(num_steps, steps)
     except ValueError as error:
         reject("sample.steps", steps, str(error), f"choose 1 to diffusion.ddpm.num_steps={num_steps} steps")
-    for path, seed in (("train.seed", config.train.seed), ("sample.seed", config.sample.seed)):
-        if seed >= 2**64:
-            reject(path, seed, "does not fit in 64 bits", "choose a smaller one")
 
 
 def validate(config: Config) -> None:

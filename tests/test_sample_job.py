@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from promoe_ds.config import ConfigError, decode, dump
 from promoe_ds.models.init import build, materialize
 from promoe_ds.sample_job import Job, Worker, claim_folder, read_image, run_of, worker_from
+from promoe_ds.train import checkpoint
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers/sample.py"
 Command = Callable[..., int]
@@ -59,7 +60,7 @@ def write_run(run: Path, seed: int = 0, channels: int = 1, objective: str = "rec
 def write_manifest(file: Path) -> None:
     entry = {"bytes": file.stat().st_size, "blake2b": hashlib.blake2b(file.read_bytes()).hexdigest()}
     tree = {"format": "promoe_ds/1", "step": 7, "files": {file.name: entry}}
-    (file.parent / "manifest.json").write_text(json.dumps(tree))
+    checkpoint.write_manifest(file.parent, tree)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from promoe_ds.sampling import (
     load_ema,
     to_pixels,
 )
+from promoe_ds.train import checkpoint
 
 CPU = torch.device("cpu")
 MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 10}
@@ -77,7 +77,8 @@ def test_weights_come_back_with_config_and_step(tmp_path: Path) -> None:
 def complete(folder: Path, names: tuple[str, ...] = ("ema.safetensors",)) -> None:
     """Write the manifest that makes a checkpoint folder complete."""
     files = {name: {"bytes": (folder / name).stat().st_size, "blake2b": ""} for name in names}
-    (folder / "manifest.json").write_text(json.dumps({"format": "promoe_ds/1", "files": files}))
+    tree = {"format": "promoe_ds/1", "step": int(folder.name.split("_")[-1]), "files": files}
+    checkpoint.write_manifest(folder, tree)
 
 
 def test_weights_are_found_by_file_checkpoint_and_run(tmp_path: Path) -> None:

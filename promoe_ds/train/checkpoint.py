@@ -261,12 +261,15 @@ def save(
     return final
 
 
+def write_manifest(path: Path, tree: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint folder, with the checksum of its own content."""
+    (path / MANIFEST).write_text(json.dumps(tree | {"blake2b": _tree_digest(tree)}, indent=1), encoding="utf-8")
+
+
 def _finish(temporary: Path, final: Path, tree: dict[str, Any]) -> None:
     """Write the manifest, flush, and give the folder its name: from here on the checkpoint exists."""
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(tree | {"blake2b": _tree_digest(tree)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_manifest(temporary, tree)
+    _fsync(temporary / MANIFEST)
     _fsync(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
