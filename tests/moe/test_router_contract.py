@@ -14,10 +14,12 @@ from promoe_ds.config import Config, decode
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, Routing, RoutingContext
+from tests.moe import example_router
 from tests.moe.test_layer import Operations
 
 D, S, E, NULL = 16, 16, 4, 10
 NAMES = sorted(ROUTERS)
+assert ROUTERS["hash"] is example_router.HashRouter, "the example of CONTRIBUTING is tested like the rest"
 EXTRA: dict[str, dict[str, Any]] = {"classification": {"superclasses": "digits"}}
 MIXES = {
     "mixed": [3, NULL, 1, 3, NULL, 7],

@@ -147,7 +147,7 @@ def test_kmeans_nearest_centroid_and_its_update() -> None:
             before = router.centroids.clone()
             places = [int((x.reshape(-1, D) - c).norm(dim=1).argmin()) for c in before]
             assert len(set(places)) == E and torch.equal(x.reshape(-1, D)[places], before)
-        nearest = [min(range(E), key=lambda i: float((t - before[i]).norm())) for t in x.reshape(-1, D)]  # noqa: B023
+        nearest = [min(range(E), key=lambda i: float((t - before[i]).norm())) for t in x.detach().reshape(-1, D)]  # noqa: B023
         assert routing.expert_N.tolist() == nearest and (routing.weight_N == 1).all()
         assert torch.equal(router.centroids, before), "centroids move after the step, not in it"
         router.after_step(lambda v: v)

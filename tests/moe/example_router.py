@@ -1,0 +1,40 @@
+"""CONTRIBUTING's example of a router: each token goes to an expert drawn from a hash of its position and its label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from promoe_ds.config import RouterConfig
+from promoe_ds.moe.routing import Router, Routing, RoutingContext, register_router
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashConfig(RouterConfig):
+    name: str = "hash"
+
+
+@register_router("hash")
+class HashRouter(Router):
+    Config = HashConfig
+
+    def __init__(self, config: HashConfig, num_experts: int, width: int):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        """A hash has nothing to draw."""
+
+    @staticmethod
+    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
+        return 0
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        B, S, _ = x_BSD.shape
+        token_N = torch.arange(B * S, device=x_BSD.device)
+        key_N = (token_N % S + 1) * 2654435761 + ctx.label_B[:B].repeat_interleave(S) * 40503
+        expert_N = (key_N >> 7) % self.num_experts
+        return Routing(token_N, expert_N, torch.ones(B * S, device=x_BSD.device), 1, {})
