@@ -15,19 +15,12 @@ from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, Routing, RoutingContext
 from tests.moe import example_router
-from tests.moe.test_layer import Operations
+from tests.moe.test_layer import MIXES, Operations
 
 D, S, E, NULL = 16, 16, 4, 10
 NAMES = sorted(ROUTERS)
 assert ROUTERS["hash"] is example_router.HashRouter, "the example of CONTRIBUTING is tested like the rest"
 EXTRA: dict[str, dict[str, Any]] = {"classification": {"superclasses": "digits"}}
-MIXES = {
-    "mixed": [3, NULL, 1, 3, NULL, 7],
-    "all conditional": [0, 1, 2, 3],
-    "all null": [NULL, NULL, NULL],
-    "one conditional image": [4],
-    "one null image": [NULL],
-}
 
 
 def make_config(name: str, **moe: object) -> Config:

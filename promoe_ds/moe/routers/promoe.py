@@ -58,11 +58,10 @@ class ProMoEConfig(RouterConfig):
         check_not_negative(self, "contrastive_weight")
 
 
-@register_router("promoe")
-class ProMoERouter(Router):
-    Config = ProMoEConfig
+class PrototypicalRouter(Router):
+    """What token choice and expert choice share: prototypes, their drawing, and the weight of the contrastive loss."""
 
-    def __init__(self, config: ProMoEConfig, num_experts: int, width: int):
+    def __init__(self, config: Any, num_experts: int, width: int):
         super().__init__()
         self.config = config
         self.prototypes = nn.Parameter(torch.empty(num_experts, width))
@@ -75,9 +74,13 @@ class ProMoERouter(Router):
         return num_experts * width
 
     @staticmethod
-    def aux_weights(config: RouterConfig) -> dict[str, float]:
-        assert isinstance(config, ProMoEConfig)
+    def aux_weights(config: Any) -> dict[str, float]:
         return {"routing_contrastive": config.contrastive_weight}
+
+
+@register_router("promoe")
+class ProMoERouter(PrototypicalRouter):
+    Config = ProMoEConfig
 
     def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
         """Route each token to the K prototypes nearest in cosine. x_BSD [B, S, D] -> Routing with N = B*S*K."""

@@ -7,18 +7,17 @@ each image: every expert has tokens there, so none is left out. Images do not de
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from promoe_ds.config import RouterConfig, reject
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image
+from promoe_ds.moe.routers.promoe import PrototypicalRouter
 from promoe_ds.moe.routing import (
-    Router,
     Routing,
     RoutingContext,
     at_least_fp32,
@@ -51,25 +50,8 @@ class ProMoEECConfig(RouterConfig):
 
 
 @register_router("promoe_ec")
-class ProMoEECRouter(Router):
+class ProMoEECRouter(PrototypicalRouter):
     Config = ProMoEECConfig
-
-    def __init__(self, config: ProMoEECConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
-        self.prototypes = nn.Parameter(torch.empty(num_experts, width))
-
-    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        nn.init.normal_(self.prototypes, std=0.02, generator=generator("prototypes"))
-
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return num_experts * width
-
-    @staticmethod
-    def aux_weights(config: RouterConfig) -> dict[str, float]:
-        assert isinstance(config, ProMoEECConfig)
-        return {"routing_contrastive": config.contrastive_weight}
 
     def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
         """Each expert takes k tokens of each image. x_BSD [B, S, D] -> Routing with N = B*E*k, expert by expert."""
