@@ -1,0 +1,102 @@
+"""A judge for labelled images of 16 to 64 pixels: a small classifier trained on the data's own labels.
+
+Distances between its features compare runs on the same data in the same benchmark; they are no FID.
+Shape suffixes: N images, H W pixels, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaluation.features import Features
+from evaluation.metrics import label_agreement
+from evaluation.reference import Images
+from promoe_ds.data import ImageDataset
+from promoe_ds.sampling import to_pixels
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions with batch norm and a skip; halves the side."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        y_NCHW = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_NCHW)))))
+        return F.relu(y_NCHW + self.skip(x_NCHW))
+
+
+class _Net(nn.Module):
+    def __init__(self, channels: int, num_classes: int, width: int = 64):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(
+            _Block(width, 2 * width), _Block(2 * width, 2 * width), _Block(2 * width, 2 * width)
+        )
+        self.classify = nn.Linear(2 * width, num_classes)
+
+    def features(self, x_NCHW: Tensor) -> Tensor:
+        return self.blocks(F.relu(self.stem(x_NCHW))).mean(dim=(2, 3))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.classify(self.features(x_NCHW))
+
+
+class LabelCNN:
+    """`label-cnn`: trained when built (seeded), on `train`; `accuracy` is measured on `held_out`."""
+
+    name = "label-cnn"
+
+    def __init__(self, train: ImageDataset, held_out: ImageDataset, device: torch.device, steps: int = 2000):
+        self.device = device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self._net = _Net(train.channels, train.num_classes).to(device)
+        self._train(train, steps)
+        index = np.arange(len(held_out))
+        logits = [
+            self.logits(to_pixels(held_out.get(part)[0])) for part in np.array_split(index, -(-len(index) // 1000))
+        ]
+        self.accuracy = label_agreement(np.concatenate(logits), held_out.get(index)[1].numpy())
+
+    def _train(self, data: ImageDataset, steps: int, batch: int = 256) -> None:
+        draw = np.random.default_rng(0)
+        optimizer = torch.optim.AdamW(self._net.parameters(), lr=3e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        self._net.train()
+        for _ in range(steps):
+            x_NCHW, label_N = data.get(draw.integers(0, len(data), batch))
+            flip_N = torch.from_numpy(draw.random(batch) < 0.5)
+            x_NCHW = torch.where(flip_N[:, None, None, None], x_NCHW.flip(-1), x_NCHW).to(self.device)
+            loss = F.cross_entropy(self._net(x_NCHW), label_N.to(self.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        self._net.eval()
+
+    def _map(self, function: Callable[[Tensor], Tensor], images_NHWC: Images) -> Features:
+        out = []
+        with torch.inference_mode():
+            for start in range(0, len(images_NHWC), 1024):
+                x = torch.tensor(images_NHWC[start : start + 1024]).to(self.device).permute(0, 3, 1, 2)
+                out.append(function(x.float() / 127.5 - 1.0).float().cpu())
+        return torch.cat(out).numpy()
+
+    def features(self, images_NHWC: Images) -> Features:
+        """uint8 [N, H, W, C] -> float32 [N, 128], the mean over the last feature map."""
+        return self._map(self._net.features, images_NHWC)
+
+    def logits(self, images_NHWC: Images) -> Features:
+        """uint8 [N, H, W, C] -> float32 [N, K]."""
+        return self._map(self._net, images_NHWC)

@@ -1,0 +1,91 @@
+"""The paper's tables on small data: what a table says is what was trained, and a mistake costs nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from benchmarks import paper_tables
+from benchmarks.paper_tables import ROOT, main, parse_args, plan
+from benchmarks.scoring import classifier_score
+
+TREE = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text())
+SMALL = ["model.depth=2", "model.width=32", "model.heads=2", "sample.steps=2", "train.global_batch_size=16"]
+
+
+def args_of(tmp_path: Path, *options: str) -> list[str]:
+    return [*options, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *SMALL]
+
+
+@pytest.mark.parametrize("data", TREE["data"])
+@pytest.mark.parametrize("table", TREE["tables"])
+def test_every_row_of_every_table_is_a_valid_and_different_config(table, data, tmp_path):
+    rows = plan(parse_args(["--table", table, "--data", data, "--path", "x.npz"][: 4 if data == "digits" else 6]))
+    assert len(rows) == len(TREE["tables"][table]["rows"])
+    for a, b in combinations(rows, 2):
+        assert a.configs != b.configs and a.runs != b.runs
+
+
+def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paper_tables, "CHUNKS", 2)
+    command = args_of(tmp_path, "--table", "8", "--steps", "20", "--num", "20", "--seeds", "0,1")
+    assert main([*command, "--minutes", "0"]) == paper_tables.RESUMABLE
+    assert main(command) == paper_tables.DONE
+    page = (tmp_path / "out/paper_table8_digits.md").read_text()
+    assert "| K-Means with conditional routing |" in page and "of 1 pairs as in the paper" in page
+    assert (tmp_path / "out/paper_table8_digits.png").stat().st_size > 5000
+    runs = sorted((tmp_path / "runs/digits").glob("*/seed*"))
+    losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss/diffusion"] for run in runs]
+    assert len(runs) == 4 and len(set(losses)) == 4
+    capsys.readouterr()
+    assert main(command) == paper_tables.DONE
+    assert "step" not in capsys.readouterr().out.split("#")[0]  # nothing is trained or scored again
+
+
+def test_cifar_rows_are_judged_by_a_classifier_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_tables, "CHUNKS", 1)
+    draw, arrays = np.random.default_rng(0), {"classes": np.array([f"c{i}" for i in range(10)])}
+    for split, num in (("train", 40), ("test", 20)):
+        files = []
+        for _ in range(num):
+            file = io.BytesIO()
+            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "JPEG")
+            files.append(file.getvalue())
+        arrays[f"{split}_jpeg"] = np.frombuffer(b"".join(files), dtype=np.uint8)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{split}_labels"] = np.arange(num) % 10
+    np.savez(tmp_path / "pack.npz", **arrays)
+    command = args_of(tmp_path, "--table", "8", "--data", "cifar10", "--path", str(tmp_path / "pack.npz"))
+    assert main([*command, "--steps", "2", "--num", "20", "--judge-steps", "2"]) == paper_tables.DONE
+    assert "label-cnn" in (tmp_path / "out/paper_table8_cifar10.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--table", "99"], "--table=99: is not known; choose one of 1, 3, 4"),
+        (["--table", "5", "--data", "mnist"], "--data=mnist: is not known; choose one of digits, cifar10"),
+        (["--table", "5", "--data", "cifar10"], "--path=null: --data cifar10 needs one; add --path FILE.npz"),
+        (["--table", "5", "train.lr=1"], "train.lr=1: unknown key"),
+    ],
+)
+def test_mistakes(options, message, tmp_path, capsys):
+    assert main([*options, "--runs", str(tmp_path / "runs")]) == paper_tables.USER_ERROR
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_classifier_score_in_closed_form():
+    certain = np.eye(10, dtype=np.float32) * 100
+    assert classifier_score(certain) == pytest.approx(10.0)
+    assert classifier_score(np.zeros((7, 10), dtype=np.float32)) == pytest.approx(1.0)
+    half = np.repeat(certain[:2], 3, axis=0)
+    assert classifier_score(half) == pytest.approx(2.0)
