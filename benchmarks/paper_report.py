@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
-import subprocess
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 import yaml
 
 from benchmarks.paper_tables import ROOT, SCALES, Row, history, scores, throughput
+from benchmarks.provenance import provenance
 from promoe_ds.accounting import count_parameters
 
 Result = dict[str, Any]
@@ -128,22 +125,6 @@ def draw(rows: list[Row], num: int, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- page
 
 
-def provenance(command: str, seconds: str = "") -> str:
-    """Command, commit, versions and device, as every page of results has them."""
-    import deepspeed
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-        device = f"{cores} virtual {platform.machine()} CPU cores, {threads} thread(s), shared machine"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    rows = [("command", f"`{command}`"), ("commit", commit.stdout.strip() or "unknown"), ("versions", versions)]
-    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in [*rows, ("device", device)])])
-
-
 def write_report(rows: list[Row], args: argparse.Namespace) -> None:
     """Print the table, and write it with its figure to args.out."""
     caption = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text())["tables"][args.table]["caption"]
@@ -151,11 +132,10 @@ def write_report(rows: list[Row], args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     draw(rows, args.num, args.out / f"{name}.png")
     first, train = results(rows[0], args.num)[0], rows[0].configs[0].train
-    command = shlex.join(["python", "benchmarks/paper_tables.py", *args.command])
     seeds = ", ".join(map(str, args.seeds))
     text = f"""# Table {args.table} on {args.data}: {caption}
 
-{provenance(command)}
+{provenance("benchmarks/paper_tables.py", args.command)}
 
 Each row: {train.steps} steps (times its budget in the paper) of {train.global_batch_size} images, {train.precision},
 seeds {seeds}, rows in turns. {args.num} images a guidance scale, scored by {first["judge"]} (its accuracy on held-out

@@ -151,6 +151,8 @@ class TrainConfig:
     checkpoint_every: int = 5000
     keep_last: int = 2
     """checkpoints kept; older ones are deleted after a newer one is complete"""
+    measure: bool = False
+    """log seconds by part of a step and bytes sent by kind; waits for the device between parts, which costs speed"""
     sample_every: int = 0
     """steps between EMA sample grids; 0 draws one at the end only"""
 

@@ -8,20 +8,25 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
+from promoe_ds.parallel.meter import kind
+
+
+def sum_in_place(x: Tensor, group: Any = None, what: str = "router_sums") -> Tensor:
+    """The sum of x over the ranks of a group, in place, not differentiable; `what` is its kind for the meter."""
+    with kind(what):
+        dist.all_reduce(x, group=group)
+    return x
+
 
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        out = x.detach().clone()
-        dist.all_reduce(out, group=group)
-        return out
+        return sum_in_place(x.detach().clone(), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return sum_in_place(grads[0].clone(), ctx.group), None
 
 
 def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
@@ -37,7 +42,8 @@ def all_gather_rows(x: Tensor, group: Any = None) -> Tensor:
     """[n, ...] of every rank, the same shape on all -> [W*n, ...] in rank order; not differentiable."""
     x = x.detach().contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x, group=group)
+    with kind("router_sums"):
+        dist.all_gather(parts, x, group=group)
     return torch.cat(parts)
 
 
@@ -55,7 +61,8 @@ class _SwapRows(torch.autograd.Function):
 
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     out = x.new_empty(sum(receive), x.shape[1])
-    dist.all_to_all_single(out, x.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group)
+    with kind("all_to_all"):
+        dist.all_to_all_single(out, x.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group)
     return out
 
 
@@ -70,5 +77,6 @@ def swap_rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Ten
 def swap_counts(count: Tensor, group: Any) -> Tensor:
     """[ep, e] integers: row r goes to rank r; row s of the result came from rank s."""
     out = torch.empty_like(count)
-    dist.all_to_all_single(out, count.contiguous(), group=group)
+    with kind("counts"):
+        dist.all_to_all_single(out, count.contiguous(), group=group)
     return out

@@ -34,7 +34,7 @@ from torch import Tensor
 from promoe_ds.config import Config, reject
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum
+from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum, sum_in_place
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.expert_parallel import is_sharded, local_part
 from promoe_ds.parallel.optimizer import AdamWithEMA
@@ -95,7 +95,7 @@ class Engine:
         local = [p.grad for p in self.params.values() if is_sharded(p) and p.grad is not None]
         square = _square_sum(dense)
         if local:  # every rank of the expert-parallel group holds other experts
-            square = square + all_reduce_sum(_square_sum(local), self._ep_group())
+            square = square + sum_in_place(_square_sum(local), self._ep_group(), "scalars")
         norm, limit = square.sqrt(), self.config.optimizer.clip_grad_norm
         if limit > 0:
             torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))

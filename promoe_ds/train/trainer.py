@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -33,6 +34,7 @@ from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine, check_deepspeed_values
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
+from promoe_ds.parallel.meter import KINDS, PARTS, Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
 from promoe_ds.sampling import draw_grid
 from promoe_ds.train import checkpoint
@@ -115,6 +117,7 @@ class Trainer:
         self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
+        self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
         self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
 
     def _open_log(self, ds: ResolvedDS) -> MetricsLog:
@@ -185,13 +188,16 @@ class Trainer:
         """One optimizer step; returns the losses, gradient norm and expert load."""
         totals, load_LE = torch.zeros(len(self.terms) + 1, device=self.topology.device), None
         for batch in batches:
-            output, terms = self._forward(batch)
-            self.engine.backward(terms[0])
+            with self._part("forward"):
+                output, terms = self._forward(batch)
+            with self._part("backward"):
+                self.engine.backward(terms[0])
             totals[:-1] += torch.stack(terms).detach() / len(batches)
             load_LE = output.load_LE if load_LE is None else load_LE + output.load_LE
         totals[-1] = float(self.stop_since is not None)
         *losses, stop = self._mean_over_ranks(totals)
-        norm = self.engine.step()
+        with self._part("optimizer"):
+            norm = self.engine.step()
         self.step += 1
         if not math.isfinite(norm):
             raise TrainingStopped(f"step {self.step}: the gradient norm is {norm}; the last checkpoint is unharmed")
@@ -232,8 +238,21 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------- reporting
 
+    def _part(self, name: str) -> AbstractContextManager[None]:
+        return self.meter.part(name) if self.meter else nullcontext()
+
+    def _measured(self) -> dict[str, float]:
+        """Collective: a step's seconds by part, the mean over ranks, and its bytes by kind, the sum over ranks."""
+        if self.meter is None:
+            return {}
+        steps = max(1, self.throughput.images // self.config.train.global_batch_size)
+        values = sum_over_ranks(self.meter.report(steps).to(self.topology.device)).tolist()
+        seconds = {f"seconds/{name}": value / self.topology.world for name, value in zip(PARTS, values, strict=False)}
+        return seconds | {f"bytes/{name}": value for name, value in zip(KINDS, values[len(PARTS) :], strict=True)}
+
     def _report(self, record: dict[str, Any]) -> None:
         """Collective: sum the expert loads over ranks; rank 0 writes the record."""
+        measured = self._measured()
         load_LE = sum_over_ranks(record.pop("load").clone())
         if self.log:
             rate = self.throughput.rate()
@@ -244,7 +263,7 @@ class Trainer:
             self.log.write({
                 "step": self.step, **{k: record[k] for k in self.terms}, "grad_norm": record["grad_norm"],
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
-                "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
+                "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate, **measured,
             })  # fmt: skip
         self.throughput.reset()
 
@@ -283,6 +302,8 @@ class Trainer:
     def _paused(self, start: float, what: str) -> None:
         seconds = time.perf_counter() - start
         self.throughput.pause(seconds)
+        if self.meter:
+            self.meter.skip()
         self._say(f"  {what}: {seconds:.1f} s")
 
     def _banner(self) -> str:
