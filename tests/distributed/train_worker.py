@@ -17,8 +17,10 @@ assert example_router.HashRouter, "imported to register CONTRIBUTING's example"
 
 
 def make(folder: Path, ds: str, *overrides: str) -> Trainer:
+    """`ds` names a ds_config and, after a blank, a recipe other than `tiny`."""
+    ds, _, recipe = ds.partition(" ")
     config = load_config(
-        "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
+        recipe or "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
     )
     resolved = ds_config.resolve(str(ROOT / f"ds_configs/{ds}.json"), config, topology.world_size())
     return Trainer(config, resolved, folder, topology.from_environment(config.parallel.expert_parallel))
