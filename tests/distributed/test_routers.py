@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from promoe_ds.config import load_config
+from promoe_ds.data import build_dataset
+from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.train import checkpoint
 from tests.launch import run, torchrun
@@ -23,6 +26,8 @@ CASES["promoe top-2, balanced"] = ("moe.router.top_k=2", "moe.router.balance_wei
 """overrides of each router"""
 RESUMED = ("diffmoe", "kmeans")
 """routers with buffers"""
+FEW = ("train.global_batch_size=8", "diffusion.label_drop=0.6")
+"""two images a rank, more often null than not: in most steps a rank has nothing to route"""
 EP = {1: "zero0", 2: "zero2", 4: "zero1"}
 
 
@@ -30,7 +35,7 @@ EP = {1: "zero0", 2: "zero2", 4: "zero1"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs: one launch of one process, one of four."""
     folder = tmp_path_factory.mktemp("routers")
-    small = ("model.depth=1", "moe.layers=all", f"train.steps={STEPS}", "sample.steps=1")
+    small = ("model.depth=1", "moe.layers=all", f"train.steps={STEPS}", "sample.steps=1", *FEW)
     alone = [(f"{name} alone", "zero0", *small, "parallel.expert_parallel=1", *case) for name, case in CASES.items()]
     four = [
         (f"{name} {ep}", zero, *small, f"parallel.expert_parallel={ep}", *case)
@@ -64,6 +69,14 @@ def same_run(run: Path, reference_run: Path) -> None:
             assert ours[key] == pytest.approx(reference[key], rel=tolerance, abs=1e-7), (ours["step"], key)
     for name in ema0:
         torch.testing.assert_close(ema[name], ema0[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_some_ranks_have_nothing_to_route() -> None:
+    """The premise of the runs below: ranks without a conditional image, but never all of them."""
+    config = load_config("tiny", FEW)
+    maker = BatchMaker(config, build_dataset(config), share_of(config, 0, 1))
+    conditional = [(maker.step(i)[0].label_B != config.model.num_classes).view(4, 2).sum(1) for i in range(STEPS)]
+    assert any((images_R == 0).any() for images_R in conditional) and all(n.sum() > 0 for n in conditional)
 
 
 @pytest.mark.parametrize("ep", EP)
