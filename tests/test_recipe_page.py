@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 
 from promoe_ds import accounting
 from promoe_ds.config import RECIPES, encode, load_config, recipe_names
 
 PAGE = (RECIPES / "README.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\|[^|]+\| `(?P<recipe>[\w/]+)` \| (?P<total>[\d,]+) \| (?P<activated>[\d,]+) \|", re.MULTILINE)
+TREE = yaml.safe_load((RECIPES.parents[1] / "benchmarks/paper_tables.yaml").read_text(encoding="utf-8"))
 SIZES = sorted({m.groups() for m in ROW.finditer(PAGE)})
 ABLATIONS = {
     "promoe_b_prototypes": {"moe.conditional": False, "moe.router.contrastive_weight": 0.0},
@@ -52,6 +54,16 @@ def test_every_recipe_is_on_the_page_and_every_table_too() -> None:
     for figure in ("3(a) and 7", "3(b) and 8", "3(c) and 9"):
         assert f"### Figures {figure}:" in PAGE
     assert all(f"`{name}`" in PAGE for name in recipe_names() if name.startswith("digits"))
+
+
+@pytest.mark.parametrize("number", [n for n in TREE["tables"] if n.isdigit()])
+def test_the_figures_are_those_of_the_benchmark(number: str) -> None:
+    """The paper's FID and IS, row by row; the benchmark's copy was made apart from the page's."""
+    section = re.split(rf"^### Table {number}:", PAGE, flags=re.MULTILINE)[1].split("###")[0]
+    cells = [line.strip("|").split("|")[4:] for line in section.splitlines() if ROW.match(line)]
+    page = [[float(cell) for cell in row] for row in cells]
+    rows = TREE["tables"][number]["rows"].values()
+    assert page == [[v for scale in sorted(row["paper"]) for v in row["paper"][scale]] for row in rows]
 
 
 def test_all_ablations_are_listed_here() -> None:
