@@ -61,7 +61,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_missing_file_names_the_built_in_ones() -> None:
-    with pytest.raises(ConfigError, match="cannot be read .*; name a file or one of digits"):
+    with pytest.raises(ConfigError, match="cannot be read .*; name a file or one of cifar10, digits"):
         read_superclasses("digit")
 
 

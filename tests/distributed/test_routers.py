@@ -1,4 +1,5 @@
-"""The other routers through the real trainer: one curve at world 1 and on 2 processes, ep 1 and 2; buffers resume."""
+"""Every registered router through the real trainer: one curve at world 1 and on 4 processes, ep 1, 2 and 4; buffers
+resume."""
 
 from __future__ import annotations
 
@@ -9,37 +10,45 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from promoe_ds.config import load_config
+from promoe_ds.data import build_dataset
+from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.train import checkpoint
 from tests.launch import run, torchrun
+from tests.moe import example_router
 
-WORKER, STEPS = "tests/distributed/train_worker.py", 6
-# The package's routers only: other tests may have registered examples, which a worker does not know.
-OURS = [name for name, router in sorted(ROUTERS.items()) if router.__module__.startswith("promoe_ds.")]
-CASES = {name: (f"moe.router.name={name}",) for name in OURS if name != "promoe"}
+WORKER, STEPS = "tests/distributed/train_worker.py", 4
+assert ROUTERS["hash"] is example_router.HashRouter, "the worker registers CONTRIBUTING's example too"
+CASES = {name: (f"moe.router.name={name}",) for name in sorted(ROUTERS)}
 CASES["classification"] += ("moe.router.superclasses=digits", "moe.num_experts=4")
-"""overrides of each router; `promoe` is the subject of benchmarks/topology_invariance.py"""
+CASES["promoe top-2, balanced"] = ("moe.router.top_k=2", "moe.router.balance_weight=0.1")
+"""overrides of each router"""
 RESUMED = ("diffmoe", "kmeans")
 """routers with buffers"""
+FEW = ("train.global_batch_size=8", "diffusion.label_drop=0.6")
+"""two images a rank, more often null than not: in most steps a rank has nothing to route"""
+EP = {1: "zero0", 2: "zero2", 4: "zero1"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs: one launch of one process, one of two."""
+    """All runs: one launch of one process, one of four."""
     folder = tmp_path_factory.mktemp("routers")
-    alone = [(f"{name} 1 1", "zero0", "parallel.expert_parallel=1", *case) for name, case in CASES.items()]
-    both = [
-        (f"{name} 2 {ep}", f"zero{ep}", f"parallel.expert_parallel={ep}", *case)
-        for ep in (1, 2)
+    small = ("model.depth=1", "moe.layers=all", f"train.steps={STEPS}", "sample.steps=1", *FEW)
+    alone = [(f"{name} alone", "zero0", *small, "parallel.expert_parallel=1", *case) for name, case in CASES.items()]
+    four = [
+        (f"{name} {ep}", zero, *small, f"parallel.expert_parallel={ep}", *case)
+        for ep, zero in EP.items()
         for name, case in CASES.items()
     ]
     for name in RESUMED:
-        shared = (f"{name} resumed", "zero2", "train.checkpoint_every=3", *CASES[name])
-        both += [(*shared, "train.steps=3"), (*shared, "train.steps=6")]
-        both.append((f"{name} stage 3", "zero3", "train.activation_checkpointing=true", *CASES[name]))
-        both.append((f"{name} bf16", "zero1", "train.precision=bf16", *CASES[name]))
+        shared = (f"{name} resumed", "zero2", *small, "train.checkpoint_every=2", *CASES[name])
+        four += [(*shared, "train.steps=2"), (*shared, f"train.steps={STEPS}")]
+        four.append((f"{name} stage 3", "zero3", *small, "train.activation_checkpointing=true", *CASES[name]))
+        four.append((f"{name} bf16", "zero1", *small, "train.precision=bf16", *CASES[name]))
     run(torchrun(1, WORKER, str(folder), json.dumps(alone)))
-    run(torchrun(2, WORKER, str(folder), json.dumps(both)))
+    run(torchrun(4, WORKER, str(folder), json.dumps(four)))
     return folder
 
 
@@ -62,37 +71,45 @@ def same_run(run: Path, reference_run: Path) -> None:
         torch.testing.assert_close(ema[name], ema0[name], rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("ep", [1, 2])
+def test_some_ranks_have_nothing_to_route() -> None:
+    """The premise of the runs below: ranks without a conditional image, but never all of them."""
+    config = load_config("tiny", FEW)
+    maker = BatchMaker(config, build_dataset(config), share_of(config, 0, 1))
+    conditional = [(maker.step(i)[0].label_B != config.model.num_classes).view(4, 2).sum(1) for i in range(STEPS)]
+    assert any((images_R == 0).any() for images_R in conditional) and all(n.sum() > 0 for n in conditional)
+
+
+@pytest.mark.parametrize("ep", EP)
 @pytest.mark.parametrize("case", CASES)
 def test_one_curve_whatever_the_topology(folder: Path, case: str, ep: int) -> None:
     """The pool of DiffMoE and k-means are global."""
-    same_run(folder / f"{case} 2 {ep}", folder / f"{case} 1 1")
+    same_run(folder / f"{case} {ep}", folder / f"{case} alone")
 
 
 @pytest.mark.parametrize("router", RESUMED)
 def test_recomputation_under_zero_3_changes_nothing(folder: Path, router: str) -> None:
-    same_run(folder / f"{router} stage 3", folder / f"{router} 1 1")
+    same_run(folder / f"{router} stage 3", folder / f"{router} alone")
 
 
 @pytest.mark.parametrize("router", RESUMED)
 def test_buffers_are_fp32_in_a_bf16_model(folder: Path, router: str) -> None:
-    (log, ema), (log0, _) = read(folder / f"{router} bf16"), read(folder / f"{router} 1 1")
+    (log, ema), (log0, _) = read(folder / f"{router} bf16"), read(folder / f"{router} alone")
     assert log[-1]["loss"] == pytest.approx(log0[-1]["loss"], rel=0.06)
     name = {"diffmoe": "threshold", "kmeans": "centroids"}[router]
-    values = ema[f"blocks.1.mlp.router.{name}"]
+    values = ema[f"blocks.0.mlp.router.{name}"]
     assert not torch.equal(values, values.bfloat16().float())
 
 
 @pytest.mark.parametrize("router", RESUMED)
 def test_buffers_are_saved_and_resumed_bit_exact(folder: Path, router: str) -> None:
-    (log, ema), (log0, ema0) = read(folder / f"{router} resumed"), read(folder / f"{router} 2 2")
+    (log, ema), (log0, ema0) = read(folder / f"{router} resumed"), read(folder / f"{router} 2")
     assert [record["loss"] for record in log] == [record["loss"] for record in log0]
     assert all(torch.equal(ema[name], ema0[name]) for name in ema0)
     buffers = {"diffmoe": ("threshold", "updates"), "kmeans": ("centroids", "placed")}[router]
     for name in buffers:
-        values = ema[f"blocks.1.mlp.router.{name}"]
+        values = ema[f"blocks.0.mlp.router.{name}"]
         assert values.dtype == torch.float32 and values.isfinite().all() and values.abs().sum() > 0
     if router == "diffmoe":
-        assert ema["blocks.1.mlp.router.updates"] == STEPS
+        assert ema["blocks.0.mlp.router.updates"] == STEPS
     else:
-        assert (ema["blocks.1.mlp.router.placed"] == 1).all()
+        assert (ema["blocks.0.mlp.router.placed"] == 1).all()

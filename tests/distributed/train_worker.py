@@ -1,4 +1,4 @@
-"""Run by test_train.py under torchrun: many short training runs in one launch, with the real trainer."""
+"""Run by tests of this folder under torchrun: many short training runs in one launch, with the real trainer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 from promoe_ds.config import load_config
 from promoe_ds.parallel import ds_config, topology
 from promoe_ds.train.trainer import Trainer, TrainingStopped
+from tests.moe import example_router
 
 ROOT = Path(__file__).resolve().parents[2]
+assert example_router.HashRouter, "imported to register CONTRIBUTING's example"
 
 
 def make(folder: Path, ds: str, *overrides: str) -> Trainer:
+    """`ds` names a ds_config and, after a blank, a recipe other than `tiny`."""
+    ds, _, recipe = ds.partition(" ")
     config = load_config(
-        "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
+        recipe or "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
     )
     resolved = ds_config.resolve(str(ROOT / f"ds_configs/{ds}.json"), config, topology.world_size())
     return Trainer(config, resolved, folder, topology.from_environment(config.parallel.expert_parallel))

@@ -51,6 +51,11 @@ BAD = {
         "raise the batch size",
     ),
     "superclasses": (["moe.router.name=classification"], "moe.router.superclasses=null", "add moe.router.superclasses"),
+    "superclasses and experts": (
+        ["--config", "digits_classification", "moe.num_experts=5"],
+        "moe.router.superclasses=digits: has 4 superclasses, one expert each, but moe.num_experts=5",
+        "set moe.num_experts=4",
+    ),
     "missing data": (["--config", "cifar10_promoe_s"], "data.path=null", "add data.path=PATH"),
     "wrong data": (["--config", "cifar10_promoe_s", "data.path=nowhere.npz"], "data.path=nowhere.npz", ""),
     "class count": (["model.num_classes=11"], "model.num_classes=11", "10"),
@@ -69,6 +74,15 @@ def test_mistakes(
     line = mistake(capsys, *arguments)
     assert message in line and way_out in line
     assert not list(tmp_path.iterdir()), "a rejected command leaves nothing behind"
+
+
+def test_a_superclass_map_that_misses_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    groups = tmp_path / "groups.yaml"
+    groups.write_text("superclasses: {a: [0, 1, 2], b: [3, 4], c: [5, 6], d: [8]}")
+    arguments = ["--config", "digits_classification", "--run", str(tmp_path / "run")]
+    line = mistake(capsys, *arguments, f"moe.router.superclasses={groups}")
+    assert f"moe.router.superclasses={groups}: has no superclass for class 7, 9; add them to the file" in line
+    assert not (tmp_path / "run").exists()
 
 
 DS_BAD = {

@@ -97,6 +97,23 @@ def test_edges_losses_and_gradients(name: str, conditional: bool, labels: list[i
             assert (p.grad is not None) and bool((p.grad[expert] != 0).any()) == bool(count_E[expert] > 0)
 
 
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_tokens_leave_experts_empty(name: str, conditional: bool) -> None:
+    """All tokens alike: whoever chooses by token sends all to one expert, and the others do no harm."""
+    layer, labels = make_layer(name, conditional=conditional), [1, 1, 1]
+    x = torch.linspace(-1, 1, D).expand(len(labels), S, D)
+    out, aux, count_E = layer(x, context(labels))
+    (out.square().sum() + sum(aux.values())).backward()
+    assert out.isfinite().all() and all(loss.isfinite() for loss in aux.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    assert ((count_E > 0).sum() == 1) == (name in ("token_choice", "promoe", "kmeans", "classification"))
+    for p in layer.routed.parameters():
+        assert p.grad is not None and all((p.grad[i] == 0).all() for i in range(E) if count_E[i] == 0)
+    router_of(layer).after_step(lambda v: v)
+    assert all(b.isfinite().all() for b in layer.buffers())
+
+
 def router_config(layer: MoELayer) -> Any:
     return getattr(layer.router, "config", None)
 

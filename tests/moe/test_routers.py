@@ -78,6 +78,43 @@ def test_token_choice(top_k: int) -> None:
     same_gradients(routing.aux["load_balance"], loss, [x, gate])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("activation", "top_k"), [("identity", 1), ("identity", 3), ("sigmoid", 1), ("softmax", 2)])
+def test_load_balance_of_prototypes(activation: str, top_k: int) -> None:
+    """Table 12: shares P are the softmax of the scores, or the scores themselves where they sum to 1."""
+    router, x = make("promoe", activation=activation, top_k=top_k, balance_weight=0.001), tokens()
+    P: Any = router.prototypes
+    share, mean, x_TD = [0.0] * E, [torch.zeros(()).double()] * E, x.reshape(-1, D)
+    for token in x_TD:
+        z = torch.stack([token @ p / (token.norm() * p.norm()) for p in P])
+        s = {"identity": z, "sigmoid": z.sigmoid(), "softmax": z.softmax(0)}[activation]
+        q = [s[i] if activation == "softmax" else s[i].exp() / sum(v.exp() for v in s) for i in range(E)]
+        for i in sorted(range(E), key=lambda i: -s[i].item())[:top_k]:  # noqa: B023
+            share[i] += 1 / (len(x_TD) * top_k)
+        mean = [m + v / len(x_TD) for m, v in zip(mean, q, strict=True)]
+    aux = router(x, context()).aux
+    loss = E * sum(f * v for f, v in zip(share, mean, strict=True))
+    torch.testing.assert_close(aux["load_balance"], loss)
+    same_gradients(aux["load_balance"], loss, [x, P])  # type: ignore[arg-type]
+    plain = make("promoe", activation=activation, top_k=top_k)(x, context()).aux
+    assert plain.keys() == {"routing_contrastive"}
+    assert torch.equal(plain["routing_contrastive"], aux["routing_contrastive"])
+
+
+@pytest.mark.parametrize("scope", ["global", "rank"])
+def test_the_load_balance_loss_follows_the_scope_and_costs_nothing_at_0(scope: str) -> None:
+    def reductions(**options: Any) -> int:
+        calls: list[int] = []
+        router = make("promoe", contrastive_scope=scope, **options)
+        router(tokens(), context(all_reduce=lambda v: calls.append(v.numel()) or v))
+        return len(calls)
+
+    kind = ROUTERS["promoe"]
+    assert (reductions(), reductions(balance_weight=0.5)) == ((1, 2) if scope == "global" else (0, 0))
+    assert kind.aux_weights(kind.Config()) == {"routing_contrastive": 1.0}
+    both = kind.aux_weights(kind.Config(balance_weight=0.5))  # type: ignore[call-arg]
+    assert both == {"routing_contrastive": 1.0, "load_balance": 0.5}
+
+
 def test_perfect_balance_costs_one() -> None:
     router = make("token_choice", experts=2)
     with torch.no_grad():
@@ -324,6 +361,7 @@ def test_uniform(top_k: int) -> None:
         ("token_choice", ["moe.router.balance_weight=-1"], "moe.router.balance_weight=-1.0: must not be negative"),
         ("diffmoe", ["moe.router.capacity_weight=-1"], "moe.router.capacity_weight=-1.0: must not be negative"),
         ("diffmoe", ["moe.router.threshold_decay=1"], "moe.router.threshold_decay=1.0: must lie in [0, 1)"),
+        ("promoe", ["moe.router.balance_weight=-1"], "moe.router.balance_weight=-1.0: must not be negative"),
         ("promoe_ec", ["moe.router.contrastive_weight=-1"], "contrastive_weight=-1.0: must not be negative"),
         ("promoe_ec", ["moe.router.temperature=0"], "moe.router.temperature=0.0: must be positive"),
         ("classification", ["moe.router.class_weight=-1"], "moe.router.class_weight=-1.0: must not be negative"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
-from promoe_ds.moe.losses import centroid_sums, routing_contrastive
+from promoe_ds.moe.losses import centroid_sums, load_balance, load_balance_sums, routing_contrastive
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -23,6 +23,7 @@ from promoe_ds.moe.routing import (
     at_least_fp32,
     check_not_negative,
     check_top_k,
+    identity,
     register_router,
 )
 
@@ -49,13 +50,16 @@ class ProMoEConfig(RouterConfig):
     contrastive_scope: Literal["global", "rank"] = "global"
     """global: centroids over the micro-batch of all ranks (independent of the topology); rank: each rank's own tokens,
     averaged, as in the official code"""
+    balance_weight: float = 0.0
+    """weight of a load-balance loss beside it, per MoE layer and in the same scope (Tab. 12: it does not help); at 0 it
+    is not computed"""
 
     def validate(self, config: Any) -> None:
         check_top_k(self, config)
         for key in ("alpha", "temperature"):
             if getattr(self, key) <= 0:
                 reject(f"moe.router.{key}", getattr(self, key), "must be positive", "choose a value above 0")
-        check_not_negative(self, "contrastive_weight")
+        check_not_negative(self, "contrastive_weight", "balance_weight")
 
 
 class PrototypicalRouter(Router):
@@ -82,18 +86,33 @@ class PrototypicalRouter(Router):
 class ProMoERouter(PrototypicalRouter):
     Config = ProMoEConfig
 
+    @staticmethod
+    def aux_weights(config: Any) -> dict[str, float]:
+        weights = PrototypicalRouter.aux_weights(config)
+        return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
+
     def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
         """Route each token to the K prototypes nearest in cosine. x_BSD [B, S, D] -> Routing with N = B*S*K."""
         cfg, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
             x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
             z_TE = cfg.alpha * (F.normalize(x_TD, dim=-1) @ F.normalize(prototype_ED, dim=-1).T)  # Eq. (4)
-            weight_TK, expert_TK = ACTIVATIONS[cfg.activation](z_TE).topk(cfg.top_k, dim=-1)  # Eq. (2), (3)
-            aux = {}
-            if self.training:
-                sums_ED1 = centroid_sums(x_TD, expert_TK, len(prototype_ED))
-                if cfg.contrastive_scope == "global":
-                    sums_ED1 = ctx.all_reduce(sums_ED1)
-                aux["routing_contrastive"] = routing_contrastive(prototype_ED, sums_ED1, cfg.temperature)
+            score_TE = ACTIVATIONS[cfg.activation](z_TE)  # Eq. (2)
+            weight_TK, expert_TK = score_TE.topk(cfg.top_k, dim=-1)  # Eq. (3)
+            aux = self.losses(x_TD, prototype_ED, score_TE, expert_TK, ctx) if self.training else {}
         token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(cfg.top_k)
         return Routing(token_N, expert_TK.reshape(-1), weight_TK.reshape(-1), cfg.top_k, aux)
+
+    def losses(
+        self, x_TD: Tensor, prototype_ED: Tensor, score_TE: Tensor, expert_TK: Tensor, ctx: RoutingContext
+    ) -> dict[str, Tensor]:
+        """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; unweighted scalars."""
+        cfg = self.config
+        reduce = ctx.all_reduce if cfg.contrastive_scope == "global" else identity
+        sums_ED1 = reduce(centroid_sums(x_TD, expert_TK, len(prototype_ED)))
+        aux = {"routing_contrastive": routing_contrastive(prototype_ED, sums_ED1, cfg.temperature)}
+        if cfg.balance_weight:
+            # It needs shares that sum to 1 over the experts, which cosines and sigmoids do not.
+            share_TE = score_TE if cfg.activation == "softmax" else score_TE.softmax(dim=-1)
+            aux["load_balance"] = load_balance(reduce(load_balance_sums(share_TE, expert_TK)), cfg.top_k)
+        return aux
