@@ -8,10 +8,10 @@ examples:
   python launchers/scaling_study.py ... --point 3 --out DIR        one point, for a task of an array job
   python launchers/scaling_study.py ... --report --out DIR         table and figures of the points that are there
 
-Each point runs through the real launcher (--launch, where {world} is its number of processes). The first window of steps
-is warm-up; images/s is the median of the others, with their range. Parts of the step and bytes by kind are measured with
-train.measure=true, on CUDA in a run of its own, because measuring waits for the device. The points take turns --repeats
-times. A point that is done is not run again. Results: points/*.json, scaling.csv, scaling.md, figures.
+Each point runs through the real launcher (--launch, where {world} is its number of processes). The first window of
+steps is warm-up; images/s is the median of the others, with their range. Parts of the step and bytes by kind are
+measured with train.measure=true, on CUDA in a run of its own, because measuring waits for the device. The points take
+turns --repeats times. A point that is done is not run again. Results: points/*.json, scaling.csv, scaling.md, figures.
 
 exit codes: 0 done, 1 a point failed (the others are kept), 2 a mistake
 """
@@ -56,8 +56,8 @@ def overrides(point: Point, args: argparse.Namespace) -> list[str]:
     routing = ["moe.router={name: uniform}"] if args.routing == "uniform" else []
     return [
         *routing, *args.overrides, f"parallel.expert_parallel={point.ep}", f"train.global_batch_size={point.batch}",
-        f"train.steps={steps}", f"train.log_every={args.window}", f"train.checkpoint_every={steps}", "train.keep_last=1",
-        "sample.classes=1", "sample.per_class=1", "sample.steps=2",
+        f"train.steps={steps}", f"train.log_every={args.window}", f"train.checkpoint_every={steps}",
+        "train.keep_last=1", "sample.classes=1", "sample.per_class=1", "sample.steps=2",
     ]  # fmt: skip
 
 
@@ -107,9 +107,8 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         if code:
             return None
-        records.append(
-            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-args.windows :]
-        )
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records.append([json.loads(line) for line in lines][-args.windows :])
         for checkpoint in (folder / "checkpoints").glob("step_*/*"):
             checkpoint.unlink()  # gigabytes that nobody asked for; the log stays
     return {**asdict(point), "recipe": args.recipe, "routing": args.routing, "overrides": args.overrides,

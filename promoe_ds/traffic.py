@@ -1,7 +1,7 @@
 """The bytes a training step sends, by kind, from the configuration alone: what `train.measure=true` counts.
 
-All figures are sums over the ranks, for the ring's share of each collective (see `parallel/meter.py`); divide by W for a
-rank. fp32 gradients and parameters under fp32 and bf16_autocast, 2 bytes under bf16.
+All figures are sums over the ranks, for the ring's share of each collective (see `parallel/meter.py`); divide by W for
+a rank. fp32 gradients and parameters under fp32 and bf16_autocast, 2 bytes under bf16.
 
 Legend: T routed tokens a step over all ranks, K experts a token, D width, L MoE layers, E experts, W world size, ep
 expert-parallel degree, P_r routed parameters, P_d the other trained ones.
