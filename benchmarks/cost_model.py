@@ -1,0 +1,342 @@
+#!/usr/bin/env python
+"""What cannot be run here: step time of a recipe on 8 to 512 GPUs at each expert-parallel degree, from bytes and FLOPs.
+
+examples:
+  python benchmarks/cost_model.py                                       ProMoE-XL on H100s, weak and strong scaling
+  python benchmarks/cost_model.py --hardware pcie --world 8,16 --images 16 --ep 1,2,4
+  python benchmarks/cost_model.py --validate runs/scaling/digits-strong-uniform --validate runs/scaling/...
+  python benchmarks/cost_model.py --out benchmarks/results/cost_model.md --validate ...
+
+A step of a rank is compute + exposed all-to-all + exposed gradient reduction + parameter gathering + optimizer:
+
+  compute       FLOPs / (peak * efficiency); under expert parallelism routed FLOPs times the load of the busiest rank
+  all-to-all    4 exchanges a MoE layer and micro-batch, the slower of NVLink and network, each with its latency, plus
+                one exchange of counts and one host synchronisation; nothing is hidden
+  gradients     ring all-reduce (so DeepSpeed 0.19.8 at ZeRO 1 and 2), hidden behind `overlap` of the backward pass
+  parameters    all-gather after the step, not hidden
+  optimizer     32 bytes an element of this rank's share, from memory
+
+Bytes are those of promoe_ds/traffic.py, which a scaling study has compared with counted ones. --validate fits a time
+model of the same shape to half of a study's points and tests it on the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from promoe_ds import accounting, traffic  # noqa: E402
+from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
+
+GIB, OPTIMIZER_BYTES = 2**30, 32
+"""read and written an element: weight, two moments, EMA in fp32"""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    name: str
+    gpus_per_node: int
+    peak_tflops: float
+    efficiency: float
+    intra_gbs: float
+    inter_gbs: float
+    memory_gbs: float
+    memory_gib: float
+    latency_us: float
+    sync_us: float
+    overlap: float
+
+    def bandwidth(self, members: int, stride: int) -> float:
+        """Bytes/s a GPU in a ring over `members` ranks that are `stride` apart, all such rings at once.
+
+        A ring that leaves a node does so once for each of its members there, each with a network card of its own.
+        """
+        if members * stride <= self.gpus_per_node:
+            return self.intra_gbs * 1e9
+        here = max(1.0, self.gpus_per_node / stride)
+        return min(self.intra_gbs, here * self.inter_gbs) * 1e9
+
+    def far(self, ep: int) -> float:
+        """Share of a rank's peers in its group of `ep` consecutive ranks on other nodes, for the worst placed rank."""
+        node = lambda rank: rank // self.gpus_per_node  # noqa: E731
+        ranks = range(math.lcm(ep, self.gpus_per_node))
+        groups = {r: range(r - r % ep, r - r % ep + ep) for r in ranks}
+        return max(sum(node(r) != node(peer) for peer in groups[r]) for r in ranks) / max(1, ep - 1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step by part, and GiB a GPU."""
+
+    compute: float
+    all_to_all: float
+    gradients: float
+    parameters: float
+    optimizer: float
+    memory_gib: float
+    batch: int
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.all_to_all + self.gradients + self.parameters + self.optimizer
+
+    @property
+    def rate(self) -> float:
+        """Images/s of all GPUs."""
+        return self.batch / self.seconds
+
+
+def compute_seconds(config: Config, hw: Hardware, images: int, ep: int, busiest: float) -> float:
+    """Forward and backward of `images` images on one GPU."""
+    flops = accounting.train_flops(config, config.diffusion.label_drop)
+    assert config.moe is not None
+    tokens = config.model.tokens * (1 - config.diffusion.label_drop if config.moe.conditional else 1)
+    expert = 2 * config.model.width * accounting.expert_hidden(config) * accounting.experts_per_token(config)
+    routed = 6 * len(config.moe_layers()) * tokens * expert
+    extra = (busiest - 1) * routed if ep > 1 else 0.0
+    return images * (flops + extra) / (hw.peak_tflops * 1e12 * hw.efficiency)
+
+
+def all_to_all_seconds(config: Config, hw: Hardware, world: int, ep: int, accumulation: int, busiest: float) -> float:
+    """All exchanges of a step, exposed."""
+    if ep == 1:
+        return 0.0
+    layers = len(config.moe_layers())
+    remote = traffic.all_to_all_expected(config, ep) / world * busiest  # bytes a rank a step
+    far = hw.far(ep)
+    seconds = max((1 - far) * remote / (hw.intra_gbs * 1e9), far * remote / (hw.inter_gbs * 1e9))
+    fixed = accumulation * layers * (5 * hw.latency_us + hw.sync_us) * 1e-6
+    return seconds + fixed
+
+
+def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
+    """All-reduce of dense gradients over all ranks and of experts over their replicas."""
+    dense, routed = traffic.trained(config)
+    size, replicas = traffic.weight_bytes(config), world // ep
+    seconds = 2 * (world - 1) / world * dense * size / hw.bandwidth(world, 1)
+    return seconds + 2 * (replicas - 1) / replicas * routed / ep * size / hw.bandwidth(replicas, ep)
+
+
+def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, busiest: float = 1.0) -> Prediction:
+    """A step at ZeRO 1 or 2.
+
+    Args:
+        config: its global batch is that of all `world` GPUs.
+        busiest: rows of the busiest rank of an expert-parallel group over the mean.
+    """
+    batch = config.train.global_batch_size
+    micro = accounting.micro_batch(config, world)
+    compute = compute_seconds(config, hw, batch // world, ep, busiest)
+    reduce = reduce_seconds(config, hw, world, ep)
+    hidden = hw.overlap * compute * 2 / 3
+    dense, routed = traffic.trained(config)
+    held = (dense + routed) / world
+    memory = accounting.memory_per_gpu(config, world, ep, stage, False, 100_000_000)
+    return Prediction(
+        compute,
+        all_to_all_seconds(config, hw, world, ep, batch // world // micro, busiest),
+        max(0.0, reduce - hidden) + hw.latency_us * 1e-6,
+        reduce / 2,
+        OPTIMIZER_BYTES * held / (hw.memory_gbs * 1e9),
+        sum(memory.values()) / GIB,
+        batch,
+    )
+
+
+def crossover_images(config: Config, ratio: float = 1.0) -> float:
+    """Images a GPU a step below which the all-to-all of expert parallelism moves fewer bytes than it saves.
+
+    4 K T D b_row L (1 - 1/ep) < 2 b_weight P_r (1 - 1/ep), with T tokens of conditional images; independent of ep, W.
+
+    Args:
+        ratio: bandwidth of the all-to-all over that of the gradient reduction.
+    """
+    assert config.moe is not None
+    kept = 1 - config.diffusion.label_drop if config.moe.conditional else 1.0
+    tokens = config.model.tokens * kept * accounting.experts_per_token(config)
+    an_image = 4 * tokens * config.model.width * traffic.row_bytes(config) * len(config.moe_layers())
+    return ratio * 2 * traffic.weight_bytes(config) * traffic.trained(config)[1] / an_image
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def sized(recipe: str, overrides: list[str], batch: int) -> Config:
+    return load_config(recipe, [*overrides, f"train.global_batch_size={batch}"])
+
+
+def table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int]) -> str:
+    """Images/s at each world and ep; the best is bold, and in brackets its ratio to ep 1."""
+    head = [
+        "GPUs",
+        "images a GPU",
+        *(f"ep {ep}" for ep in args.ep),
+        "best ep > 1 over ep 1",
+        "parts at ep 1 | and there",
+    ]
+    lines = [" | ".join(head), "|".join(["---"] * (len(head) + 1))]
+    for world, batch in batches.items():
+        if batch % world:
+            continue
+        config = sized(args.recipe, args.overrides, batch)
+        assert config.moe is not None
+        rows = {ep: predict(config, hw, world, ep, busiest=args.busiest) for ep in args.ep
+                if world % ep == 0 and config.moe.num_experts % ep == 0}  # fmt: skip
+        fits = {ep: p for ep, p in rows.items() if p.memory_gib <= hw.memory_gib}
+        if not fits:
+            continue
+        best = max(fits, key=lambda ep: fits[ep].rate)
+        cells = [_cell(rows.get(ep), ep in fits, ep == best) for ep in args.ep]
+        other = max((ep for ep in fits if ep > 1), key=lambda ep: fits[ep].rate, default=1)
+        gain = fits[other].rate / rows[1].rate if 1 in fits else float("inf")
+        ratio = f"ep {other}: {'slower' if gain < 1 else 'faster'}, {gain:.2f}"
+        parts = f"{_parts(rows[1])} | {_parts(rows[other])}"
+        lines.append(" | ".join([str(world), str(batch // world), *cells, ratio, parts]))
+    slower = sum(": slower" in line for line in lines)
+    verdict = f"\n\nExpert parallelism is slower than ep 1 in {slower} of {len(lines) - 2} rows."
+    return "\n".join(f"| {line} |" for line in lines) + verdict
+
+
+def _cell(p: Prediction | None, fits: bool, best: bool) -> str:
+    if p is None:
+        return "-"
+    text = f"{p.rate:,.0f}" if fits else f"needs {p.memory_gib:.0f} GiB"
+    return f"**{text}**" if best else text
+
+
+def _parts(p: Prediction) -> str:
+    values = (p.compute, p.all_to_all, p.gradients, p.parameters, p.optimizer)
+    return " + ".join(f"{1000 * v:.1f}" for v in values) + " ms"
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+
+
+def features(point, cores: int) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """[4] of a measured point on one machine: FLOPs a core, bytes, collectives times ranks, 1."""
+    config, world = point.config, point.world
+    flops = accounting.train_flops(config, config.diffusion.label_drop) * point.batch / min(world, cores)
+    sent = sum(point.sent(kind) for kind in ("all_to_all", "counts", "router_sums", "gradients", "parameters"))
+    layers = len(config.moe_layers())
+    calls = layers * 5 * (point.ep > 1) + 4 * (world > 1) + 2 * layers * (world > 1 and point.routing == "learned")
+    return np.array([flops / 1e9, sent / 1e6, calls * world, world])
+
+
+def validate(folders: Iterable[Path], cores: int) -> str:
+    """Fit on every other point, test on the rest; also whether the bytes of every point are the formula's."""
+    from scipy.optimize import nnls
+
+    from benchmarks.scaling_report import read_points
+
+    points = [p for folder in folders for p in read_points(folder)]
+    wrong = {f"{p.world}/{p.ep}/{p.stage}": kinds for p in points if p.stage < 3 and (kinds := p.mismatches())}
+    x = np.array([features(p, cores) for p in points])
+    y = np.array([p.batch / p.rate for p in points])
+    fit, test = np.arange(len(points)) % 2 == 0, np.arange(len(points)) % 2 == 1
+    weight, _ = nnls(x[fit] / y[fit, None], np.ones(int(fit.sum())))  # relative errors
+    error = np.abs(x @ weight / y - 1)
+    equal = len(points) - len(wrong)
+    terms = ("ms/GFLOP a core", "ms/MB", "ms a collective and rank", "ms a rank")
+    law = " + ".join(f"{1000 * w:.2f} {term}" for w, term in zip(weight, terms, strict=True))
+    lines = [
+        f"Bytes: {equal} of {len(points)} points equal the formula to the byte{f'; not {wrong}' if wrong else ''}.",
+        "",
+        f"Time: t = {law}, fitted on {fit.sum()} points (median error {median(error[fit]):.0%}), tested on the other "
+        f"{test.sum()}: median error {median(error[test]):.0%}, worst {error[test].max():.0%}.",
+        "",
+        "| world | ep | ZeRO | routing | measured ms | predicted ms | error | used for |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for i, p in enumerate(points):
+        lines.append(f"| {p.world} | {p.ep} | {p.stage} | {p.routing} | {1000 * y[i]:.1f} | {1000 * x[i] @ weight:.1f} "
+                     f"| {error[i]:.0%} | {'fit' if fit[i] else 'test'} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="imagenet256_promoe_xl")
+    parser.add_argument("--hardware", default="h100", help="a section of benchmarks/cost_model.yaml")
+    parser.add_argument("--world", type=integers, default=[8, 16, 24, 48, 64, 96, 128, 192, 256, 512], metavar="8,16")
+    parser.add_argument("--ep", type=integers, default=[1, 2, 3, 4, 6, 12], metavar="1,2,4")
+    parser.add_argument("--images", type=int, default=32, help="weak scaling: images a GPU a step (32)")
+    parser.add_argument("--batch", type=integers, default=[256, 2048], metavar="B", help="strong: global batches")
+    parser.add_argument("--busiest", type=float, default=1.1, help="rows of the busiest rank over the mean (1.1)")
+    parser.add_argument("--validate", type=Path, action="append", default=[], metavar="STUDY")
+    parser.add_argument("--cores", type=int, default=2, help="of the machine the study ran on (2)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there as well")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    args.command = sys.argv[1:] if argv is None else argv
+    return args
+
+
+def page(args: argparse.Namespace) -> str:
+    """The whole report as markdown. Raises ConfigError for unknown hardware or a dense recipe."""
+    from benchmarks.provenance import provenance
+
+    known = yaml.safe_load((ROOT / "benchmarks/cost_model.yaml").read_text(encoding="utf-8"))
+    if args.hardware not in known:
+        reject("--hardware", args.hardware, "is not known", f"choose one of {', '.join(known)}")
+    hw, config = Hardware(**known[args.hardware]), load_config(args.recipe, args.overrides)
+    if config.moe is None:
+        reject("--recipe", args.recipe, "is dense: there is nothing to shard", "choose a MoE recipe")
+    lines = [
+        f"# Cost model: {config.name} on {hw.name}",
+        "",
+        provenance("benchmarks/cost_model.py", args.command),
+        "",
+        "**Modelled, not measured.** Images/s of all GPUs; parts are compute + all-to-all + gradients + parameters +",
+        f"optimizer. The busiest rank has {args.busiest:g} times the mean rows. Assumptions: the docstring of the program and",
+        "`benchmarks/cost_model.yaml`.",
+        "",
+        f"Crossover: below {crossover_images(config):.0f} images a GPU a step expert parallelism moves fewer bytes",
+        "than it saves in gradients. That is bytes a GPU, not time: gradients can hide behind the backward pass, the",
+        "all-to-all not; and between nodes nothing is saved while ep stays inside a node, because each node still holds",
+        "every expert.",
+        "",
+        f"## Weak scaling, {args.images} images a GPU",
+        "",
+        table(args, hw, {world: world * args.images for world in args.world}),
+    ]
+    for batch in args.batch:
+        batches = {world: batch for world in args.world}
+        lines += ["", f"## Strong scaling, global batch {batch}", "", table(args, hw, batches)]
+    if args.validate:
+        lines += ["", "## Validation on measured points", "", validate(args.validate, args.cores)]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        text = page(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
