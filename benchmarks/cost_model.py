@@ -310,7 +310,7 @@ def page(args: argparse.Namespace) -> str:
         "",
         f"Crossover: below {crossover_images(config):.0f} images a GPU a step expert parallelism moves fewer bytes",
         "than it saves in gradients. That is bytes a GPU, not time: gradients can hide behind the backward pass, the",
-        "all-to-all not; and between nodes nothing is saved while ep stays inside a node: each still holds every expert.",
+        "all-to-all not; and between nodes nothing is saved while ep stays in a node: each still holds every expert.",
         "",
         f"## Weak scaling, {args.images} images a GPU",
         "",
