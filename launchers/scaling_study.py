@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
         return DONE
     (args.out / "points").mkdir(parents=True, exist_ok=True)
     failed = 0 if args.report else run_all(points, args)
-    if args.point is None:
+    if args.point is None and failed < len(points):
         from benchmarks.scaling_report import write_report
 
         print(write_report(args.out, args))

@@ -57,7 +57,7 @@ def kind(name: str) -> Iterator[None]:
 
 
 class Meter:
-    """Counts from `install` on; `report` reads and resets. One a process."""
+    """Counts from `install` or the last `reset` on; `report` reads. One a process."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -101,11 +101,9 @@ class Meter:
             self.leave()
 
     def report(self, steps: int) -> Tensor:
-        """Since the last report, a step: seconds by PARTS, then bytes this rank sent by KINDS; float64, on the CPU."""
+        """Since `reset`, a step: seconds by PARTS, then bytes this rank sent by KINDS; float64, on the CPU."""
         self._charge()
-        values = [*self.seconds.values(), *self.sent.values()]
-        self.reset()
-        return torch.tensor(values, dtype=torch.float64) / max(steps, 1)
+        return torch.tensor([*self.seconds.values(), *self.sent.values()], dtype=torch.float64) / max(steps, 1)
 
     # ------------------------------------------------------------------------------------------------ installation
 

@@ -266,6 +266,8 @@ class Trainer:
                 "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate, **measured,
             })  # fmt: skip
         self.throughput.reset()
+        if self.meter:
+            self.meter.reset()
 
     def _save(self) -> None:
         start = time.perf_counter()

@@ -1,0 +1,149 @@
+"""The scaling study by the real launcher: counted bytes are the formulas' to the byte; the cost model's arithmetic."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from benchmarks import cost_model
+from benchmarks.cost_model import Hardware, crossover_images, predict
+from benchmarks.scaling_report import read_points
+from launchers import scaling_study
+from promoe_ds import accounting, traffic
+from promoe_ds.config import load_config
+
+SMALL = ["--recipe", "tiny", "--window", "2", "--windows", "2"]
+XL = load_config("imagenet256_promoe_xl")
+H100 = Hardware("test", 8, 1000.0, 0.5, 400.0, 50.0, 3000.0, 80.0, 0.0, 0.0, 0.5)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Three launches: (2, 1, stage 1), (2, 2, stage 1), (4, 2, stage 2), with uniform routing."""
+    out = tmp_path_factory.mktemp("study")
+    for options in (["--world", "2", "--ep", "1,2", "--stage", "1"], ["--world", "4", "--ep", "2", "--stage", "2"]):
+        assert scaling_study.main([*SMALL, *options, "--routing", "uniform", "--out", str(out)]) == scaling_study.DONE
+    return out
+
+
+def test_counted_bytes_are_those_of_the_formulas(study):
+    points = read_points(study)
+    assert [(p.world, p.ep, p.stage) for p in points] == [(2, 1, 1), (2, 2, 1), (4, 2, 2)]
+    for p in points:
+        assert p.mismatches() == []
+        assert p.formula("gradients") and p.formula("parameters") and (p.formula("all_to_all") or p.ep == 1)
+        assert (p.sent("all_to_all") > 0) == (p.sent("counts") > 0) == (p.ep > 1)
+
+
+def test_a_wrong_formula_would_be_seen(study, monkeypatch):
+    monkeypatch.setattr(traffic, "gradients", lambda config, world, ep: 1)
+    assert all("gradients" in p.mismatches() for p in read_points(study))
+
+
+def test_parts_sum_to_the_step(study):
+    for p in read_points(study):
+        for record in p.parts:
+            total = sum(value for key, value in record.items() if key.startswith("seconds/"))
+            assert total == pytest.approx(record["seconds_per_step"], rel=0.25)
+            assert record["seconds/experts"] > 0 and record["seconds/backward"] > 0
+
+
+def test_report_and_csv(study):
+    page = (study / "scaling.md").read_text()
+    assert page.count("| equal |") == 3 and "differs" not in page
+    rows = list(csv.DictReader((study / "scaling.csv").open()))
+    assert len(rows) == 3 and float(rows[0]["images_per_s"]) > 0
+    assert (study / "scaling.png").stat().st_size > 5000
+
+
+def test_a_finished_point_is_not_run_again(study, capsys):
+    options = ["--world", "4", "--ep", "2", "--stage", "2", "--routing", "uniform", "--out", str(study)]
+    before = {path: path.stat().st_mtime_ns for path in (study / "points").glob("*.json")}
+    assert scaling_study.main([*SMALL, *options]) == scaling_study.DONE
+    assert {path: path.stat().st_mtime_ns for path in (study / "points").glob("*.json")} == before
+
+
+def test_validation_reads_the_study(study):
+    text = cost_model.validate([study], cores=2)
+    assert "3 of 3 points equal the formula" in text and "worst" in text
+
+
+def test_a_failing_point_leaves_its_log(tmp_path, capsys):
+    command = [*SMALL, "--world", "2", "--ep", "1", "--stage", "1", "--out", str(tmp_path), "--launch", "false"]
+    assert scaling_study.main(command) == scaling_study.FAILED
+    assert "failed, see" in capsys.readouterr().out
+    assert list((tmp_path / "points").glob("*.log"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "digits_dense"], "--recipe=digits_dense: is dense"),
+        (["--world", "2", "--ep", "5"], "no point is possible: parallel.expert_parallel=5"),
+        (["--world", "1", "--ep", "1", "--point", "9"], "--point=9: there are 2 points, from 0; see --dry-run"),
+        (["--report", "--out", "nowhere-yet"], "holds no finished point; run the study first"),
+    ],
+)
+def test_mistakes(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert scaling_study.main(options) == scaling_study.USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_lists_what_an_array_job_would_run(capsys):
+    assert scaling_study.main(["--world", "1,2,4", "--ep", "1,2,4", "--stage", "1", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].split("_zero")[0] for line in lines] == [
+        "world1_ep1", "world2_ep1", "world2_ep2", "world4_ep1", "world4_ep2", "world4_ep4",
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- cost model
+
+
+def test_crossover_is_where_bytes_are_equal():
+    images = crossover_images(XL)
+    dense, routed = traffic.trained(XL)
+    for ep in (2, 4):
+        config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=64"])
+        an_image = traffic.all_to_all_expected(config, ep) / 64
+        saved = 2 * routed * (1 - 1 / ep) * traffic.weight_bytes(config)
+        assert images * an_image == pytest.approx(saved)
+
+
+def test_without_communication_time_is_flops_over_speed():
+    free = Hardware("free", 8, 1000.0, 0.5, 1e12, 1e12, 1e12, 80.0, 0.0, 0.0, 0.5)
+    config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=256"])
+    for ep in (1, 4):
+        expected = 32 * accounting.train_flops(config, config.diffusion.label_drop) / 500e12
+        assert predict(config, free, 8, ep).seconds == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_busier_rank_costs_only_expert_parallelism():
+    config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=256"])
+    assert predict(config, H100, 8, 1, busiest=2.0) == predict(config, H100, 8, 1)
+    assert predict(config, H100, 8, 4, busiest=2.0).seconds > predict(config, H100, 8, 4).seconds
+
+
+@pytest.mark.parametrize(
+    ("ep", "share"), [(1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (3, 1.0), (12, 8 / 11), (16, 8 / 15)]
+)
+def test_far_peers(ep, share):
+    assert H100.far(ep) == pytest.approx(share)
+
+
+def test_rings_that_leave_a_node_share_its_network_cards():
+    assert H100.bandwidth(8, 1) == 400e9  # inside
+    assert H100.bandwidth(64, 1) == 400e9  # 8 cards of 50
+    assert H100.bandwidth(16, 4) == 100e9  # two members a node
+
+
+def test_cost_model_page_and_mistakes(tmp_path, capsys):
+    out = tmp_path / "page.md"
+    assert cost_model.main(["--world", "8,64", "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "Modelled, not measured" in page and "Expert parallelism is slower than ep 1 in" in page
+    assert cost_model.main(["--hardware", "abacus"]) == 2
+    assert "--hardware=abacus: is not known; choose one of h100" in capsys.readouterr().err
+    assert cost_model.main(["--recipe", "digits_dense"]) == 2
