@@ -36,6 +36,7 @@ EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
   python launchers/sample.py --run runs/digits --num 1000 --cfg 1,1.5,4 --steps 50 --out samples
   torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/digits --num 50000 --precision bf16 --batch 125
+  python launchers/sample.py --model digits_bf16 --num 100        (of launchers/checkpoint.py convert --weights)
   deepspeed --num_gpus 8 -- launchers/sample.py --model ema.safetensors --num 50000 --out samples
 
 The lone -- keeps torchrun and deepspeed from taking --run and --num for abbreviations of their own options.
@@ -55,7 +56,7 @@ def parser() -> Parser:
     p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", help="run folder: its newest complete checkpoint")
-    source.add_argument("--model", type=Path, metavar="PATH", help="an ema.safetensors or a checkpoint folder")
+    source.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint or converted folder, or a file of it")
     p.add_argument("--num", type=int, default=64, help="images, classes in turn (default 64)")
     p.add_argument("--cfg", metavar="S[,S...]", help="guidance scales; 1 is unguided (default: sample.cfg of the run)")
     p.add_argument(

@@ -151,6 +151,8 @@ class TrainConfig:
     checkpoint_every: int = 5000
     keep_last: int = 2
     """checkpoints kept; older ones are deleted after a newer one is complete"""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """when a checkpoint cannot be written; the last one of a run always stops it"""
     measure: bool = False
     """log seconds by part of a step and bytes sent by kind; waits for the device between parts, which costs speed"""
     sample_every: int = 0

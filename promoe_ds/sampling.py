@@ -27,7 +27,7 @@ from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
 from promoe_ds.objective_config import Channels
-from promoe_ds.train.checkpoint import EMA, FORMAT, candidates, damage, newest
+from promoe_ds.train.checkpoint import EMA, FORMAT, WEIGHTS, candidates, damage, is_checkpoint_name, newest
 
 Precision = Literal["fp32", "bf16"]
 IMAGE_MODES = {1: "L", 3: "RGB"}
@@ -50,7 +50,8 @@ class How:
 
 
 def find_weights(path: Path, option: str = "--run") -> Path:
-    """The EMA file meant by a file, a checkpoint folder or a run folder (its newest complete checkpoint).
+    """The weights meant by a file, a checkpoint folder, a folder of `launchers/checkpoint.py convert --weights`, or a
+    run folder (its newest complete checkpoint).
 
     Raises:
         ConfigError: nothing there, or the newest is damaged; `option` is what the message calls the path.
@@ -59,8 +60,12 @@ def find_weights(path: Path, option: str = "--run") -> Path:
         return path
     if not path.is_dir():
         reject(option, path, "no such file or folder", "name a run folder, a checkpoint folder or an ema.safetensors")
-    if (path / EMA).is_file():
-        return path / EMA
+    for name in (EMA, WEIGHTS):
+        if (path / name).is_file():
+            problem = damage(path, read_bytes=False) if is_checkpoint_name(path.resolve().name) else None
+            if problem:
+                reject(option, path, f"is damaged: {problem}", "name another checkpoint")
+            return path / name
     found = candidates(path)
     if not found:
         reject(option, path, "holds no complete checkpoint", "train first, or name another run folder")
@@ -81,7 +86,8 @@ def find_weights(path: Path, option: str = "--run") -> Path:
 def _read_weights(file: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(str(file), framework="pt", device=str(device)) as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, OSError) as error:
         reject(
             "weights",
@@ -89,6 +95,9 @@ def _read_weights(file: Path, device: torch.device) -> tuple[dict[str, torch.Ten
             f"is damaged or no safetensors file ({' '.join(str(error).split())})",
             "restore it or name another checkpoint with --model",
         )
+    if metadata.get("dtype") == "bf16":  # stored so to be small; the model is fp32
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    return tensors, metadata
 
 
 def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, int]:

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ class MetricsLog:
     def __init__(self, run: Path, step: int, steps: int):
         self.path, self.steps = run / "metrics.jsonl", steps
         self._truncate(step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.file, self.waiting = self.path.open("ab", buffering=0), b""
+        self.board: SummaryWriter | None = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def _truncate(self, step: int) -> None:
         if not self.path.exists():
@@ -104,19 +105,32 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record with the key `step`; numbers or None."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        for key, value in record.items():
-            if key != "step" and value is not None:
-                self.board.add_scalar(key, value, record["step"])
+        """One record with the key `step`; numbers or None. A full disk is a warning: records wait for room."""
+        self.waiting += json.dumps(record).encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        scalars = {key: value for key, value in record.items() if key != "step" and value is not None}
+        self._show(lambda board: [board.add_scalar(key, value, record["step"]) for key, value in scalars.items()])
         print(self._line(record), flush=True)
+
+    def _show(self, draw: Callable[[SummaryWriter], object]) -> None:
+        """TensorBoard, whose writer does not recover from an error."""
+        try:
+            if self.board:
+                draw(self.board)
+        except OSError as error:
+            self.board = None
+            text = f"warning: no more TensorBoard until the next start ({error.strerror}); metrics.jsonl goes on"
+            print(text, file=sys.stderr, flush=True)
 
     def image(self, name: str, image: Any, step: int) -> None:
         """Add a PIL image to TensorBoard."""
         import numpy as np
 
-        self.board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._show(lambda board: board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC"))
 
     def _line(self, r: dict[str, Any]) -> str:
         left = (self.steps - r["step"]) * r["seconds_per_step"]
@@ -130,4 +144,4 @@ class MetricsLog:
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        self._show(lambda board: board.close())

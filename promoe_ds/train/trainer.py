@@ -7,16 +7,16 @@ exactly what the interrupted one would have done.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -37,8 +37,10 @@ from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import KINDS, PARTS, Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
 from promoe_ds.sampling import draw_grid
-from promoe_ds.train import checkpoint
+from promoe_ds.train import checkpoint, resuming
+from promoe_ds.train.checkpoint import claim
 from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
+from promoe_ds.train.saving import Saver, ema_state_dict
 
 DONE, USER_ERROR, RESUMABLE = 0, 2, 85
 """exit codes"""
@@ -56,23 +58,6 @@ class RankFailed(Exception):
     """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
 
 
-def claim(run: Path) -> IO[str]:
-    """Make the run folder and lock it: it is this process's until the file is closed, or the process dies.
-
-    Raises:
-        ConfigError: another process trains in it, or it cannot be written.
-    """
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
-    except OSError as error:
-        reject("--run", run, f"cannot be written ({error.strerror or error})", "choose another folder")
-    return lock
-
-
 def check_history(run: Path, found: Path | None, config: Config) -> int:
     """The step to continue from, 0 for a fresh run.
 
@@ -84,7 +69,7 @@ def check_history(run: Path, found: Path | None, config: Config) -> int:
         if step > config.train.steps:
             reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
         return step
-    logged, saved = last_logged_step(run), checkpoint.saved_config(run)
+    logged, saved = last_logged_step(run), resuming.saved_config(run)
     if saved and logged > saved.get("train", {}).get("checkpoint_every", logged):
         conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
         reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
@@ -98,9 +83,9 @@ class Trainer:
         self.config, self.run_folder, self.topology = config, run, topology
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset: ImageDataset = build_dataset(config)  # before any collective: its errors are the user's
-        saved = checkpoint.saved_config(run)
+        saved = resuming.saved_config(run)
         if saved is not None:
-            checkpoint.check_same_run(saved, config, run)
+            resuming.check_same_run(saved, config, run)
         self.lock = claim(run) if topology.rank == 0 else None
         connect(topology)
         check_deepspeed_values(ds)
@@ -108,9 +93,11 @@ class Trainer:
         self.stop_since: float | None = None
         found = checkpoint.find_whole(run, self.ranks)
         if found:
-            checkpoint.check_same_run(checkpoint.manifest(found)["config"], config, found)
+            resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
         self.step = check_history(run, found, config)
         self.engine = self._make_engine(ds, found)
+        facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__}
+        self.saver = Saver(run, self.engine, config, self.ranks, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
         self.aux_weights = self.objective.aux_weights | router_weights
@@ -139,14 +126,14 @@ class Trainer:
         materialize(model, self.config.train.seed, topology.device)
         self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
         self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
-        reader = checkpoint.Reader(found) if found else None
+        reader = resuming.Reader(found) if found else None
         if reader:
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            checkpoint.load_weights(reader, trained, lambda p, full: local_part(p, full, topology))
-            checkpoint.load_buffers(reader, dict(model.named_buffers()))
+            resuming.load_weights(reader, trained, lambda p, full: local_part(p, full, topology))
+            resuming.load_buffers(reader, dict(model.named_buffers()))
         engine = Engine(model, self.config, ds, topology)
         if reader:
-            checkpoint.restore(reader, engine, self.step)
+            resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
         return engine
 
     def _fixed(self) -> dict[str, Tensor]:
@@ -162,18 +149,24 @@ class Trainer:
         signal.signal(signal.SIGTERM, self._on_signal)
         with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
             while self.step < cfg.steps:
-                record = self._train_step(self._next(stream))
+                try:
+                    record = self._train_step(self._next(stream))
+                except TrainingStopped:  # on every rank alike: a checkpoint under way is completed first
+                    self.saver.finish(tolerant=True)
+                    raise
+                if self.saver.job:
+                    self._paused(self.saver.poll)
                 if self.step % cfg.log_every == 0 or self.step in (1, cfg.steps):
                     self._report(record)
                 last = self.step == cfg.steps or record["stop"]
                 if last or self.step % cfg.checkpoint_every == 0:
-                    self._save()
+                    self._paused(self.saver.save, self.step, self._fixed(), last)
                 if cfg.sample_every and self.step % cfg.sample_every == 0 and self.step < cfg.steps:
-                    self._draw_samples()
+                    self._paused(self._draw_samples)
                 if record["stop"] and self.step < cfg.steps:
                     self._say(f"stopped by a signal at step {self.step}; the same command continues")
                     return RESUMABLE
-        self._draw_samples()
+        self._paused(self._draw_samples)
         weights = checkpoint.folder(self.run_folder, self.step) / checkpoint.EMA
         self._say(f"done: {self.step} steps; weights in {weights}")
         return DONE
@@ -269,19 +262,10 @@ class Trainer:
         if self.meter:
             self.meter.reset()
 
-    def _save(self) -> None:
-        start = time.perf_counter()
-        facts = {"world": self.topology.world, "ep": self.topology.ep, "stage": self.engine.stage,
-                 "torch": torch.__version__}  # fmt: skip
-        checkpoint.save(self.run_folder, self.engine, self._fixed(), self.step, self.config, self.ranks, facts)
-        if self.topology.rank == 0:
-            checkpoint.prune(self.run_folder, self.config.train.keep_last)
-        self._paused(start, f"checkpoint of step {self.step}")
-
     def _draw_samples(self) -> None:
         """Rank 0 draws a grid with the EMA weights, fixed noise: samples/grid.png, and by step."""
         start = time.perf_counter()
-        weights = checkpoint.ema_state_dict(self.engine, self._fixed(), self.ranks)
+        weights = ema_state_dict(self.engine, self._fixed(), self.ranks)
         if self.log:
             model = build(self.config)
             model.load_state_dict(weights, assign=True)
@@ -291,7 +275,7 @@ class Trainer:
             except (ConfigError, OSError) as error:  # a picture is no reason to lose a run
                 self._say(f"  no sample grid: {error}")
         barrier(self.topology)
-        self._paused(start, "sample grid")
+        self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
 
     def _keep_grid(self, image: Image.Image) -> None:
         target = self.run_folder / "samples"
@@ -301,12 +285,13 @@ class Trainer:
         if self.log:
             self.log.image("samples", image, self.step)
 
-    def _paused(self, start: float, what: str) -> None:
-        seconds = time.perf_counter() - start
-        self.throughput.pause(seconds)
+    def _paused(self, work: Callable[..., None], *args: Any) -> None:
+        """Do it; its time does not count as time of training."""
+        start = time.perf_counter()
+        work(*args)
+        self.throughput.pause(time.perf_counter() - start)
         if self.meter:
             self.meter.skip()
-        self._say(f"  {what}: {seconds:.1f} s")
 
     def _banner(self) -> str:
         t, cfg = self.topology, self.config.train

@@ -44,7 +44,7 @@ class Poisoned:
 def main() -> None:
     folder, work = Path(sys.argv[1]), sys.argv[2]
     if work == "poison":
-        trainer = make(folder / "poison", "zero2")
+        trainer = make(folder / "poison", "zero2", "train.checkpoint_every=2")
         trainer.dataset = Poisoned(trainer.dataset, trainer.topology.rank)  # type: ignore[assignment]
         try:
             trainer.run()

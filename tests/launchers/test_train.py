@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from launchers import train as launcher
 from promoe_ds.train import checkpoint
+from tests.disk import resize, tmpfs
 from tests.launch import ROOT, deepspeed, run, train
 
 
@@ -206,3 +208,21 @@ def test_launchers_run_from_anywhere(tmp_path: Path) -> None:
     assert os.getcwd() != str(tmp_path)
     done = run(["env", "-C", str(tmp_path), "python3", str(ROOT / "launchers/train.py"), "--help"], check=False)
     assert done.returncode == 0
+
+
+def test_a_full_disk_costs_no_checkpoint_and_with_more_room_the_run_continues(tmp_path: Path) -> None:
+    """A real file system that holds one checkpoint and not two; `train.on_save_error=continue`."""
+    run = tmp_path / "disk" / "run"
+    command = ("--config", "tiny", "--run", str(run), "train.steps=12", "train.checkpoint_every=5")
+    with tmpfs(tmp_path / "disk", "5m") as disk:
+        done = train(*command, "train.on_save_error=continue", check=False)
+        warning, error = (t for t in done.stderr.splitlines() if t.startswith(("warning: checkpoint", "error: ")))
+        assert done.returncode == 2 and "step 12/12" in done.stdout
+        for line, step in ((warning, 10), (error, 12)):
+            assert f"step_{step:08d}: cannot be written (it needs " in line
+            assert re.search(r"needs 3\.\d MiB, the disk has 2\.\d MiB free\); step_00000005 is unharmed", line)
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000005"]
+        resize(disk, "10m")
+        resumed = train(*command)
+        assert "resuming at step 5 of 12" in resumed.stdout
+        assert [checkpoint.step_of(p) for p in checkpoint.candidates(run)] == [10, 12]

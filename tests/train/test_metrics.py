@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from promoe_ds.train.metrics import MetricsLog, duration, expert_load
+from tests.disk import tmpfs
 
 
 def record(step: int) -> dict:
@@ -45,3 +46,22 @@ def test_a_resumed_log_drops_later_and_broken_lines(tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert "step 30/100  loss 1.5000  diffusion 1.2500  routing_contrastive 0.2500  gnorm 0.500" in out
     assert "load 2.00x  dead 1  eta 2m20s" in out and "mfu" not in out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
+def test_a_full_disk_costs_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They wait in memory until there is room again."""
+    with tmpfs(tmp_path / "disk", "100k") as disk:
+        log, ballast = MetricsLog(disk, 0, 100), disk / "ballast"
+        log.write(record(1))
+        with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        for step in range(2, 40):  # more than fits behind the first into its page
+            log.write(record(step))
+        assert "warning: " in (err := capsys.readouterr().err) and "No space left" in err
+        ballast.unlink()
+        log.write(record(40))
+        log.close()
+        lines = [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines()]
+        assert lines == list(range(1, 41))

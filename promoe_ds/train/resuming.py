@@ -1,0 +1,124 @@
+"""Reading a checkpoint into a model and an engine of any topology."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from promoe_ds.config import Config, ConfigError, decode, encode, reject
+from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifest
+
+FREE_ON_RESUME = {
+    *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
+    *("parallel", "data.path", "data.prefetch", "moe.experts_backend"),
+    *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
+    *("train.on_save_error", "train.measure"),
+    *("train.micro_batch_size", "train.activation_checkpointing", "moe.router.superclasses"),
+}
+"""Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
+shown. Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """Keys at which two plain configuration trees differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            inner = f"{path}.{key}" if path else key
+            if inner not in FREE_ON_RESUME:
+                yield from differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield path, old, new
+
+
+def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
+    """Raise ConfigError if a saved configuration computes something else than `config`."""
+    try:
+        known = encode(decode(saved))
+    except ConfigError as error:
+        reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
+    for path, old, new in differences(known, encode(config)):
+        reject(path, new, f"{where} was made with {path}={old}", f"set {path}={old} or choose another --run")
+
+
+def _open(path: Path, name: str) -> Any:
+    try:
+        return safe_open(path / name, framework="pt")
+    except (OSError, SafetensorError) as error:
+        text = f"{name} is no safetensors file ({' '.join(str(error).split())})"
+        reject("checkpoint", path, text, "use another checkpoint")
+
+
+class Reader:
+    """Random access to the full tensors of a checkpoint's state files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.where: dict[str, Any] = {}
+        for name in sorted(manifest(path)["files"]):
+            file = _open(path, name)
+            prefix = "ema/" if name == EMA else ""
+            self.where |= {prefix + key: (file, key) for key in file.keys()}
+
+    def __call__(self, name: str, state: str) -> Tensor:
+        """The full fp32 tensor of a parameter's state; raises ConfigError if the checkpoint lacks it."""
+        key = f"ema/{name}" if state == "ema" else f"{name}/{state}"
+        if key not in self.where:
+            reject("checkpoint", self.path, f"holds no {key}", "use a checkpoint of this model")
+        file, inner = self.where[key]
+        return file.get_tensor(inner)
+
+
+def load_weights(reader: Reader, params: Mapping[str, Tensor], local: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Copy master weights into a model before the engine is made.
+
+    Args:
+        params: trainable parameters by name.
+        local: (parameter, full tensor) -> this rank's part of it.
+    """
+    with torch.no_grad():
+        for name, p in params.items():
+            part = local(p, reader(name, "fp32"))
+            if part.shape != p.shape:
+                reject(
+                    "checkpoint",
+                    reader.path,
+                    f"{name} has shape {list(part.shape)}, the model {list(p.shape)}",
+                    "use a checkpoint of this model",
+                )
+            p.copy_(part)
+
+
+def load_buffers(reader: Reader, buffers: Mapping[str, Tensor]) -> None:
+    """Copy the buffers, which are equal on every rank, from the EMA file. Raises ConfigError if one is missing."""
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(reader(name, "ema"))
+
+
+def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) -> None:
+    """Fill the engine's master weights, moments and EMA as after `step` updates."""
+    engine.allocate(step)
+    for name in tqdm(engine.params, desc="restoring", unit="tensor", disable=quiet or None, delay=1):
+        for state in (*RESUMED_STATES, "ema"):
+            engine.write(name, state, reader(name, state))
+
+
+def saved_config(run: Path) -> dict[str, Any] | None:
+    """The plain configuration tree in RUN/config.yaml, or None."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reject("--run", path, f"cannot be read ({' '.join(str(error).split())})", "mend it or choose another --run")
+    if not isinstance(tree, dict):
+        reject("--run", path, "is not a configuration", "mend it or choose another --run")
+    return tree

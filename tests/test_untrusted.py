@@ -1,0 +1,140 @@
+"""A pickle with code in it is refused wherever a file from outside is read, and the code never runs."""
+
+from __future__ import annotations
+
+import ast
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.evaluate import load_samples
+from promoe_ds.config import ConfigError, load_config
+from promoe_ds.data.images import PackedImages
+from promoe_ds.sampling import load_ema
+from promoe_ds.train import checkpoint, resuming
+from tests.train.state import save
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for folder in ("promoe_ds", "evaluation", "launchers") for p in (ROOT / folder).rglob("*.py"))
+
+
+class Exploit:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.mark), "w")
+
+
+def as_pickle(mark: Path) -> bytes:
+    return pickle.dumps(Exploit(mark))
+
+
+def as_torch(mark: Path) -> bytes:
+    file = io.BytesIO()
+    torch.save({"weight": Exploit(mark)}, file)
+    return file.getvalue()
+
+
+def as_npy(mark: Path) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([Exploit(mark)], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def as_npz(mark: Path, *names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(f"{name}.npy", as_npy(mark))
+    return file.getvalue()
+
+
+def test_the_exploit_works_where_nobody_is_careful(tmp_path: Path) -> None:
+    """Otherwise the tests below would prove nothing."""
+    for i, make in enumerate((as_pickle, as_torch, as_npy)):
+        mark, data = tmp_path / str(i), make(tmp_path / str(i))
+        if make is as_pickle:
+            pickle.loads(data)
+        elif make is as_torch:
+            torch.load(io.BytesIO(data), weights_only=False)
+        else:
+            np.load(io.BytesIO(data), allow_pickle=True)
+        assert mark.exists()
+
+
+@pytest.mark.parametrize("make", [as_pickle, as_torch, as_npy])
+def test_in_the_place_of_weights(tmp_path: Path, make: Callable[[Path], bytes]) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "ema.safetensors").write_bytes(make(mark))
+    with pytest.raises(ConfigError, match="is damaged or no safetensors file"):
+        load_ema(tmp_path / "ema.safetensors")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("victim", ["ema.safetensors", "state-00000-of-00001.safetensors"])
+@pytest.mark.parametrize("make", [as_pickle, as_torch, as_npy])
+def test_in_a_checkpoint_whose_manifest_vouches_for_it(
+    tmp_path: Path, make: Callable[[Path], bytes], victim: str
+) -> None:
+    """Checksums are no help against somebody who can write the manifest too."""
+    save(tmp_path, 5)
+    mark, found = tmp_path / "mark", checkpoint.folder(tmp_path, 5)
+    tree = checkpoint.manifest(found)
+    (found / victim).write_bytes(make(mark))
+    entry = {"bytes": (found / victim).stat().st_size, "blake2b": checkpoint.file_digest(found / victim)}
+    checkpoint.write_manifest(found, tree | {"files": tree["files"] | {victim: entry}})
+    assert checkpoint.find_whole(tmp_path, checkpoint.Ranks()) == found
+    with pytest.raises(ConfigError, match=f"{victim} is no safetensors file"):
+        resuming.Reader(found)
+    assert not mark.exists()
+
+
+def test_in_packed_images_and_samples(tmp_path: Path) -> None:
+    mark, file = tmp_path / "mark", tmp_path / "evil.npz"
+    keys = ("classes", "train_jpeg", "train_offsets", "train_labels")
+    for data in (as_npz(mark, *keys), as_npz(mark, "arr_0", "arr_1"), as_pickle(mark), as_npy(mark)):
+        file.write_bytes(data)
+        with pytest.raises(ConfigError):
+            PackedImages(file, "train", 3, 16)
+        with pytest.raises(ConfigError):
+            load_samples(file)
+        assert not mark.exists()
+
+
+def test_in_yaml(tmp_path: Path) -> None:
+    mark, file = tmp_path / "mark", tmp_path / "evil.yaml"
+    file.write_text(f"name: !!python/object/apply:builtins.open [{mark}, w]\n")
+    with pytest.raises(ConfigError):
+        load_config(str(file), [])
+    (tmp_path / "config.yaml").write_text(file.read_text())
+    with pytest.raises(ConfigError):
+        resuming.saved_config(tmp_path)
+    assert not mark.exists()
+
+
+def calls(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Every `module.function(...)` of a file, with its keyword arguments."""
+    found = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return [(ast.unparse(c.func), {k.arg: ast.unparse(k.value) for k in c.keywords if k.arg}) for c in found]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_reader_of_pickles_in_the_sources(path: Path) -> None:
+    """Also in readers that no test above knows."""
+    for name, keywords in calls(path):
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True", "torch.load(..., weights_only=True)"
+        if name in ("np.load", "numpy.load"):
+            assert keywords.get("allow_pickle") == "False", "np.load(..., allow_pickle=False)"
+        assert name not in ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load"), name
+    modules = {word for line in path.read_text(encoding="utf-8").splitlines() for word in line.split()[:2]}
+    assert not modules & {"pickle", "dill", "cloudpickle", "shelve", "joblib"}, "no module that unpickles"

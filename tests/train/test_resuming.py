@@ -1,0 +1,76 @@
+"""Reading checkpoints: all of the state comes back, and nothing of another run is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds.config import ConfigError, load_config
+from promoe_ds.train import checkpoint, resuming
+from promoe_ds.train.checkpoint import Ranks
+from promoe_ds.train.resuming import Reader
+from tests.train.state import CONFIG, State, save, save_on
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_round_trip_is_bit_exact(tmp_path: Path, world: int) -> None:
+    """Also with more ranks than parameters: some files are empty."""
+    state = State(7)
+    assert save_on(world, tmp_path, 7) == [None] * world
+    found = checkpoint.find_whole(tmp_path, Ranks())
+    assert found == checkpoint.folder(tmp_path, 7) == checkpoint.newest(tmp_path)
+    other = State(99)
+    resuming.restore(Reader(found), other, 7)
+    assert other.step == 7 and other.values.keys() == state.values.keys()
+    assert all(torch.equal(other.values[key], state.values[key]) for key in state.values)
+
+
+def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    found = checkpoint.folder(tmp_path, 5)
+    saved = checkpoint.manifest(found)["config"]
+    resuming.check_same_run(saved, load_config("tiny", ["train.steps=99", "parallel.expert_parallel=4"]), found)
+    with pytest.raises(
+        ConfigError, match=r"optimizer.lr=0.5: .*was made with optimizer.lr=0.001; set optimizer.lr=0.001"
+    ):
+        resuming.check_same_run(saved, load_config("tiny", ["optimizer.lr=0.5"]), found)
+    with pytest.raises(ConfigError, match="moe"):
+        resuming.check_same_run(saved, load_config("tiny", ["moe=null"]), found)
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    reader = Reader(checkpoint.folder(tmp_path, 5))
+    with pytest.raises(ConfigError, match="holds no zebra/fp32"):
+        resuming.load_weights(reader, {"zebra": torch.zeros(3, 2)}, lambda p, full: full)
+    with pytest.raises(ConfigError, match=r"a has shape \[3, 2\], the model \[4, 2\]"):
+        resuming.load_weights(reader, {"a": torch.zeros(4, 2)}, lambda p, full: full)
+
+
+def test_buffers_come_back_from_the_ema_file(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    reader, buffer = Reader(checkpoint.folder(tmp_path, 5)), torch.zeros(2)
+    resuming.load_buffers(reader, {"fixed": buffer})
+    assert (buffer == 1).all()
+    with pytest.raises(ConfigError, match="holds no ema/zebra"):
+        resuming.load_buffers(reader, {"zebra": buffer})
+
+
+def test_unreadable_run_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="config.yaml: cannot be read"):
+        resuming.saved_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[1]"])
+def test_a_damaged_run_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="config.yaml: .*choose another --run"):
+        resuming.saved_config(tmp_path)
+
+
+def test_a_run_configuration_of_another_version_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a configuration that this version cannot read .*foo"):
+        resuming.check_same_run({"foo": 1}, CONFIG, tmp_path)
