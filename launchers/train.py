@@ -10,8 +10,8 @@ examples:
   python launchers/train.py --config imagenet256_promoe_xl --dry-run --world 64 parallel.expert_parallel=4
   python launchers/train.py --config digits train.steps=2000 --run runs/longer
 
-exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by a signal but resumable
-(torchrun makes every failure 1)
+exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by SIGTERM or SIGUSR2 after saving
+(the file RUN/requeue says so too: the same command continues), 1 anything else; torchrun makes every failure 1
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from promoe_ds.train import signals  # noqa: E402
+
+if __name__ == "__main__":
+    signals.listen()  # before the slow imports
+
 from promoe_ds.config import Config, ConfigError, load_config  # noqa: E402
 from promoe_ds.validate import validate_data  # noqa: E402
+
+INTERRUPTED = "interrupted; the same command continues from the last checkpoint"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/RECIPE)")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
+    text = "end with 0, not 85, when a signal stopped the run (for batch scripts, which test RUN/requeue)"
+    parser.add_argument("--exit-zero-on-signal", action="store_true", help=text)
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: number of GPUs to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the recipe")
@@ -70,24 +79,43 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
 
 def train(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.parallel import ds_config, topology
-    from promoe_ds.train.trainer import USER_ERROR, RankFailed, Trainer, TrainingStopped
+    from promoe_ds.train.trainer import RESUMABLE, USER_ERROR, RankFailed, StoppedEarly, Trainer, TrainingStopped
 
     validate_data(config)
     here = topology.from_environment(config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
+    trainer = None
     try:
         trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)
         code = trainer.run()
-    except TrainingStopped as error:  # raised on every rank
-        if here.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1
-    except RankFailed as error:  # this rank alone: its end makes the launcher end the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        topology.leave(USER_ERROR)
-    trainer.close()
+    except StoppedEarly:
+        code = RESUMABLE
+    except (ConfigError, RankFailed, TrainingStopped) as error:
+        if isinstance(error, ConfigError) and not topology.watched():
+            raise
+        return topology.fail(str(error), 1 if isinstance(error, TrainingStopped) else USER_ERROR)
+    except KeyboardInterrupt:
+        if not topology.watched():
+            raise
+        return topology.fail(INTERRUPTED, 130)
+    except Exception as error:
+        return topology.crash(error, here)
+    finally:
+        if trainer is not None:
+            trainer.close()
     topology.disconnect()
+    code = 0 if code == RESUMABLE and args.exit_zero_on_signal else code
     return code if here.world == 1 else topology.leave(code)
+
+
+def mistake(error: ConfigError) -> int:
+    """Tell a mistake that was met before the ranks are connected: most likely by all of them, so rank 0 tells it."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(3)  # let rank 0 speak, and the launcher end the others
+    if rank == "0" or not signals.requested():
+        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,14 +126,10 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         return dry_run(args, config) if args.dry_run else train(args, config)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # let rank 0 speak before the launcher ends the others
-        return 2
+        return mistake(error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+            print(INTERRUPTED, file=sys.stderr, flush=True)
         return 130
 
 

@@ -133,6 +133,8 @@ class OptimizerConfig:
 class ParallelConfig:
     expert_parallel: int = 1
     """ep: ranks over which the routed experts are sharded; must divide the experts and the world size"""
+    timeout_minutes: float = 30.0
+    """how long ranks wait for one that stands still; a rank that dies ends the others at once"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,8 @@ class TrainConfig:
     """when a checkpoint cannot be written; the last one of a run always stops it"""
     measure: bool = False
     """log seconds by part of a step and bytes sent by kind; waits for the device between parts, which costs speed"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """a loss or gradient norm that is not finite: end the run, or make no update in that step (10 in a row end it)"""
     sample_every: int = 0
     """steps between EMA sample grids; 0 draws one at the end only"""
 

@@ -104,6 +104,7 @@ def _validate_training(config: Config) -> None:
     _positive(config, "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.log_every")
     _positive(config, "train.checkpoint_every", "train.keep_last", "optimizer.lr", "optimizer.eps")
     _positive(config, "diffusion.logit_std", "diffusion.shift", "sample.per_class", "sample.classes", "data.prefetch")
+    _positive(config, "parallel.timeout_minutes")
     for path, value in (
         ("optimizer.beta1", config.optimizer.beta1),
         ("optimizer.beta2", config.optimizer.beta2),

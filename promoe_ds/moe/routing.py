@@ -124,6 +124,9 @@ class Router(nn.Module):
             all_reduce: sum over ranks, to be called on every rank or on none.
         """
 
+    def drop_step(self) -> None:
+        """Forget what the forwards since the last step gathered for `after_step`: the step made no update."""
+
     @staticmethod
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
         """Parameters of one router, from the configuration alone; buffers do not count."""

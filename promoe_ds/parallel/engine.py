@@ -13,6 +13,7 @@ DeepSpeed 0.19.8 facts worked around here:
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import deepspeed
@@ -85,10 +86,29 @@ class Engine:
             self.engine.step()  # advances DeepSpeed's micro-step counter only
 
     def step(self) -> float:
-        """Clip and update after the last micro-batch; returns the global gradient norm before clipping."""
-        norm = self._clip_stage0() if self.stage == 0 else None
+        """Clip and update after the last micro-batch; returns the global gradient norm before clipping.
+
+        If the norm is not finite there is no update, on any rank: DeepSpeed refuses it at stages 1 to 3.
+        """
+        norm = float(self._clip_stage0()) if self.stage == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            self.drop()
+            return norm
         self.engine.step()
-        return float(norm if norm is not None else self.engine.get_global_grad_norm())
+        return norm if norm is not None else float(self.engine.get_global_grad_norm())
+
+    def drop(self) -> None:
+        """Forget the gradients of the last micro-batches without an update."""
+        self.adam.refuse = True
+        self.engine.step()
+        self.adam.refuse = False
+
+    def skip(self) -> None:
+        """Count a step without an update: the bias correction of Adam knows the number of steps, as after a resume."""
+        partitions = self._partitions()
+        self.adam.start(partitions)
+        for p in partitions:
+            self.adam.state[p]["step"] += 1
 
     def _clip_stage0(self) -> Tensor:
         dense = [p.grad for p in self.params.values() if not is_sharded(p) and p.grad is not None]
@@ -147,16 +167,17 @@ class Engine:
 
     def allocate(self, step: int) -> None:
         """Make empty optimizer state as after `step` updates; `write` fills it."""
-        optimizer = self.engine.optimizer
-        if self.stage == 0:
-            partitions = list(self.params.values())
-        elif self.stage == 3:
-            partitions = optimizer.fp32_partitioned_groups_flat
-        else:
-            partitions = optimizer.single_partition_of_fp32_groups
-        self.adam.allocate(partitions, step)
+        self.adam.allocate(self._partitions(), step)
         self.engine.global_steps = step
         self.relink()
+
+    def _partitions(self) -> list[Any]:
+        """The tensors that the optimizer updates: parameters, or this rank's flat partitions of them."""
+        if self.stage == 0:
+            return list(self.params.values())
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
 
     def relink(self) -> None:
         """Connect parameters with their slices of the optimizer state; before reading or writing it."""

@@ -30,10 +30,15 @@ class AdamWithEMA(torch.optim.AdamW):
             fused=True,
         )
         self.ema_decay = config.ema_decay
+        self.refuse = False
+        """let `step` change nothing"""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         live = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.refuse:
+            self.start(live)
+            return None
         first = {p: p.detach().clone() for p in live if "ema" not in self.state[p]}
         loss = super().step(closure)
         for p, start in first.items():
@@ -41,6 +46,14 @@ class AdamWithEMA(torch.optim.AdamW):
         if live:
             torch._foreach_lerp_([self.state[p]["ema"] for p in live], live, 1 - self.ema_decay)
         return loss
+
+    @torch.no_grad()
+    def start(self, params: list[Tensor]) -> None:
+        """Make the state before the first update of those of `params` that have none."""
+        fresh = [p for p in params if "ema" not in self.state[p]]
+        self.allocate(fresh, 0)
+        for p in fresh:
+            self.state[p]["ema"].copy_(p)
 
     def allocate(self, params: list[Tensor], step: int) -> None:
         """Make the state of `params` as after `step` updates, to be filled from a checkpoint."""

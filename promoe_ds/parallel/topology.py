@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import reject
+from promoe_ds.parallel.watchdog import Watchdog, is_consequence
+
+_watchdog: Watchdog | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ def from_environment(ep: int) -> Topology:
 def connect(topology: Topology, timeout_minutes: float = 30.0) -> None:
     """Join the process group through DeepSpeed: gloo on CPU, NCCL on CUDA.
 
+    From here on the end of one rank ends all (`watchdog`): within moments if its process or machine is gone, within the
+    timeout if it stands still, alone in or out of a collective.
+
     On CPU DeepSpeed would first compile a shared-memory operator for a minute (it serves inference only, and parallel
     jobs race for its build folder): it is marked as not available.
     """
@@ -97,12 +104,48 @@ def connect(topology: Topology, timeout_minutes: float = 30.0) -> None:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         verbose=False,
     )
+    if topology.world > 1:
+        _watch(topology, 60 * timeout_minutes)
+
+
+def _watch(topology: Topology, timeout: float) -> None:
+    global _watchdog
+    speaker = topology.local_rank == 0 or topology.rank == 1  # some process of every machine but rank 0 itself
+    share = lambda value: gather_objects(value, topology)[0]  # noqa: E731
+    _watchdog = Watchdog(topology.rank, topology.world, share, os.environ["MASTER_ADDR"], timeout, speaker)
+
+
+def watched() -> bool:
+    """Whether other ranks will learn of this one's end."""
+    return _watchdog is not None
+
+
+def fail(text: str, code: int) -> int:
+    """This rank cannot go on: end all ranks with `code`, and with one line on stderr, from rank 0.
+
+    If several ranks fail at about the same time, the likeliest cause is told, and its code is that of every rank.
+    Returns `code` if the process is the only one.
+    """
+    if _watchdog is not None:
+        _watchdog.failed(text, code)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return code if world_size() == 1 else leave(code)
+
+
+def crash(error: Exception, topology: Topology) -> int:
+    """`fail` with an error that nobody foresaw: its traceback too, unless it looks like an echo of another rank's."""
+    text = f"rank {topology.rank} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    if topology.world == 1 or not is_consequence(text):
+        traceback.print_exception(error)
+    return fail(text, 1)
 
 
 def disconnect() -> None:
     """Leave the process group, together: gloo aborts a rank whose peers close their connections before it does."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        if _watchdog is not None:
+            _watchdog.close()
         torch.distributed.destroy_process_group()
 
 

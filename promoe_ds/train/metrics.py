@@ -105,16 +105,19 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record with the key `step`; numbers or None. A full disk is a warning: records wait for room."""
+        """One record with the key `step`; numbers or None, and the reason `skipped` of a step without an update.
+
+        A full disk is a warning: records wait for room.
+        """
         self.waiting += json.dumps(record).encode() + b"\n"
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
         except OSError as error:
             print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
-        scalars = {key: value for key, value in record.items() if key != "step" and value is not None}
+        scalars = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
         self._show(lambda board: [board.add_scalar(key, value, record["step"]) for key, value in scalars.items()])
-        print(self._line(record), flush=True)
+        print(f"skipped: {record['skipped']}" if "skipped" in record else self._line(record), flush=True)
 
     def _show(self, draw: Callable[[SummaryWriter], object]) -> None:
         """TensorBoard, whose writer does not recover from an error."""

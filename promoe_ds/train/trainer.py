@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from PIL import Image
@@ -37,21 +35,18 @@ from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import KINDS, PARTS, Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
 from promoe_ds.sampling import draw_grid
-from promoe_ds.train import checkpoint, resuming
+from promoe_ds.train import checkpoint, nonfinite, resuming, signals
 from promoe_ds.train.checkpoint import claim
 from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
+from promoe_ds.train.nonfinite import TrainingStopped
 from promoe_ds.train.saving import Saver, ema_state_dict
 
 DONE, USER_ERROR, RESUMABLE = 0, 2, 85
 """exit codes"""
 
 
-REPEAT_SECONDS = 5.0
-"""a launcher forwards a signal that its process group also got: a repeat within this time is the same request"""
-
-
-class TrainingStopped(Exception):
-    """The run cannot go on (not a user's mistake); raised on every rank alike; the message is one line."""
+class StoppedEarly(Exception):
+    """A signal came before the first step; raised on every rank alike, after the marker is written."""
 
 
 class RankFailed(Exception):
@@ -76,6 +71,11 @@ def check_history(run: Path, found: Path | None, config: Config) -> int:
     return 0
 
 
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
 class Trainer:
     """A run on one rank: model, engine, data and log, at some step."""
 
@@ -87,10 +87,12 @@ class Trainer:
         if saved is not None:
             resuming.check_same_run(saved, config, run)
         self.lock = claim(run) if topology.rank == 0 else None
-        connect(topology)
+        if self.lock:
+            signals.remove_marker(run)
+        connect(topology, config.parallel.timeout_minutes)
+        self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
         check_deepspeed_values(ds)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
-        self.stop_since: float | None = None
         found = checkpoint.find_whole(run, self.ranks)
         if found:
             resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
@@ -105,6 +107,7 @@ class Trainer:
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
         self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
+        self.skips_in_a_row = 0
         self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
 
     def _open_log(self, ds: ResolvedDS) -> MetricsLog:
@@ -146,7 +149,7 @@ class Trainer:
         """Train from the current step to `train.steps`; returns the exit code."""
         cfg = self.config.train
         self._say(self._banner())
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self._stop_early(self.step)
         with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
             while self.step < cfg.steps:
                 try:
@@ -156,7 +159,7 @@ class Trainer:
                     raise
                 if self.saver.job:
                     self._paused(self.saver.poll)
-                if self.step % cfg.log_every == 0 or self.step in (1, cfg.steps):
+                if self.step % cfg.log_every == 0 or self.step in (1, cfg.steps) or record["skipped"]:
                     self._report(record)
                 last = self.step == cfg.steps or record["stop"]
                 if last or self.step % cfg.checkpoint_every == 0:
@@ -164,12 +167,25 @@ class Trainer:
                 if cfg.sample_every and self.step % cfg.sample_every == 0 and self.step < cfg.steps:
                     self._paused(self._draw_samples)
                 if record["stop"] and self.step < cfg.steps:
-                    self._say(f"stopped by a signal at step {self.step}; the same command continues")
-                    return RESUMABLE
+                    return self._leave_marker(self.step)
         self._paused(self._draw_samples)
         weights = checkpoint.folder(self.run_folder, self.step) / checkpoint.EMA
         self._say(f"done: {self.step} steps; weights in {weights}")
         return DONE
+
+    def _stop_early(self, step: int) -> None:
+        """Collective: whether a rank was told to stop before the first step. Nothing is lost, so nothing is saved."""
+        asked = torch.tensor(float(signals.requested() is not None), device=self.topology.device)
+        if sum_over_ranks(asked) > 0:
+            self._leave_marker(step)
+            raise StoppedEarly
+
+    def _leave_marker(self, step: int) -> int:
+        """The state of `step` is on disk, whole: tell people and batch scripts; returns the exit code."""
+        if self.lock:
+            signals.write_marker(self.run_folder, step)
+        self._say(f"stopped by a signal at step {step}; the same command continues")
+        return RESUMABLE
 
     def _next(self, stream: BatchStream) -> list[Batch]:
         try:
@@ -178,26 +194,64 @@ class Trainer:
             raise RankFailed(f"rank {self.topology.rank}: {error}") from error
 
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step; returns the losses, gradient norm and expert load."""
-        totals, load_LE = torch.zeros(len(self.terms) + 1, device=self.topology.device), None
+        """One optimizer step; returns the losses, gradient norm, expert load and whether to stop."""
+        totals, load_LE = self._accumulate(batches)
+        mine = totals.clone()
+        totals[-1] = float(signals.requested() is not None)  # every rank learns of it with the losses of the step
+        *losses, stop = (sum_over_ranks(totals) / self.topology.world).tolist()
+        record = dict(zip(self.terms, losses, strict=True)) | {"load": load_LE, "stop": stop > 0, "skipped": None}
+        norm = math.nan
+        if all(map(math.isfinite, losses)):
+            with self._part("optimizer"):
+                norm = self.engine.step()
+        else:
+            self.engine.drop()
+        self.step += 1
+        if math.isfinite(norm):
+            self.skips_in_a_row = 0
+            for router in self.routers:
+                router.after_step(self.engine.all_reduce)
+        else:
+            record["skipped"] = self._not_finite(batches, mine[:-1].tolist(), norm)
+        self.throughput.images += self.config.train.global_batch_size
+        return record | {"grad_norm": norm}
+
+    def _accumulate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """Forwards and backwards of a step -> (this rank's mean losses and one place more, tokens per expert)."""
+        totals = torch.zeros(len(self.terms) + 1, device=self.topology.device)
+        loads = []
         for batch in batches:
             with self._part("forward"):
                 output, terms = self._forward(batch)
             with self._part("backward"):
                 self.engine.backward(terms[0])
             totals[:-1] += torch.stack(terms).detach() / len(batches)
-            load_LE = output.load_LE if load_LE is None else load_LE + output.load_LE
-        totals[-1] = float(self.stop_since is not None)
-        *losses, stop = self._mean_over_ranks(totals)
-        with self._part("optimizer"):
-            norm = self.engine.step()
-        self.step += 1
-        if not math.isfinite(norm):
-            raise TrainingStopped(f"step {self.step}: the gradient norm is {norm}; the last checkpoint is unharmed")
+            loads.append(output.load_LE)
+        return totals, sum(loads[1:], loads[0])
+
+    def _not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:
+        """No rank has updated its weights. Find the place; returns what to log.
+
+        Raises:
+            TrainingStopped: unless `train.on_nonfinite` is skip; on every rank alike.
+        """
+        with nonfinite.Probe(self.model) as probe:
+            probe.data(batch.x_BCHW for batch in batches)
+            self._accumulate(batches)
+        self.engine.drop()
         for router in self.routers:
-            router.after_step(self.engine.all_reduce)
-        self.throughput.images += self.config.train.global_batch_size
-        return dict(zip(self.terms, losses, strict=True)) | {"grad_norm": norm, "load": load_LE, "stop": stop > 0}
+            router.drop_step()
+        answers = gather_objects((losses, probe.findings()), self.topology)
+        what = nonfinite.culprit(self.terms, [values for values, _ in answers])
+        text = f"{what or f'the gradient norm is {norm}'}; {nonfinite.place([found for _, found in answers])}"
+        text = f"step {self.step}{', ' if what else ': '}{text}"
+        self.skips_in_a_row += 1
+        if self.config.train.on_nonfinite == "stop":
+            raise TrainingStopped(f"{text}; the last checkpoint is unharmed")
+        if self.skips_in_a_row >= nonfinite.SKIPS_IN_A_ROW:
+            raise TrainingStopped(f"{text}; {self.skips_in_a_row} steps in a row; the last checkpoint is unharmed")
+        self.engine.skip()
+        return text
 
     def _forward(self, batch: Batch) -> tuple[DiTOutput, list[Tensor]]:
         """-> model output and [total loss, diffusion loss, auxiliary losses]; L = Eq. (1) + lambda * Eq. (6)."""
@@ -212,22 +266,6 @@ class Trainer:
         for name, weight in self.aux_weights.items():
             total = total + weight * aux[name]
         return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_weights)]
-
-    def _mean_over_ranks(self, totals: Tensor) -> list[float]:
-        """Means over ranks, checked before the weights are touched. Raises TrainingStopped on every rank alike."""
-        mine = totals.clone()
-        means = (sum_over_ranks(totals) / self.topology.world).tolist()
-        if not all(map(math.isfinite, means)):
-            self._name_culprit(gather_objects(mine.tolist(), self.topology))
-        return means
-
-    def _name_culprit(self, values_by_rank: list[list[float]]) -> NoReturn:
-        """The diffusion loss first: a contrastive loss of global scope is bad on every rank if it is on one."""
-        order = [*range(1, len(self.terms)), 0]
-        bad = ((r, i) for i in order for r, values in enumerate(values_by_rank) if not math.isfinite(values[i]))
-        rank, i = next(bad, (0, 0))
-        value = f"{self.terms[i]} is {values_by_rank[rank][i]}"
-        raise TrainingStopped(f"step {self.step + 1}, rank {rank}: {value}; the last checkpoint is unharmed")
 
     # --------------------------------------------------------------------------------------------------- reporting
 
@@ -254,10 +292,10 @@ class Trainer:
             peak = accounting.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
             mfu = rate / self.topology.world * self.image_flops / peak if peak else None
             self.log.write({
-                "step": self.step, **{k: record[k] for k in self.terms}, "grad_norm": record["grad_norm"],
+                "step": self.step, **{k: _finite(record[k]) for k in (*self.terms, "grad_norm")},
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
-                "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate, **measured,
-            })  # fmt: skip
+                "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
+            } | measured | ({"skipped": record["skipped"]} if record["skipped"] else {}))  # fmt: skip
         self.throughput.reset()
         if self.meter:
             self.meter.reset()
@@ -305,13 +343,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.topology.rank == 0:
             print(text, flush=True)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.stop_since is None:
-            self.stop_since = now  # every rank learns of it with the losses of the step
-        elif now - self.stop_since > REPEAT_SECONDS:
-            sys.exit(128 + number)
 
     def close(self) -> None:
         if self.log:

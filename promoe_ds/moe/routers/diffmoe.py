@@ -187,6 +187,9 @@ class DiffMoERouter(Router):
         token_N, expert_N = taken_TE.nonzero().unbind(1)
         return token_N, expert_N
 
+    def drop_step(self) -> None:
+        self.kth_E1 = None
+
     @torch.no_grad()
     def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Thresholds move towards the k-th largest prediction (mean over ranks and micro-batches); the first sets them.

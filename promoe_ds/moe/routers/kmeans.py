@@ -121,6 +121,9 @@ class KMeansRouter(Router):
         )
         self.placed.copy_(self.placed.maximum(fresh_E1[:, 0].to(self.placed.dtype)))
 
+    def drop_step(self) -> None:
+        self.sums_ED1 = None
+
     @torch.no_grad()
     def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Each centroid becomes the mean of its tokens over all ranks and micro-batches of the step.

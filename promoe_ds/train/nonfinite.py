@@ -1,0 +1,111 @@
+"""Where a loss or gradient that is not finite comes from.
+
+Steps are pure functions, so nothing is recorded while all is well: a bad step is computed once more with a `Probe` on
+the model. It looks at each module's output and at the gradient of each parameter as autograd makes them, before any
+reduction: that works alike at every ZeRO stage and under expert parallelism. Ranks then compare what they saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+SKIPS_IN_A_ROW = 10
+"""steps without an update after which `train.on_nonfinite=skip` gives up"""
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on (not a user's mistake); raised on every rank alike; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one rank saw in the repeated step."""
+
+    order: int | None
+    """number of module calls before the first bad output (0: the data themselves are bad); None if all were good"""
+    module: str
+    """name of that module"""
+    bad: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """parameter -> (values of its gradient that are not finite, values), where there is a bad one"""
+
+
+class Probe:
+    """While the context is open, watch the forwards and backwards of `model`."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.handles = model, []
+        self.calls, self.first = 0, Findings(None, "")
+        self.bad: dict[str, tuple[int, int]] = {}
+
+    def __enter__(self) -> Self:
+        for name, module in self.model.named_modules():
+            self.handles.append(module.register_forward_hook(partial(self._output, name or "the model")))
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self.handles.append(parameter.register_hook(partial(self._gradient, name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def data(self, images: Iterable[Tensor]) -> None:
+        """Look at the images themselves, before the first forward."""
+        if not all(bool(torch.isfinite(x).all()) for x in images):
+            self.first = Findings(0, "")
+
+    def _output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.calls += 1
+        if self.first.order is None and any(not bool(torch.isfinite(x).all()) for x in _tensors(output)):
+            self.first = Findings(self.calls, name)
+
+    def _gradient(self, name: str, gradient: Tensor) -> None:
+        bad = int((~torch.isfinite(gradient)).sum())
+        if bad:
+            before = self.bad.get(name, (0, 0))
+            self.bad[name] = (before[0] + bad, before[1] + gradient.numel())
+
+    def findings(self) -> Findings:
+        return Findings(self.first.order, self.first.module, self.bad)
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    """Floating tensors of a module's output, one level deep."""
+    values = output if isinstance(output, tuple | list) else getattr(output, "__dict__", {"": output}).values()
+    return [x for x in (output, *values) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def culprit(names: list[str], values_by_rank: list[list[float]]) -> str:
+    """ "rank 1: loss/diffusion is nan", or "" if all values are finite.
+
+    The first name, the total, is looked at last: a loss of global scope is bad on every rank if it is on one.
+    """
+    for i in (*range(1, len(names)), 0):
+        for rank, values in enumerate(values_by_rank):
+            if not math.isfinite(values[i]):
+                return f"rank {rank}: {names[i]} is {values[i]}"
+    return ""
+
+
+def place(by_rank: list[Findings]) -> str:
+    """The worst layer in words: the first module with a bad output, else the gradient with the most bad values."""
+    outputs = [(f.order, rank, f.module) for rank, f in enumerate(by_rank) if f.order is not None]
+    if outputs:
+        order, rank, module = min(outputs)
+        return f"first seen in {f'the output of {module}' if order else 'the images'} on rank {rank}"
+    totals: dict[str, tuple[int, int]] = {}
+    for findings in by_rank:
+        for name, (bad, of) in findings.bad.items():
+            before = totals.get(name, (0, 0))
+            totals[name] = (before[0] + bad, before[1] + of)
+    if not totals:
+        return "no layer's output or gradient shows it when the step is repeated: sums over ranks or values overflow"
+    name, (bad, of) = max(totals.items(), key=lambda item: (item[1][0], item[0]))
+    return f"outputs are finite; most of it is in the gradient of {name} ({bad} of {of} values)"

@@ -1,0 +1,85 @@
+"""Requests to stop, by SIGTERM or SIGUSR2: heard from the first moment of a process, obeyed at the end of a step.
+
+Imports nothing heavy, so that a launcher can call `listen` before it imports torch: a scheduler's warning that comes
+while libraries load would otherwise kill the rank. A thread reads the signals' numbers from a pipe, because handlers in
+Python wait for the main thread, which may be inside a collective that never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+"""preemption, and Slurm's warning before the time limit (NCCL has used SIGUSR1)"""
+REPEAT_SECONDS = 5.0
+"""a launcher forwards a signal that its process group also got: a repeat within this time is the same request"""
+MARKER = "requeue"
+
+_request: signal.Signals | None = None
+
+
+def requested() -> str | None:
+    """The name of the signal that asked this process to stop; None if none did."""
+    return _request.name if _request else None
+
+
+def listen() -> None:
+    """Take SIGTERM and SIGUSR2 as requests to stop from now on; a second request ends the process at once.
+
+    Forked children (data workers) ignore both: they end with their parent, and must not take it down.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(read_end, _leave), name="signals", daemon=True).start()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)  # a handler in Python makes the interpreter write to the pipe
+    os.register_at_fork(after_in_child=_ignore)
+
+
+def _ignore() -> None:
+    signal.set_wakeup_fd(-1)  # the pipe is the parent's
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _hear(read_end: int, leave: Callable[[signal.Signals], None]) -> None:
+    """Body of the thread: the first signal is a request, a later one calls `leave`."""
+    global _request
+    first = 0.0
+    while data := os.read(read_end, 1):
+        if data[0] not in STOP_SIGNALS:
+            continue  # Ctrl-C goes its own way
+        now = time.monotonic()
+        if _request is None:
+            first, _request = now, signal.Signals(data[0])
+        elif now - first > REPEAT_SECONDS:
+            leave(signal.Signals(data[0]))
+
+
+def _leave(number: signal.Signals) -> None:
+    print(f"{number.name} again: leaving at once; the last checkpoint is unharmed", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+# ------------------------------------------------------------------------------------------------------------ marker
+
+
+def write_marker(run: Path, step: int) -> None:
+    """Leave RUN/requeue, which tells a batch script that the same command continues; the checkpoint must be whole."""
+    temporary = run / f".{MARKER}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(f"stopped by {requested() or 'a signal to another rank'} at step {step}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, run / MARKER)
+
+
+def remove_marker(run: Path) -> None:
+    (run / MARKER).unlink(missing_ok=True)
