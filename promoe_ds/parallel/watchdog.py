@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 BEAT_SECONDS = 5.0
+"""between signs of life; less if the timeout is short"""
 SETTLE_SECONDS = 1.0
 """from the first sign of trouble to the verdict"""
 VERDICT_SECONDS = 30.0
@@ -128,6 +129,7 @@ class Watchdog:
         leave: Callable[[int, str], Any] = _leave,
     ):
         self.rank, self.world, self.timeout, self.speaker, self.leave = rank, world, timeout, speaker, leave
+        self.beat = min(BEAT_SECONDS, timeout / 3)
         self.closing, self.since = threading.Event(), 0.0
         self.wake, self.woken = socket.socketpair()
         self.news: list[Trouble] = []
@@ -177,12 +179,12 @@ class Watchdog:
             self._watch_hub(self.hub)
 
     def _watch_hub(self, hub: Peer) -> None:
-        with selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector, hub.connection:
             selector.register(hub.connection, selectors.EVENT_READ)
             selector.register(self.woken, selectors.EVENT_READ)
             while not self.closing.is_set():
                 hub.send("beat")
-                for key, _ in selector.select(BEAT_SECONDS):
+                for key, _ in selector.select(self.beat):
                     if key.fileobj is self.woken:
                         self.woken.recv(64)
                         continue
@@ -192,11 +194,12 @@ class Watchdog:
                             return
                         if kind == "verdict":
                             self.leave(rest[0], "")
+                            return
                     if messages is None:
                         return self._hub_is_gone("died without a word (killed, out of memory, or its machine is lost)")
                 if time.monotonic() - hub.heard > self.timeout:
                     return self._hub_is_gone(f"has not been heard of for {self.timeout:.0f} s")
-        hub.send("bye")
+            hub.send("bye")
 
     def _hub_is_gone(self, how: str) -> None:
         if not self.closing.is_set():
@@ -208,7 +211,7 @@ class Watchdog:
             selector.register(server, selectors.EVENT_READ)
             selector.register(self.woken, selectors.EVENT_READ)
             while not self.closing.is_set():
-                for key, _ in selector.select(BEAT_SECONDS if not self.news else SETTLE_SECONDS / 10):
+                for key, _ in selector.select(self.beat if not self.news else SETTLE_SECONDS / 10):
                     self._serve(key, selector, peers)
                 now = time.monotonic()
                 for peer in peers.values():
@@ -225,6 +228,7 @@ class Watchdog:
                     return
         for peer in peers.values():
             peer.send("bye")
+            peer.connection.close()
 
     def _settled(self, now: float) -> bool:
         self.since = self.since or now
@@ -259,6 +263,7 @@ class Watchdog:
                 peers.pop(peer.rank, None)
         if messages is None:
             selector.unregister(peer.connection)
+            peer.connection.close()
             if peers.get(peer.rank) is peer and not self.closing.is_set():
                 self._note(Trouble.silent(peer.rank, peer.name, "died without a word (killed, or out of memory)"))
 
