@@ -221,14 +221,13 @@ class Watchdog:
                             Trouble.silent(peer.rank, peer.name, f"has not been heard of for {self.timeout:.0f} s")
                         )
                 if self.news and self._settled(now):
-                    worst = min(self.news)
-                    for peer in peers.values():
-                        peer.send("verdict", worst.code)
-                    self.leave(worst.code, worst.text)
-                    return
+                    break
+        worst = min(self.news, default=None)
         for peer in peers.values():
-            peer.send("bye")
+            peer.send("verdict", worst.code) if worst else peer.send("bye")
             peer.connection.close()
+        if worst:
+            self.leave(worst.code, worst.text)
 
     def _settled(self, now: float) -> bool:
         self.since = self.since or now

@@ -77,6 +77,6 @@ def test_an_error_of_one_rank_ends_the_others_by_name(tmp_path: Path) -> None:
 
 def test_chaos(tmp_path: Path) -> None:
     """Four kills; benchmarks/results/chaos.md has twenty."""
-    run = chaos.Chaos(kills=4, seed=2, folder=tmp_path, max_world=2)
+    run = chaos.Chaos(kills=4, seed=38, folder=tmp_path, max_world=2)
     deviation = run.measure()
     assert not run.faults(deviation)
