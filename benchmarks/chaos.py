@@ -305,9 +305,9 @@ def report(chaos: Chaos, deviation: float, seconds: float) -> str:
         f"| time | {seconds / 60:.0f} min |", "",
         f"Recipe `tiny`, fp32, a checkpoint every {CHECKPOINT_EVERY} steps; the calm run is one process at ZeRO-0.", "",
         f"**{summary(chaos, deviation)}.**", "",
-        "`seconds`: from the blow to the end of the last rank, with nobody above the ranks to end them (a rank that dies "
-        f"before all are connected is waited for: `parallel.timeout_minutes={TIMEOUT_MINUTES}`). `repeated`: steps that "
-        "the next job made again.", "",
+        "`seconds`: from the blow to the end of the last rank, with nobody above the ranks to end them (a rank that "
+        f"dies before all are connected is waited for: `parallel.timeout_minutes={TIMEOUT_MINUTES}`). `repeated`: "
+        "steps that the next job made again.", "",
         "| | blow | world, ep, ZeRO | from step | to step | seconds | exit codes | repeated |", "|---" * 8 + "|",
         *rows, "",
     ])  # fmt: skip

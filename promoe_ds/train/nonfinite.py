@@ -8,6 +8,7 @@ reduction: that works alike at every ZeRO stage and under expert parallelism. Ra
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,12 +101,13 @@ def place(by_rank: list[Findings]) -> str:
     if outputs:
         order, rank, module = min(outputs)
         return f"first seen in {f'the output of {module}' if order else 'the images'} on rank {rank}"
-    totals: dict[str, tuple[int, int]] = {}
-    for findings in by_rank:
-        for name, (bad, of) in findings.bad.items():
-            before = totals.get(name, (0, 0))
-            totals[name] = (before[0] + bad, before[1] + of)
-    if not totals:
+    bad = Counter({name: 0 for found in by_rank for name in found.bad})
+    for found in by_rank:
+        bad.update({name: count for name, (count, _) in found.bad.items()})
+    if not bad:
         return "no layer's output or gradient shows it when the step is repeated: sums over ranks or values overflow"
-    name, (bad, of) = max(totals.items(), key=lambda item: (item[1][0], item[0]))
-    return f"outputs are finite; most of it is in the gradient of {name} ({bad} of {of} values)"
+    name = max(sorted(bad), key=lambda name: bad[name])
+    ranks = [rank for rank, found in enumerate(by_rank) if name in found.bad]
+    of = sum(by_rank[rank].bad[name][1] for rank in ranks)
+    where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+    return f"outputs are finite; most of it is in the gradient of {name} ({bad[name]} of {of} values on {where})"

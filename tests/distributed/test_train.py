@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,10 +248,34 @@ def test_bf16_masters_survive_a_resume(tmp_path: Path) -> None:
     assert not torch.equal(whole[name], whole[name].bfloat16().float())
 
 
-def test_a_poisoned_rank_stops_the_run_by_name(tmp_path: Path) -> None:
-    """A non-finite loss on one rank: every rank stops before the weights are touched, naming step and rank."""
-    done = run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), "poison"), check=False)
-    assert "step 3, rank 1: loss/diffusion is nan; the last checkpoint is unharmed" in done.stdout + done.stderr
-    assert losses_so_far(tmp_path / "poison") == [1, 2]
-    (saved,) = checkpoint.candidates(tmp_path / "poison")  # still being written when the step failed
-    assert checkpoint.step_of(saved) == 2 and checkpoint.damage(saved) is None
+def test_losses_and_gradients_that_are_not_finite(tmp_path: Path) -> None:
+    """Every rank makes the same decision before any weight is touched; the worst layer is named; a skip is a step."""
+    skip = "train.on_nonfinite=skip"
+    work = [("stop", "data", "zero2"), ("stop_gradient", "gradient", "zero3")]
+    for what in ("data", "gradient"):
+        work += [(f"{what}{stage}", what, f"zero{stage}", skip, "train.checkpoint_every=3") for stage in range(4)]
+    for stage in (2, 3):  # from the checkpoint right after the skipped step
+        target = checkpoint.folder(tmp_path / f"gradient{stage}_again", 3)
+        target.parent.mkdir(parents=True)
+        os.symlink(checkpoint.folder(tmp_path / f"gradient{stage}", 3), target)
+        work.append((f"gradient{stage}_again", "none", f"zero{stage}", skip))
+    done = run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), "bad", json.dumps(work)))
+    images = "step 3, rank 1: loss/diffusion is nan; first seen in the images on rank 1"
+    weight = "step 3: the gradient norm is inf; outputs are finite; most of it is in the gradient of "
+    assert f"stop: {images}; the last checkpoint is unharmed\n" in done.stdout
+    assert f"stop_gradient: {weight}blocks.2.attn.proj.weight (1024 of 1024 values on rank 1); the last" in done.stdout
+    assert losses_so_far(tmp_path / "stop") == losses_so_far(tmp_path / "stop_gradient") == [1, 2]
+    for what, words in (("data", images), ("gradient", weight)):
+        logs = {f"{what}{s}": records(tmp_path / f"{what}{s}") for s in range(4)}
+        for name, log in logs.items():
+            assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6], name
+            assert [("skipped" in r) for r in log] == [False, False, True, False, False, False], name
+            assert log[2]["skipped"].startswith(words) and log[2]["grad_norm"] is None
+            assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in logs[f"{what}0"]], rel=1e-5), name
+    for stage in (2, 3):
+        whole, again = (losses(tmp_path / f"gradient{stage}{end}") for end in ("", "_again"))
+        assert list(again) == [4, 5, 6] and all(again[s] == whole[s] for s in again), "Adam counts the step"
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

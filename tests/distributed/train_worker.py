@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from promoe_ds.config import load_config
 from promoe_ds.parallel import ds_config, topology
 from promoe_ds.train.trainer import Trainer, TrainingStopped
@@ -41,15 +43,40 @@ class Poisoned:
         return (x * float("nan") if self.calls == 3 and self.rank == 1 else x), label
 
 
+def explode(trainer: Trainer) -> None:
+    """The loss stays finite, but on rank 1 the gradient of one weight of the third step (and its repetition) does not.
+
+    Called once a forward and backward: calls 3 and 4.
+    """
+    calls = 0
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return gradient * float("inf") if calls in (3, 4) and trainer.topology.rank == 1 else gradient
+
+    dict(trainer.model.named_parameters())["blocks.2.attn.proj.weight"].register_hook(hook)
+
+
+def train_badly(folder: Path, what: str, ds: str, *overrides: str) -> None:
+    trainer = make(folder, ds, *overrides)
+    if what == "data":
+        trainer.dataset = Poisoned(trainer.dataset, trainer.topology.rank)  # type: ignore[assignment]
+    elif what == "gradient":
+        explode(trainer)
+    try:
+        trainer.run()
+    except TrainingStopped as error:
+        if trainer.topology.rank == 0:
+            print(f"{folder.name}: {error}", flush=True)
+    trainer.close()
+
+
 def main() -> None:
     folder, work = Path(sys.argv[1]), sys.argv[2]
-    if work == "poison":
-        trainer = make(folder / "poison", "zero2", "train.checkpoint_every=2")
-        trainer.dataset = Poisoned(trainer.dataset, trainer.topology.rank)  # type: ignore[assignment]
-        try:
-            trainer.run()
-        except TrainingStopped as error:
-            print(error, flush=True)
+    if work == "bad":
+        for name, *case in json.loads(sys.argv[3]):
+            train_badly(folder / name, *case)
     else:
         for name, ds, *overrides in json.loads(work):
             trainer = make(folder / name, ds, *overrides)
