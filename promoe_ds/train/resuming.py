@@ -19,7 +19,7 @@ FREE_ON_RESUME = {
     *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
     *("parallel", "data.path", "data.prefetch", "moe.experts_backend"),
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
-    *("train.on_save_error", "train.measure"),
+    *("train.on_save_error", "train.on_nonfinite", "train.measure"),
     *("train.micro_batch_size", "train.activation_checkpointing", "moe.router.superclasses"),
 }
 """Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
