@@ -33,7 +33,7 @@ CHECKPOINT_EVERY = 5
 STEPS_A_KILL = 5
 TIMEOUT_MINUTES = 1
 """of the runs: how long ranks wait for one that dies before all are connected; later the watchdog needs a second"""
-END_SECONDS = 150.0
+END_SECONDS = 300.0
 """by then a job must have ended after a blow, on a busy machine"""
 TOPOLOGIES = [  # world, ep, ZeRO stage
     *((1, 1, 0), (1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (2, 1, 3)),
