@@ -258,7 +258,9 @@ class Chaos:
             stopped = strike.blow.number != signal.SIGKILL
             if stopped and (set(strike.codes) != {85} or not strike.marker or strike.repeated):
                 out.append(f"kill {i + 1}: {line(strike)}")
-            if not stopped and strike.marker:
+            if (
+                not stopped and strike.marker and strike.start is not None
+            ):  # a start removes the marker of the one before
                 out.append(f"kill {i + 1}: there is a marker after kill -9")
         return out
 
