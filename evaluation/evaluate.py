@@ -6,6 +6,7 @@ Numbers on the public Inception weights are called FID, sFID, IS, precision and 
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,17 @@ class Evaluator:
     def accuracy(self) -> float | None:
         """The classifier's accuracy on held-out real images, in [0, 1]; None if the extractor has no classes."""
         return self.extractor.accuracy if isinstance(self.extractor, Classifier) else None
+
+    @functools.cached_property
+    def fd_real(self) -> float | None:
+        """Real against real, where the reference comes with a pair of real sets: the scale to read an FD on.
+
+        It holds the noise of small sets and the classifier's memory of its train split, so good samples may be below.
+        """
+        if self._source.real_pair is None:
+            return None
+        first, second = map(self._gaussian, self._source.real_pair)
+        return frechet_distance(*first, *second)
 
     def prepare(self) -> None:
         """Features of the reference, once."""
@@ -129,7 +141,7 @@ class Evaluator:
         """Frechet distance of uint8 [N >= 2, H, W, C] from the reference set; for one process."""
         self.prepare()
         assert self._reference is not None
-        return frechet_distance(*self._gaussian(ImageSet("images", images_NHWC)), *self._reference.gaussian)
+        return frechet_distance(*self._gaussian(ImageSet("images", images_NHWC, None)), *self._reference.gaussian)
 
     def _gaussian(self, images: ImageSet) -> Gaussian:
         found = collect(self.extractor, images)
@@ -165,8 +177,6 @@ class Evaluator:
         """What an FD on unpublished features is read against, where the reference comes with a pair of real sets.
 
         `fd_over_noise` divides by the FD of as many noise images, so that it does not depend on the extractor's scale.
-        FD_real is real against real; it holds the noise of small sets and the classifier's memory of its train split,
-        so good samples may be below.
         """
         if self._source.real_pair is None or found.num is None:
             return {}
@@ -176,7 +186,7 @@ class Evaluator:
             "fd_over_noise": scores[self.metric("FID")] / fd_noise,
             "classifier_accuracy": self.accuracy,
             "FD_noise": fd_noise,
-            "FD_real": frechet_distance(*(x for real in self._source.real_pair for x in self._gaussian(real))),
+            "FD_real": self.fd_real,
         }
 
     def _how(self, reference: FeatureSet) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class ImageSet:
 
     name: str
     images_NHWC: ImageArray
-    labels_N: Labels | None = None
+    labels_N: Labels | None
 
     def __len__(self) -> int:
         return len(self.images_NHWC)

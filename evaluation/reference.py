@@ -47,7 +47,7 @@ def find_reference(name: str, option: str = "--ref", size: int | None = None) ->
         if not paths:
             reject(option, path, "holds no pictures", "name a folder of .png, .jpg or .webp files")
         check_count(path, len(paths), option)
-        return Source(name, path, ImageSet(name, Folder(paths, option, size)))
+        return Source(name, path, ImageSet(name, Folder(paths, option, size), None))
     if path.suffix == SUFFIX and path.exists():
         return Source(name, path)
     if path.suffix == ".npz":
@@ -71,7 +71,7 @@ def _npz(path: Path, option: str) -> Source:
         held = ", ".join(npz_keys(path)) or "no named arrays"
         way_out = "ImageNet-256 is compared with VIRTUAL_imagenet256_labeled.npz of ADM's evaluations"
         reject(option, path, f"holds {held}, needs mu and sigma, or images as arr_0", way_out)
-    images = None if pixels is None else ImageSet(str(path), pixels)
+    images = None if pixels is None else ImageSet(str(path), pixels, None)
     return Source(str(path), path, images, arrays if "mu" in arrays else None)
 
 

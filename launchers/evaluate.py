@@ -128,7 +128,9 @@ def _device(name: str, workers: Workers) -> torch.device:
 
 
 def _features(args: argparse.Namespace, reference: str) -> str:
-    """The extractor's name, having made sure that its weights are there before anything is read."""
+    """The extractor's name, having made sure that reference and weights are there before anything is read."""
+    if not Path(reference).exists():
+        find_reference(reference)
     name = args.features or ("digits-cnn" if reference == "digits" else "inception")
     if name == "inception":
         find_weights(args.inception_weights)

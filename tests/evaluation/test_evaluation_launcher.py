@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.reference import digits_images
+from evaluation.digits import digits_images
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "evaluate.py"
 
@@ -74,7 +74,7 @@ def test_errors_leave_the_output_alone(main, tmp_path: Path, capsys: pytest.Capt
     bad = tmp_path / "bad.npz"
     bad.write_bytes(good.read_bytes()[:200])
     assert "no readable .npz" in failure(main, capsys, good, bad, "--out", out)
-    assert "choose one of digits-cnn" in failure(main, capsys, good, "--features", "inception", "--out", out)
+    assert "choose one of digits-cnn" in failure(main, capsys, good, "--features", "resnet", "--out", out)
     assert "choose one of digits" in failure(main, capsys, good, "--ref", "mnist", "--out", out)
     np.savez(bad, arr_0=np.zeros((3, 9, 9, 1), np.uint8), arr_1=np.zeros(3, np.int64))
     assert "digits-cnn takes [8, 8, 1]" in failure(main, capsys, good, bad, "--out", out)
@@ -87,7 +87,7 @@ def test_bad_command_lines(main, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "unrecognized arguments: --frobnicate" in failure(main, capsys, "a.npz", "--frobnicate")
     assert "give one or the other" in failure(main, capsys, "a.npz", "--run", tmp_path)
     assert "no such folder" in failure(main, capsys, "--run", tmp_path / "absent")
-    assert "no samples.npz below" in failure(main, capsys, "--run", tmp_path)
+    assert "no finished samples below" in failure(main, capsys, "--run", tmp_path)
 
 
 def test_help_ends_with_examples(main, capsys: pytest.CaptureFixture[str]):
