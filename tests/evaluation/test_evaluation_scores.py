@@ -66,7 +66,7 @@ SAMPLES = np.array([[-3.0], [-4], [2.5], [19], [19.5], [-3.5], [20]])
 def test_precision_and_recall_in_one_dimension(block: int, distances):
     assert radii(torch.tensor(REFERENCE), 3, distances, block).tolist() == [9, 4, 4, 9, 81]
     # in the balls [-3, 3], [-1, 3], [0, 4], [0, 6], [1, 19], borders included: -3, 2.5, 19 of 7 samples
-    # the samples' squared radii are 5.5^2, 6.5^2, 6^2 (...): those of 2.5 (6.5) and -3 (5.5) cover 0..3, 19 (16.5) all
+    # the samples' own balls reach from -3 to 2.5 and from 19 to 2.5 and beyond: every reference is in one
     precision, recall = precision_recall(SAMPLES, REFERENCE, block=block, distances=distances)
     assert precision == pytest.approx(3 / 7) and recall == 1.0
     swapped = precision_recall(REFERENCE, SAMPLES, block=block, distances=distances)
@@ -76,7 +76,7 @@ def test_precision_and_recall_in_one_dimension(block: int, distances):
 def test_recall_of_samples_in_one_place():
     samples = np.array([[0.0], [0], [0], [0], [0.5]])
     precision, recall = precision_recall(samples, REFERENCE)
-    assert (precision, recall) == (1.0, pytest.approx(1 / 5))  # only the reference 0 lies in a sample's ball
+    assert (precision, recall) == (1.0, pytest.approx(2 / 5))  # balls of radius 0 at 0, and [0, 1] at 0.5
 
 
 def test_distances_against_float64_and_what_fp16_cannot_hold():
