@@ -24,6 +24,8 @@ from evaluation.workers import Workers, workers_from
 from promoe_ds.config import ConfigError
 from tests.evaluation.random_inception import pictures
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the format is still in wide use
+
 IMAGES = pictures(11, 5, (8, 16))
 MEANS = IMAGES.mean((1, 2))
 
@@ -222,8 +224,9 @@ def test_features_files_that_do_not_fit(tmp_path: Path, network: Path):
     assert found is not None
     path = tmp_path / "f.safetensors"
     save_features(path, found)
-    with pytest.raises(ConfigError, match="SAMPLES=.*: holds features of everything, --features is digits-cnn"):
-        Evaluator().check(load_samples(path))
+    np.savez(tmp_path / "r.npz", arr_0=IMAGES)
+    with pytest.raises(ConfigError, match="SAMPLES=.*: holds features of everything, --features is mean:"):
+        Evaluator(str(network), str(tmp_path / "r.npz")).check(load_samples(path))
     with pytest.raises(ConfigError, match="--ref=.*: holds features of everything, --features is mean:"):
         Evaluator(str(network), str(path)).prepare()
     for content in (path.read_bytes()[:200], b""):

@@ -53,9 +53,8 @@ def test_metrics_of_given_features():
     tensors = [torch.from_numpy(x) for x in (u, v)]
     both = [fid_features_to_statistics(x) for x in tensors]
     fid = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
-    assert frechet_distance(*gaussian_statistics(u), *gaussian_statistics(v)) == pytest.approx(
-        fid, rel=1e-6
-    )  # its means are float32
+    ours = frechet_distance(*gaussian_statistics(u), *gaussian_statistics(v))
+    assert ours == pytest.approx(fid, rel=1e-6)  # its means are float32
     score = isc_features_to_metric(tensors[0], 3, False, 0)["inception_score_mean"]
     assert inception_score(u, split=100) == pytest.approx(score, rel=1e-6)
     pair = prc_features_to_metric(*tensors, prc_neighborhood=3, prc_batch_size=70, save_cpu_ram=False, verbose=False)
