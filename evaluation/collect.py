@@ -114,6 +114,9 @@ class Collector:
         workers: Workers = ALONE,
     ) -> FeatureSet | None:
         """All processes' images in order of rank, on rank 0; None elsewhere. Raises ValueError below two images."""
+        for moments in (self._part.moments, self._part.spatial):
+            if moments is not None:
+                moments.flush()
         parts = workers.gather(self._part)
         if parts is None:
             return None
@@ -125,7 +128,7 @@ class Collector:
         return FeatureSet(
             name=name,
             extractor=self.extractor.name,
-            num=whole.moments.num,
+            num=sum(map(len, whole.features)),
             sha256=hashlib.sha256(b"".join(whole.digests)).hexdigest(),
             gaussian=whole.moments.gaussian(),
             spatial=whole.spatial.gaussian() if whole.spatial else None,

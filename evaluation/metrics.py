@@ -29,35 +29,50 @@ class Moments:
     Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which subtracts no large sums.
     """
 
+    BLOCK = 1024
+    """rows that are gathered before they are counted: matrix products of small batches would outlast the network"""
+
     def __init__(self, d: int) -> None:
         self.num = 0
+        """rows counted by the last `flush`, `merge` or `gaussian`"""
         self.mean_d: Array64 = np.zeros(d)
         self.scatter_dd: Array64 = np.zeros((d, d))
         """sum over rows of (x - mean)(x - mean)^T"""
+        self._waiting: list[npt.NDArray[Any]] = []
 
     def add(self, features_Nd: npt.NDArray[Any]) -> None:
-        """Count a batch [N >= 0, d] of any float dtype."""
-        if not len(features_Nd):
+        """Take a batch [N >= 0, d] of any float dtype."""
+        self._waiting.append(features_Nd)
+        if sum(map(len, self._waiting)) >= self.BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Count the rows taken so far."""
+        rows, self._waiting = self._waiting, []
+        if not sum(map(len, rows)):
             return
-        batch, x_Nd = Moments(len(self.mean_d)), features_Nd.astype(np.float64)
-        batch.num, batch.mean_d = len(x_Nd), x_Nd.mean(axis=0)
-        x_Nd -= batch.mean_d
-        batch.scatter_dd = x_Nd.T @ x_Nd
-        self.merge(batch)
+        x_Nd = np.concatenate(rows).astype(np.float64)
+        mean_d = x_Nd.mean(axis=0)
+        x_Nd -= mean_d
+        self._count(len(x_Nd), mean_d, x_Nd.T @ x_Nd)
 
     def merge(self, other: Moments) -> None:
         """Count what another process has counted."""
-        total = self.num + other.num
-        if not other.num:
-            return
-        delta_d = other.mean_d - self.mean_d
-        self.scatter_dd += other.scatter_dd
-        self.scatter_dd += np.outer(delta_d, delta_d * (self.num * other.num / total))
-        self.mean_d = self.mean_d + delta_d * (other.num / total)
+        self.flush()
+        other.flush()
+        if other.num:
+            self._count(other.num, other.mean_d, other.scatter_dd)
+
+    def _count(self, num: int, mean_d: Array64, scatter_dd: Array64) -> None:
+        delta_d, total = mean_d - self.mean_d, self.num + num
+        self.scatter_dd += scatter_dd
+        self.scatter_dd += np.outer(delta_d, delta_d * (self.num * num / total))
+        self.mean_d = self.mean_d + delta_d * (num / total)
         self.num = total
 
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance. Raises ValueError for fewer than two rows."""
+        self.flush()
         if self.num < 2:
             raise ValueError(f"a covariance needs features [N >= 2, d], got N = {self.num}")
         return Gaussian(self.mean_d, self.scatter_dd / (self.num - 1))

@@ -47,7 +47,7 @@ def cfg_of(samples: Samples) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     path = Path(samples.name)
-    return _folder_scale(path) or _folder_scale(path.parent)
+    return _folder_scale(path if path.is_dir() else path.parent)
 
 
 def _folder_scale(path: Path) -> float | None:

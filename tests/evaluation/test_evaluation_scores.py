@@ -10,8 +10,10 @@ from evaluation.manifold import precision_recall, radii, squared_distances
 from evaluation.metrics import Moments, gaussian_statistics, inception_score
 
 
+@pytest.mark.parametrize("block", [1, 30, 1024])
 @pytest.mark.parametrize("cuts", [[], [1], [0, 3, 50], list(range(100))])
-def test_moments_do_not_depend_on_the_cut(cuts: list[int]):
+def test_moments_do_not_depend_on_the_cut(cuts: list[int], block: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Moments, "BLOCK", block)
     x = np.random.default_rng(0).standard_normal((100, 5)) + 1e6  # sums of squares would lose 12 digits here
     moments, other = Moments(5), Moments(5)
     for number, batch in enumerate(np.split(x, cuts)):
