@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.features import Features
+from evaluation.images import Images
 from evaluation.metrics import label_agreement
-from evaluation.reference import Images
 from promoe_ds.data import ImageDataset
 from promoe_ds.sampling import to_pixels
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from evaluation.features import Features
+from evaluation.images import Images
 from evaluation.metrics import frechet_distance, gaussian_statistics, label_agreement
-from evaluation.reference import Images
 from promoe_ds.config import Config
 from promoe_ds.data import ImageDataset
 from promoe_ds.diffusion.objective import make_objective

@@ -1,6 +1,7 @@
-"""Scores of image sets. Works alone: needs neither DeepSpeed nor a process group, only uint8 images on disk.
+"""Scores of image sets. Works alone: needs neither DeepSpeed nor the model, only uint8 images, on disk or in a stream.
 
-Reading order: `reference.py` (real images and noise), `features.py` (extractors), `metrics.py` (pure functions of
-arrays), `evaluate.py` (sample set -> numbers). Distances on features other than the public Inception's are called
+Reading order: `images.py` and `samples.py` (what is read), `features.py`, `inception.py`, `external.py` (extractors),
+`collect.py` (images -> what is kept), `reference.py`, `metrics.py` and `manifold.py` (pure functions of arrays),
+`evaluate.py` (all of it joined), `report.py`. Distances on features other than the public Inception's are called
 `FD[name]`, never FID.
 """

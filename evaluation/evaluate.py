@@ -1,311 +1,228 @@
-"""From a sample set on disk to its scores.
+"""From a sample set to its scores: `Evaluator` joins an extractor, a reference and the metrics.
 
-A sample set is an .npz with `arr_0` (uint8 [N, H, W, C]) and `arr_1` (integer labels [N]), and beside it, when the
-sampler wrote one, `sampling.json`: how the images were made (cfg, steps, seed, precision, checkpoint step ...).
-Every user's mistake raises `ConfigError` with a one-line message.
+Numbers on the public Inception weights are called FID, sFID, IS, precision and recall; on any other features
+`FD[name]`, `sFD[name]`, `IS[name]` and so on. Every user's mistake raises `ConfigError`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import zipfile
-import zlib
-from dataclasses import dataclass, field
+import functools
+import platform
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from numpy.lib.npyio import NpzFile
+import torch
 
-from evaluation.features import Classifier, FeatureExtractor, load_extractor
-from evaluation.metrics import Array64, frechet_distance, gaussian_statistics, label_agreement
-from evaluation.reference import Images, ImageSet, load_reference, noise_images
+from evaluation.collect import ALONE, FeatureSet, check_extractor, collect
+from evaluation.digits import noise_images
+from evaluation.extractors import BATCH, load_extractor
+from evaluation.features import Classifier, FeatureExtractor
+from evaluation.images import Images, ImageSet
+from evaluation.manifold import NEIGHBOURS, Distances, precision_recall
+from evaluation.metrics import IS_SPLIT, Gaussian, frechet_distance, inception_score, label_agreement
+from evaluation.reference import Source, find_reference, reference_features
+from evaluation.samples import Samples, cfg_of, load_samples
+from evaluation.workers import Workers
 from promoe_ds.config import reject
 
 NOISE_SEED = 0
 """the noise of `fd_over_noise` is the same for every sample set of a size"""
 
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""what numpy and zipfile raise for damaged, truncated, encrypted or pickled archives"""
-
-
-@dataclass(frozen=True, eq=False)
-class SampleSet(ImageSet):
-    """Generated images with the labels they were made for; `sampling` is the content of sampling.json, {} if absent."""
-
-    sampling: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def cfg(self) -> float | None:
-        """Guidance scale: from sampling.json, else from a folder called cfg1.5 or the like, else None."""
-        value = self.sampling.get("cfg")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        return _folder_scale(Path(self.name))
-
-
-def _folder_scale(path: Path) -> float | None:
-    match = re.fullmatch(r"cfg[-_=]?(\d+(?:\.\d+)?)", path.parent.name)
-    return float(match.group(1)) if match else None
-
-
-def _arrays(path: Path) -> tuple[Any, Any]:
-    if not path.exists():
-        reject("SAMPLES", path, "no such file", "draw samples first: launchers/sample.py, or name an existing .npz")
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            keys = list(archive.keys()) if isinstance(archive, NpzFile) else []
-            if {"arr_0", "arr_1"} <= set(keys):
-                return archive["arr_0"], archive["arr_1"]
-    except _UNREADABLE as error:
-        reject(
-            "SAMPLES",
-            path,
-            f"is no readable .npz: damaged, truncated or pickled ({type(error).__name__})",
-            "draw the samples again or name another file",
-        )
-    reject(
-        "SAMPLES",
-        path,
-        f"holds {', '.join(keys) or 'no named arrays'}, needs arr_0 and arr_1",
-        "save uint8 NHWC images as arr_0 and integer labels as arr_1",
-    )
-
-
-def _brief(error: Exception) -> str:
-    """The first line of an exception's text, or its type's name when it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _sampling(npz_path: Path) -> dict[str, Any]:
-    path = npz_path.with_name("sampling.json")
-    if not path.exists():
-        return {}
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
-        reject("SAMPLES", path, f"cannot be read as JSON ({_brief(error)})", "draw the samples again or remove it")
-    if not isinstance(description, dict):
-        reject("SAMPLES", path, "is not a JSON object", "draw the samples again or remove it")
-    return description
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    """NaN and Infinity, which Python reads, could not be written to a valid metrics.json."""
-    raise ValueError(f"{name} is not JSON")
-
-
-def load_samples(path: Path) -> SampleSet:
-    """Read and check one .npz (at least two images; no pickles). Raises `ConfigError` naming the file and the fault."""
-    images_NHWC, labels_N = _arrays(path)
-    if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4:
-        reject(
-            "SAMPLES",
-            path,
-            f"arr_0 is {images_NHWC.dtype} {list(images_NHWC.shape)}, needs uint8 [N, H, W, C]",
-            "save pixels 0..255, channels last",
-        )
-    if labels_N.dtype.kind not in "iu" or labels_N.ndim != 1:
-        reject(
-            "SAMPLES",
-            path,
-            f"arr_1 is {labels_N.dtype} {list(labels_N.shape)}, needs integers [N]",
-            "save one class index an image",
-        )
-    if len(images_NHWC) != len(labels_N):
-        reject("SAMPLES", path, f"{len(images_NHWC)} images, {len(labels_N)} labels", "save one class index an image")
-    if len(images_NHWC) < 2:
-        reject("SAMPLES", path, f"{len(images_NHWC)} image(s), a covariance needs at least 2", "draw more samples")
-    return SampleSet(str(path), images_NHWC, labels_N.astype(np.int64), _sampling(path))
-
-
-def find_samples(path: Path) -> list[Path]:
-    """The sample sets meant by a command-line argument.
-
-    An .npz is itself; a folder is its samples.npz, or else every cfg*/samples.npz in order of the scale.
-    Raises `ConfigError` for a folder without any.
-    """
-    if not path.is_dir():
-        return [path]
-    if (path / "samples.npz").exists():
-        return [path / "samples.npz"]
-    found = list(path.glob("cfg*/samples.npz"))
-    if not found:
-        reject("SAMPLES", path, "holds no samples.npz nor cfg*/samples.npz", "draw samples first: launchers/sample.py")
-    return sorted(found, key=_scale_then_name)
-
-
-def _scale_then_name(path: Path) -> tuple[float, str]:
-    scale = _folder_scale(path)
-    return (math.inf if scale is None else scale, str(path))
-
-
-def run_samples(run: Path) -> list[SampleSet]:
-    """Every samples.npz below RUN/samples, lowest guidance scale first. Raises `ConfigError` if there is none."""
-    if not run.is_dir():
-        reject("--run", run, "no such folder", "name a run folder of launchers/train.py")
-    found = sorted((run / "samples").rglob("samples.npz"))
-    if not found:
-        reject("--run", run, "no samples.npz below its samples folder", f"run launchers/sample.py --run {run} first")
-    sets = [load_samples(path) for path in found]
-    return sorted(sets, key=lambda s: (math.inf if s.cfg is None else s.cfg, s.name))
-
 
 class Evaluator:
-    """An extractor and a reference set, ready to score any number of sample sets (the reference is read once)."""
+    """An extractor and a reference set, ready to score any number of sample sets (the reference is read once).
 
-    def __init__(self, features: str = "digits-cnn", reference: str = "digits") -> None:
-        """Builds both by name. Raises `ConfigError` for unknown names."""
-        self.reference = load_reference(reference)
-        self.extractor: FeatureExtractor = load_extractor(features)
-        self._reference_statistics = self._statistics(self.reference.images_NHWC)
-        self.fd_real = self._fd_real()
+    Several processes may build one each and call the same methods in the same order; rank 0 holds the results.
+    """
+
+    def __init__(
+        self,
+        features: str = "digits-cnn",
+        reference: str = "digits",
+        *,
+        weights: Path | None = None,
+        device: torch.device | str = "cpu",
+        batch: int = BATCH,
+        distances: Distances = "fp32",
+        workers: Workers = ALONE,
+        progress: bool = False,
+    ) -> None:
+        """Finds the reference and builds the extractor by name; features are first extracted by `score` or `prepare`.
+
+        Raises `ConfigError` for unknown names, absent or unfit files.
+        """
+        self._source: Source = find_reference(reference)
+        self.extractor: FeatureExtractor = load_extractor(features, weights=weights, device=device, batch=batch)
+        if self._source.images is not None:
+            check_shape(self._source.images, self.extractor, "--ref")
+        self._distances: Distances = distances
+        self._device, self._workers, self._progress = device, workers, progress
+        self._reference: FeatureSet | None = None
+        self._prepared = False
 
     @property
     def accuracy(self) -> float | None:
         """The classifier's accuracy on held-out real images, in [0, 1]; None if the extractor has no classes."""
         return self.extractor.accuracy if isinstance(self.extractor, Classifier) else None
 
-    def _statistics(self, images_NHWC: Images) -> tuple[Array64, Array64]:
-        return gaussian_statistics(self.extractor.features(images_NHWC))
-
-    def _fd_real(self) -> float | None:
-        """Real against real, for digits the 450 held out against the 1347 trained on: the scale to read an FD on.
+    @functools.cached_property
+    def fd_real(self) -> float | None:
+        """Real against real, where the reference comes with a pair of real sets: the scale to read an FD on.
 
         It holds the noise of small sets and the classifier's memory of its train split, so good samples may be below.
         """
-        if self.reference.real_pair is None:
+        if self._source.real_pair is None:
             return None
-        first, second = (self._statistics(real.images_NHWC) for real in self.reference.real_pair)
+        first, second = map(self._gaussian, self._source.real_pair)
         return frechet_distance(*first, *second)
 
+    def prepare(self) -> None:
+        """Features of the reference, once."""
+        if not self._prepared:
+            self._reference = reference_features(
+                self._source, self.extractor, workers=self._workers, progress=self._progress
+            )
+            self._prepared = True
+
+    def metric(self, name: str) -> str:
+        """`FID` as it is called on this extractor: itself on the public weights, else `FD[extractor]` and the like."""
+        return name if self.extractor.is_public else f"{name.replace('FID', 'FD')}[{self.extractor.name}]"
+
+    def check(self, samples: Samples) -> None:
+        """Raises `ConfigError` if the extractor cannot take these images or features, or has no such classes."""
+        if isinstance(samples, FeatureSet):
+            check_extractor(samples, self.extractor.name, "SAMPLES")
+        else:
+            check_shape(samples, self.extractor, "SAMPLES")
+        if isinstance(self.extractor, Classifier) and samples.labels_N is not None:
+            low, high = int(samples.labels_N.min()), int(samples.labels_N.max())
+            if not 0 <= low <= high < self.extractor.num_classes:
+                known = f"0..{self.extractor.num_classes - 1}"
+                fault = f"labels span {low}..{high}, {self.extractor.name} knows classes {known}"
+                reject("SAMPLES", samples.name, fault, "draw class-conditional samples of that data set")
+
+    def extract(self, samples: Samples) -> FeatureSet | None:
+        """Features of one set, on rank 0; None elsewhere. Raises `ConfigError` as `check` does."""
+        self.check(samples)
+        if isinstance(samples, FeatureSet):
+            return samples if self._workers.rank == 0 else None
+        return collect(
+            self.extractor, samples, sampling=samples.sampling, workers=self._workers, progress=self._progress
+        )
+
+    def score(self, samples: Samples) -> dict[str, Any]:
+        """All numbers of one set, ready for JSON; {} on ranks above 0. Shares and accuracies lie in [0, 1].
+
+        A number is absent where the extractor, the reference or the set lacks what it needs.
+        Raises `ConfigError` as `check` does, or if the reference's statistics are of other features.
+        """
+        self.prepare()
+        found = self.extract(samples)
+        if found is None or self._reference is None:
+            return {}
+        reference = self._reference
+        scores = {**self._agreement(found), **self._distances_from(found, reference)}
+        return {
+            **scores,
+            "num": found.num,
+            **self._scale(found, scores),
+            "cfg": cfg_of(found),
+            "samples": found.name,
+            "samples_sha256": found.sha256,
+            "sampling": found.sampling,
+            "features": self.extractor.name,
+            "reference": {"name": reference.name, "num": reference.num, "sha256": reference.sha256},
+            "evaluation": self._how(reference),
+        }
+
     def fd(self, images_NHWC: Images) -> float:
-        """Frechet distance of uint8 [N >= 2, H, W, C] from the reference set."""
-        return frechet_distance(*self._statistics(images_NHWC), *self._reference_statistics)
+        """Frechet distance of uint8 [N >= 2, H, W, C] from the reference set; for one process."""
+        self.prepare()
+        assert self._reference is not None
+        return frechet_distance(*self._gaussian(ImageSet("images", images_NHWC, None)), *self._reference.gaussian)
 
-    def check(self, samples: SampleSet) -> None:
-        """Raises `ConfigError` if the extractor cannot take these images or has no such classes."""
-        shape = samples.images_NHWC.shape[1:]
-        if self.extractor.image_shape not in (None, shape):
-            reject(
-                "SAMPLES",
-                samples.name,
-                f"images are {list(shape)} (H, W, C), {self.extractor.name} takes "
-                f"{list(self.extractor.image_shape or ())}",
-                "choose samples of a model of that data set",
-            )
-        low, high = int(samples.labels_N.min()), int(samples.labels_N.max())
-        if isinstance(self.extractor, Classifier) and not 0 <= low <= high < self.extractor.num_classes:
-            reject(
-                "SAMPLES",
-                samples.name,
-                f"labels span {low}..{high}, {self.extractor.name} knows classes 0..{self.extractor.num_classes - 1}",
-                "draw class-conditional samples of that data set",
-            )
+    def _gaussian(self, images: ImageSet) -> Gaussian:
+        found = collect(self.extractor, images)
+        assert found is not None
+        return found.gaussian
 
-    def score(self, samples: SampleSet) -> dict[str, Any]:
-        """All numbers of one set, ready for JSON. Shares and accuracies lie in [0, 1]; FDs are squared distances.
+    def _distances_from(self, found: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
+        pairs = {"FID": (found.gaussian, reference.gaussian), "sFID": (found.spatial, reference.spatial)}
+        scores: dict[str, Any] = {}
+        for name, (ours, theirs) in pairs.items():
+            if ours is None or theirs is None:
+                continue
+            if len(ours.mu_d) != len(theirs.mu_d):
+                fault = f"its {name} statistics have {len(theirs.mu_d)} numbers, {self.extractor.name} makes"
+                reject("--ref", reference.name, f"{fault} {len(ours.mu_d)}", "name a reference of these features")
+            scores[self.metric(name)] = frechet_distance(*ours, *theirs)
+        if found.logits_NK is not None:
+            scores[self.metric("IS")] = inception_score(found.logits_NK)
+        u, v = found.features_Nd, reference.features_Nd
+        if u is not None and v is not None and min(len(u), len(v)) > NEIGHBOURS:
+            pair = precision_recall(u, v, distances=self._distances, device=self._device)
+            scores[self.metric("precision")], scores[self.metric("recall")] = pair
+        return scores
+
+    def _agreement(self, found: FeatureSet) -> dict[str, Any]:
+        if not isinstance(self.extractor, Classifier):
+            return {}
+        if found.labels_N is None or found.logits_NK is None:
+            return {"label_agreement": None}
+        return {"label_agreement": label_agreement(found.logits_NK, found.labels_N)}
+
+    def _scale(self, found: FeatureSet, scores: dict[str, Any]) -> dict[str, Any]:
+        """What an FD on unpublished features is read against, where the reference comes with a pair of real sets.
 
         `fd_over_noise` divides by the FD of as many noise images, so that it does not depend on the extractor's scale.
-        Raises `ConfigError` as `check` does.
         """
-        self.check(samples)
-        images_NHWC = samples.images_NHWC
-        fd = self.fd(images_NHWC)
-        height, width, channels = images_NHWC.shape[1:]
-        fd_noise = self.fd(noise_images(len(samples), (height, width, channels), NOISE_SEED))
+        if self._source.real_pair is None or found.num is None:
+            return {}
+        height, width, channels = self._source.real_pair[0].images_NHWC.shape[1:]
+        fd_noise = self.fd(noise_images(found.num, (height, width, channels), NOISE_SEED))
         return {
-            "label_agreement": self._agreement(samples),
-            f"FD[{self.extractor.name}]": fd,
-            "fd_over_noise": fd / fd_noise,
-            "num": len(samples),
+            "fd_over_noise": scores[self.metric("FID")] / fd_noise,
             "classifier_accuracy": self.accuracy,
             "FD_noise": fd_noise,
             "FD_real": self.fd_real,
-            "cfg": samples.cfg,
-            "samples": samples.name,
-            "sampling": samples.sampling,
-            "features": self.extractor.name,
-            "reference": {"name": self.reference.name, "num": len(self.reference), "sha256": self.reference.sha256},
         }
 
-    def _agreement(self, samples: SampleSet) -> float | None:
-        if not isinstance(self.extractor, Classifier):
-            return None
-        return label_agreement(self.extractor.logits(samples.images_NHWC), samples.labels_N)
+    def _how(self, reference: FeatureSet) -> dict[str, Any]:
+        """What decides the numbers besides images and reference."""
+        return {
+            "weights_sha256": getattr(self.extractor, "weights_sha256", None),
+            "neighbours": NEIGHBOURS,
+            "distances": self._distances,
+            "reference_features": None if reference.features_Nd is None else len(reference.features_Nd),
+            "inception_score_split": IS_SPLIT,
+            "device": str(self._device),
+            "world": self._workers.world,
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        }
 
 
-def evaluate_samples(npz_path: str | Path, features: str = "digits-cnn", reference: str = "digits") -> dict[str, Any]:
-    """Score one .npz; see `Evaluator.score` for the keys. Raises `ConfigError` for bad input or unknown names."""
-    samples = load_samples(Path(npz_path))
+def check_shape(images: ImageSet, extractor: FeatureExtractor, option: str) -> None:
+    """Raises `ConfigError` if the extractor cannot take images of this height, width and number of channels."""
+    shape, wanted = images.images_NHWC.shape[1:], extractor.image_shape
+    if any(side not in (None, size) for side, size in zip(wanted, shape, strict=True)):
+        takes = f"[{', '.join('any' if side is None else str(side) for side in wanted)}]"
+        fault = f"images are {list(shape)} (H, W, C), {extractor.name} takes {takes}"
+        way_out = "choose samples of a model of that data set" if option == "SAMPLES" else "choose other images"
+        reject(option, images.name, fault, way_out)
+
+
+def evaluate_samples(path: str | Path, features: str = "digits-cnn", reference: str = "digits") -> dict[str, Any]:
+    """Score one set; see `Evaluator.score` for the keys. Raises `ConfigError` for bad input or unknown names."""
+    samples = load_samples(Path(path))
     return Evaluator(features, reference).score(samples)
 
 
-def format_table(scores: list[dict[str, Any]]) -> str:
-    """Aligned table: one line a sample set, then real against real as a scale, if the reference has that."""
-    fd_key = f"FD[{scores[0]['features']}]"
-    rows = [("samples", "cfg", "n", "label agreement", fd_key, "FD/noise")]
-    for s in scores:
-        rows.append(
-            (
-                s["samples"],
-                _number(s["cfg"], "g"),
-                str(s["num"]),
-                _number(s["label_agreement"], ".4f"),
-                _number(s[fd_key], ".3f"),
-                _number(s["fd_over_noise"], ".4f"),
-            )
-        )
-    first = scores[0]
-    if first["FD_real"] is not None:
-        rows.append(
-            (
-                "real, held out",
-                "-",
-                "-",
-                _number(first["classifier_accuracy"], ".4f"),
-                _number(first["FD_real"], ".3f"),
-                _number(first["FD_real"] / first["FD_noise"], ".4f"),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_aligned(row, widths) for row in rows)
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """First column to the left, numbers to the right."""
-    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-    return "  ".join(cells)
-
-
-def check_output(path: Path) -> None:
-    """Raises `ConfigError` if a file cannot be written at `path`; to be called before any work is done."""
-    if path.is_dir():
-        reject("--out", path, "is a folder", "name a file, for example metrics.json in it")
-    if path.suffix != ".json":  # a slip of the hand must not overwrite an .npz
-        reject("--out", path, "the scores are JSON", "choose a name that ends in .json")
-    if not path.parent.is_dir():
-        reject("--out", path, f"folder {path.parent} does not exist", "create it or choose another file")
-    if not os.access(path.parent, os.W_OK):
-        reject("--out", path, f"folder {path.parent} is not writable", "choose another file")
-
-
-def write_metrics(path: Path, scores: list[dict[str, Any]]) -> None:
-    """Write the first set's keys at top level plus `sets`, all of them. The file is complete or untouched."""
-    text = json.dumps({**scores[0], "sets": scores}, indent=2, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        reject("--out", path, f"cannot be written ({_brief(error)})", "choose another file")
-    finally:
-        temporary.unlink(missing_ok=True)
+def score_all(evaluator: Evaluator, sets: Sequence[Samples]) -> list[dict[str, Any]]:
+    """Scores of every set, all of them checked before the first image is read; [] on ranks above 0."""
+    for samples in sets:
+        evaluator.check(samples)
+    return [score for score in map(evaluator.score, sets) if score]

@@ -1,14 +1,15 @@
 """Feature extractors: uint8 images -> float32 vectors whose Gaussian statistics are compared.
 
-An extractor has a `name` and `features`; one that also classifies has `logits` and its held-out `accuracy`.
-Shape suffixes: N images, H W pixels, C channels, d features, K classes.
+An extractor turns images into features, and where it can into spatial features and logits, in one pass;
+a `Classifier` of the images' own classes also has its held-out `accuracy`. `extractors.py` builds them by name.
+Shape suffixes: N images, H W pixels, C channels, d features, s spatial features, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,28 +17,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation.digits import Digits, digits_split
+from evaluation.images import Images
 from evaluation.metrics import label_agreement
-from evaluation.reference import Images, ImageSet, digits_split
-from promoe_ds.config import reject
 
 Features = npt.NDArray[np.float32]
 
 
+class Extracted(NamedTuple):
+    """What one pass over images gives; float32."""
+
+    features_Nd: Features
+    spatial_Ns: Features | None = None
+    logits_NK: Features | None = None
+
+
 class FeatureExtractor(Protocol):
-    """What `evaluate.py` needs: distances on `features` are reported as `FD[name]`."""
+    """Distances on the features of an extractor that is not `is_public` are reported as `FD[name]`, never as FID."""
 
-    name: str
-    image_shape: tuple[int, int, int] | None
-    """(H, W, C) it accepts; None for any"""
+    @property
+    def name(self) -> str: ...
 
-    def features(self, images_NHWC: Images) -> Features:
-        """uint8 [N, H, W, C] -> float32 [N, d]; batches internally."""
+    @property
+    def is_public(self) -> bool:
+        """True only for the public Inception weights, whose distances are FID and sFID."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int | None]:
+        """(H, W, C) it accepts; None for any"""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """most images that `extract` is given at once"""
+        ...
+
+    def extract(self, images_NHWC: Images) -> Extracted:
+        """uint8 [1 <= N <= batch, H, W, C] -> `Extracted`."""
         ...
 
 
 @runtime_checkable
 class Classifier(Protocol):
-    """An extractor that also tells classes apart."""
+    """An extractor whose logits are of the classes that the images are labelled with."""
 
     num_classes: int
     accuracy: float
@@ -82,7 +105,9 @@ class DigitsCNN:
     """
 
     name = "digits-cnn"
-    image_shape: tuple[int, int, int] | None = (8, 8, 1)
+    is_public = False
+    image_shape = (8, 8, 1)
+    batch = 1024
     num_classes = 10
 
     def __init__(self, *, epochs: int = 10, seed: int = 0) -> None:
@@ -90,6 +115,10 @@ class DigitsCNN:
         with _one_thread():
             self._net = _train(train, epochs=epochs, generator=torch.Generator().manual_seed(seed))
         self.accuracy = label_agreement(self.logits(held_out.images_NHWC), held_out.labels_N)
+
+    def extract(self, images_NHWC: Images) -> Extracted:
+        """uint8 [N, 8, 8, 1] -> features [N, 64] and logits [N, 10]."""
+        return Extracted(self.features(images_NHWC), None, self.logits(images_NHWC))
 
     def features(self, images_NHWC: Images) -> Features:
         """uint8 [N, 8, 8, 1] -> float32 [N, 64], the penultimate layer before its activation."""
@@ -134,7 +163,7 @@ def _initialised(generator: torch.Generator) -> DigitsNet:
     return net
 
 
-def _train(data: ImageSet, *, epochs: int, generator: torch.Generator, batch_size: int = 64) -> DigitsNet:
+def _train(data: Digits, *, epochs: int, generator: torch.Generator, batch_size: int = 64) -> DigitsNet:
     """AdamW with a cosine-annealed rate on the cross-entropy; float32 on the CPU."""
     x_NCHW, labels_N = _net_input(data.images_NHWC), torch.tensor(data.labels_N)
     net = _initialised(generator).train()
@@ -148,14 +177,3 @@ def _train(data: ImageSet, *, epochs: int, generator: torch.Generator, batch_siz
             optimizer.step()
         schedule.step()
     return net.eval()
-
-
-EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {DigitsCNN.name: DigitsCNN}
-"""extractor name -> its builder"""
-
-
-def load_extractor(name: str) -> FeatureExtractor:
-    """Build the extractor called `name`. Raises `ConfigError` listing the known ones."""
-    if name not in EXTRACTORS:
-        reject("--features", name, "no such feature extractor", f"choose one of {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name]()

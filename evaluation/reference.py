@@ -1,102 +1,119 @@
-"""What samples are compared with: real images, and the noise that sampling starts from.
-
-Shape suffixes: N images, H W pixels, C channels. Images are uint8 NHWC in 0..255.
-"""
+"""What samples are compared with: the embedded digits, ADM's statistics, a features file, or any real images."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
+from evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
+from evaluation.digits import digits_images, digits_split
+from evaluation.features import FeatureExtractor
+from evaluation.images import Folder, ImageSet, check_count, check_pixels, npz_keys, pictures_in, read_npz
+from evaluation.metrics import Gaussian
+from evaluation.workers import Workers
 from promoe_ds.config import reject
 
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
-
-HELD_OUT = 450
-"""digits kept away from the classifier's training; the other 1347 are its train split"""
+REFERENCES = ("digits",)
+KEEP = 10_000
+"""images of a reference whose features are kept for precision and recall, as many as in ADM's"""
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Labelled images: `images_NHWC` uint8, `labels_N` int64."""
+class Source:
+    """A reference as it lies on disk, checked but without features: images, statistics of ADM, or a features file."""
 
     name: str
-    images_NHWC: Images
-    labels_N: Labels
-
-    def __len__(self) -> int:
-        return len(self.images_NHWC)
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the pixels: two scores are comparable only if their references agree in it."""
-        return hashlib.sha256(self.images_NHWC.tobytes()).hexdigest()
-
-
-@dataclass(frozen=True, eq=False)
-class Reference(ImageSet):
-    """The images samples are compared with, and `real_pair`: two disjoint sets of real images of the same kind.
-
-    The distance within the pair is the scale on which to read the distance of samples; None where there is no pair.
-    """
-
+    path: Path | None = None
+    images: ImageSet | None = None
+    arrays: dict[str, np.ndarray] | None = None
+    """ADM's mu, sigma and, where present, mu_s, sigma_s"""
     real_pair: tuple[ImageSet, ImageSet] | None = None
+    """two disjoint sets of real images: the scale on which to read the distance of samples; None where unknown"""
 
 
-def pixels_from_model(x: npt.NDArray[Any]) -> Images:
-    """Model range [-1, 1] -> uint8 by clamp(127.5 x + 128, 0, 255), truncated; any shape. Same rule as the sampler's.
+def find_reference(name: str, option: str = "--ref", size: int | None = None) -> Source:
+    """`digits`, an .npz of ADM (statistics, images, or both), a .safetensors features file, or a folder of pictures.
 
-    Values outside the range saturate.
+    `size` crops a folder's pictures. Raises `ConfigError` for anything else.
     """
-    return np.clip(127.5 * x + 128.0, 0, 255).astype(np.uint8)
+    if name == "digits":
+        return Source(name, images=ImageSet(name, *digits_images()), real_pair=digits_split())
+    path = Path(name)
+    if path.is_dir():
+        paths = pictures_in(path, recursive=True)
+        if not paths:
+            reject(option, path, "holds no pictures", "name a folder of .png, .jpg or .webp files")
+        check_count(path, len(paths), option)
+        return Source(name, path, ImageSet(name, Folder(paths, option, size), None))
+    if path.suffix == SUFFIX and path.exists():
+        return Source(name, path)
+    if path.suffix == ".npz":
+        return _npz(path, option)
+    fault = "no such reference set" if not path.exists() else "is neither a folder, an .npz nor a .safetensors file"
+    reject(option, name, fault, f"choose one of {', '.join(REFERENCES)}, or name an .npz, features file or folder")
 
 
-def digits_images() -> tuple[Images, Labels]:
-    """All 1797 digits of scikit-learn as uint8 [1797, 8, 8, 1] and their classes 0..9, int64 [1797].
+def _npz(path: Path, option: str) -> Source:
+    arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "arr_0"), option)
+    pixels = arrays.pop("arr_0", None)
+    if pixels is not None:
+        check_pixels(path, pixels, option)
+        check_count(path, len(pixels), option)
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        shapes = [arrays[key].shape if key in arrays else None for key in (mu, sigma)]
+        if shapes != [None, None] and (shapes[0] is None or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2):
+            fault = f"{mu} is {shapes[0]}, {sigma} is {shapes[1]}"
+            reject(option, path, fault, "statistics are a mean [d] and a covariance [d, d]")
+    if pixels is None and "mu" not in arrays:
+        held = ", ".join(npz_keys(path)) or "no named arrays"
+        way_out = "ImageNet-256 is compared with VIRTUAL_imagenet256_labeled.npz of ADM's evaluations"
+        reject(option, path, f"holds {held}, needs mu and sigma, or images as arr_0", way_out)
+    images = None if pixels is None else ImageSet(str(path), pixels, None)
+    return Source(str(path), path, images, arrays if "mu" in arrays else None)
 
-    A stored intensity v in 0..16 is v/8 - 1 for the model, hence `pixels_from_model(v/8 - 1)` here.
+
+def reference_features(
+    source: Source,
+    extractor: FeatureExtractor,
+    *,
+    keep: int = KEEP,
+    workers: Workers = ALONE,
+    progress: bool = False,
+) -> FeatureSet | None:
+    """Features of a reference, on rank 0; None elsewhere. At most `keep` rows are kept for precision and recall.
+
+    ADM's statistics are taken as they are; the images beside them serve for precision and recall alone.
+    Raises `ConfigError` if the statistics are not of this extractor's features.
     """
-    digits: Any = load_digits()
-    return pixels_from_model(digits.images[..., None] / 8.0 - 1.0), digits.target.astype(np.int64)
+    if source.path and source.path.suffix == SUFFIX:
+        found = load_features(source.path, "--ref")
+        check_extractor(found, extractor.name, "--ref")
+        return found.for_reference(keep) if workers.rank == 0 else None
+    drawn = None
+    if source.images is not None:
+        drawn = collect(extractor, source.images, workers=workers, progress=progress)
+    if workers.rank > 0:
+        return None
+    if source.arrays is None:
+        assert drawn is not None
+        return drawn.for_reference(keep)
+    return _with_statistics(source, extractor, drawn.for_reference(keep) if drawn else None)
 
 
-def digits_split() -> tuple[ImageSet, ImageSet]:
-    """The fixed stratified split of the digits: 1347 to train the classifier on, 450 held out."""
-    images_NHWC, labels_N = digits_images()
-    train, held_out = train_test_split(np.arange(len(labels_N)), test_size=HELD_OUT, stratify=labels_N, random_state=0)
-    return (
-        ImageSet("digits-train", images_NHWC[train], labels_N[train]),
-        ImageSet("digits-held-out", images_NHWC[held_out], labels_N[held_out]),
+def _with_statistics(source: Source, extractor: FeatureExtractor, drawn: FeatureSet | None) -> FeatureSet:
+    assert source.arrays is not None and source.path is not None
+    a = {key: array.astype(np.float64) for key, array in source.arrays.items()}
+    with source.path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FeatureSet(
+        name=source.name,
+        extractor=extractor.name,
+        num=None,
+        sha256=sha256,
+        gaussian=Gaussian(a["mu"], a["sigma"]),
+        spatial=Gaussian(a["mu_s"], a["sigma_s"]) if "mu_s" in a else None,
+        features_Nd=drawn.features_Nd if drawn else None,
     )
-
-
-def noise_images(n: int, shape: tuple[int, int, int], seed: int) -> Images:
-    """What sampling starts from, seen as pixels: standard normal noise, uint8 [n, *shape] with shape = (H, W, C).
-
-    The distance of such images from the reference is the unit of `fd_over_noise`: an untrained model scores about 1.
-    """
-    noise = np.random.default_rng(seed).standard_normal((n, *shape), dtype=np.float32)
-    return pixels_from_model(noise)
-
-
-def _digits() -> Reference:
-    return Reference("digits", *digits_images(), real_pair=digits_split())
-
-
-REFERENCES: dict[str, Callable[[], Reference]] = {"digits": _digits}
-"""reference name -> its loader"""
-
-
-def load_reference(name: str) -> Reference:
-    """The reference set called `name`. Raises `ConfigError` listing the known ones."""
-    if name not in REFERENCES:
-        reject("--ref", name, "no such reference set", f"choose one of {', '.join(REFERENCES)}")
-    return REFERENCES[name]()

@@ -1,8 +1,9 @@
-"""Score sample sets: label agreement and Frechet distance to real images."""
+"""Score sample sets by ADM's protocol (FID, sFID, IS, precision, recall), or on other features; make references."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,27 +11,34 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
 
-from evaluation.evaluate import (  # noqa: E402
-    Evaluator,
-    SampleSet,
-    check_output,
-    find_samples,
-    format_table,
-    load_samples,
-    run_samples,
-    write_metrics,
-)
-from evaluation.features import EXTRACTORS  # noqa: E402
-from evaluation.reference import REFERENCES  # noqa: E402
+import torch  # noqa: E402
+
+from evaluation.collect import FeatureSet, collect, save_features  # noqa: E402
+from evaluation.evaluate import Evaluator, check_shape, score_all  # noqa: E402
+from evaluation.extractors import BATCH, EXTRACTORS, load_extractor  # noqa: E402
+from evaluation.inception import find_weights  # noqa: E402
+from evaluation.reference import KEEP, REFERENCES, find_reference, reference_features  # noqa: E402
+from evaluation.report import check_output, format_table, notes, write_metrics  # noqa: E402
+from evaluation.samples import Samples, find_samples, load_samples, run_samples  # noqa: E402
+from evaluation.workers import Workers, joined, workers_from  # noqa: E402
 from promoe_ds.config import ConfigError, reject  # noqa: E402
 
 EXAMPLES = """examples:
-  score what launchers/sample.py wrote for a run; writes runs/digits/metrics.json
+  score what launchers/sample.py wrote for a run of the demo; writes runs/digits/metrics.json
     python launchers/evaluate.py --run runs/digits
-  compare sample sets: a file, a folder with samples.npz, a folder with cfg*/samples.npz
-    python launchers/evaluate.py out/a/samples.npz out/b --ref digits --out metrics.json
+  ImageNet 256x256 by ADM's protocol: FID, sFID, IS, precision, recall of every guidance scale of a run, on 8 GPUs
+    torchrun --nproc-per-node 8 -- launchers/evaluate.py --run runs/imagenet --ref VIRTUAL_imagenet256_labeled.npz \\
+        --inception-weights pt_inception-2015-12-05-6726825d.pth
+  compare sample sets: files, folders of pictures, folders with cfg*/samples.npz
+    python launchers/evaluate.py out/a/samples.npz out/b other/pngs --ref digits --out metrics.json
+  a reference from any images (once), a features file from samples, and scores on a network of one's own
+    python launchers/evaluate.py ref photos/ --size 256 --out photos.safetensors
+    python launchers/evaluate.py features out/a --out a.safetensors
+    python launchers/evaluate.py a.safetensors --ref photos.safetensors
+    python launchers/evaluate.py out/a --ref photos/ --features dinov2.onnx
 
-An .npz holds arr_0 (uint8 images, N x H x W x C) and arr_1 (integer labels, N). Exit codes: 0 done, 2 user error.
+An .npz holds arr_0 (uint8 images, N x H x W x C) and maybe arr_1 (integer labels, N). docs/evaluation.md says what the
+numbers mean and where weights and references come from; nothing is downloaded. Exit codes: 0 done, 2 user error.
 """
 
 
@@ -38,29 +46,98 @@ class _Parser(argparse.ArgumentParser):
     """Reports a bad command line in the same single line as every other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {Path(self.prog).name} --help")
+        raise ConfigError(f"{message}; see {Path(self.prog.split()[0]).name} --help")
+
+
+def _extraction(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that runs a network."""
+    parser.add_argument(
+        "--features",
+        metavar="NAME",
+        help=f"{', '.join(EXTRACTORS)}, or a .onnx or TorchScript .pt file, reported as FD[name] "
+        "(default: digits-cnn for digits, else inception)",
+    )
+    parser.add_argument(
+        "--inception-weights", type=Path, metavar="PATH", help="default: $INCEPTION_WEIGHTS, else torch hub's folder"
+    )
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="images a forward (default: %(default)s)")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", nargs="*", type=Path, metavar="SAMPLES", help=".npz, or a folder holding some")
     parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="every samples.npz below DIR/samples; --out becomes DIR/metrics.json"
+        "samples", nargs="*", type=Path, metavar="SAMPLES", help=".npz, .safetensors, or a folder of sets or pictures"
     )
     parser.add_argument(
-        "--ref", default="digits", metavar="NAME", help=f"reference set: {', '.join(REFERENCES)} (default: %(default)s)"
+        "--run", type=Path, metavar="DIR", help="every set below DIR/samples; --out becomes DIR/metrics.json"
     )
     parser.add_argument(
-        "--features",
-        default="digits-cnn",
-        metavar="NAME",
-        help=f"feature extractor: {', '.join(EXTRACTORS)} (default: %(default)s)",
+        "--ref",
+        default="digits",
+        metavar="REF",
+        help=f"{', '.join(REFERENCES)}, an .npz of ADM, a file made by `ref`, or a folder (default: %(default)s)",
+    )
+    _extraction(parser)
+    parser.add_argument(
+        "--distances",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="of precision and recall; fp16 rounds as ADM's evaluator (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON")
     return parser
 
 
-def _read_sets(args: argparse.Namespace) -> list[SampleSet]:
+def _tool_parser(command: str) -> argparse.ArgumentParser:
+    """`ref IMAGES --out FILE` and `features SAMPLES --out FILE`."""
+    parser = _Parser(prog=f"evaluate.py {command}", description="write a features file")
+    parser.add_argument(
+        "images", metavar="IMAGES" if command == "ref" else "SAMPLES", help=".npz or folder of pictures"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    _extraction(parser)
+    if command == "ref":
+        parser.add_argument("--size", type=int, metavar="S", help="crop pictures to the centre, S x S, as in ADM")
+        parser.add_argument(
+            "--keep", type=int, default=KEEP, metavar="N", help="features kept for precision, recall (%(default)s)"
+        )
+    return parser
+
+
+def _positive(args: argparse.Namespace, *keys: str) -> None:
+    for key in keys:
+        value = getattr(args, key)
+        if value is not None and value <= 0:
+            reject(f"--{key}", value, "must be positive", "choose 1 or more")
+
+
+def _device(name: str, workers: Workers) -> torch.device:
+    """auto and cuda: this process's GPU by LOCAL_RANK; processes in excess of the GPUs share them."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        reject("--device", name, "is no device", "write auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if count <= (device.index or 0):
+        reject("--device", name, f"this machine offers {count} CUDA devices", "write cpu or auto, or a lower number")
+    return device if device.index is not None else torch.device("cuda", workers.local % count)
+
+
+def _features(args: argparse.Namespace, reference: str) -> str:
+    """The extractor's name, having made sure that reference and weights are there before anything is read."""
+    if not Path(reference).exists():
+        find_reference(reference)
+    name = args.features or ("digits-cnn" if reference == "digits" else "inception")
+    if name == "inception":
+        find_weights(args.inception_weights)
+    return name
+
+
+def _read_sets(args: argparse.Namespace) -> list[Samples]:
     if args.run is not None and args.samples:
         reject("--run", args.run, "SAMPLES were given as well", "give one or the other")
     if args.run is not None:
@@ -70,34 +147,103 @@ def _read_sets(args: argparse.Namespace) -> list[SampleSet]:
     return [load_samples(path) for argument in args.samples for path in find_samples(argument)]
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Parse, load everything, score, print, write. Raises `ConfigError` before the output file is touched."""
+def score(argv: Sequence[str], workers: Workers) -> None:
+    """Parse, check everything, score, print, write. Raises `ConfigError` before the output file is touched."""
     args = _parser().parse_args(argv)
+    _positive(args, "batch")
+    features, device = _features(args, args.ref), _device(args.device, workers)
     sets = _read_sets(args)
     out = args.run / "metrics.json" if args.run is not None and args.out is None else args.out
     if out is not None:
         check_output(out)
-    evaluator = Evaluator(args.features, args.ref)
-    for samples in sets:
-        evaluator.check(samples)
+    evaluator = Evaluator(
+        features,
+        args.ref,
+        weights=args.inception_weights,
+        device=device,
+        batch=args.batch,
+        distances=args.distances,
+        workers=workers,
+        progress=True,
+    )
+    with joined(workers):
+        scores = score_all(evaluator, sets)
+    if not scores:
+        return
     if evaluator.accuracy is not None:
         print(f"{evaluator.extractor.name}: accuracy on held-out real images {evaluator.accuracy:.4f}")
-    scores = [evaluator.score(samples) for samples in sets]
-    print(format_table(scores))
+    print("\n".join([format_table(scores), *notes(scores)]))
     if out is not None:
         write_metrics(out, scores)
         print(f"wrote {out}")
 
 
+def make_features(command: str, argv: Sequence[str], workers: Workers) -> None:
+    """`ref` and `features`: extract, write one features file. Raises `ConfigError` before it is touched."""
+    args = _tool_parser(command).parse_args(argv)
+    is_reference = command == "ref"
+    _positive(args, "batch", *(("keep", "size") if is_reference else ()))
+    name, device = _features(args, args.images), _device(args.device, workers)
+    check_output(args.out, ".safetensors", "features are safetensors")
+    found: FeatureSet | None
+    if is_reference:
+        source = find_reference(args.images, "IMAGES", args.size)
+        extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
+        if source.images is not None:
+            check_shape(source.images, extractor, "IMAGES")
+        with joined(workers):
+            found = reference_features(source, extractor, keep=args.keep, workers=workers, progress=True)
+    else:
+        paths = find_samples(Path(args.images))
+        if len(paths) > 1:
+            reject("SAMPLES", args.images, f"holds {len(paths)} sample sets", f"name one of them, such as {paths[0]}")
+        samples = load_samples(paths[0])
+        if isinstance(samples, FeatureSet):
+            reject("SAMPLES", args.images, "is a features file already", "name images")
+        extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
+        check_shape(samples, extractor, "SAMPLES")
+        with joined(workers):
+            found = collect(extractor, samples, sampling=samples.sampling, workers=workers, progress=True)
+    if found is not None:
+        _write(args.out, found)
+
+
+def _write(path: Path, found: FeatureSet) -> None:
+    try:
+        save_features(path, found)
+    except OSError as error:
+        reject("--out", path, f"cannot be written ({error.strerror})", "choose another file")
+    kept = 0 if found.features_Nd is None else len(found.features_Nd)
+    count = "statistics" if found.num is None else f"{found.num} images"
+    print(f"wrote {path}: {count}, {kept} rows of features of {found.extractor}, sha256 {found.sha256[:16]}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """`ref ...`, `features ...`, or scoring."""
+    workers = workers_from(os.environ)
+    if argv and argv[0] in ("ref", "features"):
+        make_features(argv[0], argv[1:], workers)
+    else:
+        score(argv, workers)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for a user's mistake, told in one line on stderr."""
     try:
-        run(argv)
+        run(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

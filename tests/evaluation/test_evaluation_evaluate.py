@@ -7,17 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.evaluate import (
-    Evaluator,
-    check_output,
-    evaluate_samples,
-    find_samples,
-    format_table,
-    load_samples,
-    run_samples,
-    write_metrics,
-)
-from evaluation.reference import digits_images, noise_images
+from evaluation.digits import digits_images, noise_images
+from evaluation.evaluate import Evaluator, evaluate_samples
+from evaluation.report import check_output, format_table, write_metrics
+from evaluation.samples import cfg_of, find_samples, load_samples, run_samples
 from promoe_ds.config import ConfigError
 
 IMAGES = np.zeros((4, 8, 8, 1), np.uint8)
@@ -84,9 +77,9 @@ def test_evaluate_samples_is_the_same_every_time(evaluator: Evaluator, tmp_path:
 
 
 def test_guidance_scale_falls_back_to_the_folder(tmp_path: Path):
-    assert load_samples(save(tmp_path / "cfg1.5" / "samples.npz")).cfg == 1.5
-    assert load_samples(save(tmp_path / "other" / "samples.npz")).cfg is None
-    assert load_samples(save(tmp_path / "cfg4" / "samples.npz", sampling={"cfg": 2})).cfg == 2.0
+    assert cfg_of(load_samples(save(tmp_path / "cfg1.5" / "samples.npz"))) == 1.5
+    assert cfg_of(load_samples(save(tmp_path / "other" / "samples.npz"))) is None
+    assert cfg_of(load_samples(save(tmp_path / "cfg4" / "samples.npz", sampling={"cfg": 2}))) == 2.0
 
 
 def test_find_samples(tmp_path: Path):
@@ -106,11 +99,11 @@ def test_run_samples_in_order_of_guidance(tmp_path: Path):
     save(tmp_path / "samples" / "a" / "samples.npz", sampling={"cfg": 4.0})
     save(tmp_path / "samples" / "z" / "samples.npz", sampling={"cfg": 1.0})
     save(tmp_path / "samples" / "cfg2" / "samples.npz")
-    assert [s.cfg for s in run_samples(tmp_path)] == [1.0, 2.0, 4.0]
+    assert [cfg_of(s) for s in run_samples(tmp_path)] == [1.0, 2.0, 4.0]
 
 
 def test_run_samples_without_any(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"no samples\.npz below"):
+    with pytest.raises(ConfigError, match="no finished samples below"):
         run_samples(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         run_samples(tmp_path / "absent")
@@ -123,10 +116,12 @@ def test_missing_file(tmp_path: Path):
 def test_missing_arrays(tmp_path: Path):
     path = tmp_path / "samples.npz"
     np.savez(path, images=IMAGES, arr_1=LABELS)
-    assert "holds images, arr_1, needs arr_0 and arr_1" in message(path)
+    assert "holds images, arr_1, needs arr_0" in message(path)
+    np.savez(path)
+    assert "holds no named arrays" in message(path)
     with path.open("wb") as file:
         np.save(file, IMAGES)
-    assert "holds no named arrays" in message(path)
+    assert "is no readable .npz" in message(path)
 
 
 @pytest.mark.parametrize("images", [IMAGES.astype(np.float32), IMAGES[..., 0], IMAGES.astype(np.int64)])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.features import Classifier, DigitsCNN, load_extractor
+from evaluation.digits import digits_split
+from evaluation.extractors import load_extractor
+from evaluation.features import Classifier, DigitsCNN
 from evaluation.metrics import label_agreement
-from evaluation.reference import digits_split
 from promoe_ds.config import ConfigError
 
 
@@ -71,5 +72,5 @@ def test_global_generators_are_untouched():
 
 
 def test_unknown_extractor_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="--features=inception: no such feature extractor; choose one of digits-cnn"):
-        load_extractor("inception")
+    with pytest.raises(ConfigError, match="resnet: no such feature extractor; choose one of digits-cnn, inception"):
+        load_extractor("resnet")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
 
-from evaluation.reference import digits_images
+from evaluation.digits import digits_images
+from evaluation.report import format_table, notes
+from tests.evaluation.random_inception import pictures
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
-def main() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("launchers_evaluate", LAUNCHER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(launcher: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    return launcher
 
 
 def save(folder: Path, n: int, cfg: float) -> Path:
@@ -74,7 +74,7 @@ def test_errors_leave_the_output_alone(main, tmp_path: Path, capsys: pytest.Capt
     bad = tmp_path / "bad.npz"
     bad.write_bytes(good.read_bytes()[:200])
     assert "no readable .npz" in failure(main, capsys, good, bad, "--out", out)
-    assert "choose one of digits-cnn" in failure(main, capsys, good, "--features", "inception", "--out", out)
+    assert "choose one of digits-cnn" in failure(main, capsys, good, "--features", "resnet", "--out", out)
     assert "choose one of digits" in failure(main, capsys, good, "--ref", "mnist", "--out", out)
     np.savez(bad, arr_0=np.zeros((3, 9, 9, 1), np.uint8), arr_1=np.zeros(3, np.int64))
     assert "digits-cnn takes [8, 8, 1]" in failure(main, capsys, good, bad, "--out", out)
@@ -87,7 +87,7 @@ def test_bad_command_lines(main, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "unrecognized arguments: --frobnicate" in failure(main, capsys, "a.npz", "--frobnicate")
     assert "give one or the other" in failure(main, capsys, "a.npz", "--run", tmp_path)
     assert "no such folder" in failure(main, capsys, "--run", tmp_path / "absent")
-    assert "no samples.npz below" in failure(main, capsys, "--run", tmp_path)
+    assert "no finished samples below" in failure(main, capsys, "--run", tmp_path)
 
 
 def test_help_ends_with_examples(main, capsys: pytest.CaptureFixture[str]):
@@ -95,3 +95,58 @@ def test_help_ends_with_examples(main, capsys: pytest.CaptureFixture[str]):
         main(["--help"])
     assert stop.value.code == 0
     assert "examples:" in capsys.readouterr().out
+
+
+class MeanColour(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_references_and_features_on_a_network_of_ones_own(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    network, ref, features = tmp_path / "mean.pt", tmp_path / "ref.safetensors", tmp_path / "a.safetensors"
+    torch.jit.save(torch.jit.script(MeanColour()), network)
+    for i, image in enumerate(pictures(7, 1)):
+        (tmp_path / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "photos" / str(i % 2) / f"{i}.png")
+    np.savez(tmp_path / "a.npz", arr_0=pictures(6, 2, (16, 16)))
+    own = ["--features", str(network), "--device", "cpu", "--batch", "4"]
+    photos = ["ref", str(tmp_path / "photos"), "--size", "16", *own]
+    assert main([*photos, "--keep", "5", "--out", str(ref)]) == 0
+    assert "7 images, 5 rows of features of mean:" in capsys.readouterr().out
+    assert main(["features", str(tmp_path / "a.npz"), "--out", str(features), *own]) == 0
+    assert (
+        main([str(tmp_path / "a.npz"), str(features), "--ref", str(ref), "--out", str(tmp_path / "m.json"), *own]) == 0
+    )
+    images, stream = json.loads((tmp_path / "m.json").read_text())["sets"]
+    fd = f"FD[{images['features']}]"
+    assert images[fd] == pytest.approx(stream[fd], rel=1e-9) and images[fd] > 0 and "FID" not in images
+    assert images["samples_sha256"] == stream["samples_sha256"]
+    capsys.readouterr()
+    assert "is a features file already" in failure(main, capsys, "features", features, "--out", ref, *own)
+    assert "ends in .safetensors" in failure(main, capsys, *photos, "--out", tmp_path / "ref.npz")
+    assert "--keep=0: must be positive" in failure(main, capsys, *photos, "--keep", "0", "--out", ref)
+    assert "--device=tpu" in failure(main, capsys, features, "--ref", ref, "--features", network, "--device", "tpu")
+    assert "evaluate.py --help" in failure(main, capsys, "ref", "--out", ref)
+    for scale in ("1", "2"):
+        save(tmp_path / "run" / f"cfg{scale}", 5, 1.0)
+    assert "holds 2 sample sets" in failure(main, capsys, "features", tmp_path / "run", "--out", ref, *own)
+
+
+def test_table_of_fids_warns_of_small_sets():
+    score = {
+        "samples": "a",
+        "cfg": 1.5,
+        "num": 50_000,
+        "FID": 2.5,
+        "IS": 250.0,
+        "precision": 0.8,
+        "features": "inception",
+    }
+    few = {**score, "samples": "b", "num": 1000, "sFID": 4.0}
+    for each in (score, few):
+        each["sampling"] = {"sampler": "euler", "steps": 250}
+    lines = format_table([score, few]).splitlines()
+    assert lines[0].split() == ["samples", "sampler", "steps", "cfg", "n", "FID", "sFID", "IS", "precision"]
+    assert lines[1].split() == ["a", "euler", "250", "1.5", "50000", "2.500", "-", "250.00", "0.8000"]
+    assert notes([score]) == [] and "1 of 2 sets hold fewer than 50,000 images" in notes([score, few])[0]
