@@ -13,24 +13,20 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from promoe_ds.config import Config, ConfigError, reject
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.objective_config import Channels
 from promoe_ds.sample_job import (
     Job,
-    Worker,
-    barrier_of,
     check_folder,
     provenance,
     record_of,
     run_job,
     run_of,
-    worker_from,
 )
 from promoe_ds.sampling import How, check_channels, find_weights, load_ema
 from promoe_ds.validate import check_guidance
+from promoe_ds.workers import barrier_of, pick_device, worker_from
 
 EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
@@ -106,24 +102,6 @@ def parse_scales(text: str) -> list[float]:
     if len(set(scales)) < len(scales):
         reject("--cfg", repr(text), "names a scale twice", "write each scale once")
     return scales
-
-
-def pick_device(name: str, worker: Worker) -> torch.device:
-    """auto and cuda: this process's GPU by LOCAL_RANK; processes in excess of the GPUs share them."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        reject("--device", name, "is no device", "write auto, cpu, cuda or cuda:N")
-    if device.type not in ("cpu", "cuda"):
-        reject("--device", name, "is not supported", "write auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count <= (device.index or 0):
-        reject("--device", name, f"this machine offers {count} CUDA devices", "write cpu or auto, or a lower number")
-    return device if device.index is not None else torch.device("cuda", worker.local % count)
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -10,15 +10,11 @@ Legend: N images, H W C pixels; r rank, W world size.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import hashlib
 import json
-import os
 import platform
 import re
-import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,7 @@ from promoe_ds.config import Config, reject
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.sampling import How, Precision, class_labels, generate, grid, to_image
 from promoe_ds.train.checkpoint import MANIFEST, manifest
+from promoe_ds.workers import Worker, atomic
 
 RECORD = "sampling.json"
 OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|part-\d+-of-\d+\.npz")
@@ -42,69 +39,6 @@ DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cf
 """keys of the record that decide the images; a folder is continued only where all of them agree"""
 IMPLIED = {"sampler": "euler", "eta": 0.0, "guidance_channels": "all"}
 """what records say that were written before these keys"""
-
-
-# --------------------------------------------------------------------------------------------------------- processes
-
-
-@dataclass(frozen=True)
-class Worker:
-    """This process among those that sample together."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-    """number on this machine: picks the GPU"""
-
-
-def worker_from(environ: Mapping[str, str]) -> Worker:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK as torchrun and the deepspeed launcher set them; absent means one process.
-
-    Raises:
-        ConfigError: they are no integers, or the rank is not below the world size.
-    """
-    way_out = "start through torchrun or the deepspeed launcher, or unset it"
-    values = []
-    for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = environ.get(key, default)
-        if not text.isdecimal():
-            reject(key, repr(text), "the environment variable is not a number", way_out)
-        values.append(int(text))
-    worker = Worker(*values)
-    if worker.rank >= worker.world:
-        reject("RANK", worker.rank, f"the environment variable is not below WORLD_SIZE={worker.world}", way_out)
-    if worker.world > 1 and "RANK" not in environ:
-        reject("WORLD_SIZE", worker.world, "is set in the environment without RANK", way_out)
-    return worker
-
-
-@contextlib.contextmanager
-def barrier_of(worker: Worker) -> Iterator[Callable[[], object]]:
-    """Yields a barrier of all sampling processes (gloo); for one process it does nothing.
-
-    Processes join at the start, while they are close in time, and may then be a day apart.
-    """
-    if worker.world == 1:
-        yield lambda: None
-        return
-    import torch.distributed as dist  # only where several processes sample together
-
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-    try:
-        yield dist.barrier
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name on success: readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- job

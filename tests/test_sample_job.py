@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from promoe_ds.config import ConfigError, decode, dump
 from promoe_ds.models.init import build, materialize
-from promoe_ds.sample_job import Job, Worker, claim_folder, read_image, run_of, worker_from
+from promoe_ds.sample_job import Job, claim_folder, read_image, run_of
 from promoe_ds.train import checkpoint
+from promoe_ds.workers import Worker, worker_from
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers/sample.py"
 Command = Callable[..., int]

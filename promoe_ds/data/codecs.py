@@ -1,0 +1,227 @@
+"""Codecs between pixels and latents: one small interface, always loaded from a local path, never downloaded.
+
+| PATH of `--vae` | codec | latents |
+|---|---|---|
+| folder in diffusers' layout, `AutoencoderKL` | variational autoencoder | mean and log-variance of a Gaussian |
+| folder in diffusers' layout, `AutoencoderTiny` | TAESD and its kin | one point |
+| folder with taef2_encoder.pth and taef2_decoder.pth | TAEF2, 32 channels | one point |
+| the word `identity` | none | the pixels |
+
+Shape suffixes: B images, M channels of moments (2C where there is a posterior, else C), C of a latent, H W pixels,
+h w latent cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from promoe_ds.config import ConfigError, reject
+from promoe_ds.data import taef2
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
+SD_SCALE = 0.18215
+"""of the Stable Diffusion autoencoders; brings their latents to unit variance (Rombach et al. 2022, arXiv:2112.10752)"""
+HOW_TO_GET = (
+    "put config.json and diffusion_pytorch_model.safetensors (334,643,276 bytes, SHA-256 a1d99348...) of the public "
+    "release stabilityai/sd-vae-ft-mse into a folder and name it; nothing is downloaded"
+)
+
+
+class Codec(ABC):
+    """A frozen autoencoder.
+
+    Attributes:
+        kind: AutoencoderKL, AutoencoderTiny, TAEF2 or identity.
+        channels: C, of a latent.
+        factor: pixels a latent cell, per side.
+        scale, shift: the model is trained on (z - shift) * scale.
+        stochastic: `encode` gives mean and log-variance (M = 2C) of a Gaussian posterior, not a point (M = C).
+        digest: BLAKE2b of the weight files, 32 hex digits: the same latents mean the same digest.
+    """
+
+    kind: str
+    channels: int
+    factor: int
+    scale: float = 1.0
+    shift: float = 0.0
+    stochastic = False
+    digest = ""
+
+    @property
+    def moments(self) -> int:
+        """M, channels of what `encode` gives."""
+        return self.channels * (2 if self.stochastic else 1)
+
+    @abstractmethod
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        """RGB float32 [B, 3, H, W] in [-1, 1] to unscaled moments float32 [B, M, h, w]."""
+
+    @abstractmethod
+    def decode(self, z_BChw: Tensor) -> Tensor:
+        """Unscaled latents [B, C, h, w] to RGB float32 [B, 3, H, W], in [-1, 1] up to overshoot."""
+
+    def to_pixels(self, x_BChw: Tensor) -> Tensor:
+        """What the model makes, (z - shift) * scale, to RGB."""
+        return self.decode(x_BChw / self.scale + self.shift)
+
+    def record(self) -> dict[str, Any]:
+        """What an index or a run folder says of the codec."""
+        keys = ("kind", "channels", "factor", "scale", "shift", "stochastic", "digest")
+        return {key: getattr(self, key) for key in keys}
+
+
+def posterior_sample(moments_BMhw: Tensor, gauss_BChw: Tensor) -> Tensor:
+    """mean + exp(logvar / 2) * gauss, the log-variance clamped to [-30, 20] as diffusers does."""
+    mean, logvar = moments_BMhw.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * gauss_BChw
+
+
+class Identity(Codec):
+    """Pixels are their own latents."""
+
+    kind, channels, factor = "identity", 3, 1
+
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW
+
+    def decode(self, z_BChw: Tensor) -> Tensor:
+        return z_BChw
+
+
+class TAEF2(Codec):
+    """The tiny autoencoder of `taef2.py`, in float32."""
+
+    kind, channels, factor = "TAEF2", taef2.LATENT, taef2.FACTOR
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, device: torch.device, digest: str = ""):
+        self.encoder, self.decoder = _frozen(encoder, device), _frozen(decoder, device)
+        self.digest = digest
+
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        return self.encoder(x_BCHW * 0.5 + 0.5)
+
+    def decode(self, z_BChw: Tensor) -> Tensor:
+        return self.decoder(z_BChw).mul(2).sub(1)
+
+
+class Diffusers(Codec):
+    """An `AutoencoderKL` or `AutoencoderTiny` of diffusers, in float32."""
+
+    def __init__(self, model: Any, device: torch.device, digest: str = ""):
+        config = model.config
+        self.kind, self.model, self.digest = type(model).__name__, _frozen(model, device), digest
+        self.channels = config.latent_channels
+        self.stochastic = self.kind == "AutoencoderKL"
+        blocks = len(config.block_out_channels) if self.stochastic else len(config.encoder_block_out_channels)
+        self.factor = 2 ** (blocks - 1)
+        self.scale = float(config.scaling_factor or 1.0)
+        self.shift = float(getattr(config, "shift_factor", None) or 0.0)
+
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        encoded = self.model.encode(x_BCHW)
+        return encoded.latent_dist.parameters if self.stochastic else encoded.latents
+
+    def decode(self, z_BChw: Tensor) -> Tensor:
+        return self.model.decode(z_BChw).sample
+
+
+def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
+    return module.float().to(device).eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------- opening
+
+
+def open_codec(path: str, device: torch.device | str = "cpu", option: str = "--vae") -> Codec:
+    """The codec at a local path, or `identity`.
+
+    Args:
+        option: what messages call the path.
+
+    Raises:
+        ConfigError: nothing there (the message says which files, from which public release), or files that do not fit.
+    """
+    if path == "identity":
+        return Identity()
+    folder, device = Path(path).expanduser(), torch.device(device)
+    if not folder.is_dir():
+        reject(option, path, "no such folder", HOW_TO_GET)
+    if any((folder / name).exists() for name in TAEF2_FILES):
+        return _open_taef2(folder, device, option)
+    if not (folder / "config.json").is_file():
+        reject(option, path, "has no config.json", HOW_TO_GET)
+    return _open_diffusers(folder, device, option)
+
+
+def _open_taef2(folder: Path, device: torch.device, option: str) -> TAEF2:
+    parts = []
+    for name, module in zip(TAEF2_FILES, (taef2.encoder(), taef2.decoder()), strict=True):
+        file = folder / name
+        if not file.is_file():
+            way_out = f"copy {name} of the public repository madebyollin/taesd there; nothing is downloaded"
+            reject(option, folder, f"lacks {name}", way_out)
+        try:
+            module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
+        except Exception as error:  # unpickling garbage raises anything
+            reject(option, file, f"is not TAEF2's state dict ({_brief(error)})", f"copy {name} of madebyollin/taesd again")
+        parts.append(module)
+    return TAEF2(parts[0], parts[1], device, _digest(*(folder / name for name in TAEF2_FILES)))
+
+
+def _open_diffusers(folder: Path, device: torch.device, option: str) -> Diffusers:
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        reject(option, folder / "config.json", f"cannot be read ({_brief(error)})", "copy it again")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        reject(option, folder, f"is of class {kind}", "name an AutoencoderKL or AutoencoderTiny")
+    if not (folder / WEIGHTS).is_file():
+        reject(option, folder, f"lacks {WEIGHTS}", HOW_TO_GET)
+    import diffusers  # late: its import takes seconds
+
+    try:
+        model, report = getattr(diffusers, kind).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        reject(option, folder, f"does not load as {kind} ({_brief(error)})", f"copy config.json and {WEIGHTS} again")
+    wrong = [f"{name} is {what}" for what in ("missing", "unexpected") for name in sorted(report[f"{what}_keys"])]
+    wrong += [f"{key} has another shape" for key in report["mismatched_keys"]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        reject(option, folder / WEIGHTS, f"does not fit its config.json: {wrong[0]}{more}", "copy both again")
+    return Diffusers(model, device, _digest(folder / WEIGHTS))
+
+
+def _digest(*files: Path) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**22):
+                state.update(block)
+    return state.hexdigest()
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_same(found: dict[str, Any], codec: Codec, option: str, where: str) -> None:
+    """Raise `ConfigError` if the latents at `where` (a codec's record) were made by other weights or another scale.
+
+    A digest of "" is not known (official latent trees) and not compared.
+    """
+    mine = codec.record()
+    for key, old in found.items():
+        if old != mine.get(key) and not (key == "digest" and old == ""):
+            conflict = f"has {key}={mine.get(key)}, the latents of {where} were made with {key}={old}"
+            raise ConfigError(f"{option}: {conflict}; name the codec they were made with")
