@@ -172,7 +172,9 @@ def _open_taef2(folder: Path, device: torch.device, option: str) -> TAEF2:
         try:
             module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
         except Exception as error:  # unpickling garbage raises anything
-            reject(option, file, f"is not TAEF2's state dict ({_brief(error)})", f"copy {name} of madebyollin/taesd again")
+            reject(
+                option, file, f"is not TAEF2's state dict ({_brief(error)})", f"copy {name} of madebyollin/taesd again"
+            )
         parts.append(module)
     return TAEF2(parts[0], parts[1], device, _digest(*(folder / name for name in TAEF2_FILES)))
 
