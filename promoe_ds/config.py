@@ -102,11 +102,13 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images come from. `digits` is embedded (scikit-learn); `images` reads a folder or a packed npz."""
+    """Where the images come from: `digits` is embedded (scikit-learn), `images` and `latents` are read from `path`."""
 
-    name: Literal["digits", "images"] = "digits"
+    name: Literal["digits", "images", "latents"] = "digits"
     path: str | None = None
-    """images: class-per-folder tree or packed .npz"""
+    """images: class-per-folder tree or packed .npz; latents: what launchers/encode_latents.py wrote"""
+    vae: str | None = None
+    """latents: the codec that decodes the sample grids drawn while training; none, no grids"""
     split: str = "train"
     """packed npz: which split"""
     hflip: bool = False

@@ -1,4 +1,5 @@
-"""Images in, micro-batches out: data sets (`digits`, `images`), the global order (`order`), the stream (`batches`)."""
+"""Images in, micro-batches out: data sets (`digits`, `images`, `latents`), the global order (`order`), the stream
+(`batches`); `codecs` turn images into latents and back, `shards` is how latents lie on disk."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 
 from promoe_ds.config import Config, reject
 from promoe_ds.data.images import PackedImages, open_images
+from promoe_ds.data.latents import Latents, open_latents
 
 
 class ImageDataset(Protocol):
@@ -27,13 +29,13 @@ class ImageDataset(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Side of an image in pixels."""
+        """Side of an image in pixels, of a latent in cells."""
         ...
 
     def __len__(self) -> int: ...
 
     def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 [B, C, H, W] in [-1, 1] and labels int64 [B] of `indices` int64 [B]; safe in any thread.
+        """Images float32 [B, C, H, W] in [-1, 1] (or scaled latents) and labels int64 [B] of `indices` int64 [B]; safe in any thread.
 
         Raises:
             ConfigError: an image is missing or damaged; the message has its path.
@@ -62,15 +64,18 @@ def _open(config: Config) -> ImageDataset:
         return Digits()
     if data.path is None:
         reject("data.path", "null", f"data.name={data.name} needs one", "add data.path=PATH")
+    if data.name == "latents":
+        return open_latents(data.path)
     return open_images(data.path, split=data.split, channels=model.channels, image_size=model.image_size)
 
 
 def _check_agreement(config: Config, dataset: ImageDataset) -> None:
     source = "data.name=digits" if config.data.name == "digits" else f"data.path={config.data.path}"
+    unit = "cells" if isinstance(dataset, Latents) else "pixels"
     for key, found, what in (
         ("num_classes", dataset.num_classes, "class(es)"),
         ("channels", dataset.channels, "channel(s)"),
-        ("image_size", dataset.image_size, "pixels a side"),
+        ("image_size", dataset.image_size, f"{unit} a side"),
     ):
         wanted = getattr(config.model, key)
         if wanted != found:

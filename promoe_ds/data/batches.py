@@ -23,6 +23,7 @@ import torch
 
 from promoe_ds.config import Config
 from promoe_ds.data import ImageDataset
+from promoe_ds.data.latents import Latents
 from promoe_ds.data.order import Purpose, row_generator, step_indices
 from promoe_ds.validate import batch_plan
 
@@ -35,7 +36,7 @@ class Batch:
     """One micro-batch of one rank: CPU tensors, everything random already drawn."""
 
     x_BCHW: torch.Tensor
-    """float32 in [-1, 1], after random flips"""
+    """float32 in [-1, 1], or scaled latents, after random flips"""
     label_B: torch.Tensor
     """int64 after label drop; `model.num_classes` is the null label"""
     noise_BCHW: torch.Tensor
@@ -90,9 +91,7 @@ class BatchMaker:
         return [self._batch(step, index_G, self.share.rows(j)) for j in range(self.share.accumulation)]
 
     def _batch(self, step: int, index_G: np.ndarray, rows: np.ndarray) -> Batch:
-        x_BCHW, label_B = self.dataset.get(index_G[rows])
-        if self.config.data.hflip:
-            x_BCHW = _mirror(x_BCHW, self._coin(step, rows, Purpose.FLIP, 0.5))
+        x_BCHW, label_B = self._images(step, index_G[rows], rows)
         drop_B = self._coin(step, rows, Purpose.DROP, self.config.diffusion.label_drop)
         return Batch(
             x_BCHW=x_BCHW,
@@ -101,6 +100,16 @@ class BatchMaker:
             gauss_B=self._normal(step, rows, Purpose.TIME, ()),
             rows=torch.from_numpy(rows),
         )
+
+    def _images(self, step: int, index_B: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images or latents, flipped by coin, and their labels."""
+        flip_B = self._coin(step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
+        if isinstance(self.dataset, Latents):
+            return self.dataset.draw(
+                index_B, flip_B.numpy(), lambda shape: self._normal(step, rows, Purpose.POSTERIOR, shape).numpy()
+            )
+        x_BCHW, label_B = self.dataset.get(index_B)
+        return _mirror(x_BCHW, flip_B) if self.config.data.hflip else x_BCHW, label_B
 
     def _coin(self, step: int, rows: np.ndarray, purpose: Purpose, probability: float) -> torch.Tensor:
         """bool [B], true with `probability`."""

@@ -29,7 +29,7 @@ from promoe_ds.data import taef2
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
 SD_SCALE = 0.18215
-"""of the Stable Diffusion autoencoders; brings their latents to unit variance (Rombach et al. 2022, arXiv:2112.10752)"""
+"""of Stable Diffusion's autoencoders: brings latents to unit variance (Rombach et al. 2022, arXiv:2112.10752)"""
 HOW_TO_GET = (
     "put config.json and diffusion_pytorch_model.safetensors (334,643,276 bytes, SHA-256 a1d99348...) of the public "
     "release stabilityai/sd-vae-ft-mse into a folder and name it; nothing is downloaded"
@@ -77,12 +77,6 @@ class Codec(ABC):
         """What an index or a run folder says of the codec."""
         keys = ("kind", "channels", "factor", "scale", "shift", "stochastic", "digest")
         return {key: getattr(self, key) for key in keys}
-
-
-def posterior_sample(moments_BMhw: Tensor, gauss_BChw: Tensor) -> Tensor:
-    """mean + exp(logvar / 2) * gauss, the log-variance clamped to [-30, 20] as diffusers does."""
-    mean, logvar = moments_BMhw.chunk(2, dim=1)
-    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * gauss_BChw
 
 
 class Identity(Codec):

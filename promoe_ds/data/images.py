@@ -132,6 +132,10 @@ class DecodedImages(_Labelled, ABC):
         self._pool = _workers()
 
     @abstractmethod
+    def name(self, index: int) -> str:
+        """What tells image `index` from the others, wherever the data set lies."""
+
+    @abstractmethod
     def read(self, index: int) -> tuple[bytes, str]:
         """Content of the file of image `index` and its path for messages; raises `ConfigError`."""
 
@@ -177,8 +181,8 @@ class HeldImages(_Labelled):
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def _list_class(folder: Path) -> list[str]:
-    """Sorted paths, relative to the tree, of the images in a class folder and the folders below it."""
+def list_class(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
+    """Sorted paths, relative to the tree, of the files in a class folder and the folders below it."""
 
     def fail(error: OSError) -> NoReturn:
         reject("data.path", error.filename, f"cannot be listed ({error.strerror})", "check the permissions")
@@ -187,14 +191,14 @@ def _list_class(folder: Path) -> list[str]:
     for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
         prefix = os.path.relpath(parent, folder.parent)
         found += [
-            os.path.join(prefix, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            os.path.join(prefix, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")
         ]
     if not found:
-        reject("data.path", folder, f"a class folder without images ({' '.join(SUFFIXES)})", "fill it or remove it")
+        reject("data.path", folder, f"a class folder without images ({' '.join(suffixes)})", "fill it or remove it")
     return sorted(found)
 
 
-def _class_folders(root: Path) -> list[Path]:
+def class_folders(root: Path) -> list[Path]:
     try:
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as error:
@@ -212,12 +216,15 @@ class FolderImages(DecodedImages):
     """
 
     def __init__(self, root: Path, channels: int, image_size: int) -> None:
-        folders = _class_folders(root)
-        by_class = [_list_class(folder) for folder in folders]
+        folders = class_folders(root)
+        by_class = [list_class(folder) for folder in folders]
         label_B = np.repeat(np.arange(len(folders), dtype=np.int64), [len(names) for names in by_class])
         super().__init__([folder.name for folder in folders], label_B, channels, image_size)
         self._root = root
         self._names = [name for names in by_class for name in names]  # strings: a million Paths would take a gigabyte
+
+    def name(self, index: int) -> str:
+        return self._names[index]
 
     def read(self, index: int) -> tuple[bytes, str]:
         path = self._root / self._names[index]
@@ -282,9 +289,12 @@ class PackedImages(DecodedImages):
             reject("data.path", path, f"split {split}: {flaw}", "write the pack again")
         classes = [str(name) for name in arrays["classes"]]
         super().__init__(classes, arrays["labels"].astype(np.int64), channels, image_size)
-        self._where = f"{path} ({split} image %d)"
+        self._split, self._where = split, f"{path} ({split} image %d)"
         self._jpeg = arrays["jpeg"]
         self._offset = arrays["offsets"].astype(np.int64)
+
+    def name(self, index: int) -> str:
+        return f"{self._split}/{index}"
 
     def read(self, index: int) -> tuple[bytes, str]:
         start, end = self._offset[index : index + 2]

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     DROP = 2
     FLIP = 3
     ORDER = 4
+    POSTERIOR = 5
 
 
 def row_generator(seed: int, step: int, row: int, purpose: Purpose) -> np.random.Generator:

@@ -17,7 +17,7 @@ from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifes
 
 FREE_ON_RESUME = {
     *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
-    *("parallel", "data.path", "data.prefetch", "moe.experts_backend"),
+    *("parallel", "data.path", "data.vae", "data.prefetch", "moe.experts_backend"),
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
     *("train.on_save_error", "train.on_nonfinite", "train.measure"),
     *("train.micro_batch_size", "train.activation_checkpointing", "moe.router.superclasses"),

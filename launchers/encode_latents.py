@@ -1,0 +1,124 @@
+"""Encode images to sharded latents, on any number of processes; the same command again continues."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from promoe_ds.command_line import Parser, guarded, leave, own_words, versions
+from promoe_ds.config import ConfigError, reject
+from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.images import MODES, open_images
+from promoe_ds.data.latents import LatentTree
+from promoe_ds.data.shards import DTYPES, verify
+from promoe_ds.encode_job import ConvertedTree, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
+from promoe_ds.workers import Worker, pick_device, worker_from
+
+EXAMPLES = """examples:
+  python launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents --dry-run
+  torchrun --nproc-per-node 8 -- launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents
+  srun --ntasks 64 python launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents
+  python launchers/encode_latents.py --images tinyimagenet.npz --size 128 --vae taef2 --out latents
+  python launchers/encode_latents.py --from-latents sd-vae-ft-mse_Latents_256img_npz --out latents   official tree
+  python launchers/encode_latents.py --verify latents                                        reads every byte
+
+Then train with data.name=latents data.path=latents. Each image is encoded once, whatever the number of processes, and
+the shards are the same bytes. Exit codes: 0 done, 2 user error or damaged images, 85 stopped (the same command
+continues).
+"""
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="PATH", help="tree with a folder a class, or a packed npz of JPEG files")
+    source.add_argument("--from-latents", type=Path, metavar="DIR", help="official tree: CLASS/NAME.latent.npz")
+    source.add_argument("--verify", type=Path, metavar="DIR", help="compare finished shards with their checksums")
+    p.add_argument("--vae", metavar="PATH", help="AutoencoderKL or AutoencoderTiny (diffusers), TAEF2, or identity")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards")
+    p.add_argument("--split", default="train", help="of a packed npz (default train)")
+    p.add_argument("--size", type=int, default=256, help="side of the central square in pixels (default 256)")
+    p.add_argument("--batch", type=int, default=32, help="images a forward and process (default 32)")
+    p.add_argument("--shard-size", type=int, default=1024, help="images a shard (default 1024)")
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="of the shards (default float16)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the codec (default fp32)")
+    p.add_argument("--skip-damaged", action="store_true", help="leave damaged images out; the index lists them")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for options that are missing or out of range."""
+    for key in ("size", "batch", "shard_size"):
+        if getattr(args, key) <= 0:
+            reject(f"--{key.replace('_', '-')}", getattr(args, key), "must be positive", "choose 1 or more")
+    if args.out is None:
+        raise ConfigError("--out is required; see --help")
+    if args.images is not None and args.vae is None:
+        raise ConfigError("--vae is required with --images; see --help")
+    if args.images is None and args.vae is not None:
+        reject("--vae", args.vae, "--from-latents copies latents as they are", "remove it")
+
+
+def open_source(args: argparse.Namespace, worker: Worker) -> EncodedImages | ConvertedTree:
+    """The codec is opened first: it is the usual thing to be absent, and listing a million files takes a while."""
+    if args.images is None:
+        try:
+            return ConvertedTree(LatentTree(args.from_latents))
+        except ConfigError as error:
+            raise ConfigError(renamed(error, "--from-latents")) from error
+    device = pick_device(args.device, worker)
+    codec = open_codec(args.vae, device)
+    try:
+        images = open_images(args.images, split=args.split, channels=max(MODES), image_size=args.size)
+    except ConfigError as error:
+        raise ConfigError(renamed(error, "--images")) from error
+    return EncodedImages(images, codec, args.batch, device, args.precision)
+
+
+def describe(source: EncodedImages | ConvertedTree, args: argparse.Namespace) -> str:
+    items, (channels, side, _) = len(source.label_N), source.shape
+    size = items * 2 * channels * side * side * (2 if args.dtype == "float16" else 4)
+    posterior = "mean and log-variance" if source.codec["stochastic"] else "one point"
+    return (
+        f"{items:,} items of {len(source.classes):,} classes, 2 x {channels}x{side}x{side} each "
+        f"({source.codec['kind']}, {posterior}, scale {source.codec['scale']}), {args.dtype}: {size / 1e9:.2f} GB in "
+        f"{-(-items // args.shard_size)} shards; the model needs model.image_size={side} "
+        f"model.channels={source.codec['channels']} model.num_classes={len(source.classes)}"
+    )
+
+
+def encode(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    worker = worker_from(os.environ, srun=True)
+    if args.verify is not None:
+        index = verify(args.verify)
+        print(f"{index.items} items in {len(index.shards)} shards match their checksums")
+        return
+    check(args)
+    source = open_source(args, worker)
+    if worker.rank == 0:
+        print(describe(source, args), flush=True)
+    if args.dry_run:
+        return
+    job = EncodeJob(args.out, args.shard_size, args.dtype, args.precision, args.skip_damaged)
+    command = shlex.join(["launchers/encode_latents.py", *own_words(argv)])
+    index = run_encoding(Encoder(source, job, command, versions()), worker)
+    if index is not None:
+        skipped = f", {len(index.skipped)} damaged left out" if index.skipped else ""
+        print(f"{index.items} items in {len(index.shards)} shards in {args.out}{skipped}", flush=True)
+
+
+def main() -> int:
+    return guarded(encode, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    leave(main)

@@ -1,0 +1,65 @@
+"""What the launchers that run without DeepSpeed share: misuse in one line, exit codes, stopping by a signal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+import promoe_ds
+from promoe_ds.config import ConfigError
+
+DONE, USER_ERROR, STOPPED = 0, 2, 85
+"""exit codes; after 85 the same command continues"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports misuse as everything else does: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def own_words(argv: list[str]) -> list[str]:
+    """The command line without what launchers add to it."""
+    return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+
+
+def versions() -> dict[str, str]:
+    return {
+        "promoe_ds": promoe_ds.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def guarded(work: Callable[[list[str]], object], argv: list[str]) -> int:
+    """Run `work`; a user's mistake and a stop become a line on stderr and an exit code."""
+    try:
+        work(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return STOPPED
+    return DONE
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Body of `if __name__ == "__main__"`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and launchers stop with SIGTERM
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
