@@ -6,24 +6,18 @@ import argparse
 import math
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from promoe_ds.config import Config, ConfigError, reject
+from promoe_ds.command_line import Parser, guarded, leave, own_words
+from promoe_ds.config import Config, reject
+from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.objective_config import Channels
-from promoe_ds.sample_job import (
-    Job,
-    check_folder,
-    provenance,
-    record_of,
-    run_job,
-    run_of,
-)
+from promoe_ds.sample_job import Job, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
 from promoe_ds.sampling import How, check_channels, find_weights, load_ema
 from promoe_ds.validate import check_guidance
 from promoe_ds.workers import barrier_of, pick_device, worker_from
@@ -33,6 +27,8 @@ EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 1000 --cfg 1,1.5,4 --steps 50 --out samples
   torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/digits --num 50000 --precision bf16 --batch 125
   python launchers/sample.py --model digits_bf16 --num 100        (of launchers/checkpoint.py convert --weights)
+  torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/imagenet256_promoe_b --vae sd-vae-ft-mse --num 50000 \\
+      --cfg 1.0,1.5 --format npz                             latents are decoded; no 50,000 files
   deepspeed --num_gpus 8 -- launchers/sample.py --model ema.safetensors --num 50000 --out samples
 
 The lone -- keeps torchrun and deepspeed from taking --run and --num for abbreviations of their own options.
@@ -41,19 +37,16 @@ an interrupted folder. Exit codes: 0 done, 2 user error, 85 stopped (the same co
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports misuse as everything else does: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def parser() -> Parser:
     p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", help="run folder: its newest complete checkpoint")
     source.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint or converted folder, or a file of it")
-    p.add_argument("--num", type=int, default=64, help="images, classes in turn (default 64)")
+    p.add_argument("--vae", metavar="PATH", help="codec that decodes latents (default: data.vae of the run)")
+    p.add_argument("--num", type=int, default=64, help="images (default 64)")
+    p.add_argument(
+        "--labels", choices=("balanced", "random"), default="balanced", help="classes in turn (default), or drawn"
+    )
     p.add_argument("--cfg", metavar="S[,S...]", help="guidance scales; 1 is unguided (default: sample.cfg of the run)")
     p.add_argument(
         "--steps",
@@ -75,9 +68,13 @@ def parser() -> Parser:
         metavar="DIR",
         help="one scale: this folder; several: its cfg1.0, cfg1.5, ... (default RUN/samples/cfgS)",
     )
+    p.add_argument("--format", default="png,npz", metavar="F[,F]", help="png, npz (ADM's layout) or both (default)")
     p.add_argument("--batch", type=int, default=64, help="images a forward and process (default 64)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument(
+        "--expert-parallel", type=int, default=1, metavar="N", help="ranks that share the routed experts (default 1)"
+    )
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
     return p
 
@@ -104,11 +101,19 @@ def parse_scales(text: str) -> list[float]:
     return scales
 
 
+def parse_formats(text: str) -> tuple[str, ...]:
+    """`png,npz` to its parts; raises `ConfigError`."""
+    formats = tuple(sorted(set(text.split(",")), reverse=True))
+    if not set(formats) <= {"png", "npz"}:
+        reject("--format", repr(text), "names an unknown format", "write png, npz or png,npz")
+    return formats
+
+
 def check_numbers(args: argparse.Namespace) -> None:
-    for key in ("num", "steps", "batch"):
+    for key in ("num", "steps", "batch", "expert_parallel"):
         value = getattr(args, key)
         if isinstance(value, int) and value <= 0:
-            reject(f"--{key}", value, "must be positive", "choose 1 or more")
+            reject(f"--{key.replace('_', '-')}", value, "must be positive", "choose 1 or more")
     if not 0 <= args.seed < 2**64:
         reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
 
@@ -123,13 +128,25 @@ def choose_how(args: argparse.Namespace, config: Config) -> How:
     return How(sampler, args.eta, channels)
 
 
+def choose_codec(args: argparse.Namespace, config: Config, weights: Path, device: Any) -> Codec | None:
+    """The codec of --vae, or of the run; it must be the one that made the latents the model was trained on."""
+    path, option = (args.vae, "--vae") if args.vae else (config.data.vae, "data.vae of the run")
+    codec = open_codec(path, device, option) if path else None
+    check_channels(config, codec, "--vae")
+    found = codec_of_run(weights)
+    if codec is not None and found is not None:
+        check_same(found, codec, f"{option}={path}", str(run_of(weights)))
+    return codec
+
+
 def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path, how: How) -> list[Job]:
     """One job a scale: straight into --out for one, into subfolders for several."""
     base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
     split = args.out is None or len(scales) > 1
     outs = [base / f"cfg{scale}" if split else base for scale in scales]
+    formats = parse_formats(args.format)
     return [
-        Job(out, args.num, scale, args.steps, args.seed, args.batch, args.precision, how)
+        Job(out, args.num, scale, args.steps, args.seed, args.batch, args.precision, how, args.labels, formats)
         for out, scale in zip(outs, scales, strict=True)
     ]
 
@@ -137,42 +154,29 @@ def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path, how:
 def sample(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     check_numbers(args)
+    parse_formats(args.format)
     scales = parse_scales(args.cfg) if args.cfg is not None else None
     worker = worker_from(os.environ)
     device = pick_device(args.device, worker)
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
     model, config, step = load_ema(weights, device)
-    check_channels(config)
+    codec = choose_codec(args, config, weights, device)
     jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights, choose_how(args, config))
-    words = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
-    command, origin = shlex.join(["launchers/sample.py", *words]), provenance(weights, config, step)
-    records = [record_of(job, origin, command) for job in jobs]
+    command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), provenance(weights, config, step)
+    records = [record_of(job, origin, command, codec) for job in jobs]
     for job, record in zip(jobs, records, strict=True):  # all of them before the first image is made
         check_folder(job.out, record)
     with barrier_of(worker) as barrier:
+        sampler = Sampler(model, config, device, worker, barrier, codec)
         for job, record in zip(jobs, records, strict=True):
-            run_job(model, config, job, record, worker, device, barrier)
+            run_job(sampler, job, record)
             if worker.rank == 0:
                 print(f"{job.num} images at cfg {job.cfg} in {job.out}")
 
 
 def main() -> int:
-    try:
-        sample(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 85
-    return 0
+    return guarded(sample, sys.argv[1:])
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and launchers stop with SIGTERM
-    code = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(main)

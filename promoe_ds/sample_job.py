@@ -1,9 +1,8 @@
 """Filling a folder with samples: several processes, interruptions, one result.
 
-Process r of W makes the images r, r + W, ... of a folder and writes each as a PNG as soon as its batch is finished.
-A PNG is lossless and takes its name only when it is whole, so the PNGs *are* the record of what is done, and an
-interrupted folder can be finished at another number of processes. `sampling.json` says what the folder holds; a folder
-whose record differs is refused, never mixed.
+Process r of W makes the images r, r + W, ... of a folder and writes a batch as soon as it is finished
+(`sample_store.py`); an interrupted folder can be finished at another number of processes and another batch size.
+`sampling.json` says what the folder holds; a folder whose record differs is refused, never mixed.
 
 Legend: N images, H W C pixels; r rank, W world size.
 """
@@ -12,32 +11,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
+import math
 import re
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-import promoe_ds
-from promoe_ds.config import Config, reject
+from promoe_ds.command_line import versions
+from promoe_ds.config import Config, dump, reject
+from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import choose_sampler
-from promoe_ds.sampling import How, Precision, class_labels, generate, grid, to_image
+from promoe_ds.sample_store import BatchStore, PngStore, Store, read_all, write_npz
+from promoe_ds.sampling import How, Labels, Precision, class_labels, generate_batches, grid, pixel_shape
 from promoe_ds.train.checkpoint import MANIFEST, manifest
-from promoe_ds.workers import Worker, atomic
+from promoe_ds.workers import Worker, atomic, write_text
 
 RECORD = "sampling.json"
-OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|part-\d+-of-\d+\.npz")
-LEFTOVERS = (".*.tmp", "part-*-of-*.npz")
+CONFIG = "config.yaml"
+CODEC = "codec.json"
+SAMPLES = "samples.npz"
+OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|made-\d+\.npy|part-\d+-of-\d+\.npz")
+LEFTOVERS = (".*.tmp", "part-*-of-*.npz", "made-*.npy")
 DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision",
-            "sampler", "eta", "guidance_channels")  # fmt: skip
+            "sampler", "eta", "guidance_channels", "labels", "vae")  # fmt: skip
 """keys of the record that decide the images; a folder is continued only where all of them agree"""
-IMPLIED = {"sampler": "euler", "eta": 0.0, "guidance_channels": "all"}
+IMPLIED = {"sampler": "euler", "eta": 0.0, "guidance_channels": "all", "labels": "balanced", "vae": None}
 """what records say that were written before these keys"""
 
 
@@ -60,14 +64,28 @@ class Job:
     precision: Precision
     how: How = How()
 
-    def image_path(self, index: int, label: int) -> Path:
-        return self.out / f"{index:06d}_class{label}.png"
+    labels: Labels = "balanced"
+    formats: tuple[str, ...] = ("png", "npz")
+    """png: a file an image; npz: `samples.npz`; at least one of them"""
+
+
+OnImages = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
+"""called with indices int64 [B], labels int64 [B] and images uint8 [B, H, W, C]"""
 
 
 def run_of(file: Path) -> Path | None:
     """The run folder of RUN/checkpoints/step_X/ema.safetensors; None for a file that lies elsewhere."""
     parents = file.resolve().parents
     return parents[2] if len(parents) > 2 and parents[1].name == "checkpoints" else None
+
+
+def codec_of_run(file: Path) -> dict[str, Any] | None:
+    """The record of the codec whose latents the run was trained on; None for pixels or where it is not known."""
+    run = run_of(file)
+    try:
+        return json.loads((run / CODEC).read_text(encoding="utf-8")) if run and (run / CODEC).exists() else None
+    except (OSError, ValueError) as error:
+        reject("--run", f"{run}", f"its {CODEC} cannot be read ({error})", "restore it or remove it")
 
 
 def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
@@ -89,14 +107,8 @@ def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
     return {"config": config.name, "checkpoint": relative, "checkpoint_step": step, "checkpoint_blake2b": digest}
 
 
-def record_of(job: Job, weights: Mapping[str, Any], command: str) -> dict[str, Any]:
+def record_of(job: Job, weights: Mapping[str, Any], command: str, codec: Codec | None = None) -> dict[str, Any]:
     """What `sampling.json` says."""
-    versions = {
-        "promoe_ds": promoe_ds.__version__,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
     return {
         "command": command,
         **weights,
@@ -108,7 +120,9 @@ def record_of(job: Job, weights: Mapping[str, Any], command: str) -> dict[str, A
         "sampler": job.how.sampler,
         "eta": job.how.eta,
         "guidance_channels": job.how.channels,
-        "versions": versions,
+        "labels": job.labels,
+        "vae": f"{codec.kind} {codec.digest}".strip() if codec else None,
+        "versions": versions(),
     }
 
 
@@ -142,8 +156,8 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
             )
 
 
-def claim_folder(out: Path, record: Mapping[str, Any]) -> None:
-    """Write the record into a folder that `check_folder` accepts; an existing record is kept.
+def claim_folder(out: Path, record: Mapping[str, Any], config: Config) -> None:
+    """Write record and configuration into a folder that `check_folder` accepts; an existing record is kept.
 
     Every process does this, with equal content, so that none writes an image before the record is there.
     """
@@ -151,34 +165,10 @@ def claim_folder(out: Path, record: Mapping[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / RECORD).exists():
-            with atomic(out / RECORD) as temporary:
-                temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_text(out / RECORD, json.dumps(record, indent=2) + "\n")
+            write_text(out / CONFIG, dump(config))
     except OSError as error:
         reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
-
-
-def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """uint8 [H, W, C] of a finished image; None if it is missing, damaged or of another shape, hence to be made."""
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture)
-    except (OSError, SyntaxError):  # Pillow reports some damaged PNGs as SyntaxError
-        return None
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None
-
-
-def write_images(job: Job, indices: np.ndarray, labels: np.ndarray, images_NHWC: np.ndarray) -> None:
-    """One PNG an image, each whole or absent."""
-    for index, label, pixels in zip(indices.tolist(), labels.tolist(), images_NHWC, strict=True):
-        with atomic(job.image_path(index, label)) as temporary:
-            to_image(pixels).save(temporary, format="PNG")
-
-
-def write_npz(path: Path, images_NHWC: np.ndarray, labels: np.ndarray) -> None:
-    """The packed form of ADM's evaluation: `arr_0` uint8 [N, H, W, C], `arr_1` int64 [N]."""
-    with atomic(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, arr_0=images_NHWC, arr_1=labels)
 
 
 def _progress(job: Job, worker: Worker, total: int, done: int) -> tqdm:
@@ -194,89 +184,127 @@ def _progress(job: Job, worker: Worker, total: int, done: int) -> tqdm:
     )
 
 
-def make_share(
-    model: Callable[..., Any], config: Config, job: Job, worker: Worker, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images r, r + W, ... of the job: those on disk are read, the others made and written batch by batch.
+@dataclass(frozen=True)
+class Sampler:
+    """What makes images, on this process."""
 
-    Returns:
-        uint8 [n, H, W, C] and their labels int64 [n].
-    """
-    m = config.model
-    indices = np.arange(worker.rank, job.num, worker.world)
-    labels = class_labels(job.num, m.num_classes)[indices]
-    images = np.zeros((len(indices), m.image_size, m.image_size, m.channels), dtype=np.uint8)
-    missing = []
-    for row, (index, label) in enumerate(zip(indices.tolist(), labels.tolist(), strict=True)):
-        pixels = read_image(job.image_path(index, label), images.shape[1:])
-        if pixels is None:
-            missing.append(row)
-        else:
-            images[row] = pixels
-    rows = np.array(missing, dtype=np.int64)
+    model: Callable[..., Any]
+    config: Config
+    device: torch.device
+    worker: Worker = Worker()
+    barrier: Callable[[], object] = lambda: None
+    codec: Codec | None = None
+    most: Callable[[int], int] = lambda count: count
+    """the largest count over the processes that must run equally many batches"""
+    on_images: OnImages | None = None
+    """given every image of this process's share, new or found on disk, a batch at a time"""
 
-    def keep(part: slice, made: np.ndarray) -> None:
-        write_images(job, indices[rows[part]], labels[rows[part]], made)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        return pixel_shape(self.config, self.codec)
 
-    _, steps = choose_sampler(config, job.how.sampler, job.steps, job.how.eta)
-    with _progress(job, worker, len(indices), len(indices) - len(rows)) as bar:
-        images[rows] = generate(
-            model,
-            config,
-            labels[rows],
-            indices[rows],
+    def labels(self, job: Job) -> np.ndarray:
+        return class_labels(job.num, self.config.model.num_classes, job.labels, job.seed)
+
+
+def _store(sampler: Sampler, job: Job) -> Store:
+    if "png" in job.formats:
+        return PngStore(job.out, sampler.labels(job), sampler.shape)
+    return BatchStore(job.out, sampler.shape)
+
+
+def _hand_over(sampler: Sampler, store: Store, indices: np.ndarray, labels: np.ndarray, batch: int) -> None:
+    """Images that an earlier run has made, to the callback."""
+    if sampler.on_images is None:
+        return
+    for start in range(0, len(indices), batch):
+        rows = indices[start : start + batch]
+        images = np.stack([pixels for pixels in read_all(store, rows.tolist()) if pixels is not None])
+        sampler.on_images(rows, labels[rows], images)
+
+
+def make_share(sampler: Sampler, job: Job) -> None:
+    """Images r, r + W, ... of the job: those on disk are kept, the others made and written batch by batch."""
+    store, labels = _store(sampler, job), sampler.labels(job)
+    indices = np.arange(sampler.worker.rank, job.num, sampler.worker.world)
+    found = [pixels is not None for pixels in read_all(store, indices.tolist())]
+    whole = np.array(found, dtype=bool)
+    _hand_over(sampler, store, indices[whole], labels, job.batch)
+    missing = indices[~whole]
+    rounds = sampler.most(-(-len(missing) // job.batch))
+    _, steps = choose_sampler(sampler.config, job.how.sampler, job.steps, job.how.eta)
+    with _progress(job, sampler.worker, len(indices), len(indices) - len(missing)) as bar:
+        batches = generate_batches(
+            sampler.model,
+            sampler.config,
+            labels[missing],
+            missing,
             job.cfg,
             job.steps,
             job.seed,
             job.batch,
-            device,
+            sampler.device,
             job.precision,
             on_step=lambda count: bar.update(count / steps),
-            on_batch=keep,
             how=job.how,
+            codec=sampler.codec,
+            rounds=rounds,
         )
-    return images, labels
+        for rows, images in batches:
+            store.write(missing[rows], images)
+            if sampler.on_images is not None:
+                sampler.on_images(missing[rows], labels[missing[rows]], images)
 
 
-def assemble(job: Job, config: Config, worker: Worker, images: np.ndarray, labels: np.ndarray) -> None:
-    """Rank 0, after the barrier: its share and the others' parts become `samples.npz` and `grid.png`."""
-    if worker.world > 1:
-        share, images = images, np.zeros((job.num, *images.shape[1:]), dtype=np.uint8)
-        images[:: worker.world], labels = share, class_labels(job.num, config.model.num_classes)
-        for rank in range(1, worker.world):
-            with np.load(part_path(job, worker, rank), allow_pickle=False) as part:
-                images[rank :: worker.world] = part["arr_0"]
-    columns = min(10, config.model.num_classes, job.num)
+def assemble(sampler: Sampler, job: Job) -> None:
+    """Rank 0, after the barrier: what all processes have made becomes `samples.npz` and `grid.png`."""
+    store, labels = _store(sampler, job), sampler.labels(job)
+    columns = min(10, sampler.config.model.num_classes, job.num)
+    first: list[np.ndarray] = []
+
+    def images() -> Iterator[np.ndarray]:
+        for index, pixels in enumerate(read_all(store, range(job.num))):
+            if pixels is None:
+                reject("--out", job.out, f"image {index} has disappeared", "run the same command again")
+            if index < 10 * columns:
+                first.append(pixels)
+            yield pixels
+
+    if "npz" in job.formats:
+        write_npz(job.out / SAMPLES, images(), (job.num, *sampler.shape), labels)
+    else:
+        first += [pixels for pixels in read_all(store, range(min(job.num, 10 * columns))) if pixels is not None]
     with atomic(job.out / "grid.png") as temporary:
-        grid(images[: 10 * columns], columns).save(temporary, format="PNG")
-    write_npz(job.out / "samples.npz", images, labels)
+        grid(np.stack(first), columns).save(temporary, format="PNG")
+    store.clear()
     for pattern in LEFTOVERS:
         for path in job.out.glob(pattern):
             path.unlink(missing_ok=True)
 
 
-def part_path(job: Job, worker: Worker, rank: int) -> Path:
-    return job.out / f"part-{rank}-of-{worker.world}.npz"
+def complete(job: Job, shape: tuple[int, int, int]) -> bool:
+    """Whether a folder without PNGs is done: its packed file takes its name last, so it need only be there."""
+    if "png" in job.formats or not (job.out / SAMPLES).exists():
+        return False
+    try:
+        with zipfile.ZipFile(job.out / SAMPLES) as archive:
+            return archive.getinfo("arr_0.npy").file_size >= job.num * math.prod(shape)
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return False
 
 
-def run_job(
-    model: Callable[..., Any],
-    config: Config,
-    job: Job,
-    record: Mapping[str, Any],
-    worker: Worker,
-    device: torch.device,
-    barrier: Callable[[], object],
-) -> None:
-    """Make or finish one folder: PNGs, `samples.npz`, `grid.png`, `sampling.json`.
+def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
+    """Make or finish one folder: PNGs, `samples.npz`, `grid.png`, `sampling.json`, `config.yaml`.
 
     Raises:
         ConfigError: the folder holds other samples or cannot be written; the model makes values that are not finite.
     """
-    claim_folder(job.out, record)
-    images, labels = make_share(model, config, job, worker, device)
-    if worker.rank > 0:
-        write_npz(part_path(job, worker, worker.rank), images, labels)
-    barrier()
-    if worker.rank == 0:
-        assemble(job, config, worker, images, labels)
+    claim_folder(job.out, record, sampler.config)
+    if sampler.on_images is None and complete(job, sampler.shape):
+        sampler.barrier()  # nobody claims the next folder alone
+        return
+    make_share(sampler, job)
+    sampler.barrier()
+    if sampler.worker.rank == 0:
+        assemble(sampler, job)

@@ -4,12 +4,14 @@ Image i depends on (seed, i) alone, since its noise has a counter-based generato
 sampler adds on the way: neither the number of processes nor the batch changes it. `sample_job.py` fills folders with
 these images.
 
+A model of latents needs the codec that decodes them; the state of the solver stays latent.
+
 Legend: N images of a call, B images of a batch, H W C pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from promoe_ds.config import Config, ConfigError, decode, reject
+from promoe_ds.data.codecs import Codec, open_codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
@@ -32,6 +35,10 @@ from promoe_ds.train.checkpoint import EMA, FORMAT, WEIGHTS, candidates, damage,
 Precision = Literal["fp32", "bf16"]
 IMAGE_MODES = {1: "L", 3: "RGB"}
 """channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
+DECODED_AT_ONCE = 16
+"""images a codec decodes together: at 256 pixels a decoder takes more memory than the transformer"""
+LABEL_COUNTER = 2
+"""of random labels, in the high word of the counter (0 is the first noise, 1 that of the steps)"""
 
 
 @dataclass(frozen=True)
@@ -167,9 +174,20 @@ def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT,
 # -------------------------------------------------------------------------------------------------------- generation
 
 
-def class_labels(num: int, num_classes: int) -> np.ndarray:
-    """Balanced labels [num] int64: image i is of class i modulo `num_classes`."""
-    return np.arange(num, dtype=np.int64) % num_classes
+Labels = Literal["balanced", "random"]
+
+
+def class_labels(num: int, num_classes: int, how: Labels = "balanced", seed: int = 0) -> np.ndarray:
+    """Labels [num] int64 of images 0, 1, ...
+
+    Balanced: image i is of class i modulo `num_classes`. Random: drawn uniformly, for image i from (seed, i) alone.
+    """
+    if how == "balanced":
+        return np.arange(num, dtype=np.int64) % num_classes
+    counter = np.array([0, 0, 0, LABEL_COUNTER], dtype=np.uint64)
+    keys = (np.array([seed, i], dtype=np.uint64) for i in range(num))
+    streams = (np.random.Generator(np.random.Philox(key=key, counter=counter)) for key in keys)
+    return np.array([stream.integers(num_classes) for stream in streams], dtype=np.int64)
 
 
 def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int], step: int | None = None) -> torch.Tensor:
@@ -198,7 +216,74 @@ def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:
     return (127.5 * x_BCHW.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-@torch.no_grad()
+def pixel_shape(config: Config, codec: Codec | None = None) -> tuple[int, int, int]:
+    """(H, W, C) of the pictures."""
+    side = config.model.image_size * (codec.factor if codec else 1)
+    return side, side, config.model.channels if codec is None else 3
+
+
+def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
+    return torch.cat([codec.to_pixels(part) for part in x_BCHW.split(DECODED_AT_ONCE)])
+
+
+def generate_batches(
+    model: Callable[..., Any],
+    config: Config,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    cfg: float,
+    steps: int | str,
+    seed: int,
+    batch: int,
+    device: torch.device,
+    precision: Precision = "fp32",
+    on_step: Callable[[int], object] | None = None,
+    how: How | None = None,
+    codec: Codec | None = None,
+    rounds: int = 0,
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Draw images from noise, a batch at a time.
+
+    Args:
+        labels: [N] classes; `config.model.num_classes` is the null label.
+        indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
+            other images, beyond float rounding.
+        cfg: guidance scale; at 1 or below one labelled forward a step.
+        steps: of the sampler, as the objective takes them.
+        precision: `bf16` runs the model under autocast; the state of the solver and the codec stay float32.
+        on_step: called with B after every step of a batch of B.
+        how: sampler, its eta and the guided channels; by default the objective's first, 0, `config.guidance`.
+        codec: decodes latents.
+        rounds: run at least so many batches, the excess ones in vain: ranks that share experts must run equally many.
+
+    Yields:
+        The rows of a finished batch and its images, uint8 [B, H, W, C].
+
+    Raises:
+        ConfigError: the model makes NaN or infinity.
+    """
+    m, objective = config.model, make_objective(config.diffusion, device)
+    how = how or How(objective.samplers[0], channels=config.guidance.channels)
+
+    def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
+        return image_noise(seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
+
+    @torch.no_grad()
+    def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
+        label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
+        predict = guided_prediction(model, label, m.num_classes, cfg, device, how.channels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return objective.sample(predict, noise(index_B), partial(noise, index_B), steps, how.sampler, how.eta, tick)
+
+    for start in range(0, len(indices), batch):
+        rows = slice(start, min(start + batch, len(indices)))
+        tick = None if on_step is None else lambda _step, state: on_step(len(state))
+        x = draw(labels[rows], indices[rows], tick)
+        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
+    for _ in range(rounds - -(-len(indices) // batch)):
+        draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
+
+
 def generate(
     model: Callable[..., Any],
     config: Config,
@@ -211,60 +296,30 @@ def generate(
     device: torch.device,
     precision: Precision = "fp32",
     on_step: Callable[[int], object] | None = None,
-    on_batch: Callable[[slice, np.ndarray], object] | None = None,
     how: How | None = None,
+    codec: Codec | None = None,
 ) -> np.ndarray:
-    """Draw images from noise.
-
-    Args:
-        labels: [N] classes; `config.model.num_classes` is the null label.
-        indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
-            other images, beyond float rounding.
-        cfg: guidance scale; at 1 or below one labelled forward a step.
-        steps: of the sampler, as the objective takes them.
-        precision: `bf16` runs the model under autocast; the state of the solver stays float32.
-        on_step: called with B after every step of a batch of B.
-        on_batch: called with the rows of a finished batch and its images, as soon as it is finished.
-        how: sampler, its eta and the guided channels; by default the objective's first, 0, `config.guidance`.
-
-    Returns:
-        uint8 [N, H, W, C].
-
-    Raises:
-        ConfigError: the model makes NaN or infinity.
-    """
-    m, objective = config.model, make_objective(config.diffusion, device)
-    how = how or How(objective.samplers[0], channels=config.guidance.channels)
-    images = np.empty((len(indices), m.image_size, m.image_size, m.channels), dtype=np.uint8)
-
-    def noise(rows: slice, step: int | None = None) -> torch.Tensor:
-        return image_noise(seed, indices[rows], (m.channels, m.image_size, m.image_size), step).to(device)
-
-    for start in range(0, len(indices), batch):
-        rows = slice(start, min(start + batch, len(indices)))
-        label_B = torch.from_numpy(np.asarray(labels[rows], dtype=np.int64))
-        predict = guided_prediction(model, label_B, m.num_classes, cfg, device, how.channels)
-        tick = None if on_step is None else lambda _step, state: on_step(len(state))
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x = objective.sample(predict, noise(rows), partial(noise, rows), steps, how.sampler, how.eta, tick)
-        images[rows] = to_pixels(x)
-        if on_batch is not None:
-            on_batch(rows, images[rows])
+    """All images of `generate_batches` in one array: uint8 [N, H, W, C]."""
+    images = np.empty((len(indices), *pixel_shape(config, codec)), dtype=np.uint8)
+    for rows, made in generate_batches(
+        model, config, labels, indices, cfg, steps, seed, batch, device, precision, on_step, how, codec
+    ):
+        images[rows] = made
     return images
 
 
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-def check_channels(config: Config) -> None:
-    """Raises `ConfigError` if the model's output has a channel count that no picture has."""
-    if config.model.channels not in IMAGE_MODES:
-        reject(
-            "model.channels",
-            config.model.channels,
-            "the model makes latents, not pixels",
-            "sample a model of 1 or 3 channels",
-        )
+def check_channels(config: Config, codec: Codec | None = None, option: str = "--vae") -> None:
+    """Raises `ConfigError` if the model makes latents and no codec is named, or one of other latents is."""
+    channels = config.model.channels
+    if codec is not None and codec.channels != channels:
+        conflict = f"{codec.kind} has latents of {codec.channels} channel(s), the model model.channels={channels}"
+        raise ConfigError(f"{option}: {conflict}; name the codec that the model was trained with")
+    if codec is None and (channels not in IMAGE_MODES or config.data.name == "latents"):
+        way_out = f"name the codec that decodes them with {option}"
+        reject("model.channels", channels, "the model makes latents, not pixels", way_out)
 
 
 def to_image(pixels_HWC: np.ndarray) -> Image.Image:
@@ -294,19 +349,23 @@ def grid(images_NHWC: np.ndarray, columns: int, scale: int | None = None) -> Ima
 def draw_grid(model: torch.nn.Module, config: Config, device: torch.device) -> Image.Image:
     """The grid that training shows: one row a class, `sample.per_class` columns, the same noise every time.
 
-    Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was.
+    Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was. Latents are decoded by
+    `data.vae`.
 
     Raises:
-        ConfigError: the model makes latents, or values that are not finite.
+        ConfigError: the model makes latents and `data.vae` names no codec of theirs, or values that are not finite.
     """
-    check_channels(config)
+    codec = open_codec(config.data.vae, device, "data.vae") if config.data.vae else None
+    check_channels(config, codec, "data.vae=DIR" if codec is None else "data.vae")
     s = config.sample
     labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
     precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
     was_training = model.training
     model.eval()
     try:
-        images = generate(model, config, labels, np.arange(len(labels)), s.cfg, s.steps, s.seed, 64, device, precision)
+        images = generate(
+            model, config, labels, np.arange(len(labels)), s.cfg, s.steps, s.seed, 64, device, precision, codec=codec
+        )
     finally:
         model.train(was_training)
     return grid(images, s.per_class)

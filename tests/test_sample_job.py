@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from promoe_ds.config import ConfigError, decode, dump
+from promoe_ds.config import Config, ConfigError, decode, dump
 from promoe_ds.models.init import build, materialize
-from promoe_ds.sample_job import Job, claim_folder, read_image, run_of
+from promoe_ds.sample_job import claim_folder, run_of
+from promoe_ds.sample_store import PngStore, read_image
 from promoe_ds.train import checkpoint
 from promoe_ds.workers import Worker, worker_from
 
@@ -94,7 +95,8 @@ def test_one_scale_fills_the_folder(command: Command, tmp_path: Path, capsys: py
     assert images.dtype == np.uint8 and images.shape == (12, 8, 8, 1) and images.std() > 20
     assert labels.dtype == np.int64 and labels.tolist() == [*range(10), 0, 1]
     assert read_image(out / "000011_class1.png", (8, 8, 1)) is not None
-    names = {f"{i:06d}_class{i % 10}.png" for i in range(12)} | {"samples.npz", "grid.png", "sampling.json"}
+    names = {f"{i:06d}_class{i % 10}.png" for i in range(12)}
+    names |= {"samples.npz", "grid.png", "sampling.json", "config.yaml"}
     assert {path.name for path in out.iterdir()} == names
     for i in range(12):
         np.testing.assert_array_equal(read_image(out / f"{i:06d}_class{i % 10}.png", (8, 8, 1)), images[i])
@@ -279,32 +281,32 @@ def test_unclaimable_folders_are_one_line(tmp_path: Path) -> None:
     record = {"seed": 0}
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is not a folder; name another one"):
-        claim_folder(tmp_path / "file", record)
+        claim_folder(tmp_path / "file", record, Config())
     with pytest.raises(ConfigError, match="cannot be written"):
-        claim_folder(tmp_path / "file/below", record)
+        claim_folder(tmp_path / "file/below", record, Config())
     (tmp_path / "000001_class1.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="holds 000001_class1.png but no sampling.json"):
-        claim_folder(tmp_path, record)
+        claim_folder(tmp_path, record, Config())
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(ConfigError, match="its sampling.json cannot be read"):
-        claim_folder(tmp_path, record)
+        claim_folder(tmp_path, record, Config())
     (tmp_path / "sampling.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds samples of config=None"):
-        claim_folder(tmp_path, record | {"config": "tiny"})
+        claim_folder(tmp_path, record | {"config": "tiny"}, Config())
 
 
 def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop after the first batch leaves its images and the record; the same command then draws the rest only."""
     file, out = write_run(tmp_path), tmp_path / "out"
-    kept = Job.image_path
+    kept = PngStore.path
 
-    def stop_at_sixth(self: Job, index: int, label: int) -> Path:
-        if index == 6 and kept(self, 4, 4).exists():
+    def stop_at_sixth(self: PngStore, index: int) -> Path:
+        if index == 6 and kept(self, 4).exists():
             raise KeyboardInterrupt
-        return kept(self, index, label)
+        return kept(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "image_path", stop_at_sixth)
+        patch.setattr(PngStore, "path", stop_at_sixth)
         assert command("--model", file, "--out", out) == 85
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert len(times) == 6 and not (out / "samples.npz").exists() and not list(out.glob(".*"))

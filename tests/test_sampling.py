@@ -19,6 +19,7 @@ from promoe_ds.sampling import (
     draw_grid,
     find_weights,
     generate,
+    generate_batches,
     grid,
     image_noise,
     load_ema,
@@ -265,18 +266,19 @@ def test_bfloat16_is_close_to_float32() -> None:
 def test_hooks_see_every_step_and_batch() -> None:
     dit, config = tiny()
     ticks: list[int] = []
-    seen: list[tuple[slice, np.ndarray]] = []
-    images = draw(
-        dit,
-        config,
-        np.arange(10),
-        batch=4,
-        on_step=ticks.append,
-        on_batch=lambda rows, made: seen.append((rows, made.copy())),
-    )
+    indices = np.arange(10)
+    labels = class_labels(10, 10)
+    seen = list(generate_batches(dit, config, labels, indices, 1.5, 4, 5, 4, CPU, on_step=ticks.append, rounds=5))
     assert ticks == [4] * 8 + [2] * 4
     assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    np.testing.assert_array_equal(np.concatenate([made for _, made in seen]), images)
+    np.testing.assert_array_equal(np.concatenate([made for _, made in seen]), draw(dit, config, indices, batch=4))
+
+
+def test_random_labels_depend_on_seed_and_index_alone() -> None:
+    labels = class_labels(1000, 10, "random", 3)
+    np.testing.assert_array_equal(class_labels(10, 10, "random", 3), labels[:10])
+    assert (class_labels(10, 10, "random", 4) != labels[:10]).any() and set(labels) == set(range(10))
+    assert np.bincount(labels).std() < 20
 
 
 def test_no_images_are_no_work() -> None:

@@ -35,7 +35,9 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 [B, C, H, W] in [-1, 1] (or scaled latents) and labels int64 [B] of `indices` int64 [B]; safe in any thread.
+        """Images (or scaled latents) float32 [B, C, H, W] in [-1, 1] and labels int64 [B] of `indices` int64 [B].
+
+        Safe in any thread.
 
         Raises:
             ConfigError: an image is missing or damaged; the message has its path.

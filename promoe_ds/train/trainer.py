@@ -24,6 +24,7 @@ from promoe_ds import accounting
 from promoe_ds.config import Config, ConfigError, dump, reject
 from promoe_ds.data import ImageDataset, build_dataset
 from promoe_ds.data.batches import Batch, BatchStream
+from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
@@ -114,7 +115,10 @@ class Trainer:
         """Everything is checked: from here on the run folder is written."""
         run = self.run_folder
         try:
-            for name, text in (("config.yaml", dump(self.config)), ("ds_config.json", json.dumps(ds.json, indent=1))):
+            texts = {"config.yaml": dump(self.config), "ds_config.json": json.dumps(ds.json, indent=1)}
+            if isinstance(self.dataset, Latents):  # what must decode the samples
+                texts["codec.json"] = json.dumps(self.dataset.codec, indent=1)
+            for name, text in texts.items():
                 temporary = run / f".{name}.tmp"
                 temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
                 os.replace(temporary, run / name)
