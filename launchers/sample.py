@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import math
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from promoe_ds.command_line import Parser, guarded, leave, own_words
-from promoe_ds.config import Config, reject
+from promoe_ds.config import Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.objective_config import Channels
 from promoe_ds.sample_job import Job, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
 from promoe_ds.sampling import How, check_channels, find_weights, load_ema
-from promoe_ds.validate import check_guidance
+from promoe_ds.validate import check_guidance, validate
 from promoe_ds.workers import barrier_of, pick_device, worker_from
 
 EXAMPLES = """examples:
@@ -159,19 +162,50 @@ def sample(argv: list[str]) -> None:
     worker = worker_from(os.environ)
     device = pick_device(args.device, worker)
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
-    model, config, step = load_ema(weights, device)
+    model, config, step = load_ema(weights, "cpu" if args.expert_parallel > 1 else device)
     codec = choose_codec(args, config, weights, device)
     jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights, choose_how(args, config))
     command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), provenance(weights, config, step)
     records = [record_of(job, origin, command, codec) for job in jobs]
     for job, record in zip(jobs, records, strict=True):  # all of them before the first image is made
         check_folder(job.out, record)
-    with barrier_of(worker) as barrier:
-        sampler = Sampler(model, config, device, worker, barrier, codec)
+    sampler = Sampler(model, config, device, worker, codec=codec)
+    with sharing_experts(sampler, args) if args.expert_parallel > 1 else joined(sampler) as sampler:
         for job, record in zip(jobs, records, strict=True):
             run_job(sampler, job, record)
             if worker.rank == 0:
                 print(f"{job.num} images at cfg {job.cfg} in {job.out}")
+
+
+@contextlib.contextmanager
+def joined(sampler: Sampler) -> Iterator[Sampler]:
+    """Each process holds the whole model."""
+    with barrier_of(sampler.worker) as barrier:
+        yield dataclasses.replace(sampler, barrier=barrier)
+
+
+@contextlib.contextmanager
+def sharing_experts(sampler: Sampler, args: argparse.Namespace) -> Iterator[Sampler]:
+    """Groups of --expert-parallel processes hold one model together. Only here sampling needs DeepSpeed."""
+    from promoe_ds.parallel import inference, topology
+
+    ep, worker = args.expert_parallel, sampler.worker
+    parallel = ParallelConfig(expert_parallel=ep)
+    config = dataclasses.replace(sampler.config, parallel=parallel)
+    validate(config)
+    if worker.world % ep:
+        reject("--expert-parallel", ep, f"does not divide the {worker.world} processes", "change one of them")
+    here = topology.Topology(worker.rank, worker.world, worker.local, ep)
+    if here.device.type != sampler.device.type:
+        reject("--device", sampler.device, f"experts are shared on {here.device.type} here", "leave --device out")
+    with inference.connected(here):
+        yield dataclasses.replace(
+            sampler,
+            model=inference.share_experts(sampler.model, here),
+            device=here.device,
+            barrier=lambda: topology.barrier(here),
+            most=lambda count: inference.most_of(here, count),
+        )
 
 
 def main() -> int:
