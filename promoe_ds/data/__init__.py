@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from promoe_ds.config import Config, reject
+from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.images import PackedImages, open_images
 from promoe_ds.data.latents import Latents, open_latents
 
@@ -51,6 +52,10 @@ def build_dataset(config: Config) -> ImageDataset:
     Raises:
         ConfigError: it cannot be read, or it disagrees with the model.
     """
+    if config.data.vae is not None:
+        if config.data.name != "latents":
+            reject("data.vae", config.data.vae, f"data.name={config.data.name} has no latents to decode", "remove it")
+        find_codec(config.data.vae, "data.vae")
     dataset = _open(config)
     _check_agreement(config, dataset)  # before `hold`, which takes seconds
     return dataset.hold() if isinstance(dataset, PackedImages) else dataset

@@ -135,53 +135,62 @@ def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------------- opening
 
 
-def open_codec(path: str, device: torch.device | str = "cpu", option: str = "--vae") -> Codec:
-    """The codec at a local path, or `identity`.
+def find_codec(path: str, option: str = "--vae") -> str:
+    """The kind of codec at a local path, judged by its files; nothing is loaded.
 
     Args:
         option: what messages call the path.
 
     Raises:
-        ConfigError: nothing there (the message says which files, from which public release), or files that do not fit.
+        ConfigError: files are absent; the message says which, of which public release, and where to put them.
     """
     if path == "identity":
-        return Identity()
-    folder, device = Path(path).expanduser(), torch.device(device)
+        return path
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         reject(option, path, "no such folder", HOW_TO_GET)
     if any((folder / name).exists() for name in TAEF2_FILES):
-        return _open_taef2(folder, device, option)
-    if not (folder / "config.json").is_file():
-        reject(option, path, "has no config.json", HOW_TO_GET)
-    return _open_diffusers(folder, device, option)
-
-
-def _open_taef2(folder: Path, device: torch.device, option: str) -> TAEF2:
-    parts = []
-    for name, module in zip(TAEF2_FILES, (taef2.encoder(), taef2.decoder()), strict=True):
-        file = folder / name
-        if not file.is_file():
-            way_out = f"copy {name} of the public repository madebyollin/taesd there; nothing is downloaded"
-            reject(option, folder, f"lacks {name}", way_out)
-        try:
-            module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
-        except Exception as error:  # unpickling garbage raises anything
-            reject(
-                option, file, f"is not TAEF2's state dict ({_brief(error)})", f"copy {name} of madebyollin/taesd again"
-            )
-        parts.append(module)
-    return TAEF2(parts[0], parts[1], device, _digest(*(folder / name for name in TAEF2_FILES)))
-
-
-def _open_diffusers(folder: Path, device: torch.device, option: str) -> Diffusers:
+        for name in TAEF2_FILES:
+            if not (folder / name).is_file():
+                way_out = f"copy {name} of the public repository madebyollin/taesd there; nothing is downloaded"
+                reject(option, path, f"lacks {name}", way_out)
+        return TAEF2.kind
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            reject(option, path, f"has no {name}", HOW_TO_GET)
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         reject(option, folder / "config.json", f"cannot be read ({_brief(error)})", "copy it again")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-        reject(option, folder, f"is of class {kind}", "name an AutoencoderKL or AutoencoderTiny")
-    if not (folder / WEIGHTS).is_file():
-        reject(option, folder, f"lacks {WEIGHTS}", HOW_TO_GET)
+        reject(option, path, f"is of class {kind}", "name an AutoencoderKL or AutoencoderTiny")
+    return kind
+
+
+def open_codec(path: str, device: torch.device | str = "cpu", option: str = "--vae") -> Codec:
+    """The codec at a local path, or `identity`, on `device`.
+
+    Raises:
+        ConfigError: as `find_codec`, or files that do not fit.
+    """
+    kind, folder, device = find_codec(path, option), Path(path).expanduser(), torch.device(device)
+    if kind == Identity.kind:
+        return Identity()
+    return _open_taef2(folder, device, option) if kind == TAEF2.kind else _open_diffusers(folder, kind, device, option)
+
+
+def _open_taef2(folder: Path, device: torch.device, option: str) -> TAEF2:
+    parts = (taef2.encoder(), taef2.decoder())
+    files = [folder / name for name in TAEF2_FILES]
+    for file, module in zip(files, parts, strict=True):
+        try:
+            module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
+        except Exception as error:  # unpickling garbage raises anything
+            reject(option, file, f"is not TAEF2's state dict ({_brief(error)})", "copy it from madebyollin/taesd again")
+    return TAEF2(*parts, device, _digest(*files))
+
+
+def _open_diffusers(folder: Path, kind: str, device: torch.device, option: str) -> Diffusers:
     import diffusers  # late: its import takes seconds
 
     try:

@@ -1,0 +1,184 @@
+"""Encode, train, sample and score one recipe: the four launchers in turn, each skipped where its result is there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from promoe_ds.command_line import Parser, guarded, leave
+from promoe_ds.config import Config, load_config, reject
+from promoe_ds.data.codecs import find_codec
+from promoe_ds.data.shards import INDEX
+from promoe_ds.sample_job import RECORD, SAMPLES
+from promoe_ds.train.checkpoint import newest, step_of
+
+HERE = Path(__file__).resolve().parent
+STAGES = ("encode", "train", "sample", "evaluate")
+
+EXAMPLES = """examples:
+  python launchers/pipeline.py digits --num 1000 --cfg 1.0,2.0 --steps 50
+  python launchers/pipeline.py imagenet256_promoe_b --processes 8 --images imagenet/train --vae sd-vae-ft-mse \\
+      --ref VIRTUAL_imagenet256_labeled.npz --inception-weights pt_inception-2015-12-05-6726825d.pth
+  python launchers/pipeline.py imagenet256_promoe_b --latents latents --vae sd-vae-ft-mse --dry-run train.steps=1000
+
+The same command again continues where it stopped. --dry-run prints the commands, which can also be run one by one (on
+several nodes, through srun). Exit codes: 0 done, 2 user error, otherwise that of the launcher that stopped.
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One launcher with its words, and whether its result is there already."""
+
+    name: str
+    script: str
+    words: list[str]
+    done: Callable[[], bool]
+
+    def command(self, processes: int) -> list[str]:
+        script = str(HERE / self.script)
+        if processes == 1 or self.name == "evaluate":
+            return [sys.executable, script, *self.words]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return [*torchrun, "--", script, *self.words]
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("recipe", metavar="RECIPE", help="name or YAML file")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the recipe")
+    p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default runs/RECIPE)")
+    p.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
+    p.add_argument("--images", metavar="PATH", help="encode these: a tree with a folder a class, or a packed npz")
+    p.add_argument("--size", type=int, default=256, help="side in pixels of what is encoded (default 256)")
+    p.add_argument("--latents", type=Path, metavar="DIR", help="shards, made if absent (default RUN/latents)")
+    p.add_argument("--vae", metavar="PATH", help="codec, for recipes of latents")
+    p.add_argument("--ds_config", metavar="PATH", help="DeepSpeed JSON of the training")
+    p.add_argument("--num", type=int, default=50_000, help="samples a guidance scale (default 50000)")
+    p.add_argument("--cfg", default="1.0,1.5", metavar="S[,S...]", help="guidance scales (default 1.0,1.5)")
+    p.add_argument("--steps", default="250", help="of the sampler (default 250)")
+    p.add_argument("--batch", default="64", help="images a forward of encoder and sampler (default 64)")
+    p.add_argument("--ref", metavar="REF", help="of launchers/evaluate.py")
+    p.add_argument("--features", metavar="NAME", help="of launchers/evaluate.py")
+    p.add_argument("--inception-weights", metavar="PATH", help="of launchers/evaluate.py")
+    p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    p.add_argument("--dry-run", action="store_true", help="print the commands, and which are done")
+    return p
+
+
+def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
+    """What is to run, in order; each is judged anew when its turn comes."""
+    run, latent = args.run or Path("runs") / config.name, config.data.name == "latents"
+    shards = args.latents or (Path(config.data.path) if config.data.path else run / "latents")
+    vae = ["--vae", args.vae] if latent else []
+    scales = [float(scale) for scale in args.cfg.split(",")]
+    out = []
+    if latent and args.images:
+        words = ["--images", args.images, "--size", str(args.size), "--out", str(shards), "--batch", args.batch, *vae]
+        out.append(Stage("encode", "encode_latents.py", words, lambda: (shards / INDEX).exists()))
+    data = [f"data.path={shards}"] if latent else []
+    ds = ["--ds_config", args.ds_config] if args.ds_config else []
+    words = ["--config", args.recipe, "--run", str(run), *ds, *data, *args.overrides]
+    out.append(Stage("train", "train.py", words, lambda: trained(run, config.train.steps)))
+    words = ["--run", str(run), "--num", str(args.num), "--cfg", args.cfg, "--steps", args.steps]
+    words += ["--batch", args.batch, "--format", "npz", *vae]
+    out.append(Stage("sample", "sample.py", words, lambda: sampled(run, scales, args.num, config.train.steps)))
+    options = {"--ref": args.ref, "--features": args.features, "--inception-weights": args.inception_weights}
+    words = ["--run", str(run), *(word for key, value in options.items() if value for word in (key, value))]
+    out.append(Stage("evaluate", "evaluate.py", words, lambda: scored(run, scales)))
+    last = STAGES.index(args.until)
+    return [stage for stage in out if STAGES.index(stage.name) <= last]
+
+
+def trained(run: Path, steps: int) -> bool:
+    found = newest(run)
+    return found is not None and step_of(found) >= steps
+
+
+def packs(run: Path, scales: list[float]) -> list[Path]:
+    return [run / "samples" / f"cfg{scale}" / SAMPLES for scale in scales]
+
+
+def sampled(run: Path, scales: list[float], num: int, step: int) -> bool:
+    """Whether every scale has its packed samples of the last checkpoint."""
+    for pack in packs(run, scales):
+        try:
+            record = json.loads(pack.with_name(RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if not pack.exists() or (record.get("num"), record.get("checkpoint_step")) != (num, step):
+            return False
+    return True
+
+
+def scored(run: Path, scales: list[float]) -> bool:
+    """Whether the scores are there and newer than the samples."""
+    metrics, made = run / "metrics.json", packs(run, scales)
+    return metrics.exists() and all(p.exists() and p.stat().st_mtime <= metrics.stat().st_mtime for p in made)
+
+
+def check(args: argparse.Namespace, config: Config) -> None:
+    """What a later stage needs is asked for now, not after days of training. Raises `ConfigError`."""
+    for key in ("processes", "num", "size"):
+        if getattr(args, key) <= 0:
+            reject(f"--{key}", getattr(args, key), "must be positive", "choose 1 or more")
+    try:
+        [float(scale) for scale in args.cfg.split(",")]
+    except ValueError:
+        reject("--cfg", repr(args.cfg), "is not a list of numbers", "write for example 1.0,1.5")
+    if config.data.name == "latents":
+        if not args.vae or not (args.images or args.latents or config.data.path):
+            missing = "--images" if args.vae else "--vae"
+            reject(
+                missing, "(none)", f"{config.name} trains on latents", "add --vae DIR and --images DIR (or --latents)"
+            )
+        return
+    for key in ("images", "latents", "vae"):
+        if getattr(args, key):
+            reject(f"--{key}", getattr(args, key), f"data.name={config.data.name} has no latents", "remove it")
+
+
+def check_files(args: argparse.Namespace, config: Config) -> None:
+    """The same for files; a dry run does without. Raises `ConfigError`."""
+    if config.data.name == "latents":
+        find_codec(args.vae)
+        shards = args.latents or config.data.path
+        if shards and not args.images and not Path(shards).exists():
+            reject("--latents", shards, "does not exist, and no images are named", "add --images DIR")
+    for option, path in (("--ref", args.ref), ("--inception-weights", args.inception_weights)):
+        is_file = path and (option != "--ref" or Path(path).suffix or "/" in path)
+        if is_file and not Path(path).exists():
+            reject(option, path, "no such file", "it would be missed after the training; name an existing one")
+
+
+def pipeline(argv: list[str]) -> None:
+    args = parser().parse_intermixed_args(argv)
+    config = load_config(args.recipe, args.overrides)
+    check(args, config)
+    if not args.dry_run:
+        check_files(args, config)
+    for number, stage in enumerate(stages_of(args, config), start=1):
+        command, done = stage.command(args.processes), stage.done()
+        print(f"[{number} {stage.name}{': done' if done else ''}] {shlex.join(command)}", flush=True)
+        if done or args.dry_run:
+            continue
+        code = subprocess.run(command).returncode
+        if code:
+            print(f"stopped: {stage.name} ended with exit code {code}; the same command continues", file=sys.stderr)
+            raise SystemExit(code if code > 0 else 128 - code)
+
+
+def main() -> int:
+    return guarded(pipeline, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    leave(main)
