@@ -275,6 +275,8 @@ class Encoder:
             skipped=[{"name": self.names[item], "reason": reasons[item]} for item in sorted(reasons)],
         )
         write_index(self.job.out, index)
+        for leftover in [*self.job.out.glob(".shard-*.tmp"), *(self.job.out / PROGRESS).glob(".*.tmp")]:
+            leftover.unlink(missing_ok=True)  # of processes that were killed
         return index
 
 

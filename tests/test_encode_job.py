@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from promoe_ds.config import ConfigError
+from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.images import FolderImages
+from promoe_ds.data.latents import open_latents
+from promoe_ds.encode_job import EncodedImages, EncodeJob, Encoder, run_encoding
+from promoe_ds.workers import Worker, worker_from
+from tests.data.test_codecs import write_taef2
+from tests.photographs import write_tree
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "launchers/encode_latents.py"
+
+
+def load_launcher() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("encode_launcher", LAUNCHER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("photographs") / "tree", 23, 40)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_taef2(tmp_path_factory.mktemp("vae"))
+
+
+def encoder(tree: Path, vae: str, out: Path, pause: float = 0.0, **job: object) -> Encoder:
+    """Shards of 4 of the photographs at 32 pixels; `pause` seconds an image, to be interrupted in."""
+
+    class Slow(EncodedImages):
+        def read(self, items: range) -> Iterator[np.ndarray | str]:
+            for value in super().read(items):
+                time.sleep(pause)
+                yield value
+
+    images = FolderImages(tree, channels=3, image_size=32)
+    source = Slow(images, open_codec(vae), 4, torch.device("cpu"))
+    return Encoder(source, EncodeJob(out, shard_size=4, **job), "command", {})  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------- many processes
+
+
+def _work(tree: Path, vae: str, out: Path, worker: Worker, pause: float) -> None:
+    torch.set_num_threads(1)
+    run_encoding(encoder(tree, vae, out, pause), worker)
+
+
+def start(tree: Path, vae: str, out: Path, world: int, pause: float) -> list[multiprocessing.process.BaseProcess]:
+    fork = multiprocessing.get_context("fork")  # spares each the import of torch; the launcher is run elsewhere
+    workers = [fork.Process(target=_work, args=(tree, vae, out, Worker(r, world), pause)) for r in range(world)]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+def test_three_processes_killed_twice_write_the_bytes_of_one(tree: Path, vae: Path, tmp_path: Path) -> None:
+    alone, shared, threads = tmp_path / "alone", tmp_path / "shared", torch.get_num_threads()
+    torch.set_num_threads(1)
+    index = run_encoding(encoder(tree, str(vae), alone), Worker())
+    torch.set_num_threads(threads)
+    assert index is not None and index.items == 46 and len(index.shards) == 12
+    for kill_at in (2, 6):
+        workers = start(tree, str(vae), shared, 3, 0.05)
+        deadline = time.monotonic() + 60
+        while len(list(shared.glob("shard-*"))) < kill_at and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for worker in workers:
+            os.kill(worker.pid or 0, signal.SIGKILL)
+        for worker in workers:
+            worker.join()
+        assert kill_at <= len(list(shared.glob("shard-*"))) < 12 and not (shared / "index.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in shared.glob("shard-*")}
+    for worker in start(tree, str(vae), shared, 3, 0.0):
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in list(times.items())[:1])
+    assert files(shared) == files(alone)
+    items = load_file(alone / "items.safetensors")
+    names = items["names"].tobytes().decode().split("\n")
+    assert names == [f"{c}/{i:03d}.jpg" for c in ("china", "flower") for i in range(23)]  # none missing, none twice
+    assert items["label"].tolist() == [0] * 23 + [1] * 23
+    data, codec, images = open_latents(str(shared)), open_codec(str(vae)), FolderImages(tree, 3, 32)
+    x, _ = images.get(np.array([0, 30, 45]))
+    with torch.inference_mode():
+        torch.testing.assert_close(data.get(np.array([0, 30, 45]))[0], codec.encode(x), rtol=2e-3, atol=2e-3)
+        mirror = data.draw(np.array([0, 30, 45]), np.ones(3, bool), lambda shape: np.zeros(0))[0]
+        torch.testing.assert_close(mirror, codec.encode(x.flip(-1)), rtol=2e-3, atol=2e-3)
+
+
+def test_a_finished_folder_is_left_alone_and_a_lost_shard_made_again(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_encoding(encoder(tree, "identity", out), Worker())
+    before, times = files(out), {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert run_encoding(encoder(tree, "identity", out), Worker()) is not None
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == times
+    (out / "shard-00003-of-00012.safetensors").unlink()
+    run_encoding(encoder(tree, "identity", out), Worker(1, 3))  # not its shard
+    assert not (out / "shard-00003-of-00012.safetensors").exists()
+    run_encoding(encoder(tree, "identity", out), Worker(0, 3))
+    assert files(out) == before
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"dtype": "float32"}, "holds latents of dtype=float16, this command has dtype=float32"),
+        ({"precision": "bf16"}, "precision=fp32, this command has precision=bf16"),
+    ],
+)
+def test_another_job_is_refused(tree: Path, tmp_path: Path, job: dict[str, object], message: str) -> None:
+    run_encoding(encoder(tree, "identity", tmp_path / "out"), Worker())
+    with pytest.raises(ConfigError, match=message):
+        encoder(tree, "identity", tmp_path / "out", **job)
+
+
+def test_other_images_and_foreign_folders_are_refused(tree: Path, vae: Path, tmp_path: Path) -> None:
+    other = write_tree(tmp_path / "other", 22, 40)
+    encoder(tree, "identity", tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds latents of items=46, this command has items=44"):
+        encoder(other, "identity", tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds latents of codec="):
+        encoder(tree, str(vae), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"holds china but no encoding.json; name another folder"):
+        encoder(tree, "identity", other)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out=.*file: cannot be used"):
+        encoder(tree, "identity", tmp_path / "file")
+
+
+# ----------------------------------------------------------------------------------------------------- strange images
+
+
+def strange_tree(root: Path) -> Path:
+    """Two classes of good photographs; a CMYK, a grey, a transparent and a 1x1 one, and two damaged files."""
+    write_tree(root, 4, 40)
+    good = Image.open(root / "china/000.jpg")
+    good.convert("CMYK").save(root / "china/cmyk.jpg")
+    good.convert("L").save(root / "china/grey.jpg")
+    good.convert("RGBA").save(root / "flower/alpha.png")
+    Image.new("RGB", (1, 1), (255, 0, 0)).save(root / "flower/one.png")
+    whole = io.BytesIO()
+    good.save(whole, "JPEG")
+    (root / "china/truncated.jpg").write_bytes(whole.getvalue()[:-200])
+    (root / "flower/text.jpg").write_bytes(b"not an image")
+    return root
+
+
+def test_strange_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree, out = strange_tree(tmp_path / "tree"), tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"^--out=.*: 2 damaged image\(s\), named above; their shards are"):
+        run_encoding(encoder(tree, "identity", out), Worker())
+    complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("damaged: ")]
+    assert len(complaints) == 2
+    assert complaints[0].startswith(f"damaged: --images={tree}/china/truncated.jpg: is damaged (OSError: ")
+    assert complaints[1].startswith(f"damaged: --images={tree}/flower/text.jpg: is not an image")
+    done = {p.name for p in out.glob("shard-*")}
+    assert len(done) == 2  # of four; both damaged ones lie in others
+    run_encoding(encoder(tree, "identity", out, skip_damaged=True), Worker())
+    data = open_latents(str(out))
+    index = json.loads((out / "index.json").read_text())
+    assert len(data) == 12 and [s["name"] for s in index["skipped"]] == ["china/truncated.jpg", "flower/text.jpg"]
+    names = load_file(out / "items.safetensors")["names"].tobytes().decode().split("\n")
+    assert names == sorted(names) and len(set(names)) == 12
+    pictures = {name: data.get(np.array([i]))[0][0] for i, name in enumerate(names)}
+    colour, grey = pictures["china/000.jpg"], pictures["china/grey.jpg"]
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2]) and float((grey - colour).abs().mean()) < 0.3
+    assert float((pictures["china/cmyk.jpg"] - colour).abs().mean()) < 0.1
+    assert torch.equal(pictures["flower/one.png"], torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 32, 32))
+    assert float((pictures["flower/alpha.png"] - colour).abs().mean()) < 0.05
+
+
+def test_damage_mended_is_encoded_by_the_same_command(tmp_path: Path) -> None:
+    tree, out = write_tree(tmp_path / "tree", 6, 40), tmp_path / "out"
+    whole = (tree / "china/002.jpg").read_bytes()
+    (tree / "china/002.jpg").write_bytes(whole[:300])
+    with pytest.raises(ConfigError, match="1 damaged image"):
+        run_encoding(encoder(tree, "identity", out), Worker())
+    assert len(list(out.glob("shard-*"))) == 2 and not (out / "index.json").exists()
+    (tree / "china/002.jpg").write_bytes(whole)
+    index = run_encoding(encoder(tree, "identity", out), Worker())
+    assert index is not None and index.items == 12 and not index.skipped
+
+
+# ------------------------------------------------------------------------------------------------------------ launcher
+
+
+def test_launcher(
+    tree: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher, out = load_launcher(), tmp_path / "out"
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(key, raising=False)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["encode_latents.py", *map(str, words)])
+        code = launcher.main()
+        return code, *capsys.readouterr()
+
+    words = ["--images", tree, "--vae", vae, "--size", 16, "--out", out, "--batch", 8, "--device", "cpu"]
+    code, text, _ = call(*words, "--dry-run")
+    assert code == 0 and not out.exists()
+    assert "46 items of 2 classes, 2 x 32x2x2 each (TAEF2, one point, scale 1.0), float16: 0.00 GB in 1 shards" in text
+    code, text, progress = call(*words)
+    assert code == 0 and f"46 items in 1 shards in {out}" in text and "46/46" in progress
+    assert json.loads((out / "encoding.json").read_text())["command"].startswith("launchers/encode_latents.py --images")
+    assert call("--verify", out)[:2] == (0, "46 items in 1 shards match their checksums\n")
+    for wrong, message in (
+        (["--images", tree, "--vae", tmp_path / "none", "--out", "x"], "no such folder; put config.json and diffusion"),
+        (["--images", tmp_path / "none", "--vae", vae, "--out", "x"], f"--images={tmp_path}/none: does not exist"),
+        (["--images", tree, "--vae", vae], "--out is required"),
+        (["--images", tree, "--out", "x"], "--vae is required with --images"),
+        (["--images", tree, "--vae", vae, "--out", "x", "--size", 20], "--size=20: is not divisible by the 8 pixels"),
+        (["--images", tree, "--vae", vae, "--out", "x", "--batch", 0], "--batch=0: must be positive"),
+        (["--from-latents", tree, "--out", "x"], "china: a class folder without images (.latent.npz)"),
+        (["--from-latents", tree, "--vae", vae, "--out", "x"], "copies latents as they are; remove it"),
+        (["--verify", tmp_path], "has no index.json"),
+        (["--vae", vae], "one of the arguments --images --from-latents --verify is required"),
+    ):
+        code, _, error = call(*wrong)
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+        assert not Path("x").exists()
+
+
+def test_srun_numbers_are_taken_where_processes_need_not_talk() -> None:
+    environ = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    assert worker_from(environ, srun=True) == Worker(3, 8, 1) and worker_from(environ) == Worker()
+    assert worker_from({**environ, "RANK": "1", "WORLD_SIZE": "2"}, srun=True) == Worker(1, 2, 0)
