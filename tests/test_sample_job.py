@@ -14,15 +14,22 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
 from promoe_ds.config import Config, ConfigError, decode, dump
+from promoe_ds.data.codecs import open_codec
+from promoe_ds.diffusion.guidance import guided_prediction
+from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.init import build, materialize
-from promoe_ds.sample_job import claim_folder, run_of
-from promoe_ds.sample_store import PngStore, read_image
+from promoe_ds.sample_job import Job, Sampler, claim_folder, run_job, run_of
+from promoe_ds.sample_store import BatchStore, PngStore, read_image
+from promoe_ds.sampling import image_noise, load_ema, to_pixels
 from promoe_ds.train import checkpoint
 from promoe_ds.workers import Worker, worker_from
+from tests.data.test_codecs import write_taef2
+from tests.photographs import tiny_kl
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers/sample.py"
 Command = Callable[..., int]
@@ -159,52 +166,56 @@ def test_colour_images(command: Command, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "out/000002_class2.png", (8, 8, 3)), images[2])
 
 
-def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) -> None:
-    file = write_run(tmp_path)
+def start_two(*words: object, cwd: Path) -> list[int]:
+    """Two processes as torchrun would start them; returns exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [
-        "--model",
-        file,
-        "--num",
-        "7",
-        "--steps",
-        "2",
-        "--cfg",
-        "1,1.5",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "two",
-    ]
-    environ = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     workers = [
         subprocess.Popen(
-            [sys.executable, LAUNCHER, *map(str, words), f"--local_rank={rank}"],
+            [sys.executable, LAUNCHER, "--device", "cpu", *map(str, words), f"--local_rank={rank}"],
             stderr=subprocess.PIPE,
             text=True,
-            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=tmp_path,
+            env=os.environ | address | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=cwd,
         )
         for rank in range(2)
     ]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
-    assert command("--model", file, "--num", 7, "--cfg", "1,1.5", "--out", tmp_path / "one") == 0
+    return [worker.returncode for worker in workers]
+
+
+def assert_same_images(one: np.ndarray, two: np.ndarray) -> None:
+    """At most one level apart, where rounding differs, and hardly ever."""
+    difference = np.abs(one.astype(int) - two)
+    assert difference.max() <= 1 and difference.mean() < 1e-3
+
+
+def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) -> None:
+    """200 images, by batches of 7 and of 32."""
+    file = write_run(tmp_path)
+    words = ["--model", file, "--num", 200, "--steps", 2, "--cfg", "1,1.5"]
+    start_two(*words, "--batch", 7, "--out", tmp_path / "two", cwd=tmp_path)
+    assert command(*words, "--batch", 32, "--out", tmp_path / "one") == 0
     for scale in ("cfg1.0", "cfg1.5"):
         alone, shared = tmp_path / "one" / scale, tmp_path / "two" / scale
         one, labels_one = read_npz(alone / "samples.npz")
         two, labels_two = read_npz(shared / "samples.npz")
-        assert np.abs(one.astype(int) - two).max() <= 1
+        assert_same_images(one, two)
         np.testing.assert_array_equal(labels_one, labels_two)
         assert {path.name for path in alone.iterdir()} == {path.name for path in shared.iterdir()}
         assert "local_rank" not in json.loads((shared / "sampling.json").read_text())["command"]
+
+
+def test_processes_that_share_experts_make_the_same_images(command: Command, tmp_path: Path) -> None:
+    """Rank 0 has two batches to make, rank 1 only one: it must help with the other."""
+    file = write_run(tmp_path)
+    words = ["--model", file, "--num", 9, "--steps", 2, "--cfg", "1.5", "--batch", 4]
+    start_two(*words, "--expert-parallel", 2, "--out", tmp_path / "two", cwd=tmp_path)
+    assert command(*words, "--out", tmp_path / "one") == 0
+    assert_same_images(*(read_npz(tmp_path / name / "samples.npz")[0] for name in ("one", "two")))
 
 
 def test_sampling_imports_no_deepspeed() -> None:
@@ -329,6 +340,10 @@ def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: p
         (["--eta", "0.5"], "--eta=0.5: the sampler euler has no eta; remove it"),
         (["--guidance-channels", "3"], "--guidance-channels=3: the model has model.channels=1; set"),
         (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
+        (["--format", "png,gif"], "--format='png,gif': names an unknown format; write png, npz or png,npz"),
+        (["--labels", "all"], "invalid choice: 'all'"),
+        (["--expert-parallel", 3], "parallel.expert_parallel=3: does not divide moe.num_experts=4; choose one of"),
+        (["--expert-parallel", 2], "--expert-parallel=2: does not divide the 1 processes; change one of them"),
         (["--cfg", "1,,2"], "--cfg='1,,2': is not a list of numbers"),
         (["--cfg", "nan"], "--cfg='nan': has a scale that is negative or not finite"),
         (["--cfg=-1"], "--cfg='-1': has a scale that is negative"),
@@ -368,9 +383,91 @@ def test_missing_or_damaged_weights(command: Command, tmp_path: Path, capsys: py
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_latent_models_are_refused(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("--model", write_run(tmp_path, channels=4), "--out", tmp_path / "out") == 2
-    assert "model.channels=4: the model makes latents, not pixels" in capsys.readouterr().err
+def test_latent_models_need_their_codec(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, other = write_run(tmp_path, channels=4), write_taef2(tmp_path / "taef2")
+    (tmp_path / "codec.json").write_text(json.dumps(open_codec("identity").record()))
+    for words, message in (
+        ([], "model.channels=4: the model makes latents, not pixels; name the codec that decodes them with --vae"),
+        (["--vae", "nowhere"], "--vae=nowhere: no such folder; put config.json and diffusion_pytorch_model"),
+        (["--vae", other], "--vae: TAEF2 has latents of 32 channel(s), the model model.channels=4; name the codec"),
+        (["--vae", tiny_kl(tmp_path / "kl")], "has kind=AutoencoderKL, the latents of"),
+    ):
+        assert command("--model", file, "--out", tmp_path / "out", *words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_latents_are_decoded(command: Command, tmp_path: Path) -> None:
+    file, vae = write_run(tmp_path, channels=4), tiny_kl(tmp_path / "kl")
+    codec = open_codec(str(vae))
+    (tmp_path / "codec.json").write_text(json.dumps(codec.record()))
+    words = ["--model", file, "--vae", vae, "--num", 5, "--cfg", 1]
+    assert command(*words, "--out", tmp_path / "out") == 0
+    images, labels = read_npz(tmp_path / "out/samples.npz")
+    assert images.shape == (5, 16, 16, 3)
+    model, config, _ = load_ema(file)
+    noise = image_noise(0, np.arange(5), (4, 8, 8))
+    predict = guided_prediction(model, torch.from_numpy(labels), 10, 1.0, torch.device("cpu"))
+    with torch.no_grad():
+        x = make_objective(config.diffusion).sample(predict, noise, lambda step: noise, 2, "euler")
+        drawn = to_pixels(codec.decode(x / 0.18215))
+    assert_same_images(images, drawn)
+    record = json.loads((tmp_path / "out/sampling.json").read_text())
+    assert record["vae"] == f"AutoencoderKL {codec.digest}"
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["channels"] == 4
+
+
+def test_packs_without_pictures_are_resumed(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, out = write_run(tmp_path), tmp_path / "out"
+    words = ["--model", file, "--num", 23, "--labels", "random"]
+    assert command(*words, "--out", tmp_path / "whole") == 0
+    write, batches = BatchStore.write, []
+
+    def stop_after_two(self: BatchStore, indices: np.ndarray, images: np.ndarray) -> None:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(indices)
+        write(self, indices, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchStore, "write", stop_after_two)
+        assert command(*words, "--format", "npz", "--out", out, "--batch", 4) == 85
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("made-*.npy")}
+    assert len(kept) == 2 and not (out / "samples.npz").exists()
+    made: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchStore, "write", lambda self, i, x: (made.extend(i.tolist()), write(self, i, x)))
+        assert command(*words, "--format", "npz", "--out", out, "--batch", 7) == 0
+    assert made == list(range(8, 23))
+    assert {path.name for path in out.iterdir()} == {"samples.npz", "grid.png", "sampling.json", "config.yaml"}
+    whole, labels = read_npz(tmp_path / "whole/samples.npz")
+    again, labels_again = read_npz(out / "samples.npz")
+    assert_same_images(whole, again)
+    np.testing.assert_array_equal(labels, labels_again)
+    assert len(set(labels.tolist())) > 1 and labels.tolist() != (np.arange(23) % 10).tolist()
+    time = (out / "samples.npz").stat().st_mtime_ns
+    assert command(*words, "--format", "npz", "--out", out) == 0
+    assert (out / "samples.npz").stat().st_mtime_ns == time  # nothing was left to do
+
+
+def test_batches_are_handed_to_a_callback_new_and_old(command: Command, tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    assert command("--model", file, "--out", tmp_path / "out") == 0
+    whole, labels = read_npz(tmp_path / "out/samples.npz")
+    (tmp_path / "out/000003_class3.png").unlink()
+    model, config, _ = load_ema(file)
+    seen: dict[int, tuple[int, np.ndarray]] = {}
+
+    def take(indices: np.ndarray, label: np.ndarray, images: np.ndarray) -> None:
+        assert images.dtype == np.uint8 and len(indices) == len(label) == len(images) <= 5
+        seen.update({int(i): (int(c), x) for i, c, x in zip(indices, label, images, strict=True)})
+
+    job = Job(tmp_path / "out", 12, 1.5, 2, 0, 5, "fp32")
+    record = json.loads((tmp_path / "out/sampling.json").read_text())
+    run_job(Sampler(model, config, torch.device("cpu"), on_images=take), job, record)
+    assert sorted(seen) == list(range(12)) and [seen[i][0] for i in range(12)] == labels.tolist()
+    assert_same_images(whole, np.stack([seen[i][1] for i in range(12)]))
 
 
 def test_worker_comes_from_the_environment() -> None:
