@@ -137,9 +137,8 @@ def check(args: argparse.Namespace, config: Config) -> None:
     if config.data.name == "latents":
         if not args.vae or not (args.images or args.latents or config.data.path):
             missing = "--images" if args.vae else "--vae"
-            reject(
-                missing, "(none)", f"{config.name} trains on latents", "add --vae DIR and --images DIR (or --latents)"
-            )
+            way_out = "add --vae DIR, and --images DIR or --latents DIR"
+            reject(missing, "(none)", f"{config.name} trains on latents", way_out)
         return
     for key in ("images", "latents", "vae"):
         if getattr(args, key):

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from evaluation.metrics import frechet_distance, gaussian_statistics
+from promoe_ds.data.codecs import TAEF2_FILES, open_codec
+from promoe_ds.data.images import open_images
+from promoe_ds.data.latents import open_latents
+from promoe_ds.sampling import image_noise, to_pixels
+from tests.data.test_codecs import PACKS
+from tests.launch import ENVIRONMENT, ROOT
+from tests.photographs import psnr, tiny_kl, write_tree
+
+Pipeline = Callable[..., tuple[int, str, str]]
+TINY = {
+    "base": "tiny",
+    "model": {"depth": 2, "image_size": 8, "channels": 4, "num_classes": 2},
+    "moe": {"num_experts": 4},
+    "data": {"name": "latents", "hflip": True},
+    "train": {"steps": 4, "global_batch_size": 8, "checkpoint_every": 4},
+    "sample": {"steps": 2, "cfg": 1.0, "per_class": 2},
+}
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Pipeline:
+    """Runs the launcher in this process, those it starts in theirs; returns exit code, output, errors."""
+    for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH"):
+        monkeypatch.setenv(key, ENVIRONMENT[key])
+    spec = importlib.util.spec_from_file_location("pipeline_launcher", ROOT / "launchers/pipeline.py")
+    assert spec is not None and spec.loader is not None
+    launcher = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pipeline_launcher", launcher)
+    spec.loader.exec_module(launcher)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pipeline.py", *map(str, words)])
+        return launcher.main(), *capfd.readouterr()
+
+    return call
+
+
+def test_a_dry_run_prints_the_commands(pipeline: Pipeline) -> None:
+    words = ["imagenet256_promoe_b", "--images", "train", "--vae", "vae", "--processes", 8, "--ds_config", "z.json"]
+    more = ["--ref", "ref.npz", "--inception-weights", "pt.pth", "--dry-run", "parallel.expert_parallel=4"]
+    code, text, _ = pipeline(*words, *more)
+    lines = text.splitlines()
+    assert code == 0 and [line.split("]")[0] for line in lines] == ["[1 encode", "[2 train", "[3 sample", "[4 evaluate"]
+    assert "--nproc-per-node=8 -- " in lines[0]
+    assert "--images train --size 256 --out runs/imagenet256_promoe_b/latents" in lines[0]
+    assert "--ds_config z.json data.path=runs/imagenet256_promoe_b/latents parallel.expert_parallel=4" in lines[1]
+    assert "--num 50000 --cfg 1.0,1.5 --steps 250 --batch 64 --format npz --vae vae" in lines[2]
+    assert lines[3].endswith("evaluate.py --run runs/imagenet256_promoe_b --ref ref.npz --inception-weights pt.pth")
+    code, text, _ = pipeline("digits", "--until", "train", "--dry-run", "--run", "nowhere")
+    assert code == 0 and text.count("\n") == 1 and text.endswith("train.py --config digits --run nowhere\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["imagenet256_promoe_b"], "--vae=(none): imagenet256_promoe_b trains on latents; add --vae DIR, and --images"),
+        (["imagenet256_promoe_b", "--vae", "v"], "--images=(none): imagenet256_promoe_b trains on latents; add --vae"),
+        (["imagenet256_promoe_b", "--vae", "v", "--images", "i"], "--vae=v: no such folder; put config.json and"),
+        (["imagenet256_promoe_b", "--vae", "identity", "--latents", "l"], "--latents=l: does not exist, and no images"),
+        (["digits", "--vae", "v"], "--vae=v: data.name=digits has no latents; remove it"),
+        (["digits", "--ref", "none.npz"], "--ref=none.npz: no such file; it would be missed after the training"),
+        (["digits", "--inception-weights", "w"], "--inception-weights=w: no such file"),
+        (["digits", "--cfg", "one"], "--cfg='one': is not a list of numbers"),
+        (["digits", "--num", "0"], "--num=0: must be positive"),
+        (["digit"], "did you mean 'digits'?"),
+    ],
+)
+def test_what_is_missing_is_told_before_any_work(pipeline: Pipeline, words: list[str], message: str) -> None:
+    code, text, error = pipeline(*words)
+    assert code == 2 and text == "" and message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_photographs_to_samples_and_nothing_twice(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Two real photographs in crops, a small autoencoder with random weights, a tiny ProMoE: every stage, for real."""
+    tree, vae, recipe = write_tree(tmp_path / "tree", 8, 24), tiny_kl(tmp_path / "vae"), tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(TINY | {"data": TINY["data"] | {"vae": str(vae)}}))  # type: ignore[operator]
+    work = tmp_path / "run"
+    words = [recipe, "--images", tree, "--size", 16, "--vae", vae, "--run", work, "--num", 6, "--cfg", "1.0,1.5"]
+    words += ["--steps", 2, "--until", "sample"]
+    code, text, errors = pipeline(*words)
+    assert code == 0, errors
+    assert "16 items of 2 classes, 2 x 8x8x8 each (AutoencoderKL, mean and log-variance, scale 0.18215)" in text
+    assert "done: 4 steps" in text and "6 images at cfg 1.5" in text and "no sample grid" not in text
+    assert (work / "samples/grid.png").exists()  # drawn while training, decoded
+    codec = json.loads((work / "codec.json").read_text())
+    assert codec == open_codec(str(vae)).record() == json.loads((work / "latents/index.json").read_text())["codec"]
+    with np.load(work / "samples/cfg1.0/samples.npz", allow_pickle=False) as pack:
+        assert pack["arr_0"].shape == (6, 16, 16, 3) and pack["arr_1"].tolist() == [0, 1] * 3
+    code, text, _ = pipeline(*words)
+    assert code == 0 and [line.split("]")[0] for line in text.splitlines()] == [
+        "[1 encode: done", "[2 train: done", "[3 sample: done"]  # fmt: skip
+    code, text, _ = pipeline(*words, "--dry-run", "train.steps=8")  # what depends on more training is not done
+    assert [line.split("]")[0] for line in text.splitlines()] == ["[1 encode: done", "[2 train", "[3 sample"]
+
+
+# ----------------------------------------------------------------------------------------------------------- real data
+
+
+def subset(pack: Path, out: Path, classes: int, each: int) -> Path:
+    """The first `each` training images of the first `classes` classes of a pack, as another pack."""
+    with np.load(pack, allow_pickle=False) as archive:
+        label, offset, jpeg = archive["train_labels"], archive["train_offsets"].astype(np.int64), archive["train_jpeg"]
+        names = archive["classes"][:classes]
+    chosen = np.concatenate([np.flatnonzero(label == c)[:each] for c in range(classes)])
+    parts = [jpeg[offset[i] : offset[i + 1]] for i in chosen]
+    ends = np.cumsum([0, *(len(part) for part in parts)])
+    np.savez(out, classes=names, train_jpeg=np.concatenate(parts), train_offsets=ends, train_labels=label[chosen])
+    return out
+
+
+def colours(images_NHWC: np.ndarray) -> np.ndarray:
+    """Mean colours of the four quarters: float64 [N, 12]. Real features of little worth, good for telling noise."""
+    n, side, _, _ = images_NHWC.shape
+    return images_NHWC.reshape(n, 2, side // 2, 2, side // 2, 3).mean((2, 4)).reshape(n, 12)
+
+
+def fd(a: np.ndarray, b: np.ndarray) -> float:
+    return float(frechet_distance(*gaussian_statistics(colours(a)), *gaussian_statistics(colours(b))))
+
+
+def test_tiny_imagenet_through_taef2(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Must hold: round trips of 28 dB at 128 pixels; samples of a model trained for a minute beat decoded noise."""
+    pack = PACKS / "tinyimagenet50_jpeg.npz"
+    if not (pack.is_file() and (PACKS / TAEF2_FILES[0]).is_file()):
+        pytest.skip(f"{pack} or {TAEF2_FILES[0]} beside it is absent (set PROMOE_DS_DATA to their folder)")
+    images, vae, work = subset(pack, tmp_path / "subset.npz", 3, 60), tmp_path / "vae", tmp_path / "run"
+    vae.mkdir()
+    for name in TAEF2_FILES:
+        (vae / name).symlink_to(PACKS / name)
+    recipe = tmp_path / "taef2.yaml"
+    model = {"depth": 4, "width": 64, "heads": 4, "image_size": 16, "channels": 32, "num_classes": 3}
+    train = {"steps": 150, "global_batch_size": 16, "log_every": 50, "checkpoint_every": 150}
+    tree = TINY | {"model": model, "train": train, "optimizer": {"lr": 2e-3, "ema_decay": 0.95}}
+    recipe.write_text(yaml.safe_dump(tree))
+    words = [recipe, "--images", images, "--size", 128, "--vae", vae, "--run", work, "--num", 24, "--cfg", "1.0"]
+    code, _, errors = pipeline(*words, "--steps", 20, "--batch", 12, "--until", "sample")
+    assert code == 0, errors
+    codec, data = open_codec(str(vae)), open_latents(str(work / "latents"))
+    assert len(data) == 180 and (data.channels, data.image_size) == (32, 16)
+    chosen = np.arange(0, 180, 7)
+    x, _ = open_images(str(images), split="train", channels=3, image_size=128).get(chosen)
+    with torch.inference_mode():
+        restored = codec.to_pixels(data.get(chosen)[0]).clamp(-1, 1)
+        noise = to_pixels(codec.to_pixels(image_noise(0, np.arange(24), (32, 16, 16))))
+    quality = float(psnr(x, restored).mean())
+    with np.load(work / "samples/cfg1.0/samples.npz", allow_pickle=False) as archive:
+        samples = archive["arr_0"]
+    scores = {"samples": fd(samples, to_pixels(x)), "noise": fd(noise, to_pixels(x))}
+    print(f"round trip {quality:.2f} dB; FD[quarter-colours] {scores}")
+    assert quality >= 28
+    assert samples.shape == (24, 128, 128, 3) and scores["samples"] < 0.6 * scores["noise"]
