@@ -36,16 +36,18 @@ from promoe_ds.sampling import generate
 
 
 def rate(images: int, work: Callable[[], object], repeats: int) -> str:
-    """Images a second: median (lowest to highest)."""
+    """Images a second: median (lowest to highest), and what an otherwise idle core would do by its CPU time."""
     work()
-    found = []
+    found, spent = [], time.process_time()
     for _ in range(repeats):
         start = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(images / (time.perf_counter() - start))
-    return f"{statistics.median(found):,.1f} images/s ({min(found):,.1f} to {max(found):,.1f})"
+    cpu = (time.process_time() - spent) / images / repeats
+    range_ = f"{min(found):,.1f} to {max(found):,.1f}"
+    return f"{statistics.median(found):,.1f} images/s ({range_}); {cpu * 1e3:.3g} ms of CPU an image"
 
 
 def random_shards(folder: Path, items: int, size: int = 1024) -> None:

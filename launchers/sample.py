@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,6 +19,7 @@ from promoe_ds.command_line import Parser, guarded, leave, own_words
 from promoe_ds.config import Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.models.dit import DiT
 from promoe_ds.objective_config import Channels
 from promoe_ds.sample_job import Job, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
 from promoe_ds.sampling import How, check_channels, find_weights, load_ema
@@ -201,7 +202,7 @@ def sharing_experts(sampler: Sampler, args: argparse.Namespace) -> Iterator[Samp
     with inference.connected(here):
         yield dataclasses.replace(
             sampler,
-            model=inference.share_experts(sampler.model, here),
+            model=inference.share_experts(cast(DiT, sampler.model), here),
             device=here.device,
             barrier=lambda: topology.barrier(here),
             most=lambda count: inference.most_of(here, count),

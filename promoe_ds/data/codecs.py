@@ -112,7 +112,8 @@ class Diffusers(Codec):
 
     def __init__(self, model: Any, device: torch.device, digest: str = ""):
         config = model.config
-        self.kind, self.model, self.digest = type(model).__name__, _frozen(model, device), digest
+        self.kind, self.digest = type(model).__name__, digest
+        self.model: Any = _frozen(model, device)
         self.channels = config.latent_channels
         self.stochastic = self.kind == "AutoencoderKL"
         blocks = len(config.block_out_channels) if self.stochastic else len(config.encoder_block_out_channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 
@@ -29,7 +30,9 @@ def share_experts(model: DiT, topology: Topology) -> DiT:
     model = parallelize(model, topology).float()  # any pass over the parameters marks the sharded ones
     parts = model.state_dict(keep_vars=True)
     model.load_state_dict({name: local_part(part, whole[name], topology) for name, part in parts.items()})
-    groups = [dist.new_group(ranks) for ranks in topology.ep_groups()]  # deepspeed.initialize makes them in training
+    groups: list[Any] = [
+        dist.new_group(ranks) for ranks in topology.ep_groups()
+    ]  # deepspeed.initialize makes them in training
     for module in model.modules():
         if isinstance(module, ExpertParallelExperts):
             module.ep_group = groups[topology.rank // topology.ep]
