@@ -272,7 +272,7 @@ def test_divisors_of_twelve_are_accepted(ep: int) -> None:
 
 def test_the_data_path_is_needed_by_training_only() -> None:
     config = load_config("imagenet256_promoe_s")
-    with pytest.raises(ConfigError, match=r"data\.path=null: data\.name=images needs one; add data\.path=PATH"):
+    with pytest.raises(ConfigError, match=r"data\.path=null: data\.name=latents needs one; add data\.path=PATH"):
         validate_data(config)
     validate_data(load_config("imagenet256_promoe_s", ["data.path=somewhere"]))
     validate_data(Config())

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from promoe_ds import sampling
 from promoe_ds.config import Config, ConfigError, decode, dump, encode
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
@@ -60,7 +61,7 @@ def save(file: Path, dit: DiT, config: Config, metadata: dict[str, str] | None =
 def draw(
     dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, seed: int = 5, **more: Any
 ) -> np.ndarray:
-    return generate(dit, config, class_labels(100, 10)[indices], indices, cfg, 4, seed, batch, CPU, **more)
+    return generate(dit, config, class_labels(200, 10)[indices], indices, cfg, 4, seed, batch, CPU, **more)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -272,6 +273,28 @@ def test_hooks_see_every_step_and_batch() -> None:
     assert ticks == [4] * 8 + [2] * 4
     assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 10)]
     np.testing.assert_array_equal(np.concatenate([made for _, made in seen]), draw(dit, config, indices, batch=4))
+
+
+def test_pixels_before_rounding_do_not_depend_on_batch_or_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 images by batches of 7 and of 32, alone and as two processes share them: 1e-4 in pixels of [-1, 1]."""
+    dit, config = tiny()
+    made: list[torch.Tensor] = []
+
+    def keep(x_BCHW: torch.Tensor) -> np.ndarray:
+        made.append(x_BCHW)
+        return to_pixels(x_BCHW)
+
+    def pixels(batch: int, world: int) -> torch.Tensor:
+        out = torch.empty(200, 1, 8, 8)
+        for rank in range(world):
+            made.clear()
+            draw(dit, config, np.arange(rank, 200, world), batch)
+            out[rank::world] = torch.cat(made)
+        return out
+
+    monkeypatch.setattr(sampling, "to_pixels", keep)
+    alone = pixels(32, 1)
+    assert float((pixels(7, 2) - alone).abs().max()) < 1e-4 and alone.std() > 0.2
 
 
 def test_random_labels_depend_on_seed_and_index_alone() -> None:
