@@ -45,7 +45,7 @@ class Stage:
 
     def command(self, processes: int) -> list[str]:
         script = str(HERE / self.script)
-        if processes == 1 or self.name == "evaluate":
+        if processes == 1:
             return [sys.executable, script, *self.words]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         return [*torchrun, "--", script, *self.words]
