@@ -20,7 +20,8 @@ Result = dict[str, Any]
 
 
 def results(row: Row, num: int) -> list[Result]:
-    return [found for run in row.runs if (found := scores(run, num)) is not None]
+    pairs = zip(row.runs, row.configs, strict=True)
+    return [found for run, config in pairs if (found := scores(run, config, num)) is not None]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -138,10 +139,10 @@ def write_report(rows: list[Row], args: argparse.Namespace) -> None:
 {provenance("benchmarks/paper_tables.py", args.command)}
 
 Each row: {train.steps} steps (times its budget in the paper) of {train.global_batch_size} images, {train.precision},
-seeds {seeds}, rows in turns. {args.num} images a guidance scale, scored by {first["judge"]} (its accuracy on held-out
-reals is {first["judge_accuracy"]:.3f}): FD is the Frechet distance of its features, IS-like the Inception score with
-its classes; neither compares with an FID50K of ImageNet, only their order does. EMA loss: the diffusion loss of the EMA
-weights, with noise and timesteps equal for all rows. Load and dead experts (over all MoE layers) are those of the last
+seeds {seeds}, rows in turns. {args.num} images a guidance scale, {first["sampler_steps"]} sampler steps, scored by
+{first["judge"]} (its accuracy on held-out reals is {first["judge_accuracy"]:.3f}): FD is the Frechet distance of its
+features, IS-like the Inception score with its classes; neither compares with an FID50K of ImageNet, only their order
+does. EMA loss: the diffusion loss of the EMA weights, with noise and timesteps equal for all rows. Load and dead experts (over all MoE layers) are those of the last
 step; ± is half the range over seeds.
 
 {table(rows, args.num)}

@@ -160,23 +160,24 @@ def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> boo
     judge: Any = None
     for row in rows:
         for config, run in zip(row.configs, row.runs, strict=True):
-            if scores(run, args.num) is not None:
+            if scores(run, config, args.num) is not None:
                 continue
             if time.monotonic() > deadline:
                 return False
             judge = judge or make_judge(args, config)
-            result = score_run(run, judge[0], judge[1], SCALES, args.num, judge[2])
+            result = score_run(run, judge[0], judge[1], SCALES, args.num, config.sample.steps, judge[2])
             result |= {"num": args.num, "judge": judge[0].name, "judge_accuracy": judge[0].accuracy}
             (run / "scores.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             print(f"scored {row.label}, {run.name}", flush=True)
     return True
 
 
-def scores(run: Path, num: int) -> dict[str, Any] | None:
-    """What an earlier call has found for this checkpoint with as many images."""
+def scores(run: Path, config: Config, num: int) -> dict[str, Any] | None:
+    """What an earlier call has found for this checkpoint with as many images and sampler steps."""
     path = run / "scores.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found if found and (found["num"], found["step"]) == (num, done_steps(run)) else None
+    key = (num, done_steps(run), config.sample.steps)
+    return found if found and (found["num"], found["step"], found.get("sampler_steps")) == key else None
 
 
 def history(run: Path) -> list[dict[str, Any]]:

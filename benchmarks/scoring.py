@@ -75,7 +75,7 @@ def reference_images(data: ImageDataset, num: int) -> Images:
 
 
 def score_run(
-    run: Path, judge: Judge, data: ImageDataset, scales: list[float], num: int, device: torch.device
+    run: Path, judge: Judge, data: ImageDataset, scales: list[float], num: int, steps: int | str, device: torch.device
 ) -> dict[str, Any]:
     """All scores of a run's newest checkpoint, ready for JSON.
 
@@ -83,15 +83,15 @@ def score_run(
         data: of the EMA loss and of the reference of FD.
         scales: guidance scales to sample at.
         num: images a scale, and draws of the EMA loss.
+        steps: of the sampler.
     """
     model, config, step = load_ema(run, device)
     reference = gaussian_statistics(judge.features(reference_images(data, 10_000)))
     labels_N, batch = class_labels(num, config.model.num_classes), 256
-    out: dict[str, Any] = {"step": step, "ema_loss": ema_loss(model, config, data, num, batch, device)}
+    out: dict[str, Any] = {"step": step, "sampler_steps": steps}
+    out["ema_loss"] = ema_loss(model, config, data, num, batch, device)
     for scale in scales:
-        images_NHWC = generate(
-            model, config, labels_N, np.arange(num), scale, config.sample.steps, SCORE_SEED, batch, device
-        )
+        images_NHWC = generate(model, config, labels_N, np.arange(num), scale, steps, SCORE_SEED, batch, device)
         logits_NK = judge.logits(images_NHWC)
         out[f"cfg{scale}"] = {
             "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *reference),

@@ -17,7 +17,7 @@ from benchmarks.paper_tables import ROOT, main, parse_args, plan
 from benchmarks.scoring import classifier_score
 
 TREE = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text())
-SMALL = ["model.depth=2", "model.width=32", "model.heads=2", "sample.steps=2", "train.global_batch_size=16"]
+SMALL = ["model.depth=2", "model.width=32", "model.heads=2", "sample.steps=3", "train.global_batch_size=16"]
 
 
 def args_of(tmp_path: Path, *options: str) -> list[str]:
@@ -44,6 +44,7 @@ def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
     runs = sorted((tmp_path / "runs/digits").glob("*/seed*"))
     losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss/diffusion"] for run in runs]
     assert len(runs) == 4 and len(set(losses)) == 4
+    assert {json.loads((run / "scores.json").read_text())["sampler_steps"] for run in runs} == {3}  # as told below
     capsys.readouterr()
     assert main(command) == paper_tables.DONE
     assert "step" not in capsys.readouterr().out.split("#")[0]  # nothing is trained or scored again
