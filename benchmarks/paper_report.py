@@ -142,8 +142,8 @@ Each row: {train.steps} steps (times its budget in the paper) of {train.global_b
 seeds {seeds}, rows in turns. {args.num} images a guidance scale, {first["sampler_steps"]} sampler steps, scored by
 {first["judge"]} (its accuracy on held-out reals is {first["judge_accuracy"]:.3f}): FD is the Frechet distance of its
 features, IS-like the Inception score with its classes; neither compares with an FID50K of ImageNet, only their order
-does. EMA loss: the diffusion loss of the EMA weights, with noise and timesteps equal for all rows. Load and dead experts
-(over all MoE layers) are those of the last step; ± is half the range over seeds.
+does. EMA loss: the diffusion loss of the EMA weights, with noise and timesteps equal for all rows. Load and dead
+experts (over all MoE layers) are those of the last step; ± is half the range over seeds.
 
 {table(rows, args.num)}
 
