@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
 from promoe_ds.objective_config import Channels
-from promoe_ds.sample_job import Job, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
+from promoe_ds.sample_job import Job, Pack, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
 from promoe_ds.sampling import How, check_channels, find_weights, load_ema
 from promoe_ds.validate import check_guidance, validate
 from promoe_ds.workers import barrier_of, pick_device, worker_from
@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   python launchers/sample.py --model digits_bf16 --num 100        (of launchers/checkpoint.py convert --weights)
   torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/imagenet256_promoe_b --vae sd-vae-ft-mse --num 50000 \\
       --cfg 1.0,1.5 --format npz                             latents are decoded; no 50,000 files
+  ... --format features --inception-weights pt_inception-2015-12-05-6726825d.pth         straight to features, no images
   deepspeed --num_gpus 8 -- launchers/sample.py --model ema.safetensors --num 50000 --out samples
 
 The lone -- keeps torchrun and deepspeed from taking --run and --num for abbreviations of their own options.
@@ -72,7 +73,16 @@ def parser() -> Parser:
         metavar="DIR",
         help="one scale: this folder; several: its cfg1.0, cfg1.5, ... (default RUN/samples/cfgS)",
     )
-    p.add_argument("--format", default="png,npz", metavar="F[,F]", help="png, npz (ADM's layout) or both (default)")
+    p.add_argument(
+        "--format",
+        default="png,npz",
+        metavar="F[,F]",
+        help="png, npz (ADM's layout), both (default), or features alone",
+    )
+    p.add_argument(
+        "--features", default="inception", metavar="NAME", help="of --format features: as launchers/evaluate.py's"
+    )
+    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="as launchers/evaluate.py's")
     p.add_argument("--batch", type=int, default=64, help="images a forward and process (default 64)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -108,8 +118,8 @@ def parse_scales(text: str) -> list[float]:
 def parse_formats(text: str) -> tuple[str, ...]:
     """`png,npz` to its parts; raises `ConfigError`."""
     formats = tuple(sorted(set(text.split(",")), reverse=True))
-    if not set(formats) <= {"png", "npz"}:
-        reject("--format", repr(text), "names an unknown format", "write png, npz or png,npz")
+    if formats != ("features",) and not set(formats) <= {"png", "npz"}:
+        reject("--format", repr(text), "is no such format", "write png, npz, png,npz or features")
     return formats
 
 
@@ -143,6 +153,17 @@ def choose_codec(args: argparse.Namespace, config: Config, weights: Path, device
     return codec
 
 
+def choose_pack(args: argparse.Namespace, device: Any) -> tuple[str, Callable[[Path], Pack]] | tuple[None, None]:
+    """The extractor's name and the store of features, where --format asks for it; raises `ConfigError`."""
+    if parse_formats(args.format) != ("features",):
+        return None, None
+    from evaluation.extractors import load_extractor  # only here sampling needs evaluation
+    from evaluation.feature_store import FeatureStore
+
+    extractor = load_extractor(args.features, weights=args.inception_weights, device=device, batch=args.batch)
+    return extractor.name, lambda out: FeatureStore(out, extractor)
+
+
 def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path, how: How) -> list[Job]:
     """One job a scale: straight into --out for one, into subfolders for several."""
     base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
@@ -167,10 +188,11 @@ def sample(argv: list[str]) -> None:
     codec = choose_codec(args, config, weights, device)
     jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights, choose_how(args, config))
     command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), provenance(weights, config, step)
-    records = [record_of(job, origin, command, codec) for job in jobs]
+    features, pack = choose_pack(args, device)
+    records = [record_of(job, origin, command, codec, features) for job in jobs]
     for job, record in zip(jobs, records, strict=True):  # all of them before the first image is made
         check_folder(job.out, record)
-    sampler = Sampler(model, config, device, worker, codec=codec)
+    sampler = Sampler(model, config, device, worker, codec=codec, pack=pack)
     with sharing_experts(sampler, args) if args.expert_parallel > 1 else joined(sampler) as sampler:
         for job, record in zip(jobs, records, strict=True):
             run_job(sampler, job, record)

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,12 +36,22 @@ RECORD = "sampling.json"
 CONFIG = "config.yaml"
 CODEC = "codec.json"
 SAMPLES = "samples.npz"
-OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|made-\d+\.npy|part-\d+-of-\d+\.npz")
+FEATURES = "features.safetensors"
+OUTPUTS = re.compile(
+    r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|features\.safetensors|made-\d+\.(npy|safetensors)|part-\d+-of-\d+\.npz"
+)
 LEFTOVERS = (".*.tmp", "part-*-of-*.npz", "made-*.npy")
 DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision",
-            "sampler", "eta", "guidance_channels", "labels", "vae")  # fmt: skip
+            "sampler", "eta", "guidance_channels", "labels", "vae", "features")  # fmt: skip
 """keys of the record that decide the images; a folder is continued only where all of them agree"""
-IMPLIED = {"sampler": "euler", "eta": 0.0, "guidance_channels": "all", "labels": "balanced", "vae": None}
+IMPLIED = {
+    "sampler": "euler",
+    "eta": 0.0,
+    "guidance_channels": "all",
+    "labels": "balanced",
+    "vae": None,
+    "features": None,
+}
 """what records say that were written before these keys"""
 
 
@@ -66,7 +76,7 @@ class Job:
 
     labels: Labels = "balanced"
     formats: tuple[str, ...] = ("png", "npz")
-    """png: a file an image; npz: `samples.npz`; at least one of them"""
+    """png: a file an image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
 
 
 OnImages = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
@@ -107,8 +117,17 @@ def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
     return {"config": config.name, "checkpoint": relative, "checkpoint_step": step, "checkpoint_blake2b": digest}
 
 
-def record_of(job: Job, weights: Mapping[str, Any], command: str, codec: Codec | None = None) -> dict[str, Any]:
-    """What `sampling.json` says."""
+class Pack(Store, Protocol):
+    """A store of features, such as `evaluation.feature_store.FeatureStore`."""
+
+    def pictures(self) -> list[np.ndarray]: ...
+    def pack(self, labels_N: np.ndarray, sampling: Mapping[str, Any]) -> None: ...
+
+
+def record_of(
+    job: Job, weights: Mapping[str, Any], command: str, codec: Codec | None = None, features: str | None = None
+) -> dict[str, Any]:
+    """What `sampling.json` says; `features` is the name of the extractor where only features are kept."""
     return {
         "command": command,
         **weights,
@@ -122,6 +141,7 @@ def record_of(job: Job, weights: Mapping[str, Any], command: str, codec: Codec |
         "guidance_channels": job.how.channels,
         "labels": job.labels,
         "vae": f"{codec.kind} {codec.digest}".strip() if codec else None,
+        "features": features,
         "versions": versions(),
     }
 
@@ -198,6 +218,8 @@ class Sampler:
     """the largest count over the processes that must run equally many batches"""
     on_images: OnImages | None = None
     """given every image of this process's share, new or found on disk, a batch at a time"""
+    pack: Callable[[Path], Pack] | None = None
+    """folder -> the store of jobs whose format is features"""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -209,6 +231,9 @@ class Sampler:
 
 
 def _store(sampler: Sampler, job: Job) -> Store:
+    if "features" in job.formats:
+        assert sampler.pack is not None, "features need a store"
+        return sampler.pack(job.out)
     if "png" in job.formats:
         return PngStore(job.out, sampler.labels(job), sampler.shape)
     return BatchStore(job.out, sampler.shape)
@@ -257,6 +282,21 @@ def make_share(sampler: Sampler, job: Job) -> None:
                 sampler.on_images(missing[rows], labels[missing[rows]], images)
 
 
+def assemble_features(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
+    """Rank 0, after the barrier: what all processes have made becomes `features.safetensors` and `grid.png`."""
+    assert sampler.pack is not None
+    store, columns = sampler.pack(job.out), min(10, sampler.config.model.num_classes, job.num)
+    try:
+        with atomic(job.out / "grid.png") as temporary:
+            grid(np.stack(store.pictures()[: 10 * columns]), columns).save(temporary, format="PNG")
+        store.pack(sampler.labels(job), record)
+    except LookupError as error:
+        reject("--out", job.out, str(error), "run the same command again")
+    except OSError as error:
+        reject("--out", job.out, f"cannot be written ({error.strerror})", "free space, and run the same command again")
+    store.clear()
+
+
 def assemble(sampler: Sampler, job: Job) -> None:
     """Rank 0, after the barrier: what all processes have made becomes `samples.npz` and `grid.png`."""
     store, labels = _store(sampler, job), sampler.labels(job)
@@ -285,6 +325,8 @@ def assemble(sampler: Sampler, job: Job) -> None:
 
 def complete(job: Job, shape: tuple[int, int, int]) -> bool:
     """Whether a folder without PNGs is done: its packed file takes its name last, so it need only be there."""
+    if "features" in job.formats:
+        return (job.out / FEATURES).exists()
     if "png" in job.formats or not (job.out / SAMPLES).exists():
         return False
     try:
@@ -307,4 +349,4 @@ def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
     make_share(sampler, job)
     sampler.barrier()
     if sampler.worker.rank == 0:
-        assemble(sampler, job)
+        assemble_features(sampler, job, record) if "features" in job.formats else assemble(sampler, job)

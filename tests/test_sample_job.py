@@ -18,6 +18,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from evaluation.collect import FeatureSet, collect
+from evaluation.feature_store import FeatureStore
+from evaluation.features import DigitsCNN
+from evaluation.samples import load_samples
 from promoe_ds.config import Config, ConfigError, decode, dump
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.diffusion.guidance import guided_prediction
@@ -340,7 +344,7 @@ def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: p
         (["--eta", "0.5"], "--eta=0.5: the sampler euler has no eta; remove it"),
         (["--guidance-channels", "3"], "--guidance-channels=3: the model has model.channels=1; set"),
         (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
-        (["--format", "png,gif"], "--format='png,gif': names an unknown format; write png, npz or png,npz"),
+        (["--format", "png,gif"], "--format='png,gif': is no such format; write png, npz, png,npz or features"),
         (["--labels", "all"], "invalid choice: 'all'"),
         (["--expert-parallel", 3], "parallel.expert_parallel=3: does not divide moe.num_experts=4; choose one of"),
         (["--expert-parallel", 2], "--expert-parallel=2: does not divide the 1 processes; change one of them"),
@@ -491,3 +495,47 @@ def test_help_ends_with_examples(command: Command, capsys: pytest.CaptureFixture
 def test_run_of_a_checkpoint(tmp_path: Path) -> None:
     assert run_of(write_run(tmp_path)) == tmp_path.resolve()
     assert run_of(tmp_path / "ema.safetensors") is None
+
+
+def test_straight_to_features(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures: the features of the folder are those of the pictures it would have held; a run cut short goes on."""
+    run = write_run(tmp_path / "run")
+    options = ["--run", str(run), "--num", "23", "--steps", "2", "--cfg", "1", "--batch", "5"]
+    assert command(*options, "--format", "npz", "--out", str(tmp_path / "npz")) == 0
+    features = [*options, "--format", "features", "--features", "digits-cnn", "--out", str(tmp_path / "features")]
+    calls = []
+
+    def cut(self: FeatureStore, indices: np.ndarray, images: np.ndarray) -> None:
+        calls.append(indices)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(self, indices, images)
+
+    write = FeatureStore.write
+    monkeypatch.setattr(FeatureStore, "write", cut)
+    assert command(*features) == 85
+    monkeypatch.setattr(FeatureStore, "write", write)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").glob("made-*")}
+    assert len(before) == 2
+    assert command(*features) == 0
+    assert {p.name for p in (tmp_path / "features").iterdir()} == {
+        "features.safetensors", "sampling.json", "config.yaml", "grid.png",
+    }  # fmt: skip
+    found = load_samples(tmp_path / "features/features.safetensors")
+    wanted = collect(DigitsCNN(), load_samples(tmp_path / "npz/samples.npz"))  # type: ignore[arg-type]
+    assert isinstance(found, FeatureSet) and wanted is not None
+    np.testing.assert_allclose(found.features_Nd, wanted.features_Nd, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.gaussian.sigma_dd, wanted.gaussian.sigma_dd, rtol=1e-4, atol=1e-5)
+    assert found.sha256 == wanted.sha256 and found.sampling["features"] == "digits-cnn"
+    np.testing.assert_array_equal(found.labels_N, np.arange(23) % 10)
+    stamp = (tmp_path / "features/features.safetensors").stat().st_mtime_ns
+    assert command(*features) == 0 and (tmp_path / "features/features.safetensors").stat().st_mtime_ns == stamp
+    assert command(*options, "--format", "npz", "--out", str(tmp_path / "features")) == 2  # other content
+
+
+def test_formats_are_checked(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    assert command("--run", str(run), "--format", "png,features") == 2
+    assert "--format='png,features': is no such format; write png, npz, png,npz or features" in capsys.readouterr().err
+    assert command("--run", str(run), "--format", "features", "--features", "resnet") == 2
+    assert "--features=resnet: no such feature extractor" in capsys.readouterr().err
