@@ -318,9 +318,6 @@ def assemble(sampler: Sampler, job: Job) -> None:
     with atomic(job.out / "grid.png") as temporary:
         grid(np.stack(first), columns).save(temporary, format="PNG")
     store.clear()
-    for pattern in LEFTOVERS:
-        for path in job.out.glob(pattern):
-            path.unlink(missing_ok=True)
 
 
 def complete(job: Job, shape: tuple[int, int, int]) -> bool:
@@ -350,3 +347,5 @@ def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
     sampler.barrier()
     if sampler.worker.rank == 0:
         assemble_features(sampler, job, record) if "features" in job.formats else assemble(sampler, job)
+        for path in (path for pattern in LEFTOVERS for path in job.out.glob(pattern)):
+            path.unlink(missing_ok=True)
