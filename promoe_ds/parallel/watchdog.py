@@ -82,9 +82,10 @@ class Peer:
         self.heard = time.monotonic()
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
             return None
+        return messages if all(isinstance(message, list) and message for message in messages) else None
 
     def send(self, *message: Any) -> None:
         with contextlib.suppress(OSError):
@@ -130,7 +131,7 @@ class Watchdog:
     ):
         self.rank, self.world, self.timeout, self.speaker, self.leave = rank, world, timeout, speaker, leave
         self.beat = min(BEAT_SECONDS, timeout / 3)
-        self.closing, self.since = threading.Event(), 0.0
+        self.closing, self.since, self.next_beat = threading.Event(), 0.0, 0.0
         self.wake, self.woken = socket.socketpair()
         self.news: list[Trouble] = []
         self.server = _listen() if rank == 0 else None
@@ -172,6 +173,17 @@ class Watchdog:
 
     # ---------------------------------------------------------------------------------------------------- the thread
 
+    def _beat_is_due(self) -> bool:
+        """Once in `beat` seconds: a beat that answered every message would be answered in turn, without end."""
+        now = time.monotonic()
+        due = now >= self.next_beat
+        if due:
+            self.next_beat = now + self.beat
+        return due
+
+    def _until_beat(self) -> float:
+        return max(0.0, self.next_beat - time.monotonic())
+
     def _run(self) -> None:
         if self.server:
             self._watch_all(self.server)
@@ -183,8 +195,9 @@ class Watchdog:
             selector.register(hub.connection, selectors.EVENT_READ)
             selector.register(self.woken, selectors.EVENT_READ)
             while not self.closing.is_set():
-                hub.send("beat")
-                for key, _ in selector.select(self.beat):
+                if self._beat_is_due():
+                    hub.send("beat")
+                for key, _ in selector.select(self._until_beat()):
                     if key.fileobj is self.woken:
                         self.woken.recv(64)
                         continue
@@ -211,11 +224,12 @@ class Watchdog:
             selector.register(server, selectors.EVENT_READ)
             selector.register(self.woken, selectors.EVENT_READ)
             while not self.closing.is_set():
-                for key, _ in selector.select(self.beat if not self.news else SETTLE_SECONDS / 10):
+                for key, _ in selector.select(self._until_beat() if not self.news else SETTLE_SECONDS / 10):
                     self._serve(key, selector, peers)
-                now = time.monotonic()
+                now, due = time.monotonic(), self._beat_is_due()
                 for peer in peers.values():
-                    peer.send("beat")
+                    if due:
+                        peer.send("beat")
                     if now - peer.heard > self.timeout:
                         self._note(
                             Trouble.silent(peer.rank, peer.name, f"has not been heard of for {self.timeout:.0f} s")
@@ -250,7 +264,7 @@ class Watchdog:
         peer: Peer = key.data
         messages = peer.receive()
         for kind, *rest in messages or ():
-            if kind == "hello" and rest[0] == self.token:
+            if kind == "hello" and rest[:1] == [self.token]:
                 peer.rank, peer.name = rest[1], rest[2]
                 peers[peer.rank] = peer
             elif peer.rank < 0:  # a stranger

@@ -69,7 +69,7 @@ class Throughput:
 def last_logged_step(run: Path) -> int:
     """The last step in RUN/metrics.jsonl; 0 without one."""
     path, last = run / "metrics.jsonl", 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             last = max(last, json.loads(line)["step"])
     return last
@@ -94,7 +94,7 @@ class MetricsLog:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")

@@ -66,7 +66,8 @@ def check_history(run: Path, found: Path | None, config: Config) -> int:
             reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
         return step
     logged, saved = last_logged_step(run), resuming.saved_config(run)
-    if saved and logged > saved.get("train", {}).get("checkpoint_every", logged):
+    # A save is waited for by the next one at the latest: up to there a run may have died before its first was complete.
+    if saved and logged > 2 * saved.get("train", {}).get("checkpoint_every", logged):
         conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
         reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
     return 0

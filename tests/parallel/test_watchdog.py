@@ -112,6 +112,32 @@ def test_beats_keep_ranks_alive_and_farewells_are_no_deaths() -> None:
     assert not team.ends and not any(dog.thread.is_alive() for dog in team.dogs)
 
 
+def test_a_beat_is_not_answered_by_a_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the two sides answer each other without end, thousands of times a second."""
+    sent: list[Any] = []
+    monkeypatch.setattr(watchdog.Peer, "send", lambda peer, *message: (sent.append(message), send(peer, *message)))
+    team = Team(3, timeout=3.0)  # a beat a second
+    time.sleep(1.5)
+    in_threads(*(dog.close for dog in team.dogs))
+    beats = sent.count(("beat",))
+    assert 4 <= beats <= 16 and not team.ends
+
+
+STRANGE = [b"5\n", b"{}\n", b"[]\n", b'["hello"]\n', b"[" * 5000 + b"\n", b"GET / HTTP/1.1\r\n\r\n"]
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
+def test_whatever_a_stranger_sends_the_watch_goes_on(text: bytes) -> None:
+    team = Team(2)
+    assert team.dogs[0].server
+    with socket.create_connection(("127.0.0.1", team.dogs[0].server.getsockname()[1])) as stranger:
+        stranger.sendall(text)
+        stranger.settimeout(5)
+        assert stranger.recv(64) == b""
+    assert team.dogs[0].thread.is_alive() and not team.ends
+    in_threads(*(dog.close for dog in team.dogs))
+
+
 def test_a_hub_that_cannot_be_reached_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

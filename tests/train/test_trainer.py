@@ -63,10 +63,10 @@ def started_run(folder: Path, steps: int) -> None:
 
 def test_lost_checkpoints_are_not_a_fresh_start(tmp_path: Path) -> None:
     config = load_config("tiny")
-    started_run(tmp_path, 5)  # killed while saving its first checkpoint: may start again
+    started_run(tmp_path, 10)  # killed while its first checkpoint, of step 5, was being written: may start again
     assert check_history(tmp_path, None, config) == 0
-    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n')
-    with pytest.raises(ConfigError, match=r"metrics.jsonl reaches step 6, but checkpoints/ is empty; bring the"):
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 11}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl reaches step 11, but checkpoints/ is empty; bring the"):
         check_history(tmp_path, None, config)
 
 
