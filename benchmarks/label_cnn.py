@@ -6,11 +6,14 @@ Shape suffixes: N images, H W pixels, C channels, K classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evaluation.features import Features
@@ -52,17 +55,26 @@ class _Net(nn.Module):
         return self.classify(self.features(x_NCHW))
 
 
+def judge_name(file: Path) -> str:
+    """Features compare only under the same weights: `label-cnn:` and the digest of their file, "" if there is none."""
+    return f"label-cnn:{hashlib.blake2b(file.read_bytes(), digest_size=4).hexdigest()}" if file.is_file() else ""
+
+
 class LabelCNN:
-    """`label-cnn`: trained when built (seeded), on `train`; `accuracy` is measured on `held_out`."""
+    """Trained on `train` (seeded) unless `file` holds its weights; `accuracy` is measured on `held_out`."""
 
-    name = "label-cnn"
-
-    def __init__(self, train: ImageDataset, held_out: ImageDataset, device: torch.device, steps: int = 2000):
+    def __init__(self, train: ImageDataset, held_out: ImageDataset, device: torch.device, steps: int, file: Path):
         self.device = device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self._net = _Net(train.channels, train.num_classes).to(device)
-        self._train(train, steps)
+        if not file.is_file():
+            self._train(train, steps)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: t.contiguous().cpu() for name, t in self._net.state_dict().items()}, file)
+        self._net.load_state_dict(load_file(file, device=str(device)))
+        self._net.eval()
+        self.name = judge_name(file)
         index = np.arange(len(held_out))
         logits = [
             self.logits(to_pixels(held_out.get(part)[0])) for part in np.array_split(index, -(-len(index) // 1000))
@@ -83,7 +95,6 @@ class LabelCNN:
             loss.backward()
             optimizer.step()
             schedule.step()
-        self._net.eval()
 
     def _map(self, function: Callable[[Tensor], Tensor], images_NHWC: Images) -> Features:
         out = []

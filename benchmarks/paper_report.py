@@ -19,9 +19,9 @@ Result = dict[str, Any]
 """what scores.json of a run holds"""
 
 
-def results(row: Row, num: int) -> list[Result]:
+def results(row: Row, args: argparse.Namespace) -> list[Result]:
     pairs = zip(row.runs, row.configs, strict=True)
-    return [found for run, config in pairs if (found := scores(run, config, num)) is not None]
+    return [found for run, config in pairs if (found := scores(run, config, args)) is not None]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -34,7 +34,7 @@ def paper_cells(row: Row) -> list[str]:
     return [f"{row.paper[s][i]:g}" if s in row.paper else "-" for s in SCALES for i in (0, 1)]
 
 
-def table(rows: list[Row], num: int) -> str:
+def table(rows: list[Row], args: argparse.Namespace) -> str:
     """One line a row: sizes, our scores, load and throughput, then the paper's FID50K and IS on ImageNet."""
     head = ["row", "activated M", "total M", "EMA loss"]
     head += [f"{name} cfg {s:g}" for s in SCALES for name in ("FD", "IS-like", "agreement")]
@@ -42,7 +42,7 @@ def table(rows: list[Row], num: int) -> str:
     head += [f"paper {name} cfg {s:g}" for s in SCALES for name in ("FID", "IS")]
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
     for row in rows:
-        found, counts = results(row, num), count_parameters(row.configs[0])
+        found, counts = results(row, args), count_parameters(row.configs[0])
         last = [history(run)[-1] for run in row.runs]
         cells = [row.label, f"{counts.activated / 1e6:.2f}", f"{counts.total / 1e6:.2f}"]
         cells.append(spread([r["ema_loss"] for r in found], 4))
@@ -56,12 +56,12 @@ def table(rows: list[Row], num: int) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def orderings(rows: list[Row], num: int) -> str:
+def orderings(rows: list[Row], args: argparse.Namespace) -> str:
     """For each measure: our order from best to worst, and how many pairs of rows stand as in the paper."""
     by_cfg: Callable[[float], Callable[[Row], float]] = lambda s: (  # noqa: E731
-        lambda row: mean(r[f"cfg{s}"]["fd"] for r in results(row, num))
+        lambda row: mean(r[f"cfg{s}"]["fd"] for r in results(row, args))
     )
-    measures = {"EMA loss": lambda row: mean(r["ema_loss"] for r in results(row, num))}
+    measures = {"EMA loss": lambda row: mean(r["ema_loss"] for r in results(row, args))}
     measures |= {f"FD at guidance {s:g}": by_cfg(s) for s in SCALES}
     with_paper = [row for row in rows if 1.5 in row.paper]
     lines = []
@@ -91,7 +91,7 @@ def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def draw(rows: list[Row], num: int, path: Path) -> None:
+def draw(rows: list[Row], args: argparse.Namespace, path: Path) -> None:
     """Training loss over steps, FD at both guidance scales, load: one figure, one colour a row."""
     import matplotlib
 
@@ -105,7 +105,7 @@ def draw(rows: list[Row], num: int, path: Path) -> None:
         records = history(row.runs[0])
         left.plot([r["step"] for r in records], smoothed([r["loss/diffusion"] for r in records]), color=colours[i % 10],
                   label=row.label)  # fmt: skip
-        found = results(row, num)
+        found = results(row, args)
         for s, shade, offset in ((SCALES[0], 1.0, -0.2), (SCALES[1], 0.5, 0.2)):
             fds = [r[f"cfg{s}"]["fd"] for r in found]
             middle.barh(i + offset, mean(fds), 0.36, color=colours[i % 10], alpha=shade,
@@ -131,8 +131,8 @@ def write_report(rows: list[Row], args: argparse.Namespace) -> None:
     caption = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text())["tables"][args.table]["caption"]
     name = f"paper_table{args.table}_{args.data}"
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(rows, args.num, args.out / f"{name}.png")
-    first, train = results(rows[0], args.num)[0], rows[0].configs[0].train
+    draw(rows, args, args.out / f"{name}.png")
+    first, train = results(rows[0], args)[0], rows[0].configs[0].train
     seeds = ", ".join(map(str, args.seeds))
     text = f"""# Table {args.table} on {args.data}: {caption}
 
@@ -145,11 +145,11 @@ features, IS-like the Inception score with its classes; neither compares with an
 does. EMA loss: the diffusion loss of the EMA weights, with noise and timesteps equal for all rows. Load and dead
 experts (over all MoE layers) are those of the last step; ± is half the range over seeds.
 
-{table(rows, args.num)}
+{table(rows, args)}
 
 Order, best first:
 
-{orderings(rows, args.num)}
+{orderings(rows, args)}
 
 ![loss, FD and images/s of the rows]({name}.png)
 """

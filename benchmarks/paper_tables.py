@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,7 +151,11 @@ def make_judge(args: argparse.Namespace, config: Config) -> Any:
 
     held_out = build_dataset(replace(config, data=replace(config.data, split="test")))
     train = build_dataset(config)
-    return LabelCNN(train, held_out, device, args.judge_steps), held_out, device
+    return LabelCNN(train, held_out, device, args.judge_steps, judge_file(args)), held_out, device
+
+
+def judge_file(args: argparse.Namespace) -> Path:
+    return args.runs / args.data / f"judge-{args.judge_steps}.safetensors"
 
 
 def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> bool:
@@ -160,7 +165,7 @@ def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> boo
     judge: Any = None
     for row in rows:
         for config, run in zip(row.configs, row.runs, strict=True):
-            if scores(run, config, args.num) is not None:
+            if scores(run, config, args) is not None:
                 continue
             if time.monotonic() > deadline:
                 return False
@@ -172,12 +177,15 @@ def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> boo
     return True
 
 
-def scores(run: Path, config: Config, num: int) -> dict[str, Any] | None:
-    """What an earlier call has found for this checkpoint with as many images and sampler steps."""
+def scores(run: Path, config: Config, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What an earlier call has found for this checkpoint with as many images and sampler steps, by the same judge."""
+    from benchmarks.label_cnn import judge_name
+
     path = run / "scores.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    key = (num, done_steps(run), config.sample.steps)
-    return found if found and (found["num"], found["step"], found.get("sampler_steps")) == key else None
+    judge = "digits-cnn" if args.data == "digits" else judge_name(judge_file(args))
+    key = {"num": args.num, "step": done_steps(run), "sampler_steps": config.sample.steps, "judge": judge}
+    return found if found and all(found.get(name) == value for name, value in key.items()) else None
 
 
 def history(run: Path) -> list[dict[str, Any]]:
@@ -185,10 +193,10 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 
 def throughput(run: Path, config: Config) -> float:
-    """Median images/s over the windows of all chunks but the first of each."""
-    chunk = -(-config.train.steps // CHUNKS)
-    window = max(1, chunk // WINDOWS)
-    rates = [r["images_per_s"] for r in history(run) if r["step"] % chunk > window or r["step"] % chunk == 0]
+    """Median images/s over the windows of all chunks but the first of each, which is warm-up."""
+    ends = {0, 1, *(-(-config.train.steps * chunk // CHUNKS) for chunk in range(1, CHUNKS + 1))}
+    records = [{"step": 0}, *history(run)]
+    rates = [now["images_per_s"] for before, now in pairwise(records) if before["step"] not in ends]
     return median(rates or [r["images_per_s"] for r in history(run)])
 
 

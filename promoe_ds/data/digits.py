@@ -25,11 +25,11 @@ class Digits:
         bunch: Any = load_digits()  # a dict with attributes, which its stub does not know
         images_BHW = np.asarray(bunch.images, dtype=np.float32)
         self._x_BCHW = torch.from_numpy(images_BHW[:, None] / 8 - 1)  # ink is counted from 0 to 16
-        self._label_B = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+        self.label_B = np.asarray(bunch.target, dtype=np.int64)
         self.classes = [str(name) for name in bunch.target_names]
 
     def __len__(self) -> int:
-        return len(self._label_B)
+        return len(self.label_B)
 
     @property
     def num_classes(self) -> int:
@@ -42,4 +42,4 @@ class Digits:
             IndexError: an index is outside the data set.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return self._x_BCHW[chosen], self._label_B[chosen]
+        return self._x_BCHW[chosen], torch.from_numpy(self.label_B)[chosen]

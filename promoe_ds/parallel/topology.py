@@ -66,13 +66,24 @@ def from_environment(ep: int) -> Topology:
     """The topology given by the launcher (RANK, WORLD_SIZE, LOCAL_RANK); a single process without one.
 
     Raises:
-        ConfigError: a variable is not a number, or srun started several tasks that do not know of each other.
+        ConfigError: a variable is not a number, out of range or missing, or srun started several tasks that do not
+            know of each other.
     """
     tasks = _integer("SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         conflict = "each task would train alone: RANK, WORLD_SIZE and MASTER_ADDR are not set"
         reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, "export them, or start torchrun in one task a node")
-    return Topology(rank(), world_size(), _integer("LOCAL_RANK", 0), ep)
+    here = Topology(rank(), world_size(), _integer("LOCAL_RANK", _integer("SLURM_LOCALID", 0)), ep)
+    if not 0 <= here.rank < here.world:
+        reject(
+            "environment RANK", here.rank, f"is not below WORLD_SIZE={here.world}", "start with deepspeed or torchrun"
+        )
+    if here.world > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                conflict = f"WORLD_SIZE={here.world} processes cannot find each other without it"
+                reject(f"environment {name}", "(not set)", conflict, "start with deepspeed or torchrun, or export it")
+    return here
 
 
 def connect(topology: Topology, timeout_minutes: float = 30.0) -> None:

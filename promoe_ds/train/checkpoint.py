@@ -15,11 +15,13 @@ unpickled, and DeepSpeed's own shard files are neither written nor read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 WEIGHTS = "model.safetensors"
 """of a folder that holds weights alone, made by `launchers/checkpoint.py convert`"""
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""how file systems without flock answer (some of Lustre and NFS)"""
 RESUMED_STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 
@@ -97,13 +101,17 @@ def claim(run: Path) -> IO[str]:
     Raises:
         ConfigError: another process trains in it, or it cannot be written.
     """
+    lock = None
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
+        lock = (run / ".lock").open("w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
     except OSError as error:
+        if lock and error.errno in NO_LOCKS:
+            print(f"warning: {run} is on a file system without locks: start one job a folder", file=sys.stderr)
+            return lock
         reject("--run", run, f"cannot be written ({error.strerror or error})", "choose another folder")
     return lock
 

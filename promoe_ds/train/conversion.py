@@ -87,6 +87,8 @@ def resplit(path: Path, run: Path, count: int) -> Path:
     Raises:
         ConfigError: the source is damaged; the target exists or cannot be written; fewer tensors than files.
     """
+    if run.exists():
+        reject("--out", run, "exists", "name a folder that does not exist yet")
     tree, final = checked(path), folder(run, manifest(path)["step"])
     reader = Reader(path)
     names = list(dict.fromkeys(key.rsplit("/", 1)[0] for key in reader.where if not key.startswith("ema/")))

@@ -47,6 +47,13 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
         reject(path, new, f"{where} was made with {path}={old}", f"set {path}={old} or choose another --run")
 
 
+def check_same_data(found: Path, data: str) -> None:
+    """Raise ConfigError if a checkpoint was trained on other images than `data`, a `promoe_ds.data.fingerprint`."""
+    saved = manifest(found).get("data", data)
+    if saved != data:
+        reject("data.path", data, f"{found} was trained on {saved}", "bring that data back or choose another --run")
+
+
 def _open(path: Path, name: str) -> Any:
     try:
         return safe_open(path / name, framework="pt")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from promoe_ds import accounting
 from promoe_ds.config import Config, ConfigError, dump, reject
-from promoe_ds.data import ImageDataset, build_dataset
+from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
@@ -84,23 +84,21 @@ class Trainer:
     def __init__(self, config: Config, ds: ResolvedDS, run: Path, topology: Topology):
         self.config, self.run_folder, self.topology = config, run, topology
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
-        self.dataset: ImageDataset = build_dataset(config)  # before any collective: its errors are the user's
-        saved = resuming.saved_config(run)
-        if saved is not None:
-            resuming.check_same_run(saved, config, run)
+        self.dataset = self._connect()
         self.lock = claim(run) if topology.rank == 0 else None
         if self.lock:
             signals.remove_marker(run)
-        connect(topology, config.parallel.timeout_minutes)
         self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
         check_deepspeed_values(ds)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
         found = checkpoint.find_whole(run, self.ranks)
         if found:
             resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
+            resuming.check_same_data(found, fingerprint(self.dataset))
         self.step = check_history(run, found, config)
         self.engine = self._make_engine(ds, found)
-        facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__}
+        facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
+                 "data": fingerprint(self.dataset)}  # fmt: skip
         self.saver = Saver(run, self.engine, config, self.ranks, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
@@ -111,6 +109,22 @@ class Trainer:
         self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
         self.skips_in_a_row = 0
         self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
+
+    def _connect(self) -> ImageDataset:
+        """Join the other ranks, then raise what was wrong before: a rank that leaves alone would be waited for."""
+        problem, dataset = None, None
+        try:
+            dataset = build_dataset(self.config)
+            saved = resuming.saved_config(self.run_folder)
+            if saved is not None:
+                resuming.check_same_run(saved, self.config, self.run_folder)
+        except ConfigError as error:
+            problem = error
+        if problem is None or self.topology.world > 1:
+            connect(self.topology, self.config.parallel.timeout_minutes)
+        if problem is not None or dataset is None:
+            raise problem or AssertionError
+        return dataset
 
     def _open_log(self, ds: ResolvedDS) -> MetricsLog:
         """Everything is checked: from here on the run folder is written."""
@@ -169,7 +183,7 @@ class Trainer:
                 last = self.step == cfg.steps or record["stop"]
                 if last or self.step % cfg.checkpoint_every == 0:
                     self._paused(self.saver.save, self.step, self._fixed(), last)
-                if cfg.sample_every and self.step % cfg.sample_every == 0 and self.step < cfg.steps:
+                if cfg.sample_every and self.step % cfg.sample_every == 0 and not last:
                     self._paused(self._draw_samples)
                 if record["stop"] and self.step < cfg.steps:
                     return self._leave_marker(self.step)
@@ -251,10 +265,12 @@ class Trainer:
         text = f"{what or f'the gradient norm is {norm}'}; {nonfinite.place([found for _, found in answers])}"
         text = f"step {self.step}{', ' if what else ': '}{text}"
         self.skips_in_a_row += 1
+        saved = self.saver.job or checkpoint.candidates(self.run_folder)
+        fallback = "the last checkpoint is unharmed" if saved else "there is no checkpoint yet"
         if self.config.train.on_nonfinite == "stop":
-            raise TrainingStopped(f"{text}; the last checkpoint is unharmed")
+            raise TrainingStopped(f"{text}; {fallback}")
         if self.skips_in_a_row >= nonfinite.SKIPS_IN_A_ROW:
-            raise TrainingStopped(f"{text}; {self.skips_in_a_row} steps in a row; the last checkpoint is unharmed")
+            raise TrainingStopped(f"{text}; {self.skips_in_a_row} steps in a row; {fallback}")
         self.engine.skip()
         return text
 
@@ -310,12 +326,12 @@ class Trainer:
         start = time.perf_counter()
         weights = ema_state_dict(self.engine, self._fixed(), self.ranks)
         if self.log:
-            model = build(self.config)
-            model.load_state_dict(weights, assign=True)
             try:
+                model = build(self.config)
+                model.load_state_dict(weights, assign=True)
                 image = draw_grid(model.to(self.topology.device).eval(), self.config, self.topology.device)
                 self._keep_grid(image)
-            except (ConfigError, OSError) as error:  # a picture is no reason to lose a run
+            except (ConfigError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
                 self._say(f"  no sample grid: {error}")
         barrier(self.topology)
         self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")

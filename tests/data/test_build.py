@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from promoe_ds.config import Config, ConfigError, DataConfig, ModelConfig
-from promoe_ds.data import build_dataset
+from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.images import FolderImages, HeldImages
 
 DIGITS = Config(moe=None, model=ModelConfig(image_size=8, channels=1, num_classes=10))
@@ -74,6 +74,16 @@ def test_a_folder_with_another_number_of_classes(tree: Path):
     assert str(caught.value) == (
         f"model.num_classes=1000: data.path={tree} has 2 class(es); set model.num_classes=2 or choose other data"
     )
+
+
+def test_a_fingerprint_tells_data_sets_apart(tree: Path):
+    first = fingerprint(build_dataset(images_config(tree)))
+    assert first.startswith("2 images of 2 classes, ") and first == fingerprint(build_dataset(images_config(tree)))
+    Image.new("RGB", (8, 8), "red").save(tree / "dog" / "1.png")
+    more = fingerprint(build_dataset(images_config(tree)))
+    (tree / "dog").rename(tree / "eel")
+    assert len({first, more, fingerprint(build_dataset(images_config(tree)))}) == 3
+    assert fingerprint(build_dataset(DIGITS)).startswith("1797 images of 10 classes, ")
 
 
 def test_a_pack_is_held(tree: Path):

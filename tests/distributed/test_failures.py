@@ -66,6 +66,18 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> N
         assert "SIGTERM again: leaving at once" in job.output()
 
 
+def test_a_run_folder_in_use_ends_all_ranks_at_once(tmp_path: Path) -> None:
+    """Only rank 0 sees the lock; the others must not wait for it."""
+    lock = checkpoint.claim(tmp_path / "run")
+    start = time.monotonic()
+    with chaos.job([*COMMON, *LONG, "--run", str(tmp_path / "run")], 2, tmp_path / "out") as job:
+        assert job.wait() == [2, 2], job.output()
+    lock.close()
+    errors = re.findall(r"^error: .*", job.output(), re.MULTILINE)
+    assert len(errors) == 1 and "another process is training in it" in errors[0]
+    assert time.monotonic() - start < 90 and not (tmp_path / "run/config.yaml").exists()
+
+
 def test_an_error_of_one_rank_ends_the_others_by_name(tmp_path: Path) -> None:
     arguments = [*COMMON, *LONG, "--run", str(tmp_path / "run")]
     with chaos.job(arguments, 2, tmp_path / "out", "tests/distributed/faulty_train.py") as job:

@@ -203,6 +203,16 @@ def test_kmeans_empty_centroid_keeps_its_place() -> None:
     assert (router.centroids[2] == 1e3).all() and (router.centroids[[0, 1, 3]].abs() < 10).all()
 
 
+def test_kmeans_forgets_centroids_placed_on_tokens_that_are_not_finite() -> None:
+    router: Any = make("kmeans")
+    router(tokens() * float("nan"), context())
+    assert not router.centroids.isfinite().any()
+    router.drop_step()
+    assert not router.placed.any() and router.centroids.isfinite().all()
+    router(tokens(), context())
+    assert router.placed.all() and router.centroids.isfinite().all()
+
+
 def test_kmeans_starts_the_same_however_the_batch_is_split() -> None:
     """Two ranks that gather each other's candidates, and a batch too small to place every centroid."""
     whole: Any = make("kmeans")

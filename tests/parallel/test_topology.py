@@ -22,6 +22,34 @@ def test_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None
     assert topology.from_environment(1) == Topology(0, 1, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "environment RANK=2: is not below WORLD_SIZE=2; start with"),
+        (
+            {"WORLD_SIZE": "2"},
+            r"environment RANK=\(not set\): WORLD_SIZE=2 processes cannot find each other",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, r"environment MASTER_PORT=\(not set\)"),
+    ],
+)
+def test_half_an_environment(environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        topology.from_environment(1)
+
+
+def test_slurm_tells_the_place_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert topology.from_environment(1).local_rank == 1
+
+
 def test_a_broken_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="environment WORLD_SIZE='two': is not an integer; start with"):

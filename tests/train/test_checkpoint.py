@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_a_manifest_cannot_point_elsewhere(tmp_path: Path) -> None:
     checkpoint.write_manifest(found, tree | {"files": {"../secret": {"bytes": 1, "blake2b": ""}}})
     with pytest.raises(ConfigError, match="names files elsewhere"):
         Reader(found)
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    checkpoint.claim(tmp_path / "run").close()
+    assert "is on a file system without locks: start one job a folder" in capsys.readouterr().err
 
 
 def test_sizes_for_people() -> None:

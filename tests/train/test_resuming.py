@@ -11,6 +11,7 @@ from promoe_ds.config import ConfigError, load_config
 from promoe_ds.train import checkpoint, resuming
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.resuming import Reader
+from promoe_ds.train.saving import Saver
 from tests.train.state import CONFIG, State, save, save_on
 
 
@@ -38,6 +39,18 @@ def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
         resuming.check_same_run(saved, load_config("tiny", ["optimizer.lr=0.5"]), found)
     with pytest.raises(ConfigError, match="moe"):
         resuming.check_same_run(saved, load_config("tiny", ["moe=null"]), found)
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    state = State(1)
+    Saver(tmp_path, state, CONFIG, Ranks(), {"data": "7 images of 2 classes, ab"}, say=lambda text: None).save(
+        1, {}, last=True
+    )
+    (found,) = checkpoint.candidates(tmp_path)
+    resuming.check_same_data(found, "7 images of 2 classes, ab")
+    message = "data.path=7 images of 2 classes, cd: .* was trained on 7 images of 2 classes, ab; bring that data back"
+    with pytest.raises(ConfigError, match=message):
+        resuming.check_same_data(found, "7 images of 2 classes, cd")
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:

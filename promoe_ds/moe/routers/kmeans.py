@@ -121,8 +121,12 @@ class KMeansRouter(Router):
         )
         self.placed.copy_(self.placed.maximum(fresh_E1[:, 0].to(self.placed.dtype)))
 
+    @torch.no_grad()
     def drop_step(self) -> None:
+        """Centroids that were put on tokens that are not finite, alike on every rank, have no place yet."""
         self.sums_ED1 = None
+        lost_E = ~self.centroids.isfinite().all(dim=1)
+        self.centroids[lost_E], self.placed[lost_E], self.all_placed = 0.0, 0.0, False
 
     @torch.no_grad()
     def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
