@@ -19,9 +19,10 @@ from evaluation.metrics import frechet_distance, gaussian_statistics, label_agre
 from promoe_ds.config import Config
 from promoe_ds.data import ImageDataset
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.loading import load_ema
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.sampling import class_labels, generate, image_noise, load_ema, to_pixels
+from promoe_ds.sampling import class_labels, generate, image_noise, to_pixels
 
 SCORE_SEED = 1234
 """of the noise and the timesteps that every row is scored with"""

@@ -189,6 +189,7 @@ def faults_of(path: Path) -> list[str]:
 
 
 def convert(args: argparse.Namespace) -> int:
+    from promoe_ds.formats import weights
     from promoe_ds.train import conversion
 
     path = chosen(args)
@@ -198,7 +199,7 @@ def convert(args: argparse.Namespace) -> int:
         made = conversion.resplit(path, args.out, args.files)
         print(f"{made}: {size(checkpoint.bytes_of(made))}; launchers/train.py --run {args.out} continues from it")
     else:
-        made = conversion.extract(path, args.out, args.weights, args.dtype or "fp32")
+        made = weights.write(weights.load(path, args.weights, "PATH"), args.out, args.dtype or "fp32")
         print(f"{made}: {size(checkpoint.bytes_of(made))}; launchers/sample.py --model {made} draws from it")
     return 0
 

@@ -19,10 +19,11 @@ from promoe_ds.command_line import Parser, guarded, leave, own_words
 from promoe_ds.config import Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.loading import find_weights, load_ema
 from promoe_ds.models.dit import DiT
 from promoe_ds.objective_config import Channels
 from promoe_ds.sample_job import Job, Pack, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
-from promoe_ds.sampling import How, check_channels, find_weights, load_ema
+from promoe_ds.sampling import How, check_channels
 from promoe_ds.validate import check_guidance, validate
 from promoe_ds.workers import barrier_of, pick_device, worker_from
 

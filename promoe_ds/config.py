@@ -58,6 +58,9 @@ class ModelConfig:
     """LayerNorm on queries and keys, per head"""
     learn_sigma: bool = True
     """predict 2C channels: DDPM learns its variance there; rectified flow ignores them (kept for compatibility)"""
+    time: Literal["t", "sigma", "1-sigma"] = "t"
+    """what the timestep embedding is given: t in 0..1000, where 1000 is noise; or sigma = t / 1000, or 1 - sigma, for
+    imported weights that were trained so (REPA; SiT, DiffMoE)"""
 
     @property
     def tokens(self) -> int:
@@ -142,6 +145,8 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int = 500_000
+    init: str | None = None
+    """weights to start from, without optimizer state: an imported or exported folder, a checkpoint or another run"""
     seed: int = 0
     global_batch_size: int = 256
     """images an optimizer step, over all ranks"""

@@ -11,26 +11,20 @@ Legend: N images of a call, B images of a batch, H W C pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
-from promoe_ds.config import Config, ConfigError, decode, reject
+from promoe_ds.config import Config, ConfigError, reject
 from promoe_ds.data.codecs import Codec, open_codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.models.dit import DiT
-from promoe_ds.models.init import build
 from promoe_ds.objective_config import Channels
-from promoe_ds.train.checkpoint import EMA, FORMAT, WEIGHTS, candidates, damage, is_checkpoint_name, newest
 
 Precision = Literal["fp32", "bf16"]
 IMAGE_MODES = {1: "L", 3: "RGB"}
@@ -51,124 +45,6 @@ class How:
     """of ddim, in [0, 1]"""
     channels: Channels = "all"
     """guided channels"""
-
-
-# ----------------------------------------------------------------------------------------------------------- weights
-
-
-def find_weights(path: Path, option: str = "--run") -> Path:
-    """The weights meant by a file, a checkpoint folder, a folder of `launchers/checkpoint.py convert --weights`, or a
-    run folder (its newest complete checkpoint).
-
-    Raises:
-        ConfigError: nothing there, or the newest is damaged; `option` is what the message calls the path.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        reject(option, path, "no such file or folder", "name a run folder, a checkpoint folder or an ema.safetensors")
-    for name in (EMA, WEIGHTS):
-        if (path / name).is_file():
-            problem = damage(path, read_bytes=False) if is_checkpoint_name(path.resolve().name) else None
-            if problem:
-                reject(option, path, f"is damaged: {problem}", "name another checkpoint")
-            return path / name
-    found = candidates(path)
-    if not found:
-        reject(option, path, "holds no complete checkpoint", "train first, or name another run folder")
-    problem = damage(found[-1], read_bytes=False)
-    if problem:  # never an older model in silence
-        whole = newest(path)
-        reject(
-            option,
-            found[-1],
-            f"is damaged: {problem}",
-            f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run",
-        )
-    if not (found[-1] / EMA).is_file():
-        reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")
-    return found[-1] / EMA
-
-
-def _read_weights(file: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(file), framework="pt", device=str(device)) as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        reject(
-            "weights",
-            file,
-            f"is damaged or no safetensors file ({' '.join(str(error).split())})",
-            "restore it or name another checkpoint with --model",
-        )
-    if metadata.get("dtype") == "bf16":  # stored so to be small; the model is fp32
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    return tensors, metadata
-
-
-def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, int]:
-    if metadata.get("format") != FORMAT:
-        reject(
-            "weights",
-            file,
-            f"has format {metadata.get('format')!r}, expected {FORMAT!r}",
-            "name an ema.safetensors written by launchers/train.py",
-        )
-    try:
-        return decode(yaml.safe_load(metadata["config"])), int(metadata["step"])
-    except (ConfigError, KeyError, ValueError, yaml.YAMLError) as error:
-        reject(
-            "weights",
-            file,
-            f"its metadata cannot be used ({' '.join(str(error).split())})",
-            "restore it or name another checkpoint with --model",
-        )
-
-
-def _empty_model(config: Config) -> DiT:
-    """The model without storage, unless it has buffers that its state does not hold: those must be computed."""
-    model = build(config)
-    stored = model.state_dict().keys()
-    return model if all(name in stored for name, _ in model.named_buffers()) else DiT(config)
-
-
-def _check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unexpected" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        got, want = found[name], expected[name]
-        if got.shape != want.shape or got.dtype != want.dtype:
-            problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        reject(
-            "weights",
-            file,
-            f"does not fit its own config: {min(problems)}{more}",
-            "restore the file or name another checkpoint with --model",
-        )
-
-
-def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT, Config, int]:
-    """The EMA model of a file, checkpoint folder or run folder, with its configuration and training step.
-
-    The weights are assigned to a model built without storage: nothing is initialised in vain, and the largest model
-    needs its own size in memory once.
-
-    Returns:
-        The model (float32, `eval`, no gradients, on `device`), the resolved config, the step.
-
-    Raises:
-        ConfigError: no checkpoint; a damaged file; another format; missing, unexpected or ill-shaped tensors.
-    """
-    file, device = find_weights(Path(path)), torch.device(device)
-    tensors, metadata = _read_weights(file, device)
-    config, step = _decode_metadata(file, metadata)
-    model = _empty_model(config)
-    _check_tensors(file, tensors, model.state_dict())
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.to(device).eval().requires_grad_(False), config, step
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -226,7 +102,7 @@ def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
     return torch.cat([codec.to_pixels(part) for part in x_BCHW.split(DECODED_AT_ONCE)])
 
 
-def generate_batches(
+def draw_batches(
     model: Callable[..., Any],
     config: Config,
     labels: np.ndarray,
@@ -239,10 +115,9 @@ def generate_batches(
     precision: Precision = "fp32",
     on_step: Callable[[int], object] | None = None,
     how: How | None = None,
-    codec: Codec | None = None,
     rounds: int = 0,
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Draw images from noise, a batch at a time.
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Draw images or latents from noise, a batch at a time.
 
     Args:
         labels: [N] classes; `config.model.num_classes` is the null label.
@@ -250,17 +125,13 @@ def generate_batches(
             other images, beyond float rounding.
         cfg: guidance scale; at 1 or below one labelled forward a step.
         steps: of the sampler, as the objective takes them.
-        precision: `bf16` runs the model under autocast; the state of the solver and the codec stay float32.
+        precision: `bf16` runs the model under autocast; the state of the solver stays float32.
         on_step: called with B after every step of a batch of B.
         how: sampler, its eta and the guided channels; by default the objective's first, 0, `config.guidance`.
-        codec: decodes latents.
         rounds: run at least so many batches, the excess ones in vain: ranks that share experts must run equally many.
 
     Yields:
-        The rows of a finished batch and its images, uint8 [B, H, W, C].
-
-    Raises:
-        ConfigError: the model makes NaN or infinity.
+        The rows of a finished batch and the final state of the solver, float32 [B, C, H, W] on `device`.
     """
     m, objective = config.model, make_objective(config.diffusion, device)
     how = how or How(objective.samplers[0], channels=config.guidance.channels)
@@ -278,10 +149,36 @@ def generate_batches(
     for start in range(0, len(indices), batch):
         rows = slice(start, min(start + batch, len(indices)))
         tick = None if on_step is None else lambda _step, state: on_step(len(state))
-        x = draw(labels[rows], indices[rows], tick)
-        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
+        yield rows, draw(labels[rows], indices[rows], tick)
     for _ in range(rounds - -(-len(indices) // batch)):
         draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
+
+
+def generate_batches(
+    model: Callable[..., Any],
+    config: Config,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    cfg: float,
+    steps: int | str,
+    seed: int,
+    batch: int,
+    device: torch.device,
+    precision: Precision = "fp32",
+    on_step: Callable[[int], object] | None = None,
+    how: How | None = None,
+    codec: Codec | None = None,
+    rounds: int = 0,
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """`draw_batches`, decoded by `codec` if the model makes latents: rows of a batch and uint8 [B, H, W, C].
+
+    Raises:
+        ConfigError: the model makes NaN or infinity.
+    """
+    for rows, x in draw_batches(
+        model, config, labels, indices, cfg, steps, seed, batch, device, precision, on_step, how, rounds
+    ):
+        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
 
 
 def generate(

@@ -16,6 +16,7 @@ WITHOUT_DISTRIBUTED = (
     "promoe_ds/diffusion",
     "promoe_ds/data",
     "promoe_ds/sampling.py",
+    "promoe_ds/loading.py",
     "evaluation/metrics.py",
 )
 

@@ -26,10 +26,11 @@ from promoe_ds.config import Config, ConfigError, decode, dump
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.loading import load_ema
 from promoe_ds.models.init import build, materialize
 from promoe_ds.sample_job import Job, Sampler, claim_folder, run_job, run_of
 from promoe_ds.sample_store import BatchStore, PngStore, read_image
-from promoe_ds.sampling import image_noise, load_ema, to_pixels
+from promoe_ds.sampling import image_noise, to_pixels
 from promoe_ds.train import checkpoint
 from promoe_ds.workers import Worker, worker_from
 from tests.data.test_codecs import write_taef2

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from promoe_ds import sampling
 from promoe_ds.config import Config, ConfigError, decode, dump, encode
+from promoe_ds.loading import find_weights, load_ema
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.sampling import (
@@ -18,12 +19,10 @@ from promoe_ds.sampling import (
     check_channels,
     class_labels,
     draw_grid,
-    find_weights,
     generate,
     generate_batches,
     grid,
     image_noise,
-    load_ema,
     to_pixels,
 )
 from promoe_ds.train import checkpoint

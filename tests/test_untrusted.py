@@ -16,7 +16,7 @@ import torch
 from evaluation.evaluate import load_samples
 from promoe_ds.config import ConfigError, load_config
 from promoe_ds.data.images import PackedImages
-from promoe_ds.sampling import load_ema
+from promoe_ds.loading import load_ema
 from promoe_ds.train import checkpoint, resuming
 from tests.train.state import save
 

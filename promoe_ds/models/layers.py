@@ -83,17 +83,25 @@ def layer_norm(width: int) -> nn.LayerNorm:
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep (float, 0..1000) -> sinusoids (cosines first, periods to 1e4) -> two-layer SiLU MLP."""
+    """Timestep (float, 0..1000) -> sinusoids (cosines first, periods to 1e4) -> two-layer SiLU MLP.
+
+    Args:
+        width: D.
+        time: what the sinusoids are of: "t", "sigma" = t / 1000, or "1-sigma".
+    """
 
     FREQUENCIES = 256
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, time: str = "t"):
         super().__init__()
+        self.time = time
         self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
         weight = self.mlp[0].weight
         assert isinstance(weight, Tensor)
+        if self.time != "t":
+            t_B = t_B / 1000 if self.time == "sigma" else 1 - t_B / 1000
         return self.mlp(sinusoids(t_B, self.FREQUENCIES).to(weight.dtype))
 
 

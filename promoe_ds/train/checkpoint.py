@@ -36,7 +36,9 @@ FORMAT = "promoe_ds/1"
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 WEIGHTS = "model.safetensors"
-"""of a folder that holds weights alone, made by `launchers/checkpoint.py convert`"""
+"""of a folder that holds weights alone, made by `launchers/export.py` and its like"""
+WEIGHTS_INDEX = "model.safetensors.index.json"
+"""of a folder whose weights are in several files"""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """how file systems without flock answer (some of Lustre and NFS)"""
 RESUMED_STATES = ("fp32", "exp_avg", "exp_avg_sq")

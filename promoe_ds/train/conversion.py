@@ -1,32 +1,25 @@
-"""Making something else of a checkpoint: another number of files, or weights alone. The source is never changed.
+"""The same checkpoint in another number of files. The source is never changed.
 
-A checkpoint resumes at any topology as it is. Other forms serve other purposes: fewer or more state files (file systems
-and object stores have their tastes), and one file of weights to publish or sample from:
-
-    OUT/model.safetensors    the model's state dict: EMA or raw weights, fp32 or bf16
-        config.yaml          the configuration it was trained with
-        manifest.json        where it comes from, size and checksum
+A checkpoint resumes at any topology as it is, but file systems and object stores have their tastes. Weights alone are
+written by `promoe_ds.formats.weights`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from promoe_ds.config import Config, decode, dump, reject
 from promoe_ds.train.checkpoint import (
     EMA,
     FORMAT,
     RESUMED_STATES,
-    WEIGHTS,
     bytes_of,
     damage,
     folder,
@@ -35,9 +28,6 @@ from promoe_ds.train.checkpoint import (
 )
 from promoe_ds.train.resuming import Reader
 from promoe_ds.train.saving import complete, write_tensors
-
-Source = Literal["ema", "raw"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def checked(path: Path) -> dict[str, Any]:
@@ -52,7 +42,7 @@ def checked(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _made(final: Path, need: int) -> Iterator[Path]:
+def made(final: Path, need: int) -> Iterator[Path]:
     """A temporary folder to become `final`; raises ConfigError if that exists, or on a full disk."""
     if final.exists():
         reject("--out", final, "exists; nothing is overwritten", "name another folder")
@@ -95,7 +85,7 @@ def resplit(path: Path, run: Path, count: int) -> Path:
     if not 1 <= count <= len(names):
         reject("--files", count, f"the state has {len(names)} parameters", f"choose 1 to {len(names)}")
     metadata = _metadata(tree)
-    with _made(final, bytes_of(path) * 101 // 100) as temporary:
+    with made(final, bytes_of(path) * 101 // 100) as temporary:
         shutil.copyfile(path / EMA, temporary / EMA)
         files = {EMA: tree["files"][EMA]}
         for i in range(count):
@@ -114,32 +104,3 @@ def _metadata(tree: dict[str, Any]) -> dict[str, str]:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def model_weights(reader: Reader, source: Source, convert: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The model's state dict. Raw weights are the fp32 masters; what is not trained is the same in both."""
-    names = [key.removeprefix("ema/") for key in reader.where if key.startswith("ema/")]
-    raw = {name for name in names if source == "raw" and f"{name}/fp32" in reader.where}
-    return {name: convert(reader(name, "fp32" if name in raw else "ema")) for name in names}
-
-
-def extract(path: Path, out: Path, source: Source, dtype: str) -> Path:
-    """Write the weights of a checkpoint into a folder that `launchers/sample.py --model OUT` reads.
-
-    Args:
-        path: the checkpoint's folder.
-        source: `ema` or `raw` (what the optimizer last made).
-        dtype: `fp32`, or `bf16`: half the size, rounded.
-
-    Raises:
-        ConfigError: the source is damaged, or the target exists or cannot be written.
-    """
-    tree = checked(path)
-    facts = {"weights": source, "dtype": dtype}
-    with _made(out, tree["files"][EMA]["bytes"] * 101 // 100 * DTYPES[dtype].itemsize // 4) as temporary:
-        tensors = model_weights(Reader(path), source, lambda x: x.to(DTYPES[dtype]).contiguous())
-        files = write_tensors(temporary / WEIGHTS, tensors, _metadata(tree) | facts)
-        _write_config(temporary / "config.yaml", decode(tree["config"]))
-        kept = {key: value for key, value in tree.items() if key not in ("files", "world", "ep", "stage")}
-        complete(temporary, out, kept | facts | {"source": path.name, "files": files})
-    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -18,7 +18,14 @@ from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifes
 FREE_ON_RESUME = {
     *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
     *("parallel", "data.path", "data.vae", "data.prefetch", "moe.experts_backend"),
-    *("train.steps", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.sample_every"),
+    *(
+        "train.init",
+        "train.steps",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.sample_every",
+    ),
     *("train.on_save_error", "train.on_nonfinite", "train.measure"),
     *("train.micro_batch_size", "train.activation_checkpointing", "moe.router.superclasses"),
 }
@@ -62,6 +69,14 @@ def _open(path: Path, name: str) -> Any:
         reject("checkpoint", path, text, "use another checkpoint")
 
 
+class TensorSource(Protocol):
+    """A checkpoint (`Reader`), or the weights that a run starts from (`initial.InitialWeights`)."""
+
+    path: Path
+
+    def __call__(self, name: str, state: str) -> Tensor: ...
+
+
 class Reader:
     """Random access to the full tensors of a checkpoint's state files."""
 
@@ -82,7 +97,7 @@ class Reader:
         return file.get_tensor(inner)
 
 
-def load_weights(reader: Reader, params: Mapping[str, Tensor], local: Callable[[Tensor, Tensor], Tensor]) -> None:
+def load_weights(reader: TensorSource, params: Mapping[str, Tensor], local: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Copy master weights into a model before the engine is made.
 
     Args:
@@ -102,11 +117,14 @@ def load_weights(reader: Reader, params: Mapping[str, Tensor], local: Callable[[
             p.copy_(part)
 
 
-def load_buffers(reader: Reader, buffers: Mapping[str, Tensor]) -> None:
-    """Copy the buffers, which are equal on every rank, from the EMA file. Raises ConfigError if one is missing."""
+def load_fixed(reader: TensorSource, fixed: Mapping[str, Tensor]) -> None:
+    """Copy what is not trained and equal on every rank: position table and buffers, from the EMA file.
+
+    Raises ConfigError if one is missing.
+    """
     with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(reader(name, "ema"))
+        for name, tensor in fixed.items():
+            tensor.copy_(reader(name, "ema"))
 
 
 def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) -> None:

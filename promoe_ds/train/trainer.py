@@ -38,6 +38,7 @@ from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objec
 from promoe_ds.sampling import draw_grid
 from promoe_ds.train import checkpoint, nonfinite, resuming, signals
 from promoe_ds.train.checkpoint import claim
+from promoe_ds.train.initial import InitialWeights
 from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
 from promoe_ds.train.saving import Saver, ema_state_dict
@@ -147,12 +148,14 @@ class Trainer:
         self.total_parameters = accounting.count_parameters(self.config).total
         materialize(model, self.config.train.seed, topology.device)
         self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
-        self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
         reader = resuming.Reader(found) if found else None
-        if reader:
+        source = InitialWeights(self.config) if self.config.train.init and not reader else reader
+        untrained = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        if source:
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            resuming.load_weights(reader, trained, lambda p, full: local_part(p, full, topology))
-            resuming.load_buffers(reader, dict(model.named_buffers()))
+            resuming.load_weights(source, trained, lambda p, full: local_part(p, full, topology))
+            resuming.load_fixed(source, untrained | dict(model.named_buffers()))
+        self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
         engine = Engine(model, self.config, ds, topology)
         if reader:
             resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
@@ -354,7 +357,8 @@ class Trainer:
 
     def _banner(self) -> str:
         t, cfg = self.topology, self.config.train
-        where = f"resuming at step {self.step}" if self.step else "starting"
+        fresh = f"starting from {cfg.init}" if cfg.init else "starting"
+        where = f"resuming at step {self.step}" if self.step else fresh
         return (
             f"{self.config.name}: {where} of {cfg.steps}; {self.total_parameters / 1e6:.1f} M parameters, "
             f"{len(self.dataset)} images; {t.world} x {t.device.type}, ep {t.ep}, ZeRO-{self.engine.stage}, "

@@ -15,8 +15,8 @@ from PIL import Image
 from launchers import checkpoint as launcher
 from launchers import sample
 from promoe_ds.config import load_config
+from promoe_ds.loading import load_ema
 from promoe_ds.models.init import build, materialize
-from promoe_ds.sampling import load_ema
 from promoe_ds.train import checkpoint
 from promoe_ds.train.resuming import Reader
 from tests.launch import ENVIRONMENT, ROOT

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.config import ConfigError
-from promoe_ds.sampling import find_weights
+from promoe_ds.loading import find_weights
 from promoe_ds.train import checkpoint
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.resuming import Reader

@@ -65,10 +65,10 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
 def test_buffers_come_back_from_the_ema_file(tmp_path: Path) -> None:
     save(tmp_path, 5)
     reader, buffer = Reader(checkpoint.folder(tmp_path, 5)), torch.zeros(2)
-    resuming.load_buffers(reader, {"fixed": buffer})
+    resuming.load_fixed(reader, {"fixed": buffer})
     assert (buffer == 1).all()
     with pytest.raises(ConfigError, match="holds no ema/zebra"):
-        resuming.load_buffers(reader, {"zebra": buffer})
+        resuming.load_fixed(reader, {"zebra": buffer})
 
 
 def test_unreadable_run_configuration(tmp_path: Path) -> None:

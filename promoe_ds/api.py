@@ -1,0 +1,94 @@
+"""The public Python API: `promoe_ds.load_model` and `promoe_ds.generate`. Needs no DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from promoe_ds.config import reject
+from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.loading import load_ema
+from promoe_ds.models.dit import DiT
+from promoe_ds.sampling import How, Precision, draw_batches
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
+    """Load a model to sample from.
+
+    Args:
+        path: an exported or imported folder (`promoe-export`, `promoe-import`), a checkpoint folder, a run folder (the
+            EMA of its newest checkpoint), or one of their .safetensors files.
+        device: where to put it.
+
+    Returns:
+        The transformer: float32, `eval()`, without gradients. `model.config` is its configuration: `model.config.model`
+        has channels C, image_size H = W and num_classes; images of C = 1 or 3 are pixels, others latents.
+        `model(x, t, context)` predicts from noisy x; t is in 0..1000, 1000 is noise (docs/formats.md).
+
+    Raises:
+        promoe_ds.ConfigError: nothing there, a damaged file, another format, tensors that do not fit the configuration;
+            the message is one line. Nothing is unpickled.
+    """
+    return load_ema(path, device)[0]
+
+
+def generate(
+    model: DiT,
+    labels: Sequence[int] | np.ndarray | Tensor,
+    cfg: float | None = None,
+    steps: int | str | None = None,
+    seed: int = 0,
+    *,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    batch: int = 64,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Draw images, or latents, of the given classes.
+
+    Image i depends on (seed, i) and its label alone, not on `batch`: the same as image i of `launchers/sample.py`.
+
+    Args:
+        model: of `load_model`.
+        labels: N integers in 0..num_classes; num_classes means "no class".
+        cfg: classifier-free guidance scale s, p = p_null + s (p_label - p_null) (arXiv:2207.12598); at 1 or below one
+            conditional forward a step. None: `model.config.sample.cfg`.
+        steps: of the sampler; None: `model.config.sample.steps`. DDPM also takes ADM's "10,15,20" or "ddim50".
+        seed: 0 <= seed < 2**64.
+        sampler: euler (default) or heun for rectified flow (arXiv:2209.03003); ddpm (default, ancestral,
+            arXiv:2006.11239) or ddim (arXiv:2010.02502) for DDPM.
+        eta: of ddim, 0 to 1.
+        batch: images a forward; twice as many under guidance.
+        precision: fp32, or bf16 autocast.
+
+    Returns:
+        float32 [N, C, H, W] on the model's device: pixels, in [-1, 1] up to overshoot, or the latents that the model
+        was trained on (Stable Diffusion's, times 0.18215: decode x / 0.18215).
+
+    Raises:
+        promoe_ds.ConfigError: a label, seed, sampler or number of steps that does not exist.
+    """
+    m, config = model.config.model, model.config
+    label_N = np.asarray(torch.as_tensor(labels).cpu()).reshape(-1)
+    bad = [label for label in label_N.tolist() if not (isinstance(label, int) and 0 <= label <= m.num_classes)]
+    if bad:
+        reject("labels", bad[0], f"is not in 0..{m.num_classes}", f"{m.num_classes} means no class")
+    if not 0 <= seed < 2**64:
+        reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
+    if batch < 1:
+        reject("batch", batch, "must be positive", "choose 1 or more")
+    cfg, steps = config.sample.cfg if cfg is None else cfg, config.sample.steps if steps is None else steps
+    name, _ = choose_sampler(config, sampler, steps, eta)
+    device = next(model.parameters()).device
+    out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
+    how = How(name, eta, config.guidance.channels)
+    for rows, x in draw_batches(
+        model, config, label_N, np.arange(len(label_N)), cfg, steps, seed, batch, device, precision, how=how
+    ):
+        out[rows] = cast(Tensor, x)
+    return out

@@ -1,0 +1,1 @@
+"""Taking weights in and out: official checkpoints, weights folders, diffusers pipelines."""

@@ -1,0 +1,133 @@
+"""A folder that `diffusers.DiffusionPipeline.from_pretrained` runs, without this project installed.
+
+OUT/model_index.json                          what the parts are
+    pipeline.py                               ProMoEPipeline, one self-contained file (`bundle.py`)
+    transformer/promoe_transformer.py         ProMoETransformer2DModel, likewise
+    transformer/config.json, diffusion_pytorch_model.safetensors
+    scheduler/scheduler_config.json           a stock scheduler
+    vae/                                      a copy of the autoencoder, if one was given
+    config.yaml, manifest.json, README.md     as in a weights folder
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from promoe_ds import __version__
+from promoe_ds.config import Config, dump, encode, reject
+from promoe_ds.formats.bundle import bundle
+from promoe_ds.formats.card import model_card
+from promoe_ds.formats.weights import SHARD_BYTES, Weights, cast, write_safetensors, write_text
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.train.checkpoint import FORMAT
+from promoe_ds.train.conversion import made
+from promoe_ds.train.saving import complete
+
+MODEL, PIPELINE = "promoe_transformer", "pipeline"
+CUT = {"_default_router": "_default_router: Any = None  # configurations here always name their router"}
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+def model_code(config: Config) -> str:
+    """The source of the transformer: the model of this family, with no other router than its own."""
+    roots = [("promoe_ds.formats.diffusers_model", "ProMoETransformer2DModel")]
+    if config.moe is not None:
+        kind = ROUTERS[config.moe.router.name]
+        roots.append((kind.__module__, kind.__name__))
+    return bundle(f"The transformer of {config.name}, as a diffusers model.", __version__, roots, CUT)
+
+
+def pipeline_code() -> str:
+    roots = [("promoe_ds.formats.diffusers_pipeline", "ProMoEPipeline")]
+    return bundle("Sampling as a diffusers pipeline.", __version__, roots)
+
+
+def scheduler_of(config: Config) -> Any:
+    """The stock scheduler with this model's noise schedule."""
+    diffusers = importlib.import_module("diffusers")
+    d = config.diffusion
+    if d.name == "rectified_flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=d.shift)
+    steps = d.ddpm.num_steps
+    return diffusers.DDPMScheduler(
+        num_train_timesteps=steps,
+        beta_start=1e-4 * 1000 / steps,
+        beta_end=0.02 * 1000 / steps,
+        beta_schedule="linear",
+        variance_type="learned_range",
+        clip_sample=d.ddpm.clip_denoised,
+        timestep_spacing="linspace",
+    )
+
+
+def vae_class(path: Path) -> str:
+    """The diffusers class of an autoencoder folder; raises ConfigError."""
+    missing = [name for name in VAE_FILES if not (path / name).is_file()]
+    if missing:
+        reject("--vae", path, f"holds no {missing[0]}", "name a folder of an autoencoder in diffusers' layout")
+    try:
+        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        reject("--vae", path, f"its config.json cannot be read ({error})", "restore it")
+    if name not in VAE_CLASSES:
+        reject("--vae", path, f"holds a {name}", f"name a folder of {' or '.join(VAE_CLASSES)}")
+    return name
+
+
+def write_diffusers(
+    weights: Weights,
+    out: Path,
+    dtype: str = "fp32",
+    vae: Path | None = None,
+    limit: int = SHARD_BYTES,
+    metrics: dict[str, Any] | None = None,
+) -> Path:
+    """Write a diffusers pipeline folder; arguments as of `weights.write`.
+
+    Args:
+        vae: folder of an autoencoder in diffusers' layout, copied; None: for pixels, or to be given when loading.
+
+    Raises:
+        ConfigError: the target exists or cannot be written; the autoencoder cannot be used.
+    """
+    kind, config = vae_class(vae) if vae else None, weights.config
+    tensors = {f"dit.{name}": tensor for name, tensor in cast(weights, dtype).items()}
+    facts = {"weights": weights.source, "dtype": dtype, "source": weights.origin, "step": weights.step}
+    with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
+        (temporary / "transformer").mkdir()
+        stem = "diffusion_pytorch_model"
+        write_safetensors(temporary / "transformer", stem, tensors, {"format": "pt"}, limit)
+        write_text(temporary / "transformer" / f"{MODEL}.py", model_code(config))
+        write_text(temporary / "transformer" / "config.json", json.dumps(_model_config(config), indent=1))
+        scheduler = scheduler_of(config)
+        scheduler.save_pretrained(temporary / "scheduler")
+        index: dict[str, Any] = {"_class_name": [PIPELINE, "ProMoEPipeline"], "_diffusers_version": _version()}
+        index |= {"transformer": [MODEL, "ProMoETransformer2DModel"]}
+        index |= {"scheduler": ["diffusers", type(scheduler).__name__]}
+        index |= {"vae": ["diffusers", kind] if kind else [None, None]}
+        if vae:
+            (temporary / "vae").mkdir()
+            for name in VAE_FILES:
+                shutil.copyfile(vae / name, temporary / "vae" / name)
+        files = write_text(temporary / "model_index.json", json.dumps(index, indent=1))
+        files |= write_text(temporary / f"{PIPELINE}.py", pipeline_code())
+        write_text(temporary / "config.yaml", dump(config))
+        write_text(temporary / "README.md", model_card(config, facts, metrics, diffusers=True))
+        head = {"format": FORMAT, "version": __version__, **facts}
+        complete(temporary, out, head | {"config": encode(config), "files": files})
+    return out
+
+
+def _version() -> str:
+    return importlib.import_module("diffusers").__version__
+
+
+def _model_config(config: Config) -> dict[str, Any]:
+    tree = encode(config)
+    head = {"_class_name": "ProMoETransformer2DModel", "_diffusers_version": _version()}
+    return head | {"model": tree["model"], "moe": tree["moe"], "guidance_channels": config.guidance.channels}

@@ -1,0 +1,56 @@
+"""The transformer as a diffusers model. Only exported folders use it, as part of a bundle (`bundle.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from promoe_ds.config import Config, ModelConfig, MoEConfig
+from promoe_ds.models.dit import DiT
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.routing import RoutingContext
+
+
+def plain_config(model: dict[str, Any], moe: dict[str, Any] | None) -> Config:
+    """The sections of a configuration that decide what a model computes; they were checked when they were written."""
+    if moe is None:
+        return Config(model=ModelConfig(**model), moe=None)
+    router = ROUTERS[moe["router"]["name"]].Config(**moe["router"])
+    layers = moe["layers"] if isinstance(moe["layers"], str) else tuple(moe["layers"])
+    return Config(model=ModelConfig(**model), moe=MoEConfig(**{**moe, "router": router, "layers": layers}))
+
+
+class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
+    """A ProMoE, TC-DiT, EC-DiT, DiffMoE or dense diffusion transformer.
+
+    Args:
+        model: the section `model` of a promoe_ds configuration.
+        moe: its section `moe`; None for a dense model.
+        guidance_channels: "all" or 3, the channels that classifier-free guidance moves.
+    """
+
+    @register_to_config
+    def __init__(self, model: dict[str, Any], moe: dict[str, Any] | None, guidance_channels: Any = "all"):
+        super().__init__()
+        self.dit = DiT(plain_config(model, moe))
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        """Predict from noisy latents or pixels.
+
+        Args:
+            sample: float [B, C, H, W].
+            timestep: float [B] in 0..1000; 1000 is noise.
+            class_labels: int64 [B]; num_classes means "no class".
+
+        Returns:
+            [B, C or 2C, H, W]: velocity noise - data, or predicted noise and variance channels.
+        """
+        null_label = self.dit.config.model.num_classes
+        context = RoutingContext.build(class_labels.cpu(), null_label, sample.device)
+        dtype = self.dit.x_embedder.proj.weight.dtype
+        with torch.no_grad():
+            return self.dit.eval()(sample.to(dtype), timestep.float(), context).prediction.to(sample.dtype)

@@ -1,0 +1,162 @@
+"""Weights alone, without optimizer state: the folder that sampling, fine-tuning and other people's programs read.
+
+    OUT/model.safetensors    the state dict: EMA or raw weights, fp32 or bf16 (buffers of routers stay fp32);
+                             above 5 GB in shards, with model.safetensors.index.json
+        config.json          model, recipe, step and form of the weights, for programs; `config.yaml` for --config
+        manifest.json        sizes and checksums
+        README.md            model card (`card.py`)
+
+What is read is the copy of the configuration in the header of the safetensors files, so a file moved alone still loads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from promoe_ds import __version__
+from promoe_ds.config import Config, decode, dump, encode, reject
+from promoe_ds.formats.card import model_card
+from promoe_ds.loading import find_weights, read_weights
+from promoe_ds.models.init import build
+from promoe_ds.train.checkpoint import EMA, FORMAT, MANIFEST, WEIGHTS, file_digest, tree_digest
+from promoe_ds.train.conversion import checked, made
+from promoe_ds.train.resuming import Reader
+from promoe_ds.train.saving import complete, fsync, write_tensors
+
+Source = Literal["ema", "raw"]
+Dtype = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's state dict under single-device names, float32 on the CPU, with what belongs to it."""
+
+    tensors: dict[str, Tensor]
+    config: Config
+    step: int
+    source: Source
+    origin: str
+    """name of the checkpoint or file they come from"""
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def model_weights(reader: Reader, source: Source) -> dict[str, Tensor]:
+    """The model's state dict. Raw weights are the fp32 masters; what is not trained is the same in both."""
+    names = [key.removeprefix("ema/") for key in reader.where if key.startswith("ema/")]
+    raw = {name for name in names if source == "raw" and f"{name}/fp32" in reader.where}
+    return {name: reader(name, "fp32" if name in raw else "ema") for name in names}
+
+
+def load(path: Path, source: Source = "ema", option: str = "--model") -> Weights:
+    """Read the weights of a run folder (its newest checkpoint), a checkpoint, or a weights folder.
+
+    Every byte of a checkpoint is verified first.
+
+    Raises:
+        ConfigError: nothing there; damage; a weights folder that holds the other kind of weights.
+    """
+    file = find_weights(path, option)
+    if file.name == EMA and (file.parent / MANIFEST).is_file():
+        tree = checked(file.parent)
+        tensors = model_weights(Reader(file.parent), source)
+        return Weights(tensors, decode(tree["config"]), tree["step"], source, file.parent.name)
+    tensors, config, step, held = read_weights(file, torch.device("cpu"))
+    if held.get("weights", "ema") != source:
+        reject("--weights", source, f"{file} holds {held['weights']} weights alone", "choose them, or another source")
+    return Weights({k: v.float() for k, v in tensors.items()}, config, step, source, file.parent.name)
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+def cast(weights: Weights, dtype: str) -> dict[str, Tensor]:
+    """The tensors to write: what a router counts and compares is never rounded."""
+    exact = {name for name, _ in build(weights.config).named_buffers()}
+    kind = DTYPES[dtype]
+    return {name: t.to(torch.float32 if name in exact else kind).contiguous() for name, t in weights.tensors.items()}
+
+
+def shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Split in order, each part of at most `limit` bytes or of one tensor."""
+    part: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if part and sum(t.nbytes for t in part.values()) + tensor.nbytes > limit:
+            yield part
+            part = {}
+        part[name] = tensor
+    yield part
+
+
+def write_safetensors(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], limit: int = SHARD_BYTES
+) -> dict[str, Any]:
+    """STEM.safetensors, or shards and an index in Hugging Face's layout; returns their entries for the manifest."""
+    parts = list(shards(tensors, limit))
+    if len(parts) == 1:
+        return write_tensors(folder / f"{stem}.safetensors", dict(tensors), metadata)
+    files: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    for i, part in enumerate(parts, 1):
+        name = f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors"
+        files |= write_tensors(folder / name, part, metadata)
+        where |= dict.fromkeys(part, name)
+    digests = {name: entry["blake2b"] for name, entry in files.items()}  # whoever names the index names its shards
+    head = {"total_size": sum(t.nbytes for t in tensors.values()), "blake2b": digests}
+    path = folder / f"{stem}.safetensors.index.json"
+    return files | write_text(path, json.dumps({"metadata": head, "weight_map": where}, indent=1))
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Write a text file, flushed to disk; returns its entry for the manifest."""
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    fsync(path)
+    return {path.name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}}
+
+
+def metadata_of(weights: Weights, dtype: str) -> dict[str, str]:
+    head = {"format": FORMAT, "config": dump(weights.config), "step": str(weights.step)}
+    return head | {"weights": weights.source, "dtype": dtype}
+
+
+def write(
+    weights: Weights,
+    out: Path,
+    dtype: str = "fp32",
+    limit: int = SHARD_BYTES,
+    metrics: dict[str, Any] | None = None,
+) -> Path:
+    """Write a weights folder.
+
+    Args:
+        dtype: `fp32`, or `bf16`: half the size, rounded.
+        limit: bytes of a shard.
+        metrics: of the model card, as in RUN/metrics.json.
+
+    Raises:
+        ConfigError: the target exists or cannot be written.
+    """
+    tensors, config = cast(weights, dtype), encode(weights.config)
+    facts = {"weights": weights.source, "dtype": dtype, "source": weights.origin, "step": weights.step}
+    with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
+        files = write_safetensors(temporary, Path(WEIGHTS).stem, tensors, metadata_of(weights, dtype), limit)
+        head = {"format": FORMAT, "promoe_ds": __version__, **facts}
+        files |= write_text(temporary / "config.json", json.dumps(head | config, indent=1))
+        write_text(temporary / "config.yaml", dump(weights.config))
+        write_text(temporary / "README.md", model_card(weights.config, facts, metrics))
+        made_at = datetime.now(UTC).isoformat(timespec="seconds")
+        tree = {"format": FORMAT, "version": __version__, "made": made_at, "torch": torch.__version__} | facts
+        tree |= {"config": config, "config_blake2b": tree_digest(config), "files": files}
+        complete(temporary, out, tree)
+    return out
