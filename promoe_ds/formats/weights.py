@@ -24,7 +24,7 @@ from torch import Tensor
 from promoe_ds import __version__
 from promoe_ds.config import Config, decode, dump, encode, reject
 from promoe_ds.formats.card import model_card
-from promoe_ds.loading import find_weights, read_weights
+from promoe_ds.loading import find_weights, open_weights, read_weights, shard_files
 from promoe_ds.models.init import build
 from promoe_ds.train.checkpoint import EMA, FORMAT, MANIFEST, WEIGHTS, file_digest, tree_digest
 from promoe_ds.train.conversion import checked, made
@@ -57,6 +57,15 @@ def model_weights(reader: Reader, source: Source) -> dict[str, Tensor]:
     names = [key.removeprefix("ema/") for key in reader.where if key.startswith("ema/")]
     raw = {name for name in names if source == "raw" and f"{name}/fp32" in reader.where}
     return {name: reader(name, "fp32" if name in raw else "ema") for name in names}
+
+
+def held(path: Path, option: str = "--model") -> tuple[Source, ...]:
+    """The kinds of weights that `load` finds there; raises ConfigError."""
+    file = find_weights(path, option)
+    if file.name == EMA and (file.parent / MANIFEST).is_file():
+        return ("ema", "raw")
+    with open_weights(shard_files(file)[0]) as opened:
+        return ("raw",) if (opened.metadata() or {}).get("weights") == "raw" else ("ema",)
 
 
 def load(path: Path, source: Source = "ema", option: str = "--model") -> Weights:
