@@ -11,6 +11,7 @@ OUT/model_index.json                          what the parts are
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -27,7 +28,8 @@ from promoe_ds.train.checkpoint import FORMAT
 from promoe_ds.train.conversion import made
 from promoe_ds.train.saving import complete
 
-MODEL, PIPELINE = "promoe_transformer", "pipeline"
+PIPELINE = "pipeline"
+"""diffusers looks for this name"""
 CUT = {"_default_router": "_default_router: Any = None  # configurations here always name their router"}
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -98,16 +100,18 @@ def write_diffusers(
     kind, config = vae_class(vae) if vae else None, weights.config
     tensors = {f"dit.{name}": tensor for name, tensor in cast(weights, dtype).items()}
     facts = {"weights": weights.source, "dtype": dtype, "source": weights.origin, "step": weights.step}
+    code = model_code(config)
+    module = f"promoe_transformer_{hashlib.blake2b(code.encode()).hexdigest()[:8]}"
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
         (temporary / "transformer").mkdir()
         stem = "diffusion_pytorch_model"
         write_safetensors(temporary / "transformer", stem, tensors, {"format": "pt"}, limit)
-        write_text(temporary / "transformer" / f"{MODEL}.py", model_code(config))
+        write_text(temporary / "transformer" / f"{module}.py", code)
         write_text(temporary / "transformer" / "config.json", json.dumps(_model_config(config), indent=1))
         scheduler = scheduler_of(config)
         scheduler.save_pretrained(temporary / "scheduler")
         index: dict[str, Any] = {"_class_name": [PIPELINE, "ProMoEPipeline"], "_diffusers_version": _version()}
-        index |= {"transformer": [MODEL, "ProMoETransformer2DModel"]}
+        index |= {"transformer": [module, "ProMoETransformer2DModel"]}
         index |= {"scheduler": ["diffusers", type(scheduler).__name__]}
         index |= {"vae": ["diffusers", kind] if kind else [None, None]}
         if vae:

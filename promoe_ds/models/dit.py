@@ -56,6 +56,7 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2 = layer_norm(m.width), layer_norm(m.width)
         self.attn = Attention(m.width, m.heads, m.qk_norm)
         self.adaLN = Modulation(m.width, 6)
+        self.is_moe = is_moe
         self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
 
     def forward(
@@ -65,7 +66,7 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
         x_BSD = x_BSD + gate_a * self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a))
         h_BSD = modulate(self.norm2(x_BSD), shift_m, scale_m)
-        if isinstance(self.mlp, MoELayer):
+        if self.is_moe:  # not isinstance: diffusers runs an exported copy of this file again at every load
             out_BSD, aux, count_E = self.mlp(h_BSD, ctx)
         else:
             out_BSD, aux, count_E = self.mlp(h_BSD), {}, None

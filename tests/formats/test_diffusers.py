@@ -1,0 +1,145 @@
+"""The diffusers folder in a fresh process that knows nothing of this project, against our sampler."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+import promoe_ds
+from promoe_ds.config import load_config
+from promoe_ds.diffusion.guidance import guided_prediction
+from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.formats.bundle import bundle
+from promoe_ds.formats.diffusers_folder import CUT, model_code, write_diffusers
+from promoe_ds.formats.weights import Weights, write
+from promoe_ds.models.dit import DiT
+from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.sampling import image_noise, to_pixels
+from tests.launch import ENVIRONMENT
+
+LABELS, SCALE, STEPS, SEED = [0, 3, 10], 2.0, 5, 4
+LATENTS = ["model.channels=4", "diffusion.shift=1.5", "guidance.channels=3"]
+DDPM = ["diffusion.name=ddpm", "model.learn_sigma=true", "moe.router={name: diffmoe}", "diffusion.ddpm.num_steps=500"]
+
+STRANGER = """
+import sys
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+flow, ddpm, vae, out = sys.argv[1:]
+kind = dict(class_labels=[0, 3, 10], guidance_scale=2.0, num_inference_steps=5)
+
+def pipe(path, **options):
+    return DiffusionPipeline.from_pretrained(path, custom_pipeline=path, trust_remote_code=True, **options)
+
+with_vae, without = pipe(flow), pipe(ddpm)
+given = pipe(flow, vae=AutoencoderKL.from_pretrained(vae))
+np.savez(
+    out,
+    flow=with_vae(**kind, seed=4, output_type="latent").images,
+    batch=with_vae(**kind, latents=torch.ones(3, 4, 8, 8), output_type="latent").images,
+    decoded=with_vae(**kind, seed=4, output_type="pt").images,
+    again=given(**kind, seed=4, output_type="pt").images,
+    pixels=np.stack([np.asarray(image) for image in with_vae(**kind, seed=4).images]),
+    ddpm=without(**kind, seed=4, generator=torch.Generator().manual_seed(9), output_type="latent").images,
+)
+assert "promoe_ds" not in sys.modules and not [path for path in sys.path if "promoe_ds" in path]
+try:
+    without(class_labels=11)
+except ValueError as error:
+    assert "0..10" in str(error)
+"""
+
+
+def model(*overrides: str) -> DiT:
+    """Random weights, small enough that five steps stay near 1."""
+    made = materialize(build(load_config("tiny", list(overrides))), 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if name != "pos_embed":
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return made.eval()
+
+
+def weights(made: DiT) -> Weights:
+    return Weights(dict(made.state_dict()), made.config, 7, "ema", "test")
+
+
+@torch.no_grad()
+def ancestral_with_their_noise(made: DiT) -> Tensor:
+    """Our DDPM sampler, its steps' noise drawn as DDPMScheduler draws it."""
+    config, device, shape = made.config, torch.device("cpu"), (len(LABELS), 1, 8, 8)
+    predict = guided_prediction(made, torch.tensor(LABELS), 10, SCALE, device, config.guidance.channels)
+    generator = torch.Generator().manual_seed(9)
+    noise = image_noise(SEED, np.arange(len(LABELS)), shape[1:])
+    objective = make_objective(config.diffusion, device)
+    return objective.sample(predict, noise, lambda step: torch.randn(shape, generator=generator), STEPS, "ddpm")
+
+
+def test_a_stranger_draws_our_images(tmp_path: Path) -> None:
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, sample_size=8
+    ).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    flow, ddpm = model(*LATENTS), model(*DDPM)
+    write_diffusers(weights(flow), tmp_path / "flow", vae=tmp_path / "vae", limit=100_000)
+    write_diffusers(weights(ddpm), tmp_path / "ddpm")
+    assert (tmp_path / "flow/transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
+    paths = [str(tmp_path / name) for name in ("flow", "ddpm", "vae", "out.npz")]
+    command = [sys.executable, "-c", STRANGER, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
+        theirs = {name: torch.from_numpy(found[name]) for name in found.files}
+    write(weights(flow), tmp_path / "plain")
+    ours = promoe_ds.generate(promoe_ds.load_model(tmp_path / "plain"), LABELS, SCALE, STEPS, SEED)
+    assert 0.1 < ours.std() < 10
+    torch.testing.assert_close(theirs["flow"], ours, rtol=0, atol=1e-4)
+    assert not torch.allclose(theirs["batch"], ours, atol=0.1)
+    with torch.no_grad():
+        decoded = vae.decode(ours / 0.5).sample
+    torch.testing.assert_close(theirs["decoded"], (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+    assert torch.equal(theirs["decoded"], theirs["again"])
+    assert (theirs["pixels"].int() - torch.from_numpy(to_pixels(decoded)).int()).abs().max() <= 1
+    torch.testing.assert_close(theirs["ddpm"], ancestral_with_their_noise(ddpm), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_folder_says(tmp_path: Path) -> None:
+    made = model("moe.router={name: token_choice}")
+    metrics = {"sets": [{"cfg": 1.5, "num": 1000, "FID": 3.25, "IS": None, "samples": "x"}]}
+    write_diffusers(weights(made), tmp_path / "out", "bf16", metrics=metrics)
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"] and index["vae"] == [None, None]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "library_name: diffusers" in card and "guidance 1.5, 1,000 images: FID 3.25" in card
+    assert "ema, bf16, after 7 steps" in card and "`token_choice`" in card
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+def test_the_code_of_every_family_stands_alone(router: str) -> None:
+    """It compiles, imports nothing of ours, and holds no other router."""
+    code = model_code(load_config("tiny", [f"moe.router={{name: {router}}}"]))
+    compile(code, router, "exec")
+    assert "import promoe_ds" not in code and "from promoe_ds" not in code
+    assert code.count("\n@register_router(") == 1
+
+
+def test_one_name_from_two_modules_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bundled_a.py").write_text("def size():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    roots = [("promoe_ds.train.checkpoint", "size"), ("promoe_ds.config", "encode")]
+    assert "def size(" in bundle("x", "0", roots, CUT)
+    with pytest.raises(AssertionError, match="defined in two modules: size"):
+        bundle("x", "0", [*roots, ("bundled_a", "size")])

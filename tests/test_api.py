@@ -1,0 +1,72 @@
+"""promoe_ds.load_model and promoe_ds.generate, and what importing costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import promoe_ds
+from promoe_ds.formats.weights import write
+from promoe_ds.sampling import generate, to_pixels
+from tests.formats.test_diffusers import model, weights
+from tests.launch import ENVIRONMENT, ROOT
+
+LIGHT = """
+import sys
+import promoe_ds
+assert not {"torch", "numpy", "yaml", "deepspeed"} & set(sys.modules), "importing promoe_ds is not light"
+sys.modules["deepspeed"] = None
+model = promoe_ds.load_model(sys.argv[1])
+assert promoe_ds.generate(model, [1], 1.0, 1).shape == (1, 1, 8, 8)
+"""
+
+
+def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
+    write(weights(model()), tmp_path / "model")
+    loaded = promoe_ds.load_model(tmp_path / "model")
+    labels = np.array([3, 10, 0])
+    made = promoe_ds.generate(loaded, labels.tolist(), 2.0, 3, 5)
+    assert made.dtype == torch.float32
+    known = generate(loaded, loaded.config, labels, np.arange(3), 2.0, 3, 5, 64, torch.device("cpu"))
+    assert np.array_equal(to_pixels(made), known)
+    one_by_one = promoe_ds.generate(loaded, torch.from_numpy(labels), 2.0, 3, 5, batch=1)
+    torch.testing.assert_close(one_by_one, made, rtol=1e-4, atol=1e-4)
+    default = promoe_ds.generate(loaded, labels)
+    c = loaded.config.sample
+    assert torch.equal(default, promoe_ds.generate(loaded, labels, c.cfg, c.steps, 0, sampler="euler"))
+    for options, text in (
+        ({"labels": [11]}, "labels=11: is not in 0..10"),
+        ({"labels": [0.5]}, "labels=0.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"batch": 0}, "batch=0"),
+        ({"sampler": "ddim"}, "choose euler or heun"),
+        ({"steps": "ddim50"}, "takes a number of steps"),
+    ):
+        with pytest.raises(promoe_ds.ConfigError, match=text):
+            promoe_ds.generate(loaded, **({"labels": [1]} | options))  # type: ignore[arg-type]
+    with pytest.raises(promoe_ds.ConfigError, match="no such file or folder"):
+        promoe_ds.load_model(tmp_path / "no")
+    done = subprocess.run([sys.executable, "-c", LIGHT, tmp_path / "model"], env=ENVIRONMENT, cwd=ROOT, timeout=120)
+    assert done.returncode == 0
+
+
+def test_damaged_indices_are_one_line(tmp_path: Path) -> None:
+    write(weights(model()), tmp_path / "model", limit=100_000)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    promoe_ds.load_model(index)
+    text = index.read_text()
+    for bad in ("{", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', "[]"):
+        index.write_text(bad)
+        with pytest.raises(promoe_ds.ConfigError, match="is no index of weights"):
+            promoe_ds.load_model(tmp_path / "model")
+    index.write_text(text)
+    next((tmp_path / "model").glob("model-00001*")).unlink()
+    with pytest.raises(promoe_ds.ConfigError, match="is damaged or no safetensors file"):
+        promoe_ds.load_model(tmp_path / "model")
+    with pytest.raises(AttributeError):
+        promoe_ds.nothing  # noqa: B018
