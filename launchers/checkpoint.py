@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from promoe_ds.config import Config, ConfigError, decode, reject
 from promoe_ds.train import checkpoint
@@ -247,5 +248,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command promoe-checkpoint."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -8,7 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from promoe_ds.command_line import Parser, guarded, leave, own_words, versions
 from promoe_ds.config import ConfigError, reject
@@ -120,5 +121,10 @@ def main() -> int:
     return guarded(encode, sys.argv[1:])
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command promoe-encode."""
     leave(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
 
 import torch  # noqa: E402
 
@@ -240,10 +241,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command promoe-evaluate."""
     code = main()
     if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    console()

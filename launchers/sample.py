@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from promoe_ds.command_line import Parser, guarded, leave, own_words
 from promoe_ds.config import Config, ParallelConfig, reject
@@ -236,5 +237,10 @@ def main() -> int:
     return guarded(sample, sys.argv[1:])
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command promoe-sample."""
     leave(main)
+
+
+if __name__ == "__main__":
+    console()

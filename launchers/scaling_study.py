@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:
+    sys.path.insert(0, str(ROOT))
 
 from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
 

@@ -9,6 +9,8 @@ examples:
       parallel.expert_parallel=4 --run runs/cifar           (torchrun needs the lone --)
   python launchers/train.py --config imagenet256_promoe_xl --dry-run --world 64 parallel.expert_parallel=4
   python launchers/train.py --config digits train.steps=2000 --run runs/longer
+  deepspeed launchers/train.py --config promoe_b/config.yaml train.init=promoe_b data.path=latents --run runs/tuned
+                                  (fine-tuning: promoe_b is what launchers/import_weights.py or export.py made)
 
 exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by SIGTERM or SIGUSR2 after saving
 (the file RUN/requeue says so too: the same command continues), 1 anything else; torchrun makes every failure 1
@@ -24,7 +26,8 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from promoe_ds.train import signals  # noqa: E402
 
@@ -40,7 +43,7 @@ INTERRUPTED = "interrupted; the same command continues from the last checkpoint"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="digits", metavar="NAME|PATH", help="recipe name or YAML file (digits)")
-    parser.add_argument("--ds_config", metavar="PATH", help="DeepSpeed JSON (ds_configs/zero2.json)")
+    parser.add_argument("--ds_config", metavar="PATH|NAME", help="DeepSpeed JSON (ds_configs/zero2.json, or zero2)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/RECIPE)")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
@@ -131,6 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(INTERRUPTED, file=sys.stderr, flush=True)
         return 130
+
+
+def console() -> None:
+    """The command promoe-train: everything slow is imported in `main`."""
+    signals.listen()
+    sys.exit(main())
 
 
 if __name__ == "__main__":

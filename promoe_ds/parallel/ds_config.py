@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from promoe_ds.config import Config, reject
 from promoe_ds.validate import batch_plan, check_topology
 
+SHIPPED = (Path(__file__).parents[1] / "ds_configs", Path(__file__).parents[2] / "ds_configs")
+"""the folder of ready-made files: of an installed package, of a checkout"""
 OWNERS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -361,16 +363,29 @@ def _check_precision(file: str, config: Config, stage: int) -> None:
         )
 
 
+def find(name_or_path: str) -> str:
+    """A path as it is; the name of a shipped file (`zero2`) as its path, in a checkout and in an installed package."""
+    if Path(name_or_path).suffix or "/" in name_or_path:
+        return name_or_path
+    folder = next(f for f in SHIPPED if f.is_dir())
+    path = folder / f"{name_or_path}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        reject("--ds_config", name_or_path, f"no such file is shipped (known: {names})", "choose one, or name a path")
+    return str(path)
+
+
 def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
     """The complete DeepSpeed JSON for `config` on `world` processes.
 
     Args:
-        path: a ds_config; None stands for `{"zero_optimization": {"stage": 0}}`, plain data parallelism.
+        path: a ds_config, or the name of a shipped one; None stands for plain data parallelism at stage 0.
 
     Raises:
         ConfigError: unreadable file, unknown or refused key, a value that contradicts `config`, or a topology,
             precision or offload that cannot work.
     """
+    path = None if path is None else find(path)
     file = path or "no --ds_config"
     tree = {"zero_optimization": {"stage": 0}} if path is None else _read(path)
     check_topology(config, world)

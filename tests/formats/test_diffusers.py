@@ -32,6 +32,7 @@ DDPM = ["diffusion.name=ddpm", "model.learn_sigma=true", "moe.router={name: diff
 
 STRANGER = """
 import sys
+sys.modules["promoe_ds"] = None  # whoever imports it fails
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -53,7 +54,6 @@ np.savez(
     pixels=np.stack([np.asarray(image) for image in with_vae(**kind, seed=4).images]),
     ddpm=without(**kind, seed=4, generator=torch.Generator().manual_seed(9), output_type="latent").images,
 )
-assert "promoe_ds" not in sys.modules and not [path for path in sys.path if "promoe_ds" in path]
 try:
     without(class_labels=11)
 except ValueError as error:
