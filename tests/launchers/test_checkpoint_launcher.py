@@ -125,7 +125,9 @@ def test_weights_alone_are_sampled_from(run: Path, tmp_path: Path, source: str, 
     out = tmp_path / "weights"
     made = ["convert", "--run", str(run), "--weights", source, "--dtype", dtype, "--out", str(out)]
     assert launcher.main(made) == 0
-    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.yaml", "manifest.json"}
+    assert {p.name for p in out.iterdir()} == {
+        *("model.safetensors", "config.json", "config.yaml", "manifest.json", "README.md")
+    }
     model, config, step = load_ema(out)
     assert (config, step) == (CONFIG, 30) and load_config(str(out / "config.yaml"), []) == CONFIG
     expected = ModelState(30)
