@@ -239,7 +239,9 @@ def main() -> int:
         return 2
     with Cluster() as cluster:
         environment = {**os.environ, "SLURM_CONF": str(cluster.folder / "slurm.conf")}
-        return subprocess.run(cluster.machines["login"].inside(*(sys.argv[1:] or ["sinfo"])), env=environment).returncode
+        return subprocess.run(
+            cluster.machines["login"].inside(*(sys.argv[1:] or ["sinfo"])), env=environment
+        ).returncode
 
 
 if __name__ == "__main__":
