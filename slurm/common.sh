@@ -77,12 +77,13 @@ count_starts() { # FOLDER PROGRESS
     echo "$SLURM_JOB_ID $2 $starts" >"$1/.starts"
 }
 
-# Slurm's warning before the time limit (--signal=B:USR2@...) comes to this shell; srun passes a signal to all ranks.
+# Slurm's warning before the time limit (--signal=B:USR2@...) comes to this shell; scancel passes it to all ranks (a TERM
+# to srun itself would end the step by force).
 forward() {
     asked=1
     [[ $pid ]] || return 0
     ((SECONDS - began >= EARLY)) || sleep $((EARLY - SECONDS + began))
-    kill "-$SIGNAL" "$pid" 2>/dev/null
+    scancel --signal="$SIGNAL" "$SLURM_JOB_ID" # steps only
 }
 SIGNAL=TERM
 trap forward USR2
@@ -115,8 +116,11 @@ again() { # WHY
     stop) say "$1; submit the same command again" && exit 85 ;;
     esac
     say "$1; requeued"
-    scontrol requeue "$SLURM_JOB_ID" # ends this script
-    sleep 300
+    if scontrol requeue "$SLURM_JOB_ID"; then # Slurm ends this script, whose exit code no longer counts
+        sleep 60
+        exit 0
+    fi
+    sleep 60 # a preemption may be about to do the same
     fail 85 "this cluster does not requeue; submit the same command again, or chain jobs (slurm/pipeline.sh --chain N)"
 }
 

@@ -16,7 +16,8 @@ IMAGES              images to encode into DATA; without it DATA is trained on as
 RECIPE RUN DATA VAE EP DS_CONFIG OVERRIDES           training
 NUM CFG STEPS BATCH PRECISION REF INCEPTION_WEIGHTS  sampling at the guidance scales CFG (1.0,1.5), and scores
 NODES GPUS_PER_NODE MIN_NODES                        training: --nodes=MIN_NODES-NODES --gpus-per-node
-TRAIN_OPTIONS OTHER_OPTIONS                          more options of sbatch: of training, of the other stages
+{ENCODE,SAMPLE,EVALUATE}_OPTIONS                     more words for these launchers
+TRAIN_SBATCH OTHER_SBATCH                            more options of sbatch: of training, of the other stages
 SBATCH_PARTITION, SBATCH_ACCOUNT, ...                are read by sbatch itself
 
 Prints a job id a stage. The same command again continues: every stage keeps what is finished.
@@ -64,22 +65,22 @@ submit() { # STAGE OPTIONS_AND_SCRIPT...
     echo "$stage $previous"
 }
 
-read -ra train_options <<<"${TRAIN_OPTIONS:-}"
-read -ra other_options <<<"${OTHER_OPTIONS:-}"
-if [[ ${NODES:-} ]]; then train_options=("--nodes=${MIN_NODES:+$MIN_NODES-}$NODES" "${train_options[@]}"); fi
+read -ra train_sbatch <<<"${TRAIN_SBATCH:-}"
+read -ra other_sbatch <<<"${OTHER_SBATCH:-}"
+if [[ ${NODES:-} ]]; then train_sbatch=("--nodes=${MIN_NODES:+$MIN_NODES-}$NODES" "${train_sbatch[@]}"); fi
 if [[ ${GPUS_PER_NODE:-} ]]; then
-    train_options+=("--gpus-per-node=$GPUS_PER_NODE")
-    other_options=("--gpus-per-node=$GPUS_PER_NODE" "${other_options[@]}")
+    train_sbatch+=("--gpus-per-node=$GPUS_PER_NODE")
+    other_sbatch=("--gpus-per-node=$GPUS_PER_NODE" "${other_sbatch[@]}")
 fi
-if [[ ${IMAGES:-} ]]; then OUT=$DATA MIN_NODES='' submit encode "${other_options[@]}" slurm/encode.sbatch; fi
+if [[ ${IMAGES:-} ]]; then OUT=$DATA MIN_NODES='' submit encode "${other_sbatch[@]}" slurm/encode.sbatch; fi
 if ((chain == 1)); then
-    submit train "${train_options[@]}" slurm/promoe_xl.sbatch
+    submit train "${train_sbatch[@]}" slurm/promoe_xl.sbatch
 else
     for ((i = 1; i <= chain; i++)); do
         on_stop=$( ((i < chain)) && echo continue || echo stop)
-        ON_STOP=$on_stop submit "train-$i" --no-requeue "${train_options[@]}" slurm/promoe_xl.sbatch
+        ON_STOP=$on_stop submit "train-$i" --no-requeue "${train_sbatch[@]}" slurm/promoe_xl.sbatch
     done
 fi
 unset MIN_NODES
-submit sample "${other_options[@]}" slurm/sample.sbatch
-submit evaluate "${other_options[@]}" slurm/evaluate.sbatch
+submit sample "${other_sbatch[@]}" slurm/sample.sbatch
+submit evaluate "${other_sbatch[@]}" slurm/evaluate.sbatch

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from promoe_ds.train import checkpoint
 from tests.launch import ROOT, train
@@ -207,9 +209,25 @@ def test_wrong_submissions_end_before_the_ranks_start(cluster: Cluster, tmp_path
     assert states == {"train-1": "FAILED", "train-2": "CANCELLED", "sample": "CANCELLED", "evaluate": "CANCELLED"}
 
 
+def test_encoding(cluster: Cluster, tmp_path: Path) -> None:
+    """Two nodes share the work; the trainer's own check reads what they wrote."""
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    env = settings(tmp_path, IMAGES=tmp_path / "images", VAE="identity", OUT=tmp_path / "latents", SIZE=8,
+                   ENCODE_OPTIONS="--shard-size 2")  # fmt: skip
+    job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", "slurm/encode.sbatch", env=env)
+    assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)[-4000:]
+    assert json.loads((tmp_path / "latents" / "index.json").read_text())["classes"] == ["a", "b"]
+    words = ["data.name=latents", f"data.path={tmp_path}/latents", "model.num_classes=2", "model.channels=3"]
+    train("--config", "tiny", "--run", str(tmp_path / "run"), "--dry-run", "--check-files", *words, timeout=PATIENCE)
+
+
 def test_the_array_job_of_the_study_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
     env = settings(tmp_path, RECIPE="tiny", WORLD="2,4", EP=2, STAGE=1, BATCH="strong", OUT=tmp_path / "study",
-                   OPTIONS="--window 2 --windows 2")  # fmt: skip
+                   STUDY_OPTIONS="--window 2 --windows 2")  # fmt: skip
     job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", "--array=0-1%1", "slurm/scaling_study.sbatch", env=env)
     assert cluster.wait(job, PATIENCE) == ["COMPLETED"] * 2, output(tmp_path, job)[-4000:]
     table = (tmp_path / "study" / "scaling.csv").read_text(encoding="utf-8").splitlines()
