@@ -1,13 +1,14 @@
 # make setup   a virtual environment in .venv with everything
 # make demo    train, sample and score ProMoE on real digits: 2 processes, experts sharded over both, ZeRO-2
 # make test    lint is separate: make lint
+# make test-slurm   the batch scripts on a real Slurm of two emulated nodes; needs root and Debian's Slurm
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/digits
 BIN := $(VENV)/bin
 export DS_BUILD_OPS = 0
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-slurm lint clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -25,10 +26,14 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm -s tests/slurm
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch tests/slurm/*.sh
 
 clean:
 	rm -rf $(VENV) runs

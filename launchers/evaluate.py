@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of precision and recall; fp16 rounds as ADM's evaluator (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON")
+    parser.add_argument("--dry-run", action="store_true", help="look for samples, reference and weights, score nothing")
     return parser
 
 
@@ -157,6 +158,8 @@ def score(argv: Sequence[str], workers: Workers) -> None:
     out = args.run / "metrics.json" if args.run is not None and args.out is None else args.out
     if out is not None:
         check_output(out)
+    if args.dry_run:
+        return
     evaluator = Evaluator(
         features,
         args.ref,

@@ -91,6 +91,7 @@ def parser() -> Parser:
     p.add_argument(
         "--expert-parallel", type=int, default=1, metavar="N", help="ranks that share the routed experts (default 1)"
     )
+    p.add_argument("--dry-run", action="store_true", help="check everything, make nothing")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
     return p
 
@@ -194,6 +195,8 @@ def sample(argv: list[str]) -> None:
     records = [record_of(job, origin, command, codec, features) for job in jobs]
     for job, record in zip(jobs, records, strict=True):  # all of them before the first image is made
         check_folder(job.out, record)
+    if args.dry_run:
+        return
     sampler = Sampler(model, config, device, worker, codec=codec, pack=pack)
     with sharing_experts(sampler, args) if args.expert_parallel > 1 else joined(sampler) as sampler:
         for job, record in zip(jobs, records, strict=True):

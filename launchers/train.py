@@ -46,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ds_config", metavar="PATH|NAME", help="DeepSpeed JSON (ds_configs/zero2.json, or zero2)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/RECIPE)")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON")
+    parser.add_argument("--check-files", action="store_true", help="with --dry-run: read data and run folder too")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
     text = "end with 0, not 85, when a signal stopped the run (for batch scripts, which test RUN/requeue)"
     parser.add_argument("--exit-zero-on-signal", action="store_true", help=text)
@@ -55,8 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.world is not None and not args.dry_run:
         parser.error("--world is for --dry-run; start several processes with deepspeed, torchrun or srun")
-    if args.json and not args.dry_run:
-        parser.error("--json is for --dry-run")
+    for name in ("json", "check_files"):
+        if getattr(args, name) and not args.dry_run:
+            parser.error(f"--{name.replace('_', '-')} is for --dry-run")
     return args
 
 
@@ -75,9 +77,24 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.parallel.topology import world_size
 
     world = world_size() if args.world is None else args.world
+    if args.check_files:
+        check_files(args, config)
     facts = report(config, ds_config.resolve(args.ds_config, config, world), world)
     print(json.dumps(facts) if args.json else render(facts))
     return 0
+
+
+def check_files(args: argparse.Namespace, config: Config) -> None:
+    """What a start would meet in the data and the run folder; writes nothing. Raises ConfigError."""
+    from promoe_ds.data import build_dataset
+    from promoe_ds.train import resuming
+
+    validate_data(config)
+    build_dataset(config)
+    run = args.run or Path("runs") / config.name
+    saved = resuming.saved_config(run)
+    if saved is not None:
+        resuming.check_same_run(saved, config, run)
 
 
 def train(args: argparse.Namespace, config: Config) -> int:

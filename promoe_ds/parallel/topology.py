@@ -72,7 +72,7 @@ def from_environment(ep: int) -> Topology:
     tasks = _integer("SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         conflict = "each task would train alone: RANK, WORLD_SIZE and MASTER_ADDR are not set"
-        reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, "export them, or start torchrun in one task a node")
+        reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, "start ranks with slurm/launch.sh, or export them")
     here = Topology(rank(), world_size(), _integer("LOCAL_RANK", _integer("SLURM_LOCALID", 0)), ep)
     if not 0 <= here.rank < here.world:
         reject(

@@ -60,6 +60,7 @@ BAD = {
     ),
     "missing data": (["--config", "cifar10_promoe_s"], "data.path=null", "add data.path=PATH"),
     "wrong data": (["--config", "cifar10_promoe_s", "data.path=nowhere.npz"], "data.path=nowhere.npz", ""),
+    "data in a dry run": (["--config", "cifar10_promoe_s", "--dry-run", "--check-files"], "data.path=null", "add data"),
     "class count": (["model.num_classes=11"], "model.num_classes=11", "10"),
     "no override": (["steps"], "override='steps': is not section.key=value", ""),
     "no ds_config": (["--ds_config", "nowhere.json"], "--ds_config=nowhere.json: cannot be read", ""),
@@ -131,7 +132,7 @@ def test_a_run_folder_in_use(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 
 def test_bad_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--frobnicate"], ["--json"], ["--world", "4"]):
+    for arguments in (["--frobnicate"], ["--json"], ["--check-files"], ["--world", "4"]):
         with pytest.raises(SystemExit) as caught:
             launcher.main(arguments)
         assert caught.value.code == 2

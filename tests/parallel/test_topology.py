@@ -54,3 +54,10 @@ def test_a_broken_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="environment WORLD_SIZE='two': is not an integer; start with"):
         topology.world_size()
+
+
+def test_tasks_of_srun_that_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ConfigError, match="SLURM_STEP_NUM_TASKS=4: each task would train alone.*slurm/launch.sh"):
+        topology.from_environment(1)

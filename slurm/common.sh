@@ -1,0 +1,133 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts, in the repository's folder: checks before the allocation is used, one srun that outlives
+# signals, and what is told to Slurm when it ends. docs/slurm.md has the picture.
+set -uo pipefail # not -e: `wait` returns more than 128 when a signal arrives
+
+say() { printf '%(%F %T)T %s\n' -1 "$*"; }
+fail() { # CODE TEXT
+    printf 'error: %s\n' "$2" >&2
+    exit "$1"
+}
+
+# shellcheck source=slurm/env.sh
+source slurm/env.sh
+[[ -z ${PYTHON:-} && -x .venv/bin/python ]] && PYTHON=$PWD/.venv/bin/python
+read -ra python <<<"${WRAP:-} ${PYTHON:-python} -u"
+gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}       # as asked for: 8, h100:8; --exclusive gives all there are
+TASKS_PER_NODE=${TASKS_PER_NODE:-${gpus##*:}}              # a rank a GPU
+MIN_NODES=${MIN_NODES:-$SLURM_JOB_NUM_NODES}               # with --nodes=MIN-MAX: use fewer if the numbers do not divide
+MAX_STARTS=${MAX_STARTS:-3}                                # starts in a row that save nothing
+ON_STOP=${ON_STOP:-requeue}                                # or: continue (exit 0), stop (exit 85), for jobs in a chain
+EARLY=15                                                   # seconds in which ranks may not hear signals yet
+export TASKS_PER_NODE DEVICE=${DEVICE:-}
+NODES=$SLURM_JOB_NUM_NODES
+pid='' asked='' began=0 code=0
+
+ranks() { echo $((NODES * TASKS_PER_NODE)); }
+
+# --dry-run on the first node: a mistake ends the job in seconds, with its one line and exit code 2.
+check() { # COMMAND...
+    local message
+    message=$("${python[@]}" "$@" --dry-run 2>&1 >/dev/null) || {
+        code=$?
+        echo "$message" >&2
+        exit "$code"
+    }
+}
+
+# Sets NODES to the most of the allocated nodes that the run can use, fewer than all only down to MIN_NODES: 3 nodes of 8
+# are left of 4, but 24 ranks do not divide a batch of 256, so 2 nodes go on.
+check_nodes() { # COMMAND of launchers/train.py
+    local message first='' first_code=2
+    for ((NODES = SLURM_JOB_NUM_NODES; NODES >= MIN_NODES && NODES > 0; NODES--)); do
+        message=$("${python[@]}" "$@" --dry-run --check-files --world "$(ranks)" 2>&1 >/dev/null) && return
+        code=$?
+        [[ $first ]] || first=$message first_code=$code
+    done
+    [[ $first ]] || fail 2 "MIN_NODES=$MIN_NODES: only $SLURM_JOB_NUM_NODES nodes are allocated; submit with --nodes=$MIN_NODES"
+    echo "$first" >&2
+    exit "$first_code"
+}
+
+# Prints which ranks and expert-parallel groups are on which node; refuses groups that span nodes.
+place() { # EP
+    local ep=$1 first group groups host i=0
+    if ((TASKS_PER_NODE % ep)) && [[ ! ${EP_SPANS_NODES:-} ]]; then
+        fail 2 "EP=$ep: does not divide the $TASKS_PER_NODE ranks of a node, so groups would span nodes; choose a divisor, or set EP_SPANS_NODES=1"
+    fi
+    say "$(ranks) ranks on $NODES of $SLURM_JOB_NUM_NODES nodes, expert-parallel groups of $ep:"
+    while read -r host && ((i < NODES)); do
+        first=$((i * TASKS_PER_NODE)) groups=''
+        for ((group = first / ep; group * ep < first + TASKS_PER_NODE; group++)); do
+            groups+=" $((group * ep))-$((group * ep + ep - 1))"
+        done
+        echo "  $host: ranks $first-$((first + TASKS_PER_NODE - 1)), groups$groups"
+        i=$((i + 1))
+    done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+}
+
+# Gives up when this job has started MAX_STARTS times while PROGRESS (any word) stayed the same.
+count_starts() { # FOLDER PROGRESS
+    local job='' progress='' starts=0
+    mkdir -p "$1" || fail 2 "$1: cannot be made; choose another folder"
+    { read -r job progress starts <"$1/.starts"; } 2>/dev/null
+    [[ $job == "$SLURM_JOB_ID" && $progress == "$2" ]] || starts=0
+    starts=$((starts + 1))
+    ((starts <= MAX_STARTS)) || fail 1 "$MAX_STARTS starts in a row saved nothing ($2); look for the cause above, or set MAX_STARTS"
+    echo "$SLURM_JOB_ID $2 $starts" >"$1/.starts"
+}
+
+# Slurm's warning before the time limit (--signal=B:USR2@...) comes to this shell; scancel passes it to all ranks (a TERM
+# to srun itself would end the step by force).
+forward() {
+    asked=1
+    [[ $pid ]] || return 0
+    ((SECONDS - began >= EARLY)) || sleep $((EARLY - SECONDS + began))
+    scancel --signal="$SIGNAL" "$SLURM_JOB_ID" # steps only
+}
+SIGNAL=TERM
+trap forward USR2
+trap : TERM # the ranks finish their step; Slurm's KILL still ends the job
+
+# Runs a command on RANKS ranks and waits for it, through signals; sets `code`.
+run_ranks() { # RANKS COMMAND...
+    local n=$1
+    shift
+    [[ ! $asked ]] || again "stopped before the ranks started"
+    slurm/launch.sh "$n" "${python[@]}" "$@" &
+    pid=$! began=$SECONDS
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+    wait "$pid" # bash keeps the status of its child
+    code=$?
+}
+
+# Whether every allocated node still starts a process: Slurm itself may take minutes to notice that one is gone.
+nodes_answer() {
+    timeout 90 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true >/dev/null 2>&1
+}
+
+# Whether the ranks were stopped from outside and can go on: 85 is the launchers' code, 143 a rank that had no time for it.
+stopped() { ((code == 85 || code == 143)); }
+
+# Back into the queue under the same job id; dependents keep waiting.
+again() { # WHY
+    case $ON_STOP in
+    continue) say "$1; the next job of the chain continues" && exit 0 ;;
+    stop) say "$1; submit the same command again" && exit 85 ;;
+    esac
+    say "$1; requeued"
+    if scontrol requeue "$SLURM_JOB_ID"; then # Slurm ends this script, whose exit code no longer counts
+        sleep 60
+        exit 0
+    fi
+    sleep 60 # a preemption may be about to do the same
+    fail 85 "this cluster does not requeue; submit the same command again, or chain jobs (slurm/pipeline.sh --chain N)"
+}
+
+# The end of a batch script: success, requeue, or a failure that cancels the jobs that wait for this one.
+finish() {
+    if stopped; then again "stopped and saved"; fi
+    if ((code)) && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
+    say "exit code $code"
+    exit "$code"
+}
