@@ -51,6 +51,8 @@ def training(records: Sequence[Mapping[str, Any]]) -> bytes:
         kept = [r for r in records if isinstance(r.get("loss/diffusion"), int | float)]
         top.plot([r["step"] for r in kept], [r["loss/diffusion"] for r in kept], color="#1f77b4")
         top.set(ylabel="diffusion loss", yscale="log")
+        top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_formatter("{x:g}")
         bottom.plot(
             [r["step"] for r in records], [r.get("load_max_over_mean", np.nan) for r in records], color="#d62728"
         )
@@ -146,8 +148,11 @@ def scatter(s: Summary, by: str, title: str) -> bytes:
             present = np.unique(group_N)
             names = [("none" if g < 0 else o.classes[g][:10] if by == "class" else str(g)) for g in present]
             dots = [ax.scatter([], [], s=30, color=palette[g], label=n) for g, n in zip(present, names, strict=True)]
-            ax.legend(handles=dots, ncols=8, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0),
-                      handletextpad=0.1, columnspacing=0.7)  # fmt: skip
+            columns = 12 if max(map(len, names)) < 3 else 4
+            ax.legend(
+                handles=dots, ncols=columns, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0),
+                handletextpad=0.1, columnspacing=0.7,
+            )  # fmt: skip
         return _png(figure)
 
 

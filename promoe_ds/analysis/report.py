@@ -35,9 +35,9 @@ class Writer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
 
-    def figure(self, name: str, png: bytes, caption: str, width: int | None = None) -> str:
+    def figure(self, name: str, png: bytes, caption: str, wide: bool = False) -> str:
         self.files[f"{name}.png"] = png
-        return page.figure(png, caption, width)
+        return page.figure(png, caption, wide)
 
     def write(self, out: Path) -> None:
         """Files first, the page last: with it the folder is whole. Raises `ConfigError`."""
@@ -113,7 +113,7 @@ def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
         ("grid.png", "EMA samples, one row a class"),
     ):
         if (run / "samples" / name).is_file():
-            parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, 620))
+            parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
             break
     scores = _scores(run)
     shown = page.figures(*parts) + (page.table(*scores) if scores else "")
@@ -144,34 +144,30 @@ def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
 
 
 def _layer_table(s: Summary) -> str:
+    """A row a number, a column a layer, and what the number means."""
     keys = [key for key in COLUMNS if key in s.rows[0]]
-    rows = [[str(int(row["block"])), *(number(row.get(key, math.nan)) for key in keys)] for row in s.rows]
-    return page.table(["block", *(COLUMNS[key][0] for key in keys)], rows) + page.glossary(
-        [COLUMNS[key] for key in keys]
-    )
+    rows = [[COLUMNS[k][0], *(number(row.get(k, math.nan)) for row in s.rows), COLUMNS[k][1]] for k in keys]
+    return page.table(["", *(f"block {int(row['block'])}" for row in s.rows), "meaning"], rows, words=True)
 
 
 def _use(writer: Writer, s: Summary) -> list[tuple[str, str]]:
     o = s.observed
     numbers = ("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(s))
-    parts = [
+    explained = "What explains the choice of expert: 0 nothing, 1 decides it"
+    shown = page.figures(
         writer.figure("load", draw.load(o), "Load of each expert, over all timesteps: 1 is even, 0 is dead"),
-        writer.figure("explained", draw.explained(s), "What explains the choice of expert: 0 nothing, 1 decides it"),
-    ]
-    for by, name in (("class", "class"), ("timestep", "timestep")):
-        layers = draw.spread(len(o.blocks), draw.MOST_LAYERS)
-        more = (
-            f" (the {draw.MOST_CLASSES} most frequent)" if by == "class" and len(o.classes) > draw.MOST_CLASSES else ""
-        )
-        parts += [
-            writer.figure(
-                f"use_by_{by}_block{o.blocks[i]}",
-                draw.use(o, i, by),
-                f"Expert use by {name}{more}, block {o.blocks[i]}",
-            )
-            for i in layers
+        writer.figure("explained", draw.explained(s), explained),
+    )
+    for by in ("class", "timestep"):
+        cut = by == "class" and len(o.classes) > draw.MOST_CLASSES
+        more = f" (the {draw.MOST_CLASSES} most frequent)" if cut else ""
+        layers = [(i, o.blocks[i]) for i in draw.spread(len(o.blocks), draw.MOST_LAYERS)]
+        parts = [
+            writer.figure(f"use_by_{by}_block{block}", draw.use(o, i, by), f"Expert use by {by}{more}, block {block}")
+            for i, block in layers
         ]
-    return [numbers, ("Who uses which expert", page.figures(*parts))]
+        shown += page.figures(*parts)
+    return [numbers, ("Who uses which expert", shown)]
 
 
 def _where(writer: Writer, s: Summary) -> list[tuple[str, str]]:
