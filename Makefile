@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv with everything
-# make demo    train, sample and score ProMoE on real digits: 2 processes, experts sharded over both, ZeRO-2
+# make demo    train, sample, score and look into ProMoE on real digits: 2 processes, experts sharded over both, ZeRO-2
 # make test    lint is separate: make lint
 # make test-slurm   the batch scripts on a real Slurm of two emulated nodes; needs root and Debian's Slurm
 PYTHON ?= python3
@@ -21,7 +21,9 @@ demo: setup
 	$(BIN)/deepspeed --quiet --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json --run $(RUN) parallel.expert_parallel=2
 	$(BIN)/torchrun --nproc-per-node 2 -- launchers/sample.py --run $(RUN) --num 1000 --cfg 1.0,2.0 --steps 50 --out $(RUN)/samples
 	$(BIN)/python launchers/evaluate.py --run $(RUN)
-	@echo "pictures: $(RUN)/samples/grid.png (first classes, while training), $(RUN)/samples/cfg1.0/grid.png"
+	$(BIN)/python launchers/analyze.py --run $(RUN)
+	@echo "pictures: $(RUN)/samples/experts.png (samples and their experts), $(RUN)/samples/cfg1.0/grid.png"
+	@echo "what the experts learned: $(RUN)/analysis/report.html"
 
 test: setup
 	$(BIN)/python -m pytest

@@ -243,11 +243,16 @@ def grid(images_NHWC: np.ndarray, columns: int, scale: int | None = None) -> Ima
     return sheet
 
 
-def draw_grid(model: torch.nn.Module, config: Config, device: torch.device) -> Image.Image:
+def draw_grid(
+    model: torch.nn.Module,
+    config: Config,
+    device: torch.device,
+    after_batch: Callable[[int], object] = lambda count: None,
+) -> Image.Image:
     """The grid that training shows: one row a class, `sample.per_class` columns, the same noise every time.
 
     Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was. Latents are decoded by
-    `data.vae`.
+    `data.vae`. After each batch, `after_batch` is called with its number of images.
 
     Raises:
         ConfigError: the model makes latents and `data.vae` names no codec of theirs, or values that are not finite.
@@ -260,9 +265,12 @@ def draw_grid(model: torch.nn.Module, config: Config, device: torch.device) -> I
     was_training = model.training
     model.eval()
     try:
-        images = generate(
+        images = []
+        for _, made in generate_batches(
             model, config, labels, np.arange(len(labels)), s.cfg, s.steps, s.seed, 64, device, precision, codec=codec
-        )
+        ):
+            images.append(made)
+            after_batch(len(made))
     finally:
         model.train(was_training)
-    return grid(images, s.per_class)
+    return grid(np.concatenate(images), s.per_class)

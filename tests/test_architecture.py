@@ -16,6 +16,7 @@ WITHOUT_DISTRIBUTED = (
     "promoe_ds/diffusion",
     "promoe_ds/data",
     "promoe_ds/sampling.py",
+    "promoe_ds/analysis",
     "promoe_ds/loading.py",
     "evaluation/metrics.py",
 )
@@ -43,6 +44,10 @@ def test_boundaries(path: Path) -> None:
         assert not any(within(module, "deepspeed") for module in found), "only promoe_ds/parallel imports deepspeed"
     if name.startswith(WITHOUT_DISTRIBUTED):
         assert not any(within(module, "torch.distributed") for module in found)
+    if not name.startswith(("promoe_ds/analysis/", "launchers/")):
+        assert not any(within(module, "promoe_ds.analysis") for module in found), (
+            "analysis is the last before launchers"
+        )
     if name.startswith("evaluation/"):
         ours = {module for module in found if within(module, "promoe_ds")}
         assert all(within(module, "promoe_ds.config") for module in ours), ours

@@ -52,6 +52,14 @@ class Objective(ABC):
         """
 
     @abstractmethod
+    def noised(self, z_BCHW: Tensor, eps_BCHW: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        """(z with the noise of one timestep, t_B float32): what the model is given there.
+
+        Args:
+            time: in 0..1000; where times are discrete, the nearest one that is trained.
+        """
+
+    @abstractmethod
     def timesteps(self, steps: int | str) -> list[float]:
         """The times a sampler of so many steps tells the model at the start of each, from 1000 (noise) downwards.
 
@@ -98,6 +106,10 @@ class RectifiedFlow(Objective):
         loss_B = flow.loss_per_image(output.prediction, flow.target(z_BCHW, eps_BCHW))
         return output, {"diffusion": loss_B.mean()}
 
+    def noised(self, z_BCHW: Tensor, eps_BCHW: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        sigma_B = z_BCHW.new_full((len(z_BCHW),), time / flow.TIME_SCALE)
+        return flow.interpolate(z_BCHW, eps_BCHW, sigma_B), flow.TIME_SCALE * sigma_B
+
     def timesteps(self, steps: int | str) -> list[float]:
         if not isinstance(steps, int):
             raise ValueError("rectified flow takes a number of steps")
@@ -139,6 +151,11 @@ class DDPM(Objective):
         output = forward(x_BCHW, s.time_T.index_select(0, t_B).float())
         mse_B, vb_B = ddpm.losses_per_image(s, output.prediction, z_BCHW, eps_BCHW, x_BCHW, t_B)
         return output, {"diffusion": mse_B.mean(), "vb": vb_B.mean()}
+
+    def noised(self, z_BCHW: Tensor, eps_BCHW: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        nearest = int((self.schedule.time_T - time).abs().argmin())
+        t_B = torch.full((len(z_BCHW),), nearest, device=z_BCHW.device)
+        return ddpm.q_sample(self.schedule, z_BCHW, eps_BCHW, t_B), self.schedule.time_T[t_B].float()
 
     def timesteps(self, steps: int | str) -> list[float]:
         kept = spaced_timesteps(self.config.num_steps, steps)

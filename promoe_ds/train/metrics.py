@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from promoe_ds.moe.statistics import dead_experts, max_over_mean
+from promoe_ds.train.experts import shown
+
 
 def expert_load(load_LE: Tensor) -> tuple[float, int]:
     """(mean over the MoE layers of max/mean expert load, experts without a token over all layers).
@@ -25,9 +28,7 @@ def expert_load(load_LE: Tensor) -> tuple[float, int]:
     """
     if load_LE.numel() == 0:
         return 1.0, 0
-    load_LE = load_LE.double()
-    ratio_L = load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)
-    return float(ratio_L.mean()), int((load_LE == 0).sum())
+    return float(max_over_mean(load_LE).mean()), int(dead_experts(load_LE).sum())
 
 
 def memory_gib(device: torch.device) -> float:
@@ -105,7 +106,8 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record with the key `step`; numbers or None, and the reason `skipped` of a step without an update.
+        """One record with the key `step`; numbers or None, the reason `skipped` of a step without an update, and
+        `layers` (lists by name, `ExpertWatch.report`), of which TensorBoard shows some.
 
         A full disk is a warning: records wait for room.
         """
@@ -116,6 +118,7 @@ class MetricsLog:
         except OSError as error:
             print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
         scalars = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+        scalars |= shown(record.get("layers", {}))
         self._show(lambda board: [board.add_scalar(key, value, record["step"]) for key, value in scalars.items()])
         print(f"skipped: {record['skipped']}" if "skipped" in record else self._line(record), flush=True)
 

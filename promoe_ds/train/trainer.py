@@ -30,14 +30,17 @@ from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, RoutingContext
+from promoe_ds.moe.trace import LastChoice
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine, check_deepspeed_values
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import KINDS, PARTS, Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
-from promoe_ds.sampling import draw_grid
+from promoe_ds.pictures import beside, load_map, token_maps
+from promoe_ds.sampling import draw_grid, grid
 from promoe_ds.train import checkpoint, nonfinite, resuming, signals
 from promoe_ds.train.checkpoint import claim
+from promoe_ds.train.experts import ExpertWatch
 from promoe_ds.train.initial import InitialWeights
 from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
@@ -104,6 +107,7 @@ class Trainer:
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
         self.aux_weights = self.objective.aux_weights | router_weights
+        self.experts = ExpertWatch(self.model, list(router_weights), topology.device)
         self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
@@ -181,7 +185,7 @@ class Trainer:
                     raise
                 if self.saver.job:
                     self._paused(self.saver.poll)
-                if self.step % cfg.log_every == 0 or self.step in (1, cfg.steps) or record["skipped"]:
+                if self._logged(self.step) or record["skipped"]:
                     self._report(record)
                 last = self.step == cfg.steps or record["stop"]
                 if last or self.step % cfg.checkpoint_every == 0:
@@ -194,6 +198,10 @@ class Trainer:
         weights = checkpoint.folder(self.run_folder, self.step) / checkpoint.EMA
         self._say(f"done: {self.step} steps; weights in {weights}")
         return DONE
+
+    def _logged(self, step: int) -> bool:
+        cfg = self.config.train
+        return step % cfg.log_every == 0 or step in (1, cfg.steps)
 
     def _stop_early(self, step: int) -> None:
         """Collective: whether a rank was told to stop before the first step. Nothing is lost, so nothing is saved."""
@@ -217,7 +225,8 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step; returns the losses, gradient norm, expert load and whether to stop."""
-        totals, load_LE = self._accumulate(batches)
+        with self.experts.step(self._logged(self.step + 1)):
+            totals, load_LE = self._accumulate(batches)
         mine = totals.clone()
         totals[-1] = float(signals.requested() is not None)  # every rank learns of it with the losses of the step
         *losses, stop = (sum_over_ranks(totals) / self.topology.world).tolist()
@@ -309,6 +318,7 @@ class Trainer:
         """Collective: sum the expert loads over ranks; rank 0 writes the record."""
         measured = self._measured()
         load_LE = sum_over_ranks(record.pop("load").clone())
+        layers = self.experts.report(load_LE, sum_over_ranks)
         if self.log:
             rate = self.throughput.rate()
             ratio, dead = expert_load(load_LE.cpu())
@@ -319,7 +329,10 @@ class Trainer:
                 "step": self.step, **{k: _finite(record[k]) for k in (*self.terms, "grad_norm")},
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
                 "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
-            } | measured | ({"skipped": record["skipped"]} if record["skipped"] else {}))  # fmt: skip
+            } | measured | ({"skipped": record["skipped"]} if record["skipped"] else {})
+              | ({"layers": layers} if layers else {}))  # fmt: skip
+            if layers:
+                self.log.image("expert_load", load_map(load_LE.cpu().numpy()), self.step)
         self.throughput.reset()
         if self.meter:
             self.meter.reset()
@@ -332,18 +345,24 @@ class Trainer:
             try:
                 model = build(self.config)
                 model.load_state_dict(weights, assign=True)
-                image = draw_grid(model.to(self.topology.device).eval(), self.config, self.topology.device)
-                self._keep_grid(image)
+                with LastChoice(model.to(self.topology.device).eval()) as choice:
+                    image = draw_grid(model, self.config, self.topology.device, choice.keep)
+                self._keep_grid(image, choice)
             except (ConfigError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
                 self._say(f"  no sample grid: {error}")
         barrier(self.topology)
         self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
 
-    def _keep_grid(self, image: Image.Image) -> None:
+    def _keep_grid(self, image: Image.Image, choice: LastChoice) -> None:
         target = self.run_folder / "samples"
         target.mkdir(exist_ok=True)
         image.save(target / f"grid_{self.step:08d}.png")
         image.save(target / "grid.png")
+        expert_BS = choice.experts_BS()
+        if self.config.moe and expert_BS is not None:
+            maps = token_maps(expert_BS, self.config.moe.num_experts)
+            image = beside(image, grid(maps, self.config.sample.per_class))
+            image.save(target / "experts.png")
         if self.log:
             self.log.image("samples", image, self.step)
 

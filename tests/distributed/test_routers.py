@@ -59,7 +59,7 @@ def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 
 
 def same_run(run: Path, reference_run: Path) -> None:
-    """Every loss, the gradient norm, and the EMA with its buffers."""
+    """Every loss, the gradient norm, what is said of the experts, and the EMA with its buffers."""
     (log, ema), (log0, ema0) = read(run), read(reference_run)
     assert ema.keys() == ema0.keys()
     for ours, reference in zip(log, log0, strict=True):
@@ -67,6 +67,9 @@ def same_run(run: Path, reference_run: Path) -> None:
             # rounding may move the one token at the edge of an expert's quota across it: its term of the loss changes
             tolerance = 1e-4 if key == "loss/capacity" else 1e-4 if key == "grad_norm" else 1e-5
             assert ours[key] == pytest.approx(reference[key], rel=tolerance, abs=1e-7), (ours["step"], key)
+        assert ours["layers"].keys() == reference["layers"].keys()
+        for key, values in reference["layers"].items():
+            assert ours["layers"][key] == pytest.approx(values, rel=2e-3, abs=0.05 * key.startswith("load")), key
     for name in ema0:
         torch.testing.assert_close(ema[name], ema0[name], rtol=0, atol=1e-5, msg=name)
 

@@ -1,0 +1,137 @@
+"""See what the experts of a trained model learned: one folder with report.html, PNGs and CSVs."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from promoe_ds.command_line import Parser, guarded, leave
+from promoe_ds.config import ConfigError, reject
+from promoe_ds.workers import Worker, pick_device
+
+EXAMPLES = """examples:
+  python launchers/analyze.py --run runs/digits
+  python launchers/analyze.py --run runs/promoe --compare runs/tc runs/diffmoe --out comparison
+  python launchers/analyze.py --model ema.safetensors --data imagenet_latents --images 2000 --device cuda
+  python launchers/analyze.py --run runs/digits --timesteps 50,500,950 --subspace 32 --dry-run
+
+The report is one file: it opens anywhere, without a network. Written to RUN/analysis; an earlier report there is
+replaced. Without a run, to the folder of --out. Exit codes: 0 done, 2 user error, 85 stopped (run it again).
+"""
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="DIR", help="run folder: its newest complete checkpoint")
+    source.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint or converted folder, or a file of it")
+    p.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN", help="runs or weights to set beside it"
+    )
+    p.add_argument(
+        "--data", metavar="PATH", help="images or latents of the model's kind (default: data.path of the run)"
+    )
+    p.add_argument("--vae", metavar="PATH", help="codec that shows latents as pictures (default: data.vae of the run)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="(default RUN/analysis)")
+    p.add_argument("--images", type=int, default=512, help="images shown to the model (default 512)")
+    p.add_argument("--timesteps", default="100,300,500,700,900", metavar="T,T", help="in [0, 1000]; 1000 is noise")
+    p.add_argument("--tokens", type=int, default=2560, help="tokens of the clusters and t-SNE (default 2560)")
+    p.add_argument("--maps", type=int, default=8, help="images with token maps (default 8)")
+    p.add_argument("--subspace", type=int, metavar="K", help="singular vectors compared (default: width / 8)")
+    p.add_argument("--batch", type=int, default=64, help="images a forward (default 64)")
+    p.add_argument("--seed", type=int, default=0, help="of images, noise, clusters and t-SNE (default 0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--dry-run", action="store_true", help="say what would be looked at, and where it would be written")
+    return p
+
+
+def parse_timesteps(text: str) -> tuple[float, ...]:
+    """`100,500` to (100.0, 500.0), ascending; raises `ConfigError`."""
+    way_out = "write numbers from 0 to 1000, for example 100,500,900"
+    try:
+        times = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        reject("--timesteps", repr(text), "is not a list of numbers", way_out)
+    if not all(0 <= t <= 1000 for t in times):
+        reject("--timesteps", repr(text), "leaves the range of timesteps", way_out)
+    return times
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    for key, least in (("images", 2), ("tokens", 3), ("maps", 1), ("batch", 1)):
+        if getattr(args, key) < least:
+            reject(f"--{key}", getattr(args, key), "is too small", f"choose {least} or more")
+    if not 0 <= args.seed < 2**32:
+        reject("--seed", args.seed, "must lie in [0, 2**32)", "choose such a number")
+
+
+def names_of(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError("--compare: a model is named twice; name each once")
+
+
+def look(args: argparse.Namespace, path: Path, option: str, name: str, plan: Any) -> Any:
+    """Load a model, show it the images, and compute its numbers."""
+    from promoe_ds.analysis.collect import observe, with_data
+    from promoe_ds.analysis.summary import check_rank, summarise
+    from promoe_ds.data.codecs import open_codec
+    from promoe_ds.loading import find_weights, load_ema
+
+    device = pick_device(args.device, Worker())
+    model, config, step = load_ema(find_weights(path, option), device)
+    config = with_data(config, args.data)
+    check_rank(config, args.subspace)
+    vae = args.vae or config.data.vae
+    codec = open_codec(vae, device, "--vae" if args.vae else "data.vae of the run") if vae else None
+    return summarise(observe(model, config, step, name, plan, codec), args.subspace)
+
+
+def analyze(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    check_numbers(args)
+    timesteps, paths = parse_timesteps(args.timesteps), [args.run or args.model, *args.compare]
+    names = names_of(paths)
+    if args.out is None and args.run is None:
+        raise ConfigError("--out: --model has no run folder to write to; add --out DIR")
+    from promoe_ds.analysis.collect import Plan  # late: --help needs no torch
+    from promoe_ds.analysis.report import REPORT, check_folder, write_report
+    from promoe_ds.loading import find_weights
+
+    plan = Plan(args.images, timesteps, args.tokens, args.maps, args.batch, args.seed)
+    out = args.out or args.run / "analysis"
+    check_folder(out)
+    options = ["--run" if args.run else "--model", *["--compare"] * len(args.compare)]
+    weights = [find_weights(path, option) for path, option in zip(paths, options, strict=True)]
+    if args.dry_run:
+        for name, file in zip(names, weights, strict=True):
+            print(f"{name}: {file}; {plan.images} images at {len(timesteps)} timesteps")
+        print(f"would write {out / REPORT}")
+        return
+    summaries = [look(args, *each, plan) for each in zip(paths, options, names, strict=True)]
+    write_report(out, summaries, args.run, shlex.join(["launchers/analyze.py", *argv]))
+    print(f"report: {out / REPORT}")
+
+
+def main() -> int:
+    return guarded(analyze, sys.argv[1:])
+
+
+def console() -> None:
+    """The command promoe-analyze."""
+    leave(main)
+
+
+if __name__ == "__main__":
+    console()

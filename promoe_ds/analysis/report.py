@@ -1,0 +1,262 @@
+"""The folder of an analysis: `report.html`, a PNG a figure, CSVs with every number."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from promoe_ds import accounting
+from promoe_ds.analysis import figures as draw
+from promoe_ds.analysis import page
+from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
+from promoe_ds.config import reject
+from promoe_ds.workers import atomic
+
+REPORT = "report.html"
+SCORES = ("cfg", "num", "label_agreement", "FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "fd_over_noise")
+"""what is shown of metrics.json; a name in brackets may follow"""
+
+
+def check_folder(out: Path) -> None:
+    """An earlier analysis may be replaced, anything else not. Raises `ConfigError`."""
+    if out.exists() and not out.is_dir():
+        reject("--out", out, "is not a folder", "name another one")
+    if out.exists() and any(out.iterdir()) and not (out / REPORT).exists():
+        reject("--out", out, f"holds files but no {REPORT}", "name an empty or a new folder")
+
+
+class Writer:
+    """Collects figures and files; a figure is written as a PNG of its own and put into the page."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+
+    def figure(self, name: str, png: bytes, caption: str, wide: bool = False) -> str:
+        self.files[f"{name}.png"] = png
+        return page.figure(png, caption, wide)
+
+    def write(self, out: Path) -> None:
+        """Files first, the page last: with it the folder is whole. Raises `ConfigError`."""
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, data in self.files.items():
+                with atomic(out / name) as temporary:
+                    temporary.write_bytes(data)
+        except OSError as error:
+            reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
+
+
+def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, command: str) -> None:
+    """Write the folder.
+
+    Args:
+        summaries: of the model that the report is about, then of those it is compared with.
+        run: its run folder, whose samples, scores and log are shown.
+        command: the command line, shown in the report.
+
+    Raises:
+        ConfigError: the folder holds something else or cannot be written.
+    """
+    check_folder(out)
+    writer, (first, *others) = Writer(), summaries
+    sections = _training(writer, run) if run else []
+    if first.observed.has_experts:
+        sections += [*_use(writer, first), *_where(writer, first)]
+    sections += [*_tokens(writer, first), *_diversity(writer, first)]
+    if others:
+        sections.append(_comparison(writer, summaries))
+    for s in summaries:
+        folder = "" if s is first else f"{_slug(s.observed.name)}."
+        writer.files |= {f"{folder}{name}": text.encode() for name, text in csv_files(s).items()}
+    document = page.page(f"Experts of {first.observed.name}", _head(first, command), sections)
+    writer.files[REPORT] = document.encode()
+    writer.write(out)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def _head(s: Summary, command: str) -> str:
+    o, moe = s.observed, s.observed.config.moe
+    sizes = accounting.count_parameters(o.config)
+    size = f"{sizes.total / 1e6:.1f} M parameters ({sizes.activated / 1e6:.1f} M activated)"
+    if moe is None:
+        kind = "A dense model: there are no experts to see. Its tokens are shown below, at the middle block."
+    else:
+        extras = f"{moe.num_shared} shared, {moe.num_unconditional if moe.conditional else 0} unconditional"
+        layers = f"{len(o.blocks)} MoE layers (blocks {', '.join(map(str, o.blocks))})"
+        kind = f"Router `{moe.router.name}`, {moe.num_experts} routed experts ({extras}) in {layers}."
+    times = ", ".join(f"{t:g}" for t in o.plan.timesteps)
+    source = o.config.data.path or o.config.data.name
+    seen = f"Seen: {o.images} images of `{source}`, each at timesteps {times} of 1000 (1000 is noise),"
+    return page.text(
+        f"{o.config.name}: step {o.step}, {size}.",
+        kind,
+        f"{seen} with its own label, without guidance. EMA weights.",
+        f"`{command}`",
+    )
+
+
+def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
+    """Samples, scores and curves, of which there may be none."""
+    parts = []
+    records = _records(run)
+    if len(records) > 1:
+        parts.append(writer.figure("training", draw.training(records), "Loss and busiest expert while training"))
+    for name, caption in (
+        ("experts.png", "EMA samples, one row a class, and the expert of each token in the last step (middle layer)"),
+        ("grid.png", "EMA samples, one row a class"),
+    ):
+        if (run / "samples" / name).is_file():
+            parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
+            break
+    scores = _scores(run)
+    shown = page.figures(*parts) + (page.table(*scores) if scores else "")
+    return [("Training", shown)] if shown != page.figures() else []
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    path, records = run / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # being written
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
+    """RUN/metrics.json of launchers/evaluate.py as a table: a row a set of samples; None if there is no such file."""
+    try:
+        sets = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["sets"]
+        keys = [key for key, value in sets[0].items() if key.split("[")[0] in SCORES and value is not None]
+        rows = [[str(s["samples"]), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
+        return ["samples", *(key.replace("_", " ") for key in keys)], rows
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+
+
+def _layer_table(s: Summary) -> str:
+    """A row a number, a column a layer, and what the number means."""
+    keys = [key for key in COLUMNS if key in s.rows[0]]
+    rows = [[COLUMNS[k][0], *(number(row.get(k, math.nan)) for row in s.rows), COLUMNS[k][1]] for k in keys]
+    return page.table(["", *(f"block {int(row['block'])}" for row in s.rows), "meaning"], rows, words=True)
+
+
+def _use(writer: Writer, s: Summary) -> list[tuple[str, str]]:
+    o = s.observed
+    numbers = ("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(s))
+    explained = "What explains the choice of expert: 0 nothing, 1 decides it"
+    shown = page.figures(
+        writer.figure("load", draw.load(o), "Load of each expert, over all timesteps: 1 is even, 0 is dead"),
+        writer.figure("explained", draw.explained(s), explained),
+    )
+    for by in ("class", "timestep"):
+        cut = by == "class" and len(o.classes) > draw.MOST_CLASSES
+        more = f" (the {draw.MOST_CLASSES} most frequent)" if cut else ""
+        layers = [(i, o.blocks[i]) for i in draw.spread(len(o.blocks), draw.MOST_LAYERS)]
+        parts = [
+            writer.figure(f"use_by_{by}_block{block}", draw.use(o, i, by), f"Expert use by {by}{more}, block {block}")
+            for i, block in layers
+        ]
+        shown += page.figures(*parts)
+    return [numbers, ("Who uses which expert", shown)]
+
+
+def _where(writer: Writer, s: Summary) -> list[tuple[str, str]]:
+    o = s.observed
+    middle = o.blocks[o.middle]
+    by_time = writer.figure(
+        "maps_by_timestep", draw.maps(o, "timestep"), f"Expert of each token by timestep, block {middle}"
+    )
+    time = f"{o.plan.timesteps[o.plan.middle]:g}"
+    by_layer = writer.figure("maps_by_layer", draw.maps(o, "layer"), f"Expert of each token by layer, timestep {time}")
+    note = "A square is a token (a patch of the image), a colour an expert of that layer; white: no expert took it."
+    both = [by_time] if len(o.blocks) == 1 else [by_time, by_layer]
+    return [("Token maps", page.text(note) + page.figures(*both))]
+
+
+def _tokens(writer: Writer, s: Summary) -> list[tuple[str, str]]:
+    o = s.observed
+    place = (
+        f"{len(o.class_N)} tokens of block {o.blocks[o.middle]} at timestep {o.plan.timesteps[o.plan.middle]:g}, t-SNE"
+    )
+    kinds = [("cluster", "k-means cluster"), ("class", "class of the image")]
+    kinds = [("expert", "expert"), *kinds] if o.has_experts else kinds
+    parts = [
+        writer.figure(f"tsne_by_{by}", draw.scatter(s, by, f"by {name}"), f"Coloured by {name}: {place}")
+        for by, name in kinds
+    ]
+    note = (
+        "Tokens as the router sees them (Fig. 6 of the paper), or as they enter a dense block. Where experts are "
+        "specialised, the colours of the first figure form islands. Distances of t-SNE mean little; the ratios "
+        "inter/intra are taken in the full space."
+    )
+    numbers = "" if o.has_experts else _layer_table(s)
+    return [("Tokens", page.text(note) + page.figures(*parts) + numbers)]
+
+
+def _diversity(writer: Writer, s: Summary) -> list[tuple[str, str]]:
+    o = s.observed
+    if not o.has_experts:
+        return []
+    block = o.blocks[o.middle]
+    parts = []
+    if o.num_experts > 1:
+        parts += [
+            writer.figure("diversity", draw.diversity([s]), "Similarity of experts by layer (Fig. 1b); dotted: chance"),
+            writer.figure(
+                "similarity_out", draw.matrix(s.similar_out[o.middle], f"similarity, out, block {block}", 0, 1),
+                f"Subspaces that the experts of block {block} write",
+            ),
+        ]  # fmt: skip
+    if s.prototype_cos:
+        picture = draw.matrix(s.prototype_cos[o.middle], f"cosine of prototypes, block {block}", -1, 1)
+        parts.append(writer.figure("prototypes", picture, f"Prototypes (or centroids) of block {block}"))
+    note = (
+        "Subspace similarity (Hu et al. 2021, Sec. 7.2): of the top-k singular vectors of two experts' matrices, on "
+        "the side of the tokens: right ones of the first matrix, what an expert reads; left ones of the second, what "
+        "it writes. The hidden units of each expert have an order of their own and are not compared."
+    )
+    extra = (
+        ""
+        if s.prototype_cos
+        else page.text(f"The router `{o.config.moe.router.name}` has no prototypes.")
+        if o.config.moe
+        else ""
+    )
+    return [("Diversity", page.text(note) + extra + page.figures(*parts))]
+
+
+def _comparison(writer: Writer, summaries: Sequence[Summary]) -> tuple[str, str]:
+    heads, rows = table(summaries)
+    writer.files["comparison.csv"] = to_csv(
+        [{"run": s.observed.name} | _all_means(s, summaries) for s in summaries]
+    ).encode()
+    sparse = [s for s in summaries if s.observed.has_experts]
+    parts = []
+    if sparse:
+        parts.append(
+            writer.figure("compare_diversity", draw.diversity(sparse), "Similarity of experts by depth; dotted: chance")
+        )
+    for s in sparse:
+        o, slug = s.observed, _slug(s.observed.name)
+        parts.append(writer.figure(f"{slug}.tsne", draw.scatter(s, "expert", o.name), f"{o.name}: tokens by expert"))
+        parts.append(
+            writer.figure(f"{slug}.use", draw.use(o, o.middle, "class", o.name), f"{o.name}: experts by class")
+        )
+    note = "Means over the MoE layers; what the columns mean stands under Numbers. `comparison.csv` has all digits."
+    return "Comparison", page.text(note) + page.table(heads, rows) + page.figures(*parts)
+
+
+def _all_means(s: Summary, summaries: Sequence[Summary]) -> dict[str, float | str]:
+    means = s.means()
+    keys = [key for key in COLUMNS if any(key in other.rows[0] for other in summaries)]
+    return {key: means.get(key, "") for key in keys}

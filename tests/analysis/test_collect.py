@@ -1,0 +1,100 @@
+"""What is counted, against one forward at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from promoe_ds.analysis.collect import Plan, choose_images, observe, with_data
+from promoe_ds.analysis.summary import csv_files, summarise
+from promoe_ds.config import ConfigError, load_config
+from promoe_ds.data import build_dataset
+from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.models.dit import DiT
+from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.trace import top_expert, watching
+from promoe_ds.sampling import image_noise
+
+PLAN = Plan(images=10, timesteps=(200.0, 700.0, 900.0), tokens=50, maps=3, batch=4)
+OPTIONS = {"classification": ["moe.router.superclasses=digits", "moe.num_experts=4"]}
+
+
+def model_of(*overrides: str) -> DiT:
+    return materialize(build(load_config("tiny", overrides)), 0).eval()
+
+
+@pytest.mark.parametrize("router", ["promoe", "diffmoe"])
+def test_observe_counts_every_edge(router: str) -> None:
+    """One image, one timestep at a time: both routers choose for each token alone."""
+    model = model_of(f"moe.router={{name: {router}}}")
+    config = model.config
+    o = observe(model, config, 7, "x", PLAN)
+    count, position, nobody = np.zeros_like(o.count_LTCE), np.zeros_like(o.count_LSE), np.zeros(2, int)
+    maps, weight = np.zeros_like(o.map_LMTS), np.zeros(2)
+    dataset, objective = build_dataset(config), make_objective(config.diffusion)
+    for i, index in enumerate(choose_images(dataset, PLAN)):
+        z, label = dataset.get(np.array([index]))
+        for t, time in enumerate(PLAN.timesteps):
+            seen = []
+            noisy = objective.noised(z, image_noise(0, np.array([index]), (1, 8, 8), t), time)
+            with watching(model, lambda block, r, x, routing, seen=seen: seen.append(routing)), torch.no_grad():
+                model(*noisy, RoutingContext.build(label, 10, "cpu"))
+            for layer, routing in enumerate(seen):
+                for token, expert in zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True):
+                    count[layer, t, int(label), expert] += 1
+                    position[layer, token, expert] += 1
+                nobody[layer] += 16 - len(set(routing.token_N.tolist()))
+                weight[layer] += float(routing.weight_N.sum())
+                if i < 3:
+                    maps[layer, i, t] = top_expert(routing, 16)
+    assert (o.count_LTCE == count).all() and (o.count_LSE == position).all() and (o.nobody_L == nobody).all()
+    assert (o.map_LMTS == maps).all() and np.allclose(o.weight_L, weight, rtol=1e-4)
+    assert o.token_LND.shape == (2, 50, 32) and o.class_N.shape == (50,) and o.images == 10
+    assert o.pictures is not None and o.pictures.shape == (3, 8, 8, 1)
+
+
+def test_sampled_tokens_carry_their_own_expert_and_class() -> None:
+    """The nearest prototype of a sampled token is the expert that is said to have taken it."""
+    model = model_of()
+    o = observe(model, model.config, 0, "x", PLAN)
+    for layer in range(2):
+        x_ND, p_ED = (
+            a / np.linalg.norm(a, axis=1, keepdims=True) for a in (o.token_LND[layer], o.prototype_LED[layer])
+        )
+        assert ((x_ND @ p_ED.T).argmax(1) == o.expert_LN[layer]).all()
+    labels = build_dataset(model.config).get(choose_images(build_dataset(model.config), PLAN))[1].numpy()
+    assert set(o.class_N) <= set(labels)
+
+
+@pytest.mark.parametrize("router", [*sorted(set(ROUTERS) - {"hash"}), "dense"])
+def test_every_router_can_be_summarised(router: str) -> None:
+    model = model_of(*(["moe=null"] if router == "dense" else [f"moe.router.name={router}", *OPTIONS.get(router, [])]))
+    summary = summarise(observe(model, model.config, 0, router, PLAN))
+    means, files = summary.means(), csv_files(summary)
+    assert means["ratio_kmeans"] > 0
+    assert ("load_max" in means) == ("similar_out" in means) == ("use_by_class.csv" in files) == (router != "dense")
+    assert ("prototype_cos" in means) == ("prototypes.csv" in files) == (router in ("promoe", "promoe_ec", "kmeans"))
+    if router == "uniform":
+        assert means["load_max"] < 1.2 and means["dead"] == 0
+    if router == "expert_choice":
+        assert means["load_max"] == 1 and means["by_class"] < 1e-12
+    assert files["layers.csv"].count("\n") == len(summary.rows) + 1
+
+
+def test_ddpm_is_shown_what_it_was_trained_on() -> None:
+    config = load_config("digits_ddpm")
+    z, eps = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    x, t_B = make_objective(config.diffusion).noised(z, eps, 1000.0)
+    assert torch.allclose(x, eps, atol=0.05) and 990 < t_B[0] <= 1000 and t_B.dtype == torch.float32
+    x, t_B = make_objective(config.diffusion).noised(z, eps, 0.0)
+    assert torch.allclose(x, z, atol=0.1) and t_B[0] < 10
+
+
+def test_digits_have_no_path() -> None:
+    with pytest.raises(ConfigError, match="--data=x: the model was trained on the embedded digits; leave it out"):
+        with_data(load_config("tiny"), "x")
+    config = load_config("tiny", ["data={name: images, path: a}"])
+    assert with_data(config, "b").data.path == "b" and with_data(config, None).data.path == "a"
