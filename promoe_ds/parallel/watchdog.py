@@ -2,8 +2,9 @@
 
 Rank 0 keeps a TCP connection with every other rank, beside the collectives. A process that dies closes its connection
 at once; the kernel's keep-alive notices a lost machine; a process that is stopped or out of reach misses its beats. A
-watchdog that stood still itself (the job was suspended) forgives the beats that it cannot have heard. A rank that fails says why before it leaves. Rank 0 waits a moment for related news, since a failure makes the collectives
-of other ranks fail too, tells the likely cause, and every rank leaves with the same exit code.
+watchdog that stood still itself (the job was suspended) forgives the beats that it cannot have heard. A rank that fails
+says why before it leaves. Rank 0 waits a moment for related news, since a failure makes the collectives of other ranks
+fail too, tells the likely cause, and every rank leaves with the same exit code.
 
 Messages are lines of JSON, [kind, ...]: hello (token, rank, what to call it), beat, failed (text, code), bye, and from
 rank 0 beat, bye and verdict (code).
