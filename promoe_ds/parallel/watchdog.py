@@ -2,8 +2,9 @@
 
 Rank 0 keeps a TCP connection with every other rank, beside the collectives. A process that dies closes its connection
 at once; the kernel's keep-alive notices a lost machine; a process that is stopped or out of reach misses its beats. A
-rank that fails says why before it leaves. Rank 0 waits a moment for related news, since a failure makes the collectives
-of other ranks fail too, tells the likely cause, and every rank leaves with the same exit code.
+watchdog that stood still itself (the job was suspended) forgives the beats that it cannot have heard. A rank that fails
+says why before it leaves. Rank 0 waits a moment for related news, since a failure makes the collectives of other ranks
+fail too, tells the likely cause, and every rank leaves with the same exit code.
 
 Messages are lines of JSON, [kind, ...]: hello (token, rank, what to call it), beat, failed (text, code), bye, and from
 rank 0 beat, bye and verdict (code).
@@ -130,8 +131,9 @@ class Watchdog:
         leave: Callable[[int, str], Any] = _leave,
     ):
         self.rank, self.world, self.timeout, self.speaker, self.leave = rank, world, timeout, speaker, leave
-        self.beat = min(BEAT_SECONDS, timeout / 3)
+        self.beat = min(BEAT_SECONDS, timeout / 4)
         self.closing, self.since, self.next_beat = threading.Event(), 0.0, 0.0
+        self.last_pass = time.monotonic()
         self.wake, self.woken = socket.socketpair()
         self.news: list[Trouble] = []
         self.server = _listen() if rank == 0 else None
@@ -184,6 +186,15 @@ class Watchdog:
     def _until_beat(self) -> float:
         return max(0.0, self.next_beat - time.monotonic())
 
+    def _stood_still(self, now: float) -> bool:
+        """Whether this thread itself was away since the last call: a pass of its loop takes a beat at most.
+
+        If it was (SIGSTOP, a suspended job or machine), silence proves nothing about the others. Two beats of absence
+        that go unnoticed, and a beat that was due, stay below the timeout of four.
+        """
+        gap, self.last_pass = now - self.last_pass, now
+        return gap > 2 * self.beat
+
     def _run(self) -> None:
         if self.server:
             self._watch_all(self.server)
@@ -210,7 +221,10 @@ class Watchdog:
                             return
                     if messages is None:
                         return self._hub_is_gone("died without a word (killed, out of memory, or its machine is lost)")
-                if time.monotonic() - hub.heard > self.timeout:
+                now = time.monotonic()
+                if self._stood_still(now):
+                    hub.heard = now
+                if now - hub.heard > self.timeout:
                     return self._hub_is_gone(f"has not been heard of for {self.timeout:.0f} s")
             hub.send("bye")
 
@@ -227,7 +241,10 @@ class Watchdog:
                 for key, _ in selector.select(self._until_beat() if not self.news else SETTLE_SECONDS / 10):
                     self._serve(key, selector, peers)
                 now, due = time.monotonic(), self._beat_is_due()
+                stood_still = self._stood_still(now)
                 for peer in peers.values():
+                    if stood_still:
+                        peer.heard = now
                     if due:
                         peer.send("beat")
                     if now - peer.heard > self.timeout:

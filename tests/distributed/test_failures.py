@@ -8,6 +8,9 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from benchmarks import chaos
 from promoe_ds.train import checkpoint
 from tests.launch import ROOT
@@ -47,7 +50,7 @@ def test_signals_lose_no_step(tmp_path: Path) -> None:
     end = second.step() + 2
     with chaos.job([*COMMON, "--run", str(run), f"train.steps={end}"], 2, tmp_path / "4") as job:
         assert job.wait() == [0, 0], job.output()
-    assert not marker.exists() and list(chaos.losses(run)) == list(range(1, end + 1))
+    assert not marker.exists() and [step for step, _ in chaos.log(run)] == list(range(1, end + 1))
 
 
 def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> None:
@@ -89,6 +92,53 @@ def test_an_error_of_one_rank_ends_the_others_by_name(tmp_path: Path) -> None:
 
 def test_chaos(tmp_path: Path) -> None:
     """Four kills; benchmarks/results/chaos.md has twenty."""
-    run = chaos.Chaos(kills=4, seed=38, folder=tmp_path, max_world=2)
-    deviation = run.measure()
-    assert not run.faults(deviation)
+    run = chaos.Chaos(kills=4, seed=5211, folder=tmp_path, max_world=2)
+    assert [str(strike.blow) for strike in run.strikes] == [
+        *("SIGKILL to one rank during a save", "SIGKILL to one rank"),
+        *("SIGUSR2 to one rank", "SIGUSR2 to all ranks while starting"),
+    ]
+    run.measure()
+    assert not run.faults()
+    assert [s.connected and len(s.told) for s in run.strikes[:2]] == [1, 1], "the dead rank was named, and that counted"
+
+
+KILLED = {"codes": [1, -9], "connected": True, "told": ["rank 1 (node, pid 5) died without a word (killed)"]}
+WRONG = [  # blow, what came of it, the fault
+    ((signal.SIGKILL, False, "step"), {"codes": [0, -9]}, "as if nothing had happened"),
+    ((signal.SIGKILL, False, "step"), {"told": []}, "not one message that names rank 1"),
+    ((signal.SIGKILL, False, "step"), {"told": KILLED["told"] * 2}, "not one message"),
+    ((signal.SIGKILL, False, "step"), {"told": ["rank 0 died without a word"]}, "not one message"),
+    ((signal.SIGKILL, False, "step"), {"repeated": -1}, "-1 steps repeated"),
+    ((signal.SIGKILL, False, "step"), {"repeated": 11}, "11 steps repeated"),
+    ((signal.SIGKILL, False, "step"), {"marker": True, "start": 5}, "a marker after kill -9"),
+    ((signal.SIGKILL, False, "save"), {}, "the blow missed the save"),
+    ((signal.SIGTERM, False, "step"), {"codes": [85, 85]}, "not every rank ended with 85"),
+    ((signal.SIGTERM, False, "step"), {"codes": [85, 1], "marker": True}, "not every rank ended with 85"),
+    ((signal.SIGTERM, False, "step"), {"codes": [85, 85], "marker": True, "repeated": 1}, "not every rank"),
+]
+
+
+def test_chaos_finds_what_was_promised_and_did_not_hold() -> None:
+    for how, changed, fault in WRONG:
+        found = list(chaos.Strike(chaos.Blow(*how), (2, 1, 0), [1], 1, 0.0, **(KILLED | changed)).faults())
+        assert len(found) == 1 and fault in found[0], (how, changed, found)
+    kill = chaos.Blow(signal.SIGKILL, False, "start")
+    assert not list(chaos.Strike(kill, (2, 1, 0), [1], 1, 0.0, **KILLED).faults())
+    assert not list(chaos.Strike(kill, (2, 1, 0), [1], 1, 0.0, codes=[1, -9]).faults()), (
+        "not connected: no name is known"
+    )
+
+
+def test_chaos_compares_logs_and_weights(tmp_path: Path) -> None:
+    run = chaos.Chaos(kills=1, seed=0, folder=tmp_path, max_world=1)
+    for name, steps, weight in (("calm", [1, 2, 3, 4], 1.0), ("run", [1, 3, 3], 1.001)):
+        folder = checkpoint.folder(tmp_path / name, run.steps)
+        folder.mkdir(parents=True)
+        save_file({"w": torch.tensor([0.0, weight])}, folder / checkpoint.EMA)
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": {weight}}}\n' for s in steps))
+    run.compare()
+    run.strikes[0].codes, run.strikes[0].half_written = [-9], True
+    assert run.lost == 2 and run.disordered and abs(run.ema_deviation - 1e-3) < 1e-6
+    assert run.faults() == [
+        *("a loss deviates by inf", "an EMA weight deviates by 1.0e-03", "2 steps are lost, steps are logged twice")
+    ]

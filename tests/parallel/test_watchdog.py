@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -101,6 +104,43 @@ def test_a_rank_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 send = watchdog.Peer.send
 
+RANK = """
+import sys, time
+from promoe_ds.parallel.watchdog import Watchdog
+def share(address):  # over the pipes to the test
+    if address:
+        print(*address, flush=True)
+        return address
+    port, token = sys.stdin.readline().split()
+    return int(port), token
+Watchdog(rank := int(sys.argv[1]), 2, share, "127.0.0.1", 2.0)
+print("watched", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_job_that_was_suspended_goes_on_and_is_watched_as_before() -> None:
+    """Real processes, stopped for longer than the timeout: nobody is missing. Then one stays stopped."""
+    pipes: dict[str, Any] = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank)], **pipes) for rank in (0, 1)]
+    try:
+        ranks[1].stdin.write(ranks[0].stdout.readline())  # type: ignore[union-attr]
+        ranks[1].stdin.flush()  # type: ignore[union-attr]
+        assert all(rank.stdout.readline() == "watched\n" for rank in ranks)  # type: ignore[union-attr]
+        time.sleep(0.5)
+        for number, seconds in ((signal.SIGSTOP, 2.5), (signal.SIGCONT, 1.8)):
+            for rank in ranks:
+                rank.send_signal(number)
+            time.sleep(seconds)
+        assert [rank.poll() for rank in ranks] == [None, None]
+        ranks[1].send_signal(signal.SIGSTOP)
+        _, text = ranks[0].communicate(timeout=30)
+        assert ranks[0].returncode == 1 and text.startswith("error: rank 1 (") and "heard of for 2 s" in text
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
 
 def test_beats_keep_ranks_alive_and_farewells_are_no_deaths() -> None:
     team = Team(3, timeout=0.6)
@@ -116,7 +156,7 @@ def test_a_beat_is_not_answered_by_a_beat(monkeypatch: pytest.MonkeyPatch) -> No
     """Else the two sides answer each other without end, thousands of times a second."""
     sent: list[Any] = []
     monkeypatch.setattr(watchdog.Peer, "send", lambda peer, *message: (sent.append(message), send(peer, *message)))
-    team = Team(3, timeout=3.0)  # a beat a second
+    team = Team(3, timeout=4.0)  # a beat a second
     time.sleep(1.5)
     in_threads(*(dog.close for dog in team.dogs))
     beats = sent.count(("beat",))
