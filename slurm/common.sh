@@ -15,6 +15,7 @@ source slurm/env.sh
 read -ra python <<<"${WRAP:-} ${PYTHON:-python} -u"
 gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}       # as asked for: 8, h100:8; --exclusive gives all there are
 TASKS_PER_NODE=${TASKS_PER_NODE:-${gpus##*:}}              # a rank a GPU
+[[ $TASKS_PER_NODE =~ ^[1-9][0-9]*$ ]] || fail 2 "TASKS_PER_NODE=$TASKS_PER_NODE: is not a number of ranks; without GPUs set it, and DEVICE=cpu"
 MIN_NODES=${MIN_NODES:-$SLURM_JOB_NUM_NODES}               # with --nodes=MIN-MAX: use fewer if the numbers do not divide
 MAX_STARTS=${MAX_STARTS:-3}                                # starts in a row that save nothing
 ON_STOP=${ON_STOP:-requeue}                                # or: continue (exit 0), stop (exit 85), for jobs in a chain
@@ -25,14 +26,11 @@ pid='' asked='' began=0 code=0
 
 ranks() { echo $((NODES * TASKS_PER_NODE)); }
 
-# --dry-run on the first node: a mistake ends the job in seconds, with its one line and exit code 2.
+# --dry-run on the first node: a mistake ends the job in seconds, with its one line and exit code 2. Sets `plan` to what
+# the dry run printed.
 check() { # COMMAND...
-    local message
-    message=$("${python[@]}" "$@" --dry-run 2>&1 >/dev/null) || {
-        code=$?
-        echo "$message" >&2
-        exit "$code"
-    }
+    # shellcheck disable=SC2034 # for the script
+    plan=$("${python[@]}" "$@" --dry-run) || exit $?
 }
 
 # Sets NODES to the most of the allocated nodes that the run can use, fewer than all only down to MIN_NODES: 3 nodes of 8
