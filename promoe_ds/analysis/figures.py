@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from promoe_ds.analysis.collect import Observed
 from promoe_ds.analysis.summary import Summary
@@ -52,6 +53,7 @@ def training(records: Sequence[Mapping[str, Any]]) -> bytes:
         top.plot([r["step"] for r in kept], [r["loss/diffusion"] for r in kept], color="#1f77b4")
         top.set(ylabel="diffusion loss", yscale="log")
         top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         top.yaxis.set_minor_formatter("{x:g}")
         bottom.plot(
             [r["step"] for r in records], [r.get("load_max_over_mean", np.nan) for r in records], color="#d62728"

@@ -21,11 +21,11 @@ figure { margin: 8px 0; max-width: 100% } figure img { max-width: min(100%, 548p
 figure img.wide { max-width: min(100%, 820px) }
 figcaption { font-size: .85rem; color: #4a5260; max-width: 60ch }
 .table { overflow-x: auto; margin: 8px 0 }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 9px; text-align: right; border-bottom: 1px solid #e3e6eb; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 th { border-bottom: 2px solid #9aa3b0; vertical-align: bottom }
-td.words { text-align: left; color: #4a5260; white-space: normal; min-width: 260px }
+td.words, th.words { text-align: left; color: #4a5260; white-space: normal; min-width: 220px }
 """
 
 
@@ -45,7 +45,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: bool = Fal
 
     def cells(tag: str, values: Sequence[str]) -> str:
         last = len(values) - 1
-        kinds = [' class="words"' if words and tag == "td" and i == last else "" for i in range(len(values))]
+        kinds = [' class="words"' if words and i == last else "" for i in range(len(values))]
         return "".join(f"<{tag}{kind}>{html.escape(v)}</{tag}>" for kind, v in zip(kinds, values, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)

@@ -137,10 +137,16 @@ def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
     try:
         sets = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["sets"]
         keys = [key for key, value in sets[0].items() if key.split("[")[0] in SCORES and value is not None]
-        rows = [[str(s["samples"]), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
+        rows = [[_short(str(s["samples"])), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
         return ["samples", *(key.replace("_", " ") for key in keys)], rows
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
+
+
+def _short(samples: str) -> str:
+    """runs/digits/samples/cfg1.0/samples.npz is cfg1.0."""
+    path = Path(samples)
+    return path.parent.name if path.name == "samples.npz" else path.name
 
 
 def _layer_table(s: Summary) -> str:
