@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.dispatch import ExpertRows
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -59,7 +60,7 @@ class StackedExperts(nn.Module):
         device = rows.x_ND.device.type
         dtype = self.compute_dtype(device)
         x_ND, w1, w2, w3 = (t.to(dtype) for t in (rows.x_ND, self.w1, self.w2, self.w3))
-        b1_EF, b2_ED = w3[:, 0].split([self.hidden, self.width], dim=1)
+        b1_EF, b2_ED = w3.squeeze(1).split([self.hidden, self.width], dim=1)
         with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours
             compute = _loop if self.backend == "loop" else _grouped
             return compute(x_ND, rows, w1, b1_EF, w2, b2_ED)
@@ -77,7 +78,7 @@ def _loop(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor,
 def _grouped(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
     # The bias of each row's expert as a product with the 0/1 membership matrix: fused into the add, and its gradient
     # is a small GEMM instead of a scatter with N-fold contention.
-    member_NE = (rows.expert_N[:, None] == torch.arange(len(w1), device=x_ND.device)).to(x_ND.dtype)
+    member_NE = unit_rows(len(w1), x_ND.dtype, x_ND.device).index_select(0, rows.expert_N)
     h_NF = torch.addmm(_grouped_mm(x_ND, w1.transpose(1, 2), offs=rows.end_E), member_NE, b1_EF)
     h_NF = F.gelu(h_NF, approximate="tanh")
     return torch.addmm(_grouped_mm(h_NF, w2.transpose(1, 2), offs=rows.end_E), member_NE, b2_ED)
