@@ -34,7 +34,7 @@ class RoutedExperts(nn.Module):
         self.experts = StackedExperts(num_experts, width, hidden, backend)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Tokens and edges -> (weighted sum over each token's experts [T, D], edges up to each expert [E] int32: `segment_ends`)."""
+        """Tokens and edges -> (weighted sum over each token's experts [T, D], `segment_ends` of edges [E] int32)."""
         x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
         return self.dispatcher.combine(self.experts(rows), plan), plan.end_E

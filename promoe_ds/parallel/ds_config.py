@@ -395,6 +395,9 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
     _check_zero(file, zero, config.parallel.expert_parallel)
     offload = _check_offload(file, zero, stage, config.parallel.expert_parallel)
     _check_precision(file, config, stage)
+    if config.train.compile and stage == 3:
+        conflict = f"ZeRO stage 3 ({file}) gathers weights module by module, which a compiled graph cannot see"
+        reject("train.compile", "true", conflict, "use a lower stage, or train.compile=false")
     owned = _owned(config, world, stage)
     _check_owned(file, tree, owned, config)
     return ResolvedDS({**tree, **owned, "zero_optimization": {**zero, "stage": stage}}, stage, offload)

@@ -26,8 +26,10 @@ from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.models.compiled import compile_dense_parts
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.experts import check_backend
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
@@ -41,6 +43,7 @@ from promoe_ds.train.checkpoint import claim
 from promoe_ds.train.initial import InitialWeights
 from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
+from promoe_ds.train.profiling import StepProfiler
 from promoe_ds.train.saving import Saver, ema_state_dict
 
 DONE, USER_ERROR, RESUMABLE = 0, 2, 85
@@ -91,6 +94,7 @@ class Trainer:
             signals.remove_marker(run)
         self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
         check_deepspeed_values(ds)
+        check_backend(config, topology.device.type)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
         found = checkpoint.find_whole(run, self.ranks)
         if found:
@@ -108,6 +112,7 @@ class Trainer:
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
         self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
+        self.profiler = self._profiler()
         self.skips_in_a_row = 0
         self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
 
@@ -156,6 +161,8 @@ class Trainer:
             resuming.load_weights(source, trained, lambda p, full: local_part(p, full, topology))
             resuming.load_fixed(source, untrained | dict(model.named_buffers()))
         self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
+        if self.config.train.compile:
+            compile_dense_parts(model)
         engine = Engine(model, self.config, ds, topology)
         if reader:
             resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
@@ -175,7 +182,7 @@ class Trainer:
         with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
             while self.step < cfg.steps:
                 try:
-                    record = self._train_step(self._next(stream))
+                    record = self._profiled_step(self._next(stream))
                 except TrainingStopped:  # on every rank alike: a checkpoint under way is completed first
                     self.saver.finish(tolerant=True)
                     raise
@@ -215,17 +222,37 @@ class Trainer:
         except ConfigError as error:
             raise RankFailed(f"rank {self.topology.rank}: {error}") from error
 
+    def _profiler(self) -> StepProfiler | None:
+        text = self.config.train.profile
+        if text is None or self.topology.rank:
+            return None
+        return StepProfiler(text, self.run_folder, self.topology.device, self._say)
+
+    def _profiled_step(self, batches: list[Batch]) -> dict[str, Any]:
+        if self.profiler is None:
+            return self._train_step(batches)
+        self.profiler.before(self.step + 1)
+        record = self._train_step(batches)
+        self._paused(self.profiler.after, self.step)
+        return record
+
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step; returns the losses, gradient norm, expert load and whether to stop."""
         totals, load_LE = self._accumulate(batches)
         mine = totals.clone()
         totals[-1] = float(signals.requested() is not None)  # every rank learns of it with the losses of the step
-        *losses, stop = (sum_over_ranks(totals) / self.topology.world).tolist()
+        with self._part("optimizer"):
+            clipped = self.engine.clip()
+        sums = sum_over_ranks(totals) / self.topology.world
+        if clipped is None:
+            (*losses, stop), read = sums.tolist(), None
+        else:  # stage 0: the norm comes with the losses, in the one host read of the step
+            *losses, stop, read = torch.cat([sums, clipped.view(1)]).tolist()
         record = dict(zip(self.terms, losses, strict=True)) | {"load": load_LE, "stop": stop > 0, "skipped": None}
         norm = math.nan
         if all(map(math.isfinite, losses)):
             with self._part("optimizer"):
-                norm = self.engine.step()
+                norm = self.engine.step(read)
         else:
             self.engine.drop()
         self.step += 1
@@ -257,7 +284,7 @@ class Trainer:
         Raises:
             TrainingStopped: unless `train.on_nonfinite` is skip; on every rank alike.
         """
-        with nonfinite.Probe(self.model) as probe:
+        with torch.compiler.set_stance("force_eager"), nonfinite.Probe(self.model) as probe:
             probe.data(batch.x_BCHW for batch in batches)
             self._accumulate(batches)
         self.engine.drop()
@@ -370,6 +397,8 @@ class Trainer:
             print(text, flush=True)
 
     def close(self) -> None:
+        if self.profiler:
+            self.profiler.close(self.step)
         if self.log:
             self.log.close()
         if self.lock:
