@@ -1,5 +1,6 @@
 # make setup   a virtual environment in .venv with everything
 # make demo    train, sample and score ProMoE on real digits: 2 processes, experts sharded over both, ZeRO-2
+# make bench-gpu   the speed table on one GPU in 8 minutes, no network; run again to go on
 # make test    lint is separate: make lint
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ RUN ?= runs/digits
 BIN := $(VENV)/bin
 export DS_BUILD_OPS = 0
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test bench-gpu lint clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -24,6 +25,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench-gpu:
+	@$(BIN)/python -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make bench-gpu needs a CUDA GPU")'
+	$(BIN)/python benchmarks/throughput.py --minutes 7
 
 lint: setup
 	$(BIN)/ruff check .

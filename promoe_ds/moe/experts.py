@@ -102,7 +102,6 @@ def backend_problem(backend: str, device: str) -> str | None:
         return f"needs a CUDA device, this is {device}"
     try:
         importlib.import_module("grouped_gemm.ops")
-        importlib.import_module("megablocks")
     except Exception as error:  # compiled parts fail to load in many ways
         return f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None

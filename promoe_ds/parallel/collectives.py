@@ -1,7 +1,7 @@
 """Differentiable collectives. They go through `deepspeed.comm`, so DeepSpeed's communication logger sees them.
 
-Those of the forward pass are operators of their own, `promoe_ds::...`, which write to none of their arguments: selective
-activation checkpointing (`models/recompute.py`) keeps their results instead of communicating again.
+Those of the forward pass are operators of their own, `promoe_ds::...`, which write to none of their arguments:
+selective activation checkpointing (`models/recompute.py`) keeps their results instead of communicating again.
 """
 
 from __future__ import annotations
