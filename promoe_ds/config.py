@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
-from promoe_ds.objective_config import DiffusionConfig, GuidanceConfig
+from promoe_ds.objective_config import DiffusionConfig, GuidanceConfig, SampleConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -173,21 +173,6 @@ class TrainConfig:
     """a loss or gradient norm that is not finite: end the run, or make no update in that step (10 in a row end it)"""
     sample_every: int = 0
     """steps between EMA sample grids; 0 draws one at the end only"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Defaults of the sample grids drawn while training."""
-
-    steps: int | str = 250
-    """solver steps; DDPM also takes ADM's notation of respacing, such as "10,15,20" or ddim50"""
-    cfg: float = 1.5
-    """classifier-free guidance scale; at <= 1 one conditional forward a step"""
-    per_class: int = 8
-    """columns of the grid"""
-    classes: int = 10
-    """rows of the grid: the first classes"""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config import Config
-from promoe_ds.models import recompute
 from promoe_ds.models.layers import Attention, Mlp, Modulation, TimestepEmbedder, layer_norm, modulate
+from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
@@ -126,7 +126,7 @@ class DiT(nn.Module):
         aux: dict[str, Tensor] = {}
         loads: list[Tensor] = []
         for block in self.blocks:
-            x_BSD, terms, end_E = recompute.run(block, self.config.train.activation_checkpointing, x_BSD, c_BD, ctx)
+            x_BSD, terms, end_E = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, ctx)
             for name, value in terms.items():
                 aux[name] = aux[name] + value if name in aux else value
             if end_E is not None:

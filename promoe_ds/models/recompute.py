@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-KEPT = frozenset({"topk", "sort"})
+KEPT_OPERATORS = frozenset({"topk", "sort"})
 """operators of a choice"""
-OWN = "promoe_ds"
+OWN_OPERATORS = "promoe_ds"
 """namespace of the operators that communicate (`parallel/collectives.py`)"""
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     namespace, _, name = op.name().partition("::")
     name = name.partition(".")[0]
-    keep = namespace == OWN or name in KEPT or name.startswith("_scaled_dot_product")
+    keep = namespace == OWN_OPERATORS or name in KEPT_OPERATORS or name.startswith("_scaled_dot_product")
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run(block: Callable[..., Any], mode: str | bool, *args: Any) -> Any:
+def recomputed(block: Callable[..., Any], mode: str | bool, *args: Any) -> Any:
     """`block(*args)` under `train.activation_checkpointing` = mode."""
     if mode in (False, "none") or not torch.is_grad_enabled():
         return block(*args)

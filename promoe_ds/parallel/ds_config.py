@@ -355,12 +355,9 @@ def _check_owned(file: str, tree: dict[str, Any], owned: dict[str, Any], config:
 def _check_precision(file: str, config: Config, stage: int) -> None:
     if config.train.precision == "bf16" and stage == 0:
         # DeepSpeed's unfused 16-bit optimizer, taken at stage 0, leaves expert gradients out of its norm (#8613).
-        reject(
-            "train.precision",
-            "bf16",
-            f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights",
-            "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast",
-        )
+        conflict = f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights"
+        way_out = "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast"
+        reject("train.precision", "bf16", conflict, way_out)
 
 
 def find(name_or_path: str) -> str:

@@ -21,11 +21,15 @@ ROWS = 40
 class StepProfiler:
     """Call `before(step)` and `after(step)` around each step, 1-based; it acts on the steps asked for alone."""
 
-    def __init__(self, text: str, run: Path, device: torch.device, say: Callable[[str], None]):
+    def __init__(self, text: str | None, run: Path, device: torch.device, say: Callable[[str], None]):
         self.folder, self.say = run / "profile", say
-        self.first, self.last = map(int, text.split(":"))  # checked by validate
+        self.first, self.last = map(int, (text or "0:0").split(":"))  # checked by validate; None: no step
         self.cuda = device.type == "cuda"
         self.profiler: Any = None
+
+    @property
+    def active(self) -> bool:
+        return self.profiler is not None
 
     def before(self, step: int) -> None:
         if self.first <= step <= self.last and self.profiler is None:

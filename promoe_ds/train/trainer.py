@@ -112,7 +112,7 @@ class Trainer:
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
         self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
-        self.profiler = self._profiler()
+        self.profiler = StepProfiler(None if topology.rank else config.train.profile, run, topology.device, self._say)
         self.skips_in_a_row = 0
         self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
 
@@ -182,10 +182,13 @@ class Trainer:
         with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
             while self.step < cfg.steps:
                 try:
-                    record = self._profiled_step(self._next(stream))
+                    self.profiler.before(self.step + 1)
+                    record = self._train_step(self._next(stream))
                 except TrainingStopped:  # on every rank alike: a checkpoint under way is completed first
                     self.saver.finish(tolerant=True)
                     raise
+                if self.profiler.active:
+                    self._paused(self.profiler.after, self.step)
                 if self.saver.job:
                     self._paused(self.saver.poll)
                 if self.step % cfg.log_every == 0 or self.step in (1, cfg.steps) or record["skipped"]:
@@ -221,20 +224,6 @@ class Trainer:
             return next(stream)
         except ConfigError as error:
             raise RankFailed(f"rank {self.topology.rank}: {error}") from error
-
-    def _profiler(self) -> StepProfiler | None:
-        text = self.config.train.profile
-        if text is None or self.topology.rank:
-            return None
-        return StepProfiler(text, self.run_folder, self.topology.device, self._say)
-
-    def _profiled_step(self, batches: list[Batch]) -> dict[str, Any]:
-        if self.profiler is None:
-            return self._train_step(batches)
-        self.profiler.before(self.step + 1)
-        record = self._train_step(batches)
-        self._paused(self.profiler.after, self.step)
-        return record
 
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step; returns the losses, gradient norm, expert load and whether to stop."""
@@ -397,8 +386,7 @@ class Trainer:
             print(text, flush=True)
 
     def close(self) -> None:
-        if self.profiler:
-            self.profiler.close(self.step)
+        self.profiler.close(self.step)
         if self.log:
             self.log.close()
         if self.lock:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import decode
-from promoe_ds.models import recompute
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.collectives import all_reduce_sum
@@ -76,7 +76,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", reduce)
     x = x[ctx.order_B].requires_grad_()
-    out, aux, _ = recompute.run(layer, mode, x, ctx)
+    out, aux, _ = recomputed(layer, mode, x, ctx)
     probe = torch.linspace(-1, 1, S * D).view(1, S, D)
     ((out * probe).sum() + contrastive * aux["routing_contrastive"]).backward()
     assert x.grad is not None
