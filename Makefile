@@ -1,5 +1,6 @@
 # make setup   a virtual environment in .venv with everything
 # make demo    train, sample, score and look into ProMoE on real digits: 2 processes, experts sharded over both, ZeRO-2
+# make bench-gpu   the speed table on one GPU in 8 minutes, no network; run again to go on
 # make test    lint is separate: make lint
 # make test-slurm   the batch scripts on a real Slurm of two emulated nodes; needs root and Debian's Slurm
 PYTHON ?= python3
@@ -8,7 +9,7 @@ RUN ?= runs/digits
 BIN := $(VENV)/bin
 export DS_BUILD_OPS = 0
 
-.PHONY: setup demo test test-slurm lint clean
+.PHONY: setup demo test test-slurm bench-gpu lint clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -30,6 +31,10 @@ test: setup
 
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm -s tests/slurm
+
+bench-gpu:
+	@$(BIN)/python -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make bench-gpu needs a CUDA GPU")'
+	$(BIN)/python benchmarks/throughput.py --minutes 7
 
 lint: setup
 	$(BIN)/ruff check .

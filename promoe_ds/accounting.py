@@ -237,15 +237,19 @@ def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> 
 def activation_bytes(config: Config, images: int) -> float:
     """Estimate of what autograd keeps for the backward pass of `images` images on one rank, balanced load.
 
-    With activation checkpointing: each block's input, plus everything of one block.
+    With activation checkpointing: each block's input, plus everything of one block; `selective` also keeps attention's
+    output and, counted as if all came from other ranks, the rows of the experts before and after.
     """
     wide = 2 if config.train.precision == "bf16" else 4
     narrow = 4 if config.train.precision == "fp32" else 2
     m, moe_layers = config.model, set(config.moe_layers())
     blocks = [_block_activations(config, i in moe_layers, wide, narrow) for i in range(m.depth)]
     per_token = 2 * wide * m.width + narrow * m.width  # the final layer
-    if config.train.activation_checkpointing:
+    if config.train.activation_checkpointing not in (False, "none"):
         per_token += m.depth * wide * m.width + max(blocks)
+        if config.train.activation_checkpointing == "selective":
+            sharded = len(moe_layers) if config.parallel.expert_parallel > 1 else 0
+            per_token += narrow * m.width * (m.depth + 2 * experts_per_token(config) * sharded)
     else:
         per_token += sum(blocks)
     return images * m.tokens * per_token

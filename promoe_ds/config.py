@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
-from promoe_ds.objective_config import DiffusionConfig, GuidanceConfig
+from promoe_ds.objective_config import DiffusionConfig, GuidanceConfig, SampleConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -99,7 +99,7 @@ class MoEConfig:
     """F over D, hidden width of one expert"""
     conditional: bool = True
     """conditional routing (Sec. 4.1): null-label images bypass the router"""
-    experts_backend: Literal["loop", "grouped_mm"] = "grouped_mm"
+    experts_backend: Literal["loop", "grouped_mm", "megablocks"] = "grouped_mm"
     router: RouterConfig = field(default_factory=_default_router)
 
 
@@ -154,8 +154,13 @@ class TrainConfig:
     """images a rank a forward; null means global_batch_size / world size (no accumulation)"""
     precision: Literal["fp32", "bf16_autocast", "bf16"] = "bf16_autocast"
     """fp32; fp32 weights under bf16 autocast; bf16 weights with fp32 masters in ZeRO"""
-    activation_checkpointing: bool = False
-    """recompute every block in the backward pass"""
+    activation_checkpointing: Literal["none", "block", "selective", False, True] = "none"
+    """recomputed in the backward pass: nothing, each block, or each block but choices of experts, attention and what
+    other ranks sent; false and true mean none and block"""
+    compile: bool = False
+    """torch.compile of the dense parts of each block"""
+    profile: str | None = None
+    """A:B, the steps of which rank 0 writes a trace and a table of costs"""
     log_every: int = 100
     checkpoint_every: int = 5000
     keep_last: int = 2
@@ -168,21 +173,6 @@ class TrainConfig:
     """a loss or gradient norm that is not finite: end the run, or make no update in that step (10 in a row end it)"""
     sample_every: int = 0
     """steps between EMA sample grids; 0 draws one at the end only"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Defaults of the sample grids drawn while training."""
-
-    steps: int | str = 250
-    """solver steps; DDPM also takes ADM's notation of respacing, such as "10,15,20" or ddim50"""
-    cfg: float = 1.5
-    """classifier-free guidance scale; at <= 1 one conditional forward a step"""
-    per_class: int = 8
-    """columns of the grid"""
-    classes: int = 10
-    """rows of the grid: the first classes"""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +357,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         reject("override", repr(text), "is not section.key=value", "write for example train.steps=1000")
     try:
-        value = yaml.safe_load(raw)
+        value = raw if key == "train.profile" else yaml.safe_load(raw)  # YAML 1.1 reads 2:5 as 125
     except yaml.YAMLError:
         value = raw
     *parents, leaf = key.split(".")

@@ -45,3 +45,18 @@ class GuidanceConfig:
 
     channels: Channels = "all"
     """all, or 3: guide the first three channels only, as DiT and DiffMoE sample their DDPM models"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Defaults of the sample grids drawn while training."""
+
+    steps: int | str = 250
+    """solver steps; DDPM also takes ADM's notation of respacing, such as "10,15,20" or ddim50"""
+    cfg: float = 1.5
+    """classifier-free guidance scale; at <= 1 one conditional forward a step"""
+    per_class: int = 8
+    """columns of the grid"""
+    classes: int = 10
+    """rows of the grid: the first classes"""
+    seed: int = 0

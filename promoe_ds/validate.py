@@ -52,11 +52,11 @@ def _whole_hidden(path: str, ratio: float, width: int) -> None:
 def _aligned(config: Config) -> None:
     """Grouped GEMM reads bf16 rows in units of 16 bytes."""
     moe, width = config.moe, config.model.width
-    if moe is None or moe.experts_backend != "grouped_mm" or config.train.precision == "fp32":
+    if moe is None or moe.experts_backend == "loop" or config.train.precision == "fp32":
         return
     for path, value in (("model.width", width), ("moe.hidden_ratio * model.width", int(moe.hidden_ratio * width))):
         if value % 8:
-            conflict = f"grouped_mm under train.precision={config.train.precision} needs a multiple of 8"
+            conflict = f"{moe.experts_backend} under train.precision={config.train.precision} needs a multiple of 8"
             reject(path, value, conflict, "change it, or set moe.experts_backend=loop")
 
 
@@ -127,6 +127,23 @@ def _validate_training(config: Config) -> None:
             reject(path, seed, "does not fit in 64 bits", "choose a smaller one")
 
 
+def _validate_speed(config: Config) -> None:
+    """Ways to compute the same."""
+    cfg, text = config.train, config.train.profile
+    if text is not None:
+        first, colon, last = text.partition(":")
+        if not colon or not (first.isdigit() and last.isdigit()) or not 1 <= int(first) <= int(last):
+            reject("train.profile", repr(text), "is not A:B with steps 1 <= A <= B", "write for example 20:23, quoted")
+        if int(first) > cfg.steps:
+            reject("train.profile", text, f"begins after train.steps={cfg.steps}", "choose earlier steps")
+    if cfg.compile and cfg.activation_checkpointing == "selective":
+        conflict = "what a compiled part computes inside cannot be kept one by one"
+        reject("train.activation_checkpointing", "selective", conflict, "set it to block, or train.compile=false")
+    if config.moe and config.moe.experts_backend == "megablocks" and cfg.precision == "fp32":
+        conflict = "megablocks computes in bf16 only, and train.precision is fp32"
+        reject("moe.experts_backend", "megablocks", conflict, "set train.precision=bf16_autocast, or use grouped_mm")
+
+
 def check_guidance(model: ModelConfig, channels: Channels, path: str) -> None:
     """Raise `ConfigError`, naming `path`, if three channels are to be guided and the model has fewer."""
     if channels != "all" and model.channels < channels:
@@ -160,6 +177,7 @@ def validate(config: Config) -> None:
     _validate_model(config)
     _validate_moe(config)
     _validate_training(config)
+    _validate_speed(config)
     _validate_objective(config)
 
 

@@ -10,6 +10,7 @@ Shape suffixes: B images of a micro-batch, C channels, H rows, W columns (as a p
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import queue
 import threading
@@ -45,6 +46,10 @@ class Batch:
     """float32, standard normal; the objective turns it into timesteps"""
     rows: torch.Tensor
     """int64 [B], positions in the global batch"""
+
+    def pin(self) -> Batch:
+        """In memory from which a GPU copies while the host goes on."""
+        return Batch(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,8 @@ def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threa
     """Body of the thread. A function, not a method: holding the stream would keep a forgotten one alive for ever."""
     try:
         for step in itertools.count(first_step):
-            ready.put(maker.step(step))
+            batches = maker.step(step)
+            ready.put([batch.pin() for batch in batches] if torch.cuda.is_available() else batches)
             if stop.is_set():
                 return
     except BaseException as error:  # whatever it is, it belongs to the consumer

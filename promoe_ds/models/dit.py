@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from promoe_ds.config import Config
 from promoe_ds.models.layers import Attention, Mlp, Modulation, TimestepEmbedder, layer_norm, modulate
+from promoe_ds.models.recompute import recomputed
+from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
 
@@ -62,15 +63,22 @@ class DiTBlock(nn.Module):
     def forward(
         self, x_BSD: Tensor, c_BD: Tensor, ctx: RoutingContext
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """-> (x_BSD, auxiliary losses, edges per expert or None in a dense block)."""
+        """-> (x_BSD, auxiliary losses, edges up to each expert, `segment_ends`, or None in a dense block)."""
+        x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
+        if not self.is_moe:  # not isinstance: diffusers runs an exported copy of this file again at every load
+            return self.feed(x_BSD, h_BSD, gate_B1D), {}, None
+        out_BSD, aux, end_E = self.mlp(h_BSD, ctx)
+        return x_BSD + gate_B1D * out_BSD, aux, end_E
+
+    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
         x_BSD = x_BSD + gate_a * self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a))
-        h_BSD = modulate(self.norm2(x_BSD), shift_m, scale_m)
-        if self.is_moe:  # not isinstance: diffusers runs an exported copy of this file again at every load
-            out_BSD, aux, count_E = self.mlp(h_BSD, ctx)
-        else:
-            out_BSD, aux, count_E = self.mlp(h_BSD), {}, None
-        return x_BSD + gate_m * out_BSD, aux, count_E
+        return x_BSD, modulate(self.norm2(x_BSD), shift_m, scale_m), gate_m
+
+    def feed(self, x_BSD: Tensor, h_BSD: Tensor, gate_B1D: Tensor) -> Tensor:
+        """The dense MLP with its residual."""
+        return x_BSD + gate_B1D * self.mlp(h_BSD)
 
 
 class FinalLayer(nn.Module):
@@ -118,18 +126,15 @@ class DiT(nn.Module):
         aux: dict[str, Tensor] = {}
         loads: list[Tensor] = []
         for block in self.blocks:
-            if self.config.train.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD, terms, count_E = checkpoint(
-                    block, x_BSD, c_BD, ctx, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BSD, terms, count_E = block(x_BSD, c_BD, ctx)
+            x_BSD, terms, end_E = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, ctx)
             for name, value in terms.items():
                 aux[name] = aux[name] + value if name in aux else value
-            if count_E is not None:
-                loads.append(count_E)
+            if end_E is not None:
+                loads.append(end_E)
         out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, ctx.restore_B)
-        load_LE = torch.stack(loads) if loads else torch.zeros(0, 0, dtype=torch.int64, device=t_B.device)
+        load_LE = (
+            segment_sizes(torch.stack(loads)) if loads else torch.zeros(0, 0, dtype=torch.int64, device=t_B.device)
+        )
         return DiTOutput(out_BCHW, aux, load_LE)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from promoe_ds.moe.constants import counting
 from promoe_ds.moe.routing import Routing
 
 
@@ -31,33 +32,43 @@ class ExpertRows(NamedTuple):
     """int32 [e], one past the last row of each local expert"""
 
 
+def _move(x: Tensor, order: Tensor, back: bool) -> Tensor:
+    return torch.empty_like(x).index_copy_(0, order, x) if back else x.index_select(0, order)
+
+
 class _Permute(torch.autograd.Function):
-    """x[order]; its gradient is g[inverse]: a gather both ways, deterministic, where indexing would scatter-add."""
+    """x[order], or the way back; the gradient goes the other way: a copy, where indexing would scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: bool) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.back = back
+        return _move(x, order, back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
+        (order,) = ctx.saved_tensors
+        return _move(grads[0], order, not ctx.back), None, None
 
 
-def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Rows of x in the given order; `inverse[order[i]] == i`."""
-    return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """Row i of the result is row order[i] of x; `order` is a permutation."""
+    return _Permute.apply(x, order, False)  # type: ignore[no-any-return]
 
 
-def invert(order_N: Tensor) -> Tensor:
-    """The inverse of a permutation."""
-    return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+def unpermute(x: Tensor, order: Tensor) -> Tensor:
+    """Undoes `permute`: row order[i] of the result is row i of x."""
+    return _Permute.apply(x, order, True)  # type: ignore[no-any-return]
 
 
 def segment_ends(sorted_N: Tensor, segments: int) -> Tensor:
     """One past the last position of each of `segments` values in an ascending index list; int32 [segments]."""
-    return torch.searchsorted(sorted_N, torch.arange(segments, device=sorted_N.device), right=True).int()
+    return torch.searchsorted(sorted_N, counting(segments, sorted_N.device), right=True, out_int32=True)
+
+
+def segment_sizes(end_E: Tensor) -> Tensor:
+    """How often each value is there, from `segment_ends`; any leading shape; int64."""
+    return torch.diff(end_E, prepend=end_E.new_zeros(*end_E.shape[:-1], 1)).long()
 
 
 class Plan(NamedTuple):
@@ -66,9 +77,8 @@ class Plan(NamedTuple):
     routing: Routing
     num_tokens: int
     order_N: Tensor
-    inverse_N: Tensor
-    count_E: Tensor
-    """int64 [E], edges of this rank for each global expert"""
+    end_E: Tensor
+    """int32 [E], `segment_ends` of this rank's edges by global expert"""
     exchange: Exchange | None = None
 
 
@@ -78,7 +88,6 @@ class Exchange(NamedTuple):
     send: list[int]
     receive: list[int]
     order_M: Tensor
-    inverse_M: Tensor
 
 
 def _edges(x_TD: Tensor, routing: Routing) -> Tensor:
@@ -110,14 +119,13 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
         """x_TD [T, D] and N edges -> N rows sorted by expert."""
         expert_N, order_N = routing.expert_N.sort(stable=True)
-        inverse_N, end_E = invert(order_N), segment_ends(expert_N, self.num_experts)
-        rows_ND = permute(_edges(x_TD, routing), order_N, inverse_N)
-        count_E = torch.diff(end_E, prepend=end_E.new_zeros(1)).long()
-        return ExpertRows(rows_ND, expert_N, end_E), Plan(routing, len(x_TD), order_N, inverse_N, count_E)
+        end_E = segment_ends(expert_N, self.num_experts)
+        rows = ExpertRows(permute(_edges(x_TD, routing), order_N), expert_N, end_E)
+        return rows, Plan(routing, len(x_TD), order_N, end_E)
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Tensor:
         """Rows in expert order -> [T, D] in the precision of the gate weights."""
-        return _weighted_sum(permute(y_ND, plan.inverse_N, plan.order_N), plan.routing, plan.num_tokens)
+        return _weighted_sum(unpermute(y_ND, plan.order_N), plan.routing, plan.num_tokens)
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -147,20 +155,19 @@ class AllToAllDispatcher(LocalDispatcher):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
         rows, plan = super().dispatch(x_TD, routing)
-        sent = plan.count_E.view(self.ep, self.num_local)
+        sent = segment_sizes(plan.end_E).view(self.ep, self.num_local)
         got = self.swap_counts(sent)
         send, receive = torch.stack([sent.sum(1), got.sum(1)]).tolist()  # the one device-to-host copy of the layer
         arrived_MD = self.swap_rows(rows.x_ND, send, receive)
         # Rows arrive rank by rank, each sorted by local expert: bring them into expert order.
-        local = torch.arange(self.num_local, device=x_TD.device).repeat(self.ep)
+        local = counting(self.num_local, x_TD.device).repeat(self.ep)
         local_M = local.repeat_interleave(got.flatten(), output_size=sum(receive))
         expert_M, order_M = local_M.sort(stable=True)
-        inverse_M = invert(order_M)
-        ready = ExpertRows(permute(arrived_MD, order_M, inverse_M), expert_M, segment_ends(expert_M, self.num_local))
-        return ready, plan._replace(exchange=Exchange(send, receive, order_M, inverse_M))
+        ready = ExpertRows(permute(arrived_MD, order_M), expert_M, segment_ends(expert_M, self.num_local))
+        return ready, plan._replace(exchange=Exchange(send, receive, order_M))
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Tensor:
         assert plan.exchange is not None, "the plan was made by another dispatcher"
-        send, receive, order_M, inverse_M = plan.exchange
-        home_ND = self.swap_rows(permute(y_ND, inverse_M, order_M), receive, send)
+        send, receive, order_M = plan.exchange
+        home_ND = self.swap_rows(unpermute(y_ND, order_M), receive, send)
         return super().combine(home_ND, plan)

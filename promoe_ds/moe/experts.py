@@ -1,8 +1,8 @@
 """Stacked expert MLPs over rows sorted by expert.
 
-Two backends that agree: `loop` (the reference: one linear layer an expert, reads the counts on the host) and
-`grouped_mm` (two grouped GEMMs, no padding, no host synchronisation). Experts without rows are computed too: their
-gradient is zero, not absent.
+Three backends that agree: `loop` (the reference: one linear layer an expert, reads the counts on the host),
+`grouped_mm` (two grouped GEMMs, no padding, no host synchronisation) and `megablocks` (MegaBlocks' grouped GEMM, bf16
+on CUDA, reads the counts on the host). Experts without rows are computed too: their gradient is zero, not absent.
 
 Biases are packed into `w3`, because DeepSpeed's expert-parallel contract knows exactly three stacked weights.
 Legend: N rows, D width, F hidden, E experts held here.
@@ -10,6 +10,7 @@ Legend: N rows, D width, F hidden, E experts held here.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.config import Config, reject
+from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.dispatch import ExpertRows
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -29,7 +32,7 @@ class StackedExperts(nn.Module):
         num_experts: E experts held by this module.
         width: D.
         hidden: F.
-        backend: "loop" or "grouped_mm".
+        backend: "loop", "grouped_mm" or "megablocks" (`backend_problem` says whether it can run).
         expert_ids: the global ids of these experts; weights are drawn per global id. Defaults to 0..E-1.
     """
 
@@ -59,10 +62,12 @@ class StackedExperts(nn.Module):
         device = rows.x_ND.device.type
         dtype = self.compute_dtype(device)
         x_ND, w1, w2, w3 = (t.to(dtype) for t in (rows.x_ND, self.w1, self.w2, self.w3))
-        b1_EF, b2_ED = w3[:, 0].split([self.hidden, self.width], dim=1)
+        b1_EF, b2_ED = w3.squeeze(1).split([self.hidden, self.width], dim=1)
         with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours
-            compute = _loop if self.backend == "loop" else _grouped
-            return compute(x_ND, rows, w1, b1_EF, w2, b2_ED)
+            if self.backend == "loop":
+                return _loop(x_ND, rows, w1, b1_EF, w2, b2_ED)
+            gmm = _megablocks_gmm(rows) if self.backend == "megablocks" else _torch_gmm(rows)
+            return _grouped(gmm, x_ND, rows, w1, b1_EF, w2, b2_ED)
 
 
 def _loop(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
@@ -74,10 +79,48 @@ def _loop(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor,
     return torch.cat(outs)
 
 
-def _grouped(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
+Gmm = Callable[[Tensor, Tensor], Tensor]
+"""(rows [N, K], weights [E, M, K]) -> [N, M]: each row times the transposed weight of its expert"""
+
+
+def _torch_gmm(rows: ExpertRows) -> Gmm:
+    return lambda x, w: _grouped_mm(x, w.transpose(1, 2), offs=rows.end_E)
+
+
+def _megablocks_gmm(rows: ExpertRows) -> Gmm:
+    from grouped_gemm.ops import gmm  # what megablocks' grouped MLP calls
+
+    sizes = torch.diff(rows.end_E, prepend=rows.end_E.new_zeros(1)).long().cpu()
+    return lambda x, w: gmm(x, w, sizes, trans_b=True)
+
+
+def backend_problem(backend: str, device: str) -> str | None:
+    """Why `moe.experts_backend` cannot run on this device ("cpu", "cuda"), in words; None if it can."""
+    if backend != "megablocks":
+        return None
+    if device != "cuda":
+        return f"needs a CUDA device, this is {device}"
+    try:
+        importlib.import_module("grouped_gemm.ops")
+    except Exception as error:  # compiled parts fail to load in many ways
+        return f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return None
+
+
+def check_backend(config: Config, device: str) -> None:
+    """Raise ConfigError if the experts of `config` cannot be computed on this kind of device."""
+    backend = config.moe.experts_backend if config.moe else ""
+    problem = backend_problem(backend, device)
+    if problem:
+        reject(
+            "moe.experts_backend", backend, problem, "set moe.experts_backend=grouped_mm, or see docs/performance.md"
+        )
+
+
+def _grouped(gmm: Gmm, x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
     # The bias of each row's expert as a product with the 0/1 membership matrix: fused into the add, and its gradient
     # is a small GEMM instead of a scatter with N-fold contention.
-    member_NE = (rows.expert_N[:, None] == torch.arange(len(w1), device=x_ND.device)).to(x_ND.dtype)
-    h_NF = torch.addmm(_grouped_mm(x_ND, w1.transpose(1, 2), offs=rows.end_E), member_NE, b1_EF)
+    member_NE = unit_rows(len(w1), x_ND.dtype, x_ND.device).index_select(0, rows.expert_N)
+    h_NF = torch.addmm(gmm(x_ND, w1), member_NE, b1_EF)
     h_NF = F.gelu(h_NF, approximate="tanh")
-    return torch.addmm(_grouped_mm(h_NF, w2.transpose(1, 2), offs=rows.end_E), member_NE, b2_ED)
+    return torch.addmm(gmm(h_NF, w2), member_NE, b2_ED)

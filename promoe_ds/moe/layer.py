@@ -34,10 +34,10 @@ class RoutedExperts(nn.Module):
         self.experts = StackedExperts(num_experts, width, hidden, backend)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Tokens and edges -> (weighted sum over each token's experts [T, D], edges per expert [E] int64)."""
+        """Tokens and edges -> (weighted sum over each token's experts [T, D], `segment_ends` of edges [E] int32)."""
         x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
-        return self.dispatcher.combine(self.experts(rows), plan), plan.count_E
+        return self.dispatcher.combine(self.experts(rows), plan), plan.end_E
 
 
 class MoELayer(nn.Module):
@@ -57,16 +57,16 @@ class MoELayer(nn.Module):
         """x_BSD [B, S, D], conditional images first.
 
         Returns:
-            (output [B, S, D] in x's dtype, auxiliary losses by name, edges per expert [E] int64)
+            (output [B, S, D] in x's dtype, auxiliary losses by name, edges up to each expert [E] int32: `segment_ends`)
         """
-        images = ctx.num_conditional if self.conditional else len(x_BSD)
-        x_ISD, null_JSD = x_BSD[:images], x_BSD[images:]
-        routing = self.router(x_ISD, ctx)
-        routed_TD, count_E = self.routed(x_ISD.reshape(-1, x_BSD.shape[-1]), routing)
-        null_out_JSD = torch.zeros_like(null_JSD, dtype=routed_TD.dtype)
-        for mlp in self.unconditional:
-            null_out_JSD = null_out_JSD + mlp(null_JSD)
-        out_BSD = torch.cat([routed_TD.view_as(x_ISD), null_out_JSD])
+        B, S, D = x_BSD.shape
+        x_TD, images = x_BSD.reshape(-1, D), ctx.num_conditional if self.conditional else B
+        known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
+        routing = self.router(known_TD.view(images, S, D), ctx)
+        out_TD, end_E = self.routed(known_TD, routing)
+        if self.conditional:
+            nulls = [mlp(null_TD) for mlp in self.unconditional] or [torch.zeros_like(null_TD)]
+            out_TD = torch.cat([out_TD, sum(nulls[1:], nulls[0])])
         for mlp in self.shared:
-            out_BSD = out_BSD + mlp(x_BSD)
-        return out_BSD.to(x_BSD.dtype), routing.aux, count_E
+            out_TD = out_TD + mlp(x_TD)
+        return out_TD.view(B, S, D).to(x_BSD.dtype), routing.aux, end_E

@@ -11,6 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.moe.constants import counting, unit_rows
+
+ABSENT = 1e30
+"""subtracted from the logits of experts without tokens; finite, because 0 times infinity is not a number"""
+
+
+def length(x: Tensor) -> Tensor:
+    """Euclidean length along the last dimension, which is kept; at least 1e-12, to divide by."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors along the last dimension, scaled to length 1; zero stays zero."""
+    return x / length(x)
+
 
 def centroid_sums(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
     """Per expert: the sum of its tokens and, in the last column, their number.
@@ -25,32 +40,33 @@ def centroid_sums(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
     Returns:
         float32 [E, D + 1].
     """
-    member_TE = x_TD.new_zeros(len(x_TD), num_experts).scatter(1, expert_TK, 1.0)
-    return torch.cat([member_TE.T @ x_TD, member_TE.sum(0)[:, None]], dim=1)
+    rows = unit_rows(num_experts, x_TD.dtype, x_TD.device).index_select(0, expert_TK.view(-1))
+    top_k = expert_TK.shape[1]
+    member_ET = (rows if top_k == 1 else rows.view(-1, top_k, num_experts).sum(1)).T
+    return torch.cat([member_ET @ x_TD, member_ET.sum(1, keepdim=True)], dim=1)
 
 
-def routing_contrastive(prototype_ED: Tensor, sums_ED1: Tensor, temperature: float) -> Tensor:
+def routing_contrastive(unit_ED: Tensor, sums_ED1: Tensor, temperature: float) -> Tensor:
     """Routing contrastive loss, Eq. (6): cross-entropy between prototypes p_i and token centroids m_j, i matching i.
 
     Only experts that received tokens take part, as rows and as columns; with fewer than two of them the loss is 0.
-    Absent experts are masked, not removed: shapes do not depend on the data.
+    Absent experts are masked, not removed: shapes do not depend on the data. A centroid enters by its direction
+    alone, so the sum of its tokens stands for their mean; alone in its row, it has a softmax of exactly 1, loss 0.
 
     Args:
-        prototype_ED: float32 [E, D].
+        unit_ED: float32 [E, D], prototypes of length 1.
         sums_ED1: float32 [E, D + 1] from `centroid_sums`, summed over the ranks for the global scope.
         temperature: tau.
 
     Returns:
         float32 scalar.
     """
-    count_E = sums_ED1[:, -1].detach()
-    present_E = count_E > 0
-    centroid_ED = sums_ED1[:, :-1] / count_E.clamp(min=1)[:, None]
-    logits_EE = F.normalize(prototype_ED, dim=-1) @ F.normalize(centroid_ED, dim=-1).T / temperature
-    logits_EE = logits_EE.masked_fill(~present_E[None, :], torch.finfo(logits_EE.dtype).min)
-    loss_E = -logits_EE.log_softmax(dim=-1).diagonal().masked_fill(~present_E, 0.0)
-    number = present_E.sum()
-    return (loss_E.sum() / number.clamp(min=1)) * (number >= 2)
+    E, D = unit_ED.shape
+    sum_ED, count_E1 = sums_ED1.split([D, 1], dim=1)
+    present_E = count_E1.detach().view(-1).clamp(max=1)  # 1.0 or 0.0
+    logits_EE = torch.addmm(present_E - 1, unit_ED, unit(sum_ED).T, beta=ABSENT, alpha=1 / temperature)
+    nll = F.nll_loss(logits_EE.log_softmax(dim=-1), counting(E, unit_ED.device), present_E, reduction="sum")
+    return nll / present_E.sum().clamp(min=1)
 
 
 def mean_over_scope(

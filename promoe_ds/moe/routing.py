@@ -85,7 +85,10 @@ class RoutingContext:
         restore_B[order_B] = torch.arange(len(order_B))
         row_B = torch.arange(len(label_B)) if row_B is None else row_B
         host = (label_B[order_B], order_B, restore_B, row_B[order_B])
-        label_B, order_B, restore_B, row_B = (x.to(device, non_blocking=True) for x in host)
+        if torch.device(device).type == "cuda":  # only from pinned memory does the host not wait for the copy
+            label_B, order_B, restore_B, row_B = (x.pin_memory().to(device, non_blocking=True) for x in host)
+        else:
+            label_B, order_B, restore_B, row_B = (x.to(device) for x in host)
         return RoutingContext(label_B, order_B, restore_B, int((~null_B).sum()), row_B, all_reduce, all_gather)
 
 

@@ -1,4 +1,8 @@
-"""Differentiable collectives. They go through `deepspeed.comm`, so DeepSpeed's communication logger sees them."""
+"""Differentiable collectives. They go through `deepspeed.comm`, so DeepSpeed's communication logger sees them.
+
+Those of the forward pass are operators of their own, `promoe_ds::...`, which write to none of their arguments:
+selective activation checkpointing (`models/recompute.py`) keeps their results instead of communicating again.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,47 @@ def sum_in_place(x: Tensor, group: Any = None, what: str = "router_sums") -> Ten
     return x
 
 
+_groups: dict[str, Any] = {}
+
+
+def _name(group: Any) -> str:
+    """Operators take strings, not groups."""
+    name = "" if group is None else group.group_name
+    _groups[name] = group
+    return name
+
+
+@torch.library.custom_op("promoe_ds::sum_over_ranks", mutates_args=())
+def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    return sum_in_place(x.clone(), _groups[group])
+
+
+@torch.library.custom_op("promoe_ds::swap_rows", mutates_args=())
+def _swap_rows(x: Tensor, send: list[int], receive: list[int], group: str) -> Tensor:
+    return _exchange(x, send, receive, _groups[group])
+
+
+@torch.library.custom_op("promoe_ds::swap_counts", mutates_args=())
+def _swap_counts(count: Tensor, group: str) -> Tensor:
+    out = torch.empty_like(count)
+    with kind("counts"):
+        dist.all_to_all_single(out, count.contiguous(), group=_groups[group])
+    return out
+
+
+@torch.library.custom_op("promoe_ds::all_gather_rows", mutates_args=())
+def _all_gather_rows(x: Tensor, group: str) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(_groups[group]))]
+    with kind("router_sums"):
+        dist.all_gather(parts, x, group=_groups[group])
+    return torch.cat(parts)
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return sum_in_place(x.detach().clone(), group)
+        return _sum_over_ranks(x.detach(), _name(group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -40,18 +80,14 @@ def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
 
 def all_gather_rows(x: Tensor, group: Any = None) -> Tensor:
     """[n, ...] of every rank, the same shape on all -> [W*n, ...] in rank order; not differentiable."""
-    x = x.detach().contiguous()
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    with kind("router_sums"):
-        dist.all_gather(parts, x, group=group)
-    return torch.cat(parts)
+    return _all_gather_rows(x.detach().contiguous(), _name(group))
 
 
 class _SwapRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
         ctx.splits = (send, receive, group)
-        return _exchange(x, send, receive, group)
+        return _swap_rows(x, send, receive, _name(group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -76,7 +112,4 @@ def swap_rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Ten
 
 def swap_counts(count: Tensor, group: Any) -> Tensor:
     """[ep, e] integers: row r goes to rank r; row s of the result came from rank s."""
-    out = torch.empty_like(count)
-    with kind("counts"):
-        dist.all_to_all_single(out, count.contiguous(), group=group)
-    return out
+    return _swap_counts(count, _name(group))

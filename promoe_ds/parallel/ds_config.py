@@ -355,12 +355,9 @@ def _check_owned(file: str, tree: dict[str, Any], owned: dict[str, Any], config:
 def _check_precision(file: str, config: Config, stage: int) -> None:
     if config.train.precision == "bf16" and stage == 0:
         # DeepSpeed's unfused 16-bit optimizer, taken at stage 0, leaves expert gradients out of its norm (#8613).
-        reject(
-            "train.precision",
-            "bf16",
-            f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights",
-            "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast",
-        )
+        conflict = f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights"
+        way_out = "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast"
+        reject("train.precision", "bf16", conflict, way_out)
 
 
 def find(name_or_path: str) -> str:
@@ -395,6 +392,9 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
     _check_zero(file, zero, config.parallel.expert_parallel)
     offload = _check_offload(file, zero, stage, config.parallel.expert_parallel)
     _check_precision(file, config, stage)
+    if config.train.compile and stage == 3:
+        conflict = f"ZeRO stage 3 ({file}) gathers weights module by module, which a compiled graph cannot see"
+        reject("train.compile", "true", conflict, "use a lower stage, or train.compile=false")
     owned = _owned(config, world, stage)
     _check_owned(file, tree, owned, config)
     return ResolvedDS({**tree, **owned, "zero_optimization": {**zero, "stage": stage}}, stage, offload)

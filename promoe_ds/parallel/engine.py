@@ -85,12 +85,21 @@ class Engine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # advances DeepSpeed's micro-step counter only
 
-    def step(self) -> float:
-        """Clip and update after the last micro-batch; returns the global gradient norm before clipping.
+    def clip(self) -> Tensor | None:
+        """At stage 0, clip and return the global gradient norm before clipping, on the device; call `step` with it.
+
+        None at stages 1 to 3, where DeepSpeed does this within `step`.
+        """
+        return self._clip_stage0() if self.stage == 0 else None
+
+    def step(self, norm: float | None) -> float:
+        """Update after the last micro-batch; returns the global gradient norm before clipping.
 
         If the norm is not finite there is no update, on any rank: DeepSpeed refuses it at stages 1 to 3.
+
+        Args:
+            norm: what `clip` returned, read by the caller.
         """
-        norm = float(self._clip_stage0()) if self.stage == 0 else None
         if norm is not None and not math.isfinite(norm):
             self.drop()
             return norm

@@ -99,10 +99,10 @@ class ExpertParallelExperts(AutoEPMoELayer):
         parameter.ds_zero_partition_group_name = self.ep_group_name
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """As `RoutedExperts.forward`: tokens and edges of this rank -> (output [T, D], edges per global expert [E])."""
+        """As `RoutedExperts.forward`: tokens and edges of this rank -> (output [T, D], `segment_ends` [E])."""
         x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
-        return self.dispatcher.combine(self.experts(rows), plan), plan.count_E
+        return self.dispatcher.combine(self.experts(rows), plan), plan.end_E
 
 
 def parallelize(model: DiT, topology: Topology) -> DiT:

@@ -27,7 +27,13 @@ FREE_ON_RESUME = {
         "train.sample_every",
     ),
     *("train.on_save_error", "train.on_nonfinite", "train.measure"),
-    *("train.micro_batch_size", "train.activation_checkpointing", "moe.router.superclasses"),
+    *(
+        "train.micro_batch_size",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.profile",
+        "moe.router.superclasses",
+    ),
 }
 """Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
 shown. Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""

@@ -26,8 +26,10 @@ from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.models.compiled import compile_dense_parts
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.experts import check_backend
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.moe.trace import LastChoice
@@ -44,6 +46,7 @@ from promoe_ds.train.experts import ExpertWatch
 from promoe_ds.train.initial import InitialWeights
 from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
+from promoe_ds.train.profiling import StepProfiler
 from promoe_ds.train.saving import Saver, ema_state_dict
 
 DONE, USER_ERROR, RESUMABLE = 0, 2, 85
@@ -94,6 +97,7 @@ class Trainer:
             signals.remove_marker(run)
         self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
         check_deepspeed_values(ds)
+        check_backend(config, topology.device.type)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
         found = checkpoint.find_whole(run, self.ranks)
         if found:
@@ -112,6 +116,7 @@ class Trainer:
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
         self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
+        self.profiler = StepProfiler(None if topology.rank else config.train.profile, run, topology.device, self._say)
         self.skips_in_a_row = 0
         self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
 
@@ -160,6 +165,8 @@ class Trainer:
             resuming.load_weights(source, trained, lambda p, full: local_part(p, full, topology))
             resuming.load_fixed(source, untrained | dict(model.named_buffers()))
         self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
+        if self.config.train.compile:
+            compile_dense_parts(model)
         engine = Engine(model, self.config, ds, topology)
         if reader:
             resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
@@ -179,10 +186,13 @@ class Trainer:
         with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
             while self.step < cfg.steps:
                 try:
+                    self.profiler.before(self.step + 1)
                     record = self._train_step(self._next(stream))
                 except TrainingStopped:  # on every rank alike: a checkpoint under way is completed first
                     self.saver.finish(tolerant=True)
                     raise
+                if self.profiler.active:
+                    self._paused(self.profiler.after, self.step)
                 if self.saver.job:
                     self._paused(self.saver.poll)
                 if self._logged(self.step) or record["skipped"]:
@@ -229,12 +239,18 @@ class Trainer:
             totals, load_LE = self._accumulate(batches)
         mine = totals.clone()
         totals[-1] = float(signals.requested() is not None)  # every rank learns of it with the losses of the step
-        *losses, stop = (sum_over_ranks(totals) / self.topology.world).tolist()
+        with self._part("optimizer"):
+            clipped = self.engine.clip()
+        sums = sum_over_ranks(totals) / self.topology.world
+        if clipped is None:
+            (*losses, stop), read = sums.tolist(), None
+        else:  # stage 0: the norm comes with the losses, in the one host read of the step
+            *losses, stop, read = torch.cat([sums, clipped.view(1)]).tolist()
         record = dict(zip(self.terms, losses, strict=True)) | {"load": load_LE, "stop": stop > 0, "skipped": None}
         norm = math.nan
         if all(map(math.isfinite, losses)):
             with self._part("optimizer"):
-                norm = self.engine.step()
+                norm = self.engine.step(read)
         else:
             self.engine.drop()
         self.step += 1
@@ -266,7 +282,7 @@ class Trainer:
         Raises:
             TrainingStopped: unless `train.on_nonfinite` is skip; on every rank alike.
         """
-        with nonfinite.Probe(self.model) as probe:
+        with torch.compiler.set_stance("force_eager"), nonfinite.Probe(self.model) as probe:
             probe.data(batch.x_BCHW for batch in batches)
             self._accumulate(batches)
         self.engine.drop()
@@ -389,6 +405,7 @@ class Trainer:
             print(text, flush=True)
 
     def close(self) -> None:
+        self.profiler.close(self.step)
         if self.log:
             self.log.close()
         if self.lock:

@@ -13,6 +13,7 @@ from torch import Tensor
 from promoe_ds.config import decode
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.collectives import all_reduce_sum
@@ -70,10 +71,12 @@ def make(topology: Topology, top_k: int, skewed: bool) -> MoELayer:
     return layer
 
 
-def step(layer: MoELayer, x: Tensor, labels: list[int], reduce: Any, contrastive: float = 1.0) -> tuple[Tensor, Tensor]:
+def step(
+    layer: MoELayer, x: Tensor, labels: list[int], reduce: Any, contrastive: float = 1.0, mode: str = "none"
+) -> tuple[Tensor, Tensor]:
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", reduce)
     x = x[ctx.order_B].requires_grad_()
-    out, aux, _ = layer(x, ctx)
+    out, aux, _ = recomputed(layer, mode, x, ctx)
     probe = torch.linspace(-1, 1, S * D).view(1, S, D)
     ((out * probe).sum() + contrastive * aux["routing_contrastive"]).backward()
     assert x.grad is not None
@@ -84,7 +87,9 @@ def largest(x: Tensor) -> float:
     return x.abs().max().item()
 
 
-def compare(topology: Topology, labels: list[list[int]], top_k: int, skewed: bool) -> dict[str, float]:
+def compare(
+    topology: Topology, labels: list[list[int]], top_k: int, skewed: bool, mode: str = "none"
+) -> dict[str, float]:
     """Largest difference between the sharded layer on this rank's images and one device with all images."""
     world, rank = topology.world, topology.rank
     x = torch.randn(world * 3, S, D, generator=torch.Generator().manual_seed(0)) + (5.0 if skewed else 0.0)
@@ -92,7 +97,7 @@ def compare(topology: Topology, labels: list[list[int]], top_k: int, skewed: boo
     mine = slice(rank * 3, rank * 3 + 3)
     sharded = make(topology, top_k, skewed)
     with Recorder(topology) as record:
-        out, grad = step(sharded, x[mine].clone(), labels[rank], all_reduce_sum)
+        out, grad = step(sharded, x[mine].clone(), labels[rank], all_reduce_sum, mode=mode)
     # Each rank computes the same global contrastive loss, so a sum over ranks counts it `world` times.
     expected, expected_grad = step(whole, x.clone(), sum(labels[:world], []), lambda v: v, contrastive=world)
     worst = {"output": largest(out - expected[mine]), "input grad": largest(grad - expected_grad[mine])}
@@ -141,6 +146,7 @@ def main() -> None:
             results[f"{name}, top-{top_k}"] = compare(topology, labels, top_k, skewed=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results["bf16 autocast"] = compare(topology, MIXES["mixed"], 1, skewed=False)
+    results["selective checkpointing"] = compare(topology, MIXES["mixed"], 3, skewed=False, mode="selective")
     results["everything to one expert"] = compare(topology, MIXES["mixed"], 1, skewed=True)
     everyone = gather_objects(results, topology)
     if topology.rank == 0:

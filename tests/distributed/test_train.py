@@ -214,6 +214,8 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
         "offload3": ("zero3_offload", "train.precision=fp32"),
         "checkpointing": ("zero2", "train.precision=fp32", "train.activation_checkpointing=true"),
         "checkpointing3": ("zero3", "train.precision=fp32", "train.activation_checkpointing=true"),
+        "selective": ("zero2", "train.precision=fp32", "train.activation_checkpointing=selective"),
+        "selective3": ("zero3", "train.precision=fp32", "train.activation_checkpointing=selective"),
         "autocast": ("zero2", "train.precision=bf16_autocast"),
         "autocast0": ("zero0", "train.precision=bf16_autocast"),
         "autocast3": ("zero3", "train.precision=bf16_autocast"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
+from benchmarks.op_counting import OperatorCount
 from promoe_ds.config import Config, decode, encode, load_config
+from promoe_ds.models.compiled import compile_dense_parts
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routing import RoutingContext
@@ -79,16 +84,43 @@ def test_variants_train(override: str) -> None:
     assert out.load_LE.shape == ((len(model.config.moe_layers()), 12) if model.config.moe else (0, 0))
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+def gradients(model: DiT) -> list[torch.Tensor]:
+    """Gradients of a step."""
     x, t, labels = inputs()
-    grads = []
-    for flag in ("false", "true"):
-        model = awake(tiny(f"train.activation_checkpointing={flag}"))
-        out = model(x, t, RoutingContext.build(labels, 10, "cpu"))
-        (out.prediction.square().mean() + sum(out.aux.values())).backward()
-        grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    out = model(x, t, RoutingContext.build(labels, 10, "cpu"))
+    (out.prediction.square().mean() + sum(out.aux.values())).backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    plain = gradients(awake(tiny()))
+    chosen = {}
+    for mode in ("false", "true", "none", "block", "selective"):
+        with OperatorCount() as count:
+            found = gradients(awake(tiny(f"train.activation_checkpointing={mode}")))
+        attention = sum(n for name, n in count.names.items() if name.endswith("attention_for_cpu"))
+        chosen[mode] = [count.names["topk"], attention]
+        assert len(found) == len(plain) and all(map(torch.equal, found, plain)), mode
+    # 2 MoE layers and 4 attentions; a block decides and attends again, selective does not
+    assert chosen["false"] == chosen["none"] == chosen["selective"] == [2, 4]
+    assert chosen["true"] == chosen["block"] == [4, 8]
+
+
+def test_compiled_dense_parts_break_no_graph_and_change_nothing() -> None:
+    """By a backend that only traces: what a compiler then does with a graph is torch's own matter."""
+    plain = gradients(awake(tiny()))
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append([node.name for node in graph.graph.nodes if "scaled_dot" in node.name or "gelu" in node.name])
+        return aot_eager(graph, example)
+
+    found = gradients(compile_dense_parts(awake(tiny()), backend))
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(graphs) == 2, "one graph for all blocks' attention, one for the dense MLPs"
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_learn_sigma_doubles_the_output() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from promoe_ds.moe.dispatch import AllToAllDispatcher, LocalDispatcher, invert, permute, segment_ends
+from promoe_ds.moe.dispatch import AllToAllDispatcher, LocalDispatcher, permute, segment_ends, segment_sizes, unpermute
 from promoe_ds.moe.routing import Routing
 
 E, D = 6, 4
@@ -35,8 +35,8 @@ def test_dispatch_experts_combine_equals_the_sum_over_edges(kind: str, tokens: i
     dispatcher = LocalDispatcher(E)
     rows, plan = dispatcher.dispatch(x, routing)
     assert rows.expert_N.tolist() == sorted(routing.expert_N.tolist())
-    assert rows.end_E.dtype == torch.int32 and rows.end_E.tolist() == plan.count_E.cumsum(0).tolist()
-    assert plan.count_E.tolist() == [(routing.expert_N == e).sum().item() for e in range(E)]
+    assert rows.end_E.dtype == torch.int32 and rows.end_E.tolist() == plan.end_E.tolist()
+    assert segment_sizes(plan.end_E).tolist() == [(routing.expert_N == e).sum().item() for e in range(E)]
     out = dispatcher.combine(rows.x_ND * scale_E[rows.expert_N][:, None], plan)
     slow = torch.zeros(tokens, D, dtype=torch.float64)
     for t, e, w in zip(routing.token_N.tolist(), routing.expert_N.tolist(), routing.weight_N, strict=True):
@@ -52,15 +52,18 @@ def test_dispatch_experts_combine_equals_the_sum_over_edges(kind: str, tokens: i
 
 def test_permute_is_exact_and_its_gradient_is_the_inverse() -> None:
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    inverse = invert(order)
     x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(permute(permute(x, order, inverse), inverse, order), x)
-    torch.autograd.gradcheck(lambda y: permute(y, order, inverse), x)
+    assert torch.equal(unpermute(permute(x, order), order), x)
+    assert torch.equal(permute(x, order), x[order])
+    torch.autograd.gradcheck(lambda y: permute(y, order), x)
+    torch.autograd.gradcheck(lambda y: unpermute(y, order), x)
 
 
-def test_segment_ends() -> None:
-    assert segment_ends(torch.tensor([0, 0, 2, 2, 2, 5]), 7).tolist() == [2, 2, 5, 5, 5, 6, 6]
+def test_segment_ends_and_sizes() -> None:
+    ends = segment_ends(torch.tensor([0, 0, 2, 2, 2, 5]), 7)
+    assert ends.tolist() == [2, 2, 5, 5, 5, 6, 6] and segment_sizes(ends).tolist() == [2, 0, 3, 0, 0, 1, 0]
     assert segment_ends(torch.tensor([], dtype=torch.int64), 3).tolist() == [0, 0, 0]
+    assert segment_sizes(torch.stack([ends, ends])).tolist() == [[2, 0, 3, 0, 0, 1, 0]] * 2
 
 
 def test_all_to_all_with_a_group_of_one_equals_local() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from promoe_ds.config import decode
+from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
 
@@ -75,7 +76,8 @@ def contrastive(P: Tensor, assigned: list[tuple[int, Tensor]], temperature: floa
 def run(layer: MoELayer, x: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
     """The layer as the model calls it: images reordered, restored after."""
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu")
-    out, aux, count_E = layer(x[ctx.order_B], ctx)
+    out, aux, end_E = layer(x[ctx.order_B], ctx)
+    count_E = segment_sizes(end_E)
     conditional = sum(label != NULL for label in labels)
     assert count_E.sum() == conditional * S * layer.router.config.top_k  # type: ignore[union-attr]
     return out[ctx.restore_B], aux["routing_contrastive"]
@@ -108,7 +110,8 @@ def test_empty_experts_are_exercised() -> None:
     layer = make_layer(torch.float32, backend="grouped_mm")
     x = torch.randn(1, S, D, requires_grad=True)
     ctx = RoutingContext.build(torch.tensor([4]), NULL, "cpu")
-    out, aux, count_E = layer(x, ctx)
+    out, aux, end_E = layer(x, ctx)
+    count_E = segment_sizes(end_E)
     assert (count_E == 0).any()
     (out.sum() + aux["routing_contrastive"]).backward()
     weights = layer.routed.experts.w1  # type: ignore[union-attr]
@@ -135,9 +138,11 @@ def test_autocast_computes_experts_in_bf16_and_routes_in_fp32(backend: str) -> N
     x = torch.randn(4, S, D)
     ctx = RoutingContext.build(torch.tensor([1, 2, 3, NULL]), NULL, "cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, aux, count_E = layer(x, ctx)
+        out, aux, end_E = layer(x, ctx)
+        count_E = segment_sizes(end_E)
         routing = layer.router(x[:3], ctx)
-    reference, _, reference_count_E = layer(x, ctx)
+    reference, _, reference_end_E = layer(x, ctx)
+    reference_count_E = segment_sizes(reference_end_E)
     assert routing.weight_N.dtype == torch.float32 and aux["routing_contrastive"].dtype == torch.float32
     assert torch.equal(count_E, reference_count_E)  # bf16 scores would flip some
     assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()
@@ -147,7 +152,8 @@ def test_without_the_conditional_split_every_image_is_routed() -> None:
     layer = make_layer(torch.float32, conditional=False)
     assert len(layer.unconditional) == 0
     ctx = RoutingContext.build(torch.tensor([1, NULL, NULL]), NULL, "cpu")
-    _, _, count_E = layer(torch.randn(3, S, D), ctx)
+    _, _, end_E = layer(torch.randn(3, S, D), ctx)
+    count_E = segment_sizes(end_E)
     assert count_E.sum() == 3 * S
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from promoe_ds.moe.losses import centroid_sums, routing_contrastive
+from promoe_ds.moe.losses import centroid_sums, routing_contrastive, unit
 
 
 def test_orthogonal_prototypes_at_their_centroids() -> None:
@@ -14,7 +14,7 @@ def test_orthogonal_prototypes_at_their_centroids() -> None:
     p = torch.eye(4, dtype=torch.float64)
     sums = torch.cat([3 * p, torch.full((4, 1), 3.0, dtype=torch.float64)], dim=1)
     expected = math.log(1 + 3 * math.exp(-1 / 0.5))
-    assert math.isclose(routing_contrastive(p, sums, 0.5).item(), expected, rel_tol=1e-12)
+    assert math.isclose(routing_contrastive(unit(p), sums, 0.5).item(), expected, rel_tol=1e-12)
 
 
 def test_absent_experts_change_nothing() -> None:
@@ -24,8 +24,8 @@ def test_absent_experts_change_nothing() -> None:
     sums = torch.zeros(5, 9, dtype=torch.float64)
     sums[present] = torch.cat([m[present], torch.ones(3, 1, dtype=torch.float64)], dim=1)
     p.requires_grad_()
-    full = routing_contrastive(p, sums, 0.07)
-    torch.testing.assert_close(full, routing_contrastive(p[present], sums[present], 0.07))
+    full = routing_contrastive(unit(p), sums, 0.07)
+    torch.testing.assert_close(full, routing_contrastive(unit(p[present]), sums[present], 0.07))
     (grad,) = torch.autograd.grad(full, p)
     assert torch.isfinite(grad).all() and (grad[[1, 4]] == 0).all() and (grad[present] != 0).any()
 
@@ -35,7 +35,7 @@ def test_zero_with_fewer_than_two_experts() -> None:
     for rows in ([], [1]):
         sums = torch.zeros(3, 5)
         sums[rows] = 1.0
-        loss = routing_contrastive(p, sums, 0.07)
+        loss = routing_contrastive(unit(p), sums, 0.07)
         (grad,) = torch.autograd.grad(loss, p)
         assert loss.item() == 0 and (grad == 0).all()
 

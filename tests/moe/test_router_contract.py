@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import Config, decode
+from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, Routing, RoutingContext
@@ -55,7 +56,8 @@ def context(labels: list[int]) -> RoutingContext:
 def step(layer: MoELayer, labels: list[int], seed: int = 1) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One training step without an optimizer: forward, backward, after_step."""
     ctx, x = context(labels), images(labels, seed)
-    out, aux, count_E = layer(x[ctx.order_B], ctx)
+    out, aux, end_E = layer(x[ctx.order_B], ctx)
+    count_E = segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
     router_of(layer).after_step(lambda v: v)
     return out[ctx.restore_B].detach(), aux, count_E
@@ -103,7 +105,8 @@ def test_equal_tokens_leave_experts_empty(name: str, conditional: bool) -> None:
     """All tokens alike: whoever chooses by token sends all to one expert, and the others do no harm."""
     layer, labels = make_layer(name, conditional=conditional), [1, 1, 1]
     x = torch.linspace(-1, 1, D).expand(len(labels), S, D)
-    out, aux, count_E = layer(x, context(labels))
+    out, aux, end_E = layer(x, context(labels))
+    count_E = segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
     assert out.isfinite().all() and all(loss.isfinite() for loss in aux.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
-from promoe_ds.moe.losses import centroid_sums, load_balance, load_balance_sums, routing_contrastive
+from promoe_ds.moe.constants import counting
+from promoe_ds.moe.losses import centroid_sums, length, load_balance, load_balance_sums, routing_contrastive, unit
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -95,22 +95,22 @@ class ProMoERouter(PrototypicalRouter):
         """Route each token to the K prototypes nearest in cosine. x_BSD [B, S, D] -> Routing with N = B*S*K."""
         cfg, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
-            x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
-            z_TE = cfg.alpha * (F.normalize(x_TD, dim=-1) @ F.normalize(prototype_ED, dim=-1).T)  # Eq. (4)
-            score_TE = ACTIVATIONS[cfg.activation](z_TE)  # Eq. (2)
+            x_TD, unit_ED = at_least_fp32(x_TD), unit(at_least_fp32(self.prototypes))
+            z_TE = x_TD @ unit_ED.T / length(x_TD)  # Eq. (4), without a normalised copy of the tokens
+            score_TE = ACTIVATIONS[cfg.activation](z_TE if cfg.alpha == 1 else cfg.alpha * z_TE)  # Eq. (2)
             weight_TK, expert_TK = score_TE.topk(cfg.top_k, dim=-1)  # Eq. (3)
-            aux = self.losses(x_TD, prototype_ED, score_TE, expert_TK, ctx) if self.training else {}
-        token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(cfg.top_k)
-        return Routing(token_N, expert_TK.reshape(-1), weight_TK.reshape(-1), cfg.top_k, aux)
+            expert_N, weight_N = expert_TK.view(-1), weight_TK.view(-1)
+            aux = self.losses(x_TD, unit_ED, score_TE, expert_TK, ctx) if self.training else {}
+        return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, aux)
 
     def losses(
-        self, x_TD: Tensor, prototype_ED: Tensor, score_TE: Tensor, expert_TK: Tensor, ctx: RoutingContext
+        self, x_TD: Tensor, unit_ED: Tensor, score_TE: Tensor, expert_TK: Tensor, ctx: RoutingContext
     ) -> dict[str, Tensor]:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; unweighted scalars."""
         cfg = self.config
         reduce = ctx.all_reduce if cfg.contrastive_scope == "global" else identity
-        sums_ED1 = reduce(centroid_sums(x_TD, expert_TK, len(prototype_ED)))
-        aux = {"routing_contrastive": routing_contrastive(prototype_ED, sums_ED1, cfg.temperature)}
+        sums_ED1 = reduce(centroid_sums(x_TD, expert_TK, len(unit_ED)))
+        aux = {"routing_contrastive": routing_contrastive(unit_ED, sums_ED1, cfg.temperature)}
         if cfg.balance_weight:
             # It needs shares that sum to 1 over the experts, which cosines and sigmoids do not.
             share_TE = score_TE if cfg.activation == "softmax" else score_TE.softmax(dim=-1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig
+from promoe_ds.moe.constants import counting
 from promoe_ds.moe.losses import load_balance, load_balance_sums
 from promoe_ds.moe.routing import (
     Router,
@@ -76,5 +77,5 @@ class TokenChoiceRouter(Router):
                 if cfg.balance_scope == "global":
                     sums_3E = ctx.all_reduce(sums_3E)
                 aux["load_balance"] = load_balance(sums_3E, cfg.top_k)
-        token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(cfg.top_k)
+        token_N = counting(len(x_TD), x_TD.device, cfg.top_k)
         return Routing(token_N, expert_TK.reshape(-1), weight_TK.reshape(-1), cfg.top_k, aux)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import RouterConfig
+from promoe_ds.moe.constants import counting
 from promoe_ds.moe.routing import Router, Routing, RoutingContext, at_least_fp32, check_top_k, register_router
 
 
@@ -46,7 +47,7 @@ class UniformRouter(Router):
         """Deal the tokens out. x_BSD [B, S, D] -> Routing with N = B*S*K."""
         (B, S, _), K = x_BSD.shape, self.config.top_k
         start_B = ctx.label_B[:B] * S * K
-        expert_N = (start_B[:, None] + torch.arange(S * K, device=x_BSD.device)).reshape(-1) % self.num_experts
-        token_N = torch.arange(B * S, device=x_BSD.device).repeat_interleave(K)
+        expert_N = (start_B[:, None] + counting(S * K, x_BSD.device)).reshape(-1) % self.num_experts
+        token_N = counting(B * S, x_BSD.device, K)
         weight_N = at_least_fp32(x_BSD.new_full((B * S * K,), 1 / K))
         return Routing(token_N, expert_N, weight_N, K, {})

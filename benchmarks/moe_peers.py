@@ -1,0 +1,192 @@
+"""The layers that the MoE layer is measured against, all on the same parameters where they have the same ones.
+
+loop        Algorithm 1 of the paper, written straight: a loop over experts with masks, one over centroids
+deepspeed   DeepSpeed's native `MoE` (linear softmax gate, capacity 1.25: drops and pads), plus the shared expert
+megablocks  MegaBlocks' dMoE, plus the shared expert, where it can be imported
+gemms       the matrix products of our layer and nothing else: the floor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promoe_ds.models.layers import Mlp
+from promoe_ds.moe.constants import counting
+from promoe_ds.moe.experts import _grouped_mm
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.routing import Router, Routing, RoutingContext
+
+Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""x [B, S, D] -> (output [B, S, D], auxiliary loss)"""
+
+
+class ForcedRouter(nn.Module):
+    """A router whose choice is overwritten: `uniform`, or `skewed` (every token to one expert, load skew E)."""
+
+    def __init__(self, router: Router, kind: str):
+        super().__init__()
+        self.router, self.kind = router, kind
+
+    @property
+    def prototypes(self) -> Tensor:
+        return self.router.prototypes  # type: ignore[return-value]
+
+    @property
+    def config(self) -> Any:
+        return self.router.config
+
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+        routing = self.router(x_BSD, ctx)
+        return routing._replace(expert_N=self.choice(routing.expert_N))
+
+    def choice(self, expert_N: Tensor) -> Tensor:
+        if self.kind == "uniform":
+            return counting(len(expert_N), expert_N.device) % len(self.prototypes)
+        return torch.zeros_like(expert_N)
+
+
+def force_routing(model: nn.Module, kind: str) -> None:
+    """Make every MoE layer of the model route as `kind` says; `learned` undoes it."""
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            router = module.router.router if isinstance(module.router, ForcedRouter) else module.router
+            module.router = router if kind == "learned" else ForcedRouter(router, kind)
+
+
+def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
+    experts = layer.routed.experts
+    b1, b2 = experts.w3[i, 0].split([experts.hidden, experts.width])
+    return F.linear(F.gelu(F.linear(x, experts.w1[i], b1), approximate="tanh"), experts.w2[i], b2)
+
+
+def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`."""
+    router: Any = layer.router
+    x_TD, prototype_ED = x_BSD.flatten(0, 1), router.prototypes
+    null_T = (ctx.label_B == ctx.label_B.new_tensor(NULL_LABEL)).repeat_interleave(x_BSD.shape[1])
+    known_TD, null_TD = x_TD[~null_T], x_TD[null_T]
+    with torch.autocast(x_TD.device.type, enabled=False):
+        z_TE = F.normalize(known_TD.float(), dim=-1) @ F.normalize(prototype_ED.float(), dim=-1).T
+    weight_TK, expert_TK = z_TE.topk(1, dim=-1)
+    if isinstance(router, ForcedRouter):
+        expert_TK = router.choice(expert_TK.view(-1)).view(-1, 1)
+        weight_TK = weight_TK.clone()
+    routed_TD = torch.zeros_like(known_TD, dtype=torch.float32)
+    count_E = []
+    for i in range(len(prototype_ED)):
+        row, place = torch.where(expert_TK == i)
+        count_E.append(len(row))
+        if len(row):
+            routed_TD = routed_TD.index_add(0, row, _expert(layer, i, known_TD[row]) * weight_TK[row, place, None])
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    out_TD[~null_T] = routed_TD
+    out_TD[null_T] = layer.unconditional[0](null_TD).float()
+    out_TD = out_TD + layer.shared[0](x_TD)
+    ends = torch.tensor(count_E).cumsum(0).int().to(x_BSD.device)
+    return out_TD.view_as(x_BSD), {"routing_contrastive": _loop_loss(prototype_ED, known_TD, expert_TK)}, ends
+
+
+def _loop_loss(prototype_ED: Tensor, x_TD: Tensor, expert_TK: Tensor) -> Tensor:
+    """Eq. (6) with a loop over centroids."""
+    present, centroids = [], []
+    for i in range(len(prototype_ED)):
+        mine_T = (expert_TK == i).any(1)
+        if mine_T.any():
+            present.append(i)
+            centroids.append(x_TD[mine_T].float().mean(0))
+    if len(present) < 2:
+        return prototype_ED.sum() * 0
+    with torch.autocast(x_TD.device.type, enabled=False):
+        p, m = F.normalize(prototype_ED[present].float(), dim=-1), F.normalize(torch.stack(centroids), dim=-1)
+        return F.cross_entropy(p @ m.T / 0.07, torch.arange(len(present), device=x_TD.device))
+
+
+NULL_LABEL = 1000
+
+
+def use_loop(model: nn.Module, on: bool) -> None:
+    """Let every MoE layer of the model compute by `loop_layer`, or by itself again."""
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            if on:
+                module.forward = lambda x, ctx, layer=module: loop_layer(layer, x, ctx)  # type: ignore[method-assign]
+            else:
+                module.__dict__.pop("forward", None)
+
+
+def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], None]:
+    """Forward and backward products of `layer` on a batch like x: balanced rows, no bias, no activation."""
+    experts, device = layer.routed.experts, x_BSD.device
+    dtype = experts.compute_dtype(device.type)
+    x_TD = x_BSD.flatten(0, 1).detach()
+    n = ctx.num_conditional * x_BSD.shape[1]
+    leaf = {
+        "known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype), "fp32": x_TD[:n].float(),
+        "h_known": x_TD.new_zeros(n, experts.hidden, dtype=dtype),
+        "h_null": x_TD.new_zeros(len(x_TD) - n, experts.hidden, dtype=dtype),
+        "h_all": x_TD.new_zeros(len(x_TD), experts.hidden, dtype=dtype),
+    }  # fmt: skip
+    leaf = {name: x.clone().requires_grad_() for name, x in leaf.items()}
+    grads: list[Tensor] = []
+    E = len(experts.w1)
+    ends = torch.arange(1, E + 1, device=device).mul(n).div(E, rounding_mode="floor").int()
+
+    def run() -> None:
+        w1, w2 = experts.w1.to(dtype), experts.w2.to(dtype)
+        outs = [_grouped_mm(leaf["known"], w1.transpose(1, 2), offs=ends),
+                _grouped_mm(leaf["h_known"], w2.transpose(1, 2), offs=ends)]  # fmt: skip
+        for name, mlps in (("null", layer.unconditional), ("all", layer.shared)):
+            for mlp in mlps:
+                outs += [F.linear(leaf[name], mlp.fc1.weight.to(dtype)),
+                         F.linear(leaf[f"h_{name}"], mlp.fc2.weight.to(dtype))]  # fmt: skip
+        with torch.autocast(device.type, enabled=False):
+            outs.append(leaf["fp32"] @ layer.router.prototypes.float().T)
+        if not grads:
+            grads.extend(torch.ones_like(y) for y in outs)
+        torch.autograd.backward(outs, grads)
+        for x in leaf.values():
+            x.grad = None
+
+    return run
+
+
+def deepspeed_layer(width: int, hidden: int, experts: int, device: torch.device) -> tuple[Step, nn.Module]:
+    """DeepSpeed's MoE, k=1, capacity factor 1.25, on one process. Starts a process group of one."""
+    from deepspeed.moe.layer import MoE  # a benchmark may: it compares with it
+
+    from promoe_ds.parallel.topology import Topology, connect
+
+    connect(Topology(0, 1, 0, 1), 30.0)
+    moe = MoE(width, Mlp(width, hidden), experts, ep_size=1, k=1, capacity_factor=1.25)
+    moe.set_deepspeed_parallelism()
+    module = nn.ModuleDict({"moe": moe, "shared": Mlp(width, hidden)}).to(device)
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        routed, aux, _ = module["moe"](x)
+        return routed + module["shared"](x), aux
+
+    return step, module
+
+
+def megablocks_layer(width: int, hidden: int, experts: int, device: torch.device) -> tuple[Step, nn.Module]:
+    """MegaBlocks' dropless MoE with its grouped GEMM. Raises ImportError where it is absent or does not load."""
+    try:
+        from megablocks.layers.arguments import Arguments
+        from megablocks.layers.dmoe import dMoE
+    except Exception as error:  # its compiled parts fail in many ways
+        raise ImportError(f"megablocks: {type(error).__name__}: {error}") from error
+    arguments = Arguments(
+        hidden_size=width, ffn_hidden_size=hidden, moe_num_experts=experts, moe_top_k=1, mlp_type="mlp",
+        mlp_impl="grouped", bias=False, return_bias=False, device=device, bf16=True, fp16=False,
+    )  # fmt: skip
+    module = nn.ModuleDict({"moe": dMoE(arguments), "shared": Mlp(width, hidden)}).to(device)
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return module["moe"](x.to(torch.bfloat16)) + module["shared"](x), None
+
+    return step, module

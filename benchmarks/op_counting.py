@@ -1,0 +1,71 @@
+"""Operators and host synchronisations of a piece of work, counted as it runs.
+
+Operators are what reaches the dispatcher below autograd: kernels and views alike (a view costs no kernel, but host
+time). A host synchronisation is a wait of the host for the device: on CUDA what torch itself reports, elsewhere the
+operators that would be one on CUDA: a scalar read, `nonzero`, an index by a boolean mask.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VIEWS = frozenset(
+    "_unsafe_view alias as_strided detach diagonal expand narrow permute select slice split split_with_sizes squeeze t "
+    "transpose unbind unsqueeze view".split()
+)
+_READS = frozenset({"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "unique", "_unique2"})
+
+
+class OperatorCount(TorchDispatchMode):
+    """While the context is open: operators by name, and how many of them wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names[name] += 1
+        masked = name in ("index", "index_put_", "index_put") and any(
+            isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
+        )
+        self.syncs += name in _READS or masked
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return self.names.total()
+
+    @property
+    def kernels(self) -> int:
+        """Operators that are not views."""
+        return sum(n for name, n in self.names.items() if name not in VIEWS)
+
+
+def count_operators(work: Callable[[], object]) -> OperatorCount:
+    with OperatorCount() as count:
+        work()
+    return count
+
+
+def host_syncs(work: Callable[[], object], device: torch.device) -> int:
+    """Waits of the host within `work`; run it once before, so that nothing is set up within."""
+    if device.type != "cuda":
+        return count_operators(work).syncs
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in seen)

@@ -1,0 +1,433 @@
+"""Speed of the MoE layer, of the training step and of sampling, against peers, in one run.
+
+    make bench-gpu                                                  # everything below on one GPU, in 8 minutes
+    python benchmarks/throughput.py --section step --sizes s --micro 8 --precision fp32 --threads 2
+    python benchmarks/throughput.py --section layer --sizes s,xl --routing learned,uniform,skewed
+    python benchmarks/throughput.py --table                         # only print what was measured before
+
+Systems take turns, a window each, several rounds; a figure is the median over the rounds, with the lowest and the
+highest. Weights and inputs are random, so no files are needed. Points already measured are skipped (`--fresh` forgets
+them), and none is begun after `--minutes`. The table is printed last, and written to benchmarks/results/.
+
+The training step here is forward, backward, gradient norm with clipping, fused AdamW and the EMA, without DeepSpeed's
+engine and without data loading: the same for every system. `promoe paper loop` is Algorithm 1 of the paper on the
+parameters of `promoe`;
+`dense` is Dense-DiT at the same activated size. benchmarks/moe_peers.py has the peers, and what they leave out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import moe_peers, throughput_table
+from benchmarks.op_counting import count_operators, host_syncs
+from benchmarks.provenance import provenance
+from promoe_ds import accounting
+from promoe_ds.config import Config, load_config
+from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.models.init import build
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.parallel.optimizer import AdamWithEMA
+from promoe_ds.sampling import generate
+
+NULL, DROP = moe_peers.NULL_LABEL, 0.1
+WINDOW_SECONDS = {"cuda": 0.25, "cpu": 0.0}
+"""of one window; a CPU step is long enough alone"""
+PARTS = ("forward", "backward", "optimizer")
+
+
+class Clock:
+    """Marks between the parts of a step, without a wait between them."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.marks = device.type == "cuda", []
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self, parts: int) -> list[float]:
+        """Mean of each of `parts` intervals over the steps marked so far; forgets them."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        marks, self.marks = self.marks, []
+        steps = [marks[i : i + parts + 1] for i in range(0, len(marks), parts + 1)]
+        between = [[self._between(a, b) for a, b in zip(s, s[1:], strict=False)] for s in steps]
+        return [statistics.fmean(column) for column in zip(*between, strict=True)]
+
+    def _between(self, a: Any, b: Any) -> float:
+        return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+
+
+Work = Callable[[Clock], None]
+"""one step, which marks its begin and the end of each part"""
+
+
+def interleaved(systems: dict[str, Work], device: torch.device, rounds: int, parts: int) -> dict[str, Any]:
+    """Windows of each system in turn -> by system, seconds of each round by part, and peak GiB; or its failure."""
+    clock, out, steps = Clock(device), {}, {}
+    for name, work in systems.items():
+        try:
+            work(clock)  # warm-up
+            clock.seconds(parts)
+            work(clock)
+            first = sum(clock.seconds(parts))
+            steps[name] = max(1, min(50, round(WINDOW_SECONDS[device.type] / first)))
+            out[name] = {"rounds": [], "gib": None}
+        except torch.OutOfMemoryError:
+            out[name] = {"failed": "out of memory"}
+            clock.marks.clear()
+            torch.cuda.empty_cache()
+    for _ in range(rounds):
+        for name, number in steps.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            for _ in range(number):
+                systems[name](clock)
+            out[name]["rounds"].append(clock.seconds(parts))
+            if device.type == "cuda":
+                out[name]["gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- material
+
+
+def make_model(config: Config, device: torch.device) -> Any:
+    """Weights N(0, 0.02), drawn on the device: adaLN is awake, and XL is there in a second."""
+    model = build(config).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02, generator=generator)
+    return model.train()
+
+
+def labels(images: int) -> Tensor:
+    """A tenth of the images without label, at least one."""
+    label_B = torch.arange(images) % NULL
+    label_B[: max(1, round(images * DROP))] = NULL
+    return label_B
+
+
+def context(images: int, device: torch.device) -> RoutingContext:
+    return RoutingContext.build(labels(images), NULL, device)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def train_step(model: Any, images: int, device: torch.device, precision: str) -> Work:
+    """Forward, backward and update of a whole model; the state of the optimizer is made at the first call."""
+    config = model.config
+    objective = make_objective(config.diffusion, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = AdamWithEMA(trained, config.optimizer)
+    m = config.model
+    z, eps = (torch.randn(images, m.channels, m.image_size, m.image_size, device=device) for _ in range(2))
+    gauss, host = torch.randn(images, device=device), labels(images)
+
+    def work(clock: Clock) -> None:
+        clock.mark()
+        ctx = RoutingContext.build(host, NULL, device)
+        with autocast(device, precision):
+            output, losses = objective.loss(lambda x, t: model(x, t, ctx), z, eps, gauss)
+        total = losses["diffusion"] + sum(output.aux.values())
+        clock.mark()
+        total.backward()
+        clock.mark()
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        clock.mark()
+
+    return work
+
+
+def layer_step(module: nn.Module, step: moe_peers.Step, x: Tensor, precision: str) -> Work:
+    """Forward and backward of one layer, gradients of its parameters and of its input."""
+
+    def work(clock: Clock) -> None:
+        clock.mark()
+        with autocast(x.device, precision):
+            y, aux = step(x)
+        clock.mark()
+        torch.autograd.backward(
+            [y, *([aux] if aux is not None else [])], [probe.to(y.dtype), None][: 1 + (aux is not None)]
+        )
+        for p in (x, *module.parameters()):
+            p.grad = None
+        clock.mark()
+
+    probe = torch.randn_like(x)
+    return work
+
+
+# ---------------------------------------------------------------------------------------------------------- sections
+
+
+def with_backend(layer: Any, backend: str) -> moe_peers.Step:
+    def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        layer.routed.experts.backend = backend
+        y, aux, _ = layer(x, ctx)
+        return y, aux["routing_contrastive"]
+
+    ctx = layer.bench_context
+    return step
+
+
+def layer_systems(config: Config, images: int, precision: str, routing: str, device: torch.device) -> dict[str, Work]:
+    layer: Any = make_model_layer(config, device)
+    moe_peers.force_routing(layer, routing)
+    x = torch.randn(images, config.model.tokens, config.model.width, device=device, requires_grad=True)
+    ctx = layer.bench_context = context(images, device)
+
+    def loop(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, aux, _ = moe_peers.loop_layer(layer, x, ctx)
+        return y, aux["routing_contrastive"]
+
+    systems = {
+        f"promoe {name}": layer_step(layer, with_backend(layer, name), x, precision) for name in backends(device)
+    }
+    systems["paper loop"] = layer_step(layer, loop, x, precision)
+    with autocast(device, precision):
+        gemms = moe_peers.gemms_alone(layer, x, ctx)
+
+    def floor(clock: Clock) -> None:
+        clock.mark()
+        gemms()
+        clock.mark()
+        clock.mark()
+
+    systems["gemms alone"] = floor
+    if routing == "learned":
+        hidden, experts = accounting.expert_hidden(config), config.moe.num_experts  # type: ignore[union-attr]
+        for name, make in (("deepspeed", moe_peers.deepspeed_layer), ("megablocks", moe_peers.megablocks_layer)):
+            try:
+                step, module = make(config.model.width, hidden, experts, device)
+                systems[name] = layer_step(module, step, x, precision)
+            except ImportError as error:
+                print(f"  {name} is left out: {error}", flush=True)
+    return systems
+
+
+def backends(device: torch.device) -> list[str]:
+    from promoe_ds.moe.experts import backend_problem
+
+    return [name for name in ("grouped_mm", "loop", "megablocks") if backend_problem(name, device.type) is None]
+
+
+def make_model_layer(config: Config, device: torch.device) -> MoELayer:
+    layer = MoELayer(config).to(device)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(0, 0.02)
+    return layer
+
+
+def layers(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    for routing in args.routing:
+        for size, micro, precision in points(args):
+            config = load_config(f"imagenet256_promoe_{size}")
+            name = f"{size} {precision} micro {micro} {routing}"
+            yield (
+                name,
+                lambda c=config, m=micro, p=precision, r=routing: interleaved(
+                    layer_systems(c, m, p, r, args.device), args.device, args.rounds, 2
+                ),
+            )
+
+
+def points(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    for precision in args.precision:
+        for size in args.sizes:
+            for micro in args.micro:
+                if micro == args.micro[0] or size in (args.sizes[0], args.sizes[-1]):  # a list for the ends alone
+                    yield size, micro, precision
+
+
+def step_systems(size: str, images: int, precision: str, device: torch.device) -> dict[str, Work]:
+    promoe: Any = make_model(load_config(f"imagenet256_promoe_{size}"), device)
+    dense = make_model(load_config(f"imagenet256_dense_{size}"), device)
+    step = train_step(promoe, images, device, precision)
+
+    def variant(backend: str, loop: bool) -> Work:
+        def work(clock: Clock) -> None:
+            moe_peers.use_loop(promoe, loop)
+            for block in promoe.blocks:
+                if isinstance(block.mlp, MoELayer):
+                    block.mlp.routed.experts.backend = backend
+            step(clock)
+
+        return work
+
+    systems = {"dense": train_step(dense, images, device, precision)}
+    systems |= {f"promoe {name}": variant(name, False) for name in backends(device)}
+    return systems | {"promoe paper loop": variant("loop", True)}
+
+
+def steps(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    for size, micro, precision in points(args):
+        name = f"{size} {precision} micro {micro}"
+        yield (
+            name,
+            lambda s=size, m=micro, p=precision: interleaved(
+                step_systems(s, m, p, args.device), args.device, args.rounds, len(PARTS)
+            ),
+        )
+
+
+def counts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Operators of a forward pass and host syncs of forward and backward, 4 images of 64 tokens."""
+
+    def one(size: str) -> dict[str, Any]:
+        out = {}
+        for name, recipe, loop in (
+            ("dense", "dense", False),
+            ("promoe", "promoe", False),
+            ("paper loop", "promoe", True),
+        ):
+            config = load_config(f"imagenet256_{recipe}_{size}", ["model.image_size=16"])
+            model = make_model(config, args.device)
+            moe_peers.use_loop(model, loop)
+            x, t = torch.randn(4, 4, 16, 16, device=args.device), torch.rand(4, device=args.device) * 1000
+            ctx = context(4, args.device)
+            output: Any = None
+
+            def forward(model: Any = model, x: Tensor = x, t: Tensor = t, ctx: RoutingContext = ctx) -> Any:
+                return model(x, t, ctx)
+
+            def both(forward: Any = forward) -> None:
+                output = forward()
+                (output.prediction.square().mean() + sum(output.aux.values())).backward()
+
+            both()
+            train = count_operators(forward)
+            output = forward()
+            total = output.prediction.square().mean() + sum(output.aux.values())
+            backward = count_operators(total.backward)
+            model.eval()
+            with torch.no_grad():
+                forward()
+                infer = count_operators(forward)
+            model.train()
+            out[name] = {"evaluation": infer.total, "training": train.total, "kernels": train.kernels,
+                         "backward": backward.total, "syncs": host_syncs(both, args.device)}  # fmt: skip
+        return out
+
+    for size in args.sizes:
+        yield size, lambda s=size: one(s)
+
+
+def samples(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Euler with guidance 1.5, both halves in one forward; the time of a step is measured, 250 make an image."""
+
+    def one(size: str) -> dict[str, Any]:
+        device, images, out = args.device, args.sample_batch, {}
+        for name in ("dense", "promoe"):
+            config = load_config(f"imagenet256_{name}_{size}")
+            model = make_model(config, device).eval()
+
+            def work(clock: Clock, model: Any = model, config: Config = config) -> None:
+                clock.mark()
+                labels, rows = np.arange(images) % 1000, np.arange(images)
+                precision = "bf16" if device.type == "cuda" else "fp32"
+                with torch.no_grad():
+                    generate(model, config, labels, rows, 1.5, args.sample_steps, 0, images, device, precision)
+                clock.mark()
+
+            out |= interleaved({name: work}, device, args.rounds, 1)
+        return out | {"images": images, "steps": args.sample_steps}
+
+    for size in dict.fromkeys((args.sizes[0], args.sizes[-1])):
+        yield size, lambda s=size: one(s)
+
+
+SECTIONS = {"counts": counts, "step": steps, "layer": layers, "sampling": samples}
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Every point of the chosen sections that has no result yet, until the time is over."""
+    end = time.monotonic() + 60 * args.minutes
+    for section in args.section:
+        path = args.out / f"{section}.json"
+        done = {} if args.fresh or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+        for name, work in SECTIONS[section](args):
+            if name in done:
+                continue
+            if time.monotonic() > end:
+                print(f"{section} {name}: no time left; run again to go on", flush=True)
+                continue
+            start = time.monotonic()
+            done[name] = work()
+            print(f"{section} {name}: {time.monotonic() - start:.0f} s", flush=True)
+            path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+            if args.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = lambda text: text.split(",")  # noqa: E731
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--section", type=words, default=list(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--sizes", type=words, default=["s", "b", "l", "xl"] if gpu else ["s"])
+    parser.add_argument(
+        "--micro", type=lambda s: [int(n) for n in s.split(",")], default=[64, 8, 32, 128] if gpu else [8]
+    )
+    parser.add_argument("--precision", type=words, default=["bf16"] if gpu else ["fp32"])
+    parser.add_argument("--routing", type=words, default=["learned", "uniform", "skewed"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--sample-batch", type=int, default=64 if gpu else 2)
+    parser.add_argument("--sample-steps", type=int, default=4 if gpu else 1)
+    parser.add_argument("--out", type=Path, help="folder of the figures; default runs/throughput_cpu or _gpu")
+    parser.add_argument("--page", type=Path, help="default benchmarks/results/throughput_cpu.md or _gpu.md")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier figures")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    args.device, kind = torch.device("cuda", 0) if gpu else torch.device("cpu"), "gpu" if gpu else "cpu"
+    args.out = args.out or Path(f"runs/throughput_{kind}")
+    args.page = args.page or Path(__file__).parent / f"results/throughput_{kind}.md"
+    unknown = [name for name in args.section if name not in SECTIONS]
+    if unknown:
+        parser.error(f"--section {unknown[0]}: choose of {', '.join(SECTIONS)}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    if args.device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    if not args.table:
+        measure(args)
+        (args.out / "head.md").write_text(provenance("benchmarks/throughput.py", sys.argv[1:]), encoding="utf-8")
+    page = throughput_table.page(args.out, args.device)
+    args.page.write_text(page + "\n", encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The peers compute what they are measured for, the counts of the README hold, and the page shows what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import moe_peers, throughput, throughput_table
+from benchmarks.op_counting import count_operators, host_syncs
+from promoe_ds.config import load_config
+from promoe_ds.moe.experts import backend_problem
+from promoe_ds.moe.layer import MoELayer
+
+CPU = torch.device("cpu")
+SMALL = ["model.width=48", "model.heads=4", "model.image_size=8"]
+
+
+def layer() -> tuple[MoELayer, torch.Tensor, Any]:
+    torch.manual_seed(0)
+    made = throughput.make_model_layer(load_config("imagenet256_promoe_s", [*SMALL, "train.precision=fp32"]), CPU)
+    x, ctx = torch.randn(4, 16, 48), throughput.context(4, CPU)
+    return made, x[ctx.order_B], ctx
+
+
+@pytest.mark.parametrize("routing", ["learned", "uniform", "skewed"])
+def test_the_loop_computes_what_the_layer_computes(routing: str) -> None:
+    made, x, ctx = layer()
+    moe_peers.force_routing(made, routing)
+    for ours, loop in zip(made(x, ctx), moe_peers.loop_layer(made, x, ctx), strict=True):
+        if isinstance(ours, dict):
+            if routing != "learned":  # a forced choice comes after the layer's loss, and before the loop's
+                continue
+            ours, loop = ours["routing_contrastive"], loop["routing_contrastive"]
+        torch.testing.assert_close(ours, loop, rtol=1e-4, atol=1e-5)
+
+
+def test_operators_and_host_syncs_of_promoe_s() -> None:
+    """Evaluation: at most 1.4 of Dense-DiT's operators; training, with the contrastive loss, 1.7. No host sync."""
+    found = {}
+    for name in ("dense", "promoe"):
+        model = throughput.make_model(load_config(f"imagenet256_{name}_s", ["model.image_size=8"]), CPU)
+        x, t, ctx = torch.randn(4, 4, 8, 8), torch.rand(4), throughput.context(4, CPU)
+        with torch.no_grad():
+            model.eval()(x, t, ctx)
+            evaluation = count_operators(lambda m=model, x=x, t=t, ctx=ctx: m(x, t, ctx)).total
+        model.train()(x, t, ctx)
+        training = count_operators(lambda m=model, x=x, t=t, ctx=ctx: m(x, t, ctx))
+        found[name] = evaluation, training.total, training.syncs
+    (dense, dense_training, _), (ours, ours_training, syncs) = found["dense"], found["promoe"]
+    assert ours <= 1.4 * dense and ours_training <= 1.7 * dense_training and syncs == 0
+
+
+def test_syncs_are_counted() -> None:
+    x = torch.arange(4.0)
+    assert host_syncs(lambda: (x.sum().item(), x[x > 1], x.nonzero()), CPU) >= 3
+    assert host_syncs(lambda: x.sum() + x[1:].max(), CPU) == 0
+
+
+def test_sections_resume_and_the_page_is_made(tmp_path: Path) -> None:
+    ticks = {"rounds": [[1.0, 2.0, 1.0], [1.0, 2.0, 2.0]], "gib": None}
+    fast = {"rounds": [[0.5, 1.0, 0.5], [0.5, 1.0, 1.0]], "gib": None}
+    step = {"dense": ticks, "promoe grouped_mm": fast, "promoe paper loop": {"failed": "out of memory"}}
+    (tmp_path / "step.json").write_text(json.dumps({"s fp32 micro 8": step}))
+    calls = []
+
+    def section(args: Any) -> Any:
+        for name in ("s fp32 micro 8", "b fp32 micro 8"):
+            yield name, lambda name=name: calls.append(name) or step
+
+    args = type("A", (), {"minutes": 1, "out": tmp_path, "section": ["step"], "fresh": False, "device": CPU})()
+    before, throughput.SECTIONS["step"] = throughput.SECTIONS["step"], section
+    try:
+        throughput.measure(args)
+    finally:
+        throughput.SECTIONS["step"] = before
+    assert calls == ["b fp32 micro 8"]
+    page = throughput_table.page(tmp_path, CPU)
+    assert (
+        "| s fp32 micro 8 | promoe grouped_mm |" in page and "2.00 (2.00 to 2.00)" in page and "out of memory" in page
+    )
+
+
+def test_megablocks_agrees_with_the_loop() -> None:
+    problem = backend_problem("megablocks", "cuda" if torch.cuda.is_available() else "cpu")
+    if problem:
+        pytest.skip(f"moe.experts_backend=megablocks {problem}")
+    made, x, ctx = layer()
+    made, x = made.cuda(), x.cuda()
+    ctx = throughput.context(4, torch.device("cuda"))
+    outs = []
+    for backend in ("loop", "megablocks"):
+        made.routed.experts.backend = backend  # type: ignore[union-attr, assignment]
+        with torch.autocast("cuda", torch.bfloat16):
+            y = made(x, ctx)[0]
+        y.sum().backward()
+        outs.append((y.detach(), *(p.grad.clone() for p in made.routed.parameters() if p.grad is not None)))  # type: ignore[union-attr]
+        made.zero_grad()
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2)
