@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from promoe_ds import accounting
@@ -32,17 +31,16 @@ from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, RoutingContext
-from promoe_ds.moe.trace import LastChoice
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine, check_deepspeed_values
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import KINDS, PARTS, Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
-from promoe_ds.pictures import beside, load_map, token_maps
-from promoe_ds.sampling import draw_grid, grid
+from promoe_ds.pictures import load_map
 from promoe_ds.train import checkpoint, nonfinite, resuming, signals
 from promoe_ds.train.checkpoint import claim
 from promoe_ds.train.experts import ExpertWatch
+from promoe_ds.train.grids import GridFailed, keep_grid
 from promoe_ds.train.initial import InitialWeights
 from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
@@ -359,28 +357,13 @@ class Trainer:
         weights = ema_state_dict(self.engine, self._fixed(), self.ranks)
         if self.log:
             try:
-                model = build(self.config)
-                model.load_state_dict(weights, assign=True)
-                with LastChoice(model.to(self.topology.device).eval()) as choice:
-                    image = draw_grid(model, self.config, self.topology.device, choice.keep)
-                self._keep_grid(image, choice)
-            except (ConfigError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
+                target = self.run_folder / "samples"
+                image = keep_grid(target, weights, self.config, self.step, self.topology.device)
+                self.log.image("samples", image, self.step)
+            except GridFailed as error:
                 self._say(f"  no sample grid: {error}")
         barrier(self.topology)
         self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
-
-    def _keep_grid(self, image: Image.Image, choice: LastChoice) -> None:
-        target = self.run_folder / "samples"
-        target.mkdir(exist_ok=True)
-        image.save(target / f"grid_{self.step:08d}.png")
-        image.save(target / "grid.png")
-        expert_BS = choice.experts_BS()
-        if self.config.moe and expert_BS is not None:
-            maps = token_maps(expert_BS, self.config.moe.num_experts)
-            image = beside(image, grid(maps, self.config.sample.per_class))
-            image.save(target / "experts.png")
-        if self.log:
-            self.log.image("samples", image, self.step)
 
     def _paused(self, work: Callable[..., None], *args: Any) -> None:
         """Do it; its time does not count as time of training."""
