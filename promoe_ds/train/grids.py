@@ -10,9 +10,9 @@ from torch import Tensor
 
 from promoe_ds.config import Config, ConfigError
 from promoe_ds.models.init import build
+from promoe_ds.moe.trace import LastChoice
 from promoe_ds.pictures import beside, token_maps
 from promoe_ds.sampling import draw_grid, grid
-from promoe_ds.train.experts import LastChoice
 
 
 def keep_grid(folder: Path, weights: dict[str, Tensor], config: Config, step: int, device: torch.device) -> Image.Image:
