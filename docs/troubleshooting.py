@@ -17,6 +17,8 @@ STAGES = {
     "Starting processes, devices and DeepSpeed": ("promoe_ds/parallel/", "promoe_ds/workers.py"),
     "Training, resuming and checkpoints": ("promoe_ds/train/", "launchers/train.py", "launchers/checkpoint.py",
                                            "promoe_ds/dry_run.py", "promoe_ds/accounting.py"),
+    "Import, export and loading": ("promoe_ds/formats/", "promoe_ds/loading.py", "promoe_ds/api.py",
+                                   "launchers/export.py", "launchers/import_weights.py"),
     "Sampling": ("promoe_ds/sampl", "promoe_ds/diffusion/", "launchers/sample.py"),
     "Evaluation": ("evaluation/", "launchers/evaluate.py"),
     "Analysis": ("promoe_ds/analysis/", "launchers/analyze.py"),
