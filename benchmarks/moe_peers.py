@@ -8,6 +8,7 @@ gemms       the matrix products of our layer and nothing else: the floor
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,8 @@ def force_routing(model: nn.Module, kind: str) -> None:
     for module in model.modules():
         if isinstance(module, MoELayer):
             router = module.router.router if isinstance(module.router, ForcedRouter) else module.router
-            module.router = router if kind == "learned" else ForcedRouter(router, kind)
+            made: Any = router if kind == "learned" else ForcedRouter(router, kind)
+            module.router = made
 
 
 def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
@@ -176,8 +178,8 @@ def deepspeed_layer(width: int, hidden: int, experts: int, device: torch.device)
 def megablocks_layer(width: int, hidden: int, experts: int, device: torch.device) -> tuple[Step, nn.Module]:
     """MegaBlocks' dropless MoE with its grouped GEMM. Raises ImportError where it is absent or does not load."""
     try:
-        from megablocks.layers.arguments import Arguments
-        from megablocks.layers.dmoe import dMoE
+        Arguments = importlib.import_module("megablocks.layers.arguments").Arguments
+        dMoE = importlib.import_module("megablocks.layers.dmoe").dMoE
     except Exception as error:  # its compiled parts fail in many ways
         raise ImportError(f"megablocks: {type(error).__name__}: {error}") from error
     arguments = Arguments(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import moe_peers, throughput_table
+from benchmarks.interleaved import Clock, Work, interleaved
 from benchmarks.op_counting import count_operators, host_syncs
 from benchmarks.provenance import provenance
 from promoe_ds import accounting
@@ -45,67 +45,7 @@ from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.sampling import generate
 
 NULL, DROP = moe_peers.NULL_LABEL, 0.1
-WINDOW_SECONDS = {"cuda": 0.25, "cpu": 0.0}
-"""of one window; a CPU step is long enough alone"""
 PARTS = ("forward", "backward", "optimizer")
-
-
-class Clock:
-    """Marks between the parts of a step, without a wait between them."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.marks = device.type == "cuda", []
-
-    def mark(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self, parts: int) -> list[float]:
-        """Mean of each of `parts` intervals over the steps marked so far; forgets them."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        marks, self.marks = self.marks, []
-        steps = [marks[i : i + parts + 1] for i in range(0, len(marks), parts + 1)]
-        between = [[self._between(a, b) for a, b in zip(s, s[1:], strict=False)] for s in steps]
-        return [statistics.fmean(column) for column in zip(*between, strict=True)]
-
-    def _between(self, a: Any, b: Any) -> float:
-        return a.elapsed_time(b) / 1e3 if self.cuda else b - a
-
-
-Work = Callable[[Clock], None]
-"""one step, which marks its begin and the end of each part"""
-
-
-def interleaved(systems: dict[str, Work], device: torch.device, rounds: int, parts: int) -> dict[str, Any]:
-    """Windows of each system in turn -> by system, seconds of each round by part, and peak GiB; or its failure."""
-    clock, out, steps = Clock(device), {}, {}
-    for name, work in systems.items():
-        try:
-            work(clock)  # warm-up
-            clock.seconds(parts)
-            work(clock)
-            first = sum(clock.seconds(parts))
-            steps[name] = max(1, min(50, round(WINDOW_SECONDS[device.type] / first)))
-            out[name] = {"rounds": [], "gib": None}
-        except torch.OutOfMemoryError:
-            out[name] = {"failed": "out of memory"}
-            clock.marks.clear()
-            torch.cuda.empty_cache()
-    for _ in range(rounds):
-        for name, number in steps.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(number):
-                systems[name](clock)
-            out[name]["rounds"].append(clock.seconds(parts))
-            if device.type == "cuda":
-                out[name]["gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------- material
@@ -274,7 +214,7 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
         def work(clock: Clock) -> None:
             moe_peers.use_loop(promoe, loop)
             for block in promoe.blocks:
-                if isinstance(block.mlp, MoELayer):
+                if block.is_moe:
                     block.mlp.routed.experts.backend = backend
             step(clock)
 

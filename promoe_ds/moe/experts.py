@@ -88,8 +88,7 @@ def _torch_gmm(rows: ExpertRows) -> Gmm:
 
 
 def _megablocks_gmm(rows: ExpertRows) -> Gmm:
-    from grouped_gemm.ops import gmm  # what megablocks' grouped MLP calls
-
+    gmm = importlib.import_module("grouped_gemm.ops").gmm  # what megablocks' grouped MLP calls
     sizes = torch.diff(rows.end_E, prepend=rows.end_E.new_zeros(1)).long().cpu()
     return lambda x, w: gmm(x, w, sizes, trans_b=True)
 

@@ -14,6 +14,8 @@ same collectives and every parameter has a gradient.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +68,7 @@ class MoELayer(nn.Module):
         out_TD, end_E = self.routed(known_TD, routing)
         if self.conditional:
             nulls = [mlp(null_TD) for mlp in self.unconditional] or [torch.zeros_like(null_TD)]
-            out_TD = torch.cat([out_TD, sum(nulls[1:], nulls[0])])
+            out_TD = torch.cat([out_TD, reduce(torch.add, nulls)])
         for mlp in self.shared:
             out_TD = out_TD + mlp(x_TD)
         return out_TD.view(B, S, D).to(x_BSD.dtype), routing.aux, end_E
