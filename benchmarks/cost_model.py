@@ -17,7 +17,7 @@ A step of a rank is compute + exposed all-to-all + exposed gradient reduction + 
   optimizer     32 bytes an element of this rank's share, from memory
 
 Bytes are those of promoe_ds/traffic.py, which a scaling study has compared with counted ones. --validate fits a time
-model of the same shape to half of a study's points and tests it on the other half.
+model to half of the topologies (world, ep) of a study and tests it on the others, which the fit has not seen.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from promoe_ds import accounting, traffic  # noqa: E402
 from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
+from promoe_ds.validate import batch_plan  # noqa: E402
 
 GIB, OPTIMIZER_BYTES = 2**30, 32
 """read and written an element: weight, two moments, EMA in fp32"""
@@ -67,10 +68,10 @@ class Hardware:
         here = max(1.0, self.gpus_per_node / stride)
         return min(self.intra_gbs, here * self.inter_gbs) * 1e9
 
-    def far(self, ep: int) -> float:
+    def far(self, ep: int, world: int) -> float:
         """Share of a rank's peers in its group of `ep` consecutive ranks on other nodes, for the worst placed rank."""
         node = lambda rank: rank // self.gpus_per_node  # noqa: E731
-        ranks = range(math.lcm(ep, self.gpus_per_node))
+        ranks = range(min(world, math.lcm(ep, self.gpus_per_node)))
         groups = {r: range(r - r % ep, r - r % ep + ep) for r in ranks}
         return max(sum(node(r) != node(peer) for peer in groups[r]) for r in ranks) / max(1, ep - 1)
 
@@ -114,7 +115,7 @@ def all_to_all_seconds(config: Config, hw: Hardware, world: int, ep: int, accumu
         return 0.0
     layers = len(config.moe_layers())
     remote = traffic.all_to_all_expected(config, ep) / world * busiest  # bytes a rank a step
-    far = hw.far(ep)
+    far = hw.far(ep, world)
     seconds = max((1 - far) * remote / (hw.intra_gbs * 1e9), far * remote / (hw.inter_gbs * 1e9))
     fixed = accumulation * layers * (5 * hw.latency_us + hw.sync_us) * 1e-6
     return seconds + fixed
@@ -136,7 +137,7 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, b
         busiest: rows of the busiest rank of an expert-parallel group over the mean.
     """
     batch = config.train.global_batch_size
-    micro = accounting.micro_batch(config, world)
+    _, accumulation = batch_plan(config, world)
     compute = compute_seconds(config, hw, batch // world, ep, busiest)
     reduce = reduce_seconds(config, hw, world, ep)
     hidden = hw.overlap * compute * 2 / 3
@@ -145,7 +146,7 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, b
     memory = accounting.memory_per_gpu(config, world, ep, stage, False, 100_000_000)
     return Prediction(
         compute,
-        all_to_all_seconds(config, hw, world, ep, batch // world // micro, busiest),
+        all_to_all_seconds(config, hw, world, ep, accumulation, busiest),
         max(0.0, reduce - hidden) + hw.latency_us * 1e-6,
         reduce / 2,
         OPTIMIZER_BYTES * held / (hw.memory_gbs * 1e9),
@@ -204,7 +205,9 @@ def table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int]) -> st
         parts = f"{_parts(rows[1])} | {_parts(rows[other])}"
         lines.append(" | ".join([str(world), str(batch // world), *cells, ratio, parts]))
     slower = sum(": slower" in line for line in lines)
-    verdict = f"\n\nExpert parallelism is slower than ep 1 in {slower} of {len(lines) - 2} rows."
+    skipped = [str(world) for world, batch in batches.items() if batch % world]
+    verdict = f"\n\nNot divisible by the batch: {', '.join(skipped)} GPUs." if skipped else ""
+    verdict += f"\n\nExpert parallelism is slower than ep 1 in {slower} of {len(lines) - 2} rows."
     return "\n".join(f"| {line} |" for line in lines) + verdict
 
 
@@ -234,7 +237,10 @@ def features(point, cores: int) -> np.ndarray:  # type: ignore[no-untyped-def]
 
 
 def validate(folders: Iterable[Path], cores: int) -> str:
-    """Fit on every other point, test on the rest; also whether the bytes of every point are the formula's."""
+    """Fit on every other topology (world, ep), test on the rest; whether the bytes of every point are the formula's.
+
+    Not on every other point: points that differ in the ZeRO stage or the study alone have nearly the same features.
+    """
     from scipy.optimize import nnls
 
     from benchmarks.scaling_report import read_points
@@ -243,7 +249,11 @@ def validate(folders: Iterable[Path], cores: int) -> str:
     wrong = {f"{p.world}/{p.ep}/{p.stage}": kinds for p in points if p.stage < 3 and (kinds := p.mismatches())}
     x = np.array([features(p, cores) for p in points])
     y = np.array([p.batch / p.rate for p in points])
-    fit, test = np.arange(len(points)) % 2 == 0, np.arange(len(points)) % 2 == 1
+    topologies = sorted({(p.world, p.ep) for p in points})
+    if len(topologies) < 2:
+        reject("--validate", ", ".join(map(str, folders)), "has one topology", "add points of other worlds or ep")
+    test = np.array([topologies.index((p.world, p.ep)) % 2 == 1 for p in points])
+    fit = ~test
     weight, _ = nnls(x[fit] / y[fit, None], np.ones(int(fit.sum())))  # relative errors
     error = np.abs(x @ weight / y - 1)
     equal = len(points) - len(wrong)
@@ -252,8 +262,8 @@ def validate(folders: Iterable[Path], cores: int) -> str:
     lines = [
         f"Bytes: {equal} of {len(points)} points equal the formula to the byte{f'; not {wrong}' if wrong else ''}.",
         "",
-        f"Time: t = {law}, fitted on {fit.sum()} points (median error {median(error[fit]):.0%}), tested on the other "
-        f"{test.sum()}: median error {median(error[test]):.0%}, worst {error[test].max():.0%}.",
+        f"Time: t = {law}, fitted on {fit.sum()} points (median error {median(error[fit]):.0%}), tested on the "
+        f"{test.sum()} of other topologies: median error {median(error[test]):.0%}, worst {error[test].max():.0%}.",
         "",
         "| world | ep | ZeRO | routing | measured ms | predicted ms | error | used for |",
         "|---|---|---|---|---|---|---|---|",
@@ -278,7 +288,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--world", type=integers, default=[8, 16, 24, 48, 64, 96, 128, 192, 256, 512], metavar="8,16")
     parser.add_argument("--ep", type=integers, default=[1, 2, 3, 4, 6, 12], metavar="1,2,4")
     parser.add_argument("--images", type=int, default=32, help="weak scaling: images a GPU a step (32)")
-    parser.add_argument("--batch", type=integers, default=[256, 2048], metavar="B", help="strong: global batches")
+    parser.add_argument("--batch", type=integers, default=[256, 1536], metavar="B", help="strong: global batches")
     parser.add_argument("--busiest", type=float, default=1.1, help="rows of the busiest rank over the mean (1.1)")
     parser.add_argument("--validate", type=Path, action="append", default=[], metavar="STUDY")
     parser.add_argument("--cores", type=int, default=2, help="of the machine the study ran on (2)")
@@ -309,7 +319,8 @@ def page(args: argparse.Namespace) -> str:
         "and `benchmarks/cost_model.yaml`.",
         "",
         f"Crossover: below {crossover_images(config):.0f} images a GPU a step expert parallelism moves fewer bytes",
-        "than it saves in gradients. That is bytes a GPU, not time: gradients can hide behind the backward pass, the",
+        f"than it saves in gradients, below {1.5 * crossover_images(config):.0f} than in these and the parameters that "
+        "ZeRO gathers. That is bytes a GPU, not time: gradients can hide behind the backward pass, the",
         "all-to-all not; and between nodes nothing is saved while ep stays in a node: each still holds every expert.",
         "",
         f"## Weak scaling, {args.images} images a GPU",

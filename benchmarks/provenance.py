@@ -22,8 +22,8 @@ def device_name() -> str:
     return f"{cores} virtual {platform.machine()} CPU cores, {threads} thread(s), shared machine"
 
 
-def provenance(program: str, arguments: Sequence[str]) -> str:
-    """A markdown table; `commit` ends in + where the tree differs from it."""
+def facts() -> dict[str, str]:
+    """Commit, versions and device of this process; `commit` ends in + where the tree differs from it."""
     import deepspeed
     import torch
 
@@ -31,6 +31,12 @@ def provenance(program: str, arguments: Sequence[str]) -> str:
         ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    rows = {"command": f"`{shlex.join(['python', program, *arguments])}`", "commit": commit or "unknown",
-            "versions": versions, "device": device_name()}  # fmt: skip
+    return {"commit": commit or "unknown", "versions": versions, "device": device_name()}
+
+
+def provenance(program: str, arguments: Sequence[str], measured: Sequence[dict[str, str]] = ()) -> str:
+    """A markdown table of the command and of `facts`: those kept with the measurements, or else of this process."""
+    measured = measured or [facts()]
+    rows = {"command": f"`{shlex.join(['python', program, *arguments])}`"}
+    rows |= {name: "; ".join(dict.fromkeys(each[name] for each in measured)) for name in measured[0]}
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.provenance import provenance
 from promoe_ds import traffic
 from promoe_ds.config import Config, load_config, reject
+from promoe_ds.validate import batch_plan
 
 PARTS = ("forward", "experts", "all_to_all", "router_sums", "backward", "gradients", "parameters", "optimizer", "other")
 COMMUNICATION = ("all_to_all", "router_sums", "gradients", "parameters")
@@ -38,9 +39,12 @@ class Measured:
     config: Config
     rates: list[float]
     """images/s of every window"""
+    mfus: list[float | None]
     parts: list[dict[str, Any]]
     """records with seconds/* and bytes/*"""
     window: int
+    facts: list[dict[str, str]]
+    """commit, versions and device of every repeat, where it kept them"""
 
     @property
     def rate(self) -> float:
@@ -54,17 +58,28 @@ class Measured:
         return float(np.mean([r[f"bytes/{kind}"] for r in self.parts]))
 
     @property
+    def mfu(self) -> float | None:
+        """Share of the peak FLOP/s; None where the peak is not known (a CPU)."""
+        known = [value for value in self.mfus if value is not None]
+        return median(known) if known else None
+
+    @property
     def memory(self) -> float:
         return max(r["memory_gib"] for r in self.parts)
+
+    @property
+    def load(self) -> float:
+        """Rows of the busiest expert over the mean."""
+        return median(r["load_max_over_mean"] for r in self.parts)
 
     def formula(self, kind: str) -> float | None:
         """What `traffic.py` says of the same steps; None where it says nothing exact."""
         if kind == "gradients":
-            return traffic.gradients(self.config, self.world, self.ep)
+            return traffic.gradients(self.config, self.world, self.ep, self.stage)
         if kind == "parameters":
             return traffic.parameters(self.config, self.world, self.ep, self.stage)
         if kind == "counts":
-            return traffic.counts(self.config, self.world, self.ep)
+            return traffic.counts(self.config, self.world, self.ep, batch_plan(self.config, self.world)[1])
         if kind == "all_to_all" and (self.routing == "uniform" or self.ep == 1):
             return 0.0 if self.ep == 1 else float(np.mean([self._window_bytes(r["step"]) for r in self.parts]))
         return None
@@ -104,8 +119,8 @@ def read_points(folder: Path) -> list[Measured]:
         options += ["moe.router={name: uniform}"] if routing == "uniform" else []
         out.append(Measured(
             world, ep, stage, batch, routing, load_config(first["recipe"], options),
-            [r["images_per_s"] for t in trees for r in t["speed"]], [r for t in trees for r in t["parts"]],
-            first["window"],
+            [r["images_per_s"] for t in trees for r in t["speed"]], [r.get("mfu") for t in trees for r in t["speed"]],
+            [r for t in trees for r in t["parts"]], first["window"], [t["facts"] for t in trees if "facts" in t],
         ))  # fmt: skip
     return out
 
@@ -127,6 +142,7 @@ def speed_table(points: list[Measured]) -> str:
         "batch",
         "images/s",
         "range",
+        "MFU",
         "speed-up",
         "communication",
         "peak GiB",
@@ -135,11 +151,11 @@ def speed_table(points: list[Measured]) -> str:
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
     for p in points:
         total = sum(p.seconds(part) for part in PARTS)
+        mfu = "-" if p.mfu is None else f"{p.mfu:.1%}"
         share = sum(p.seconds(part) for part in COMMUNICATION) / total
-        load = median(r["load_max_over_mean"] for r in p.parts)
         lines.append(f"{p.world} | {p.ep} | {p.stage} | {p.batch} | {p.rate:.0f} "
                      f"| {min(p.rates):.0f}-{max(p.rates):.0f} "
-                     f"| {speedup(p, points):.2f} | {share:.0%} | {p.memory:.2f} | {load:.2f}")  # fmt: skip
+                     f"| {mfu} | {speedup(p, points):.2f} | {share:.0%} | {p.memory:.2f} | {p.load:.2f}")  # fmt: skip
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -166,12 +182,13 @@ def bytes_table(points: list[Measured]) -> str:
 
 
 def write_csv(points: list[Measured], path: Path) -> None:
-    names = ["world", "ep", "stage", "batch", "routing", "images_per_s", "min", "max", "memory_gib"]
+    names = ["world", "ep", "stage", "batch", "routing", "images_per_s", "min", "max", "mfu", "memory_gib", "load"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*names, *(f"seconds_{p}" for p in PARTS), *(f"bytes_{k}" for k in KINDS)])
         for p in points:
-            row = [p.world, p.ep, p.stage, p.batch, p.routing, p.rate, min(p.rates), max(p.rates), p.memory]
+            row = [p.world, p.ep, p.stage, p.batch, p.routing, p.rate, min(p.rates), max(p.rates), p.mfu,
+                   p.memory, p.load]  # fmt: skip
             writer.writerow([*row, *(p.seconds(part) for part in PARTS), *(p.sent(kind) for kind in KINDS)])
 
 
@@ -223,7 +240,7 @@ def write_report(folder: Path, args: argparse.Namespace) -> str:
     first = points[0]
     text = f"""# Scaling study: {first.config.name}, {args.batch} scaling, {first.routing} routing
 
-{provenance("launchers/scaling_study.py", args.command)}
+{provenance("launchers/scaling_study.py", args.command, [fact for p in points for fact in p.facts])}
 
 Median over windows of {first.window} steps, after one window of warm-up; speed-up is over the smallest world at ep 1
 and the same stage; communication is the share of the step's measured parts.

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +71,9 @@ def plan(args: argparse.Namespace) -> list[Point]:
     """Every point, in the order in which it is run. Raises ConfigError for what no point can satisfy."""
     from promoe_ds.validate import check_topology
 
+    for name in ("per", "window", "windows", "repeats"):
+        if getattr(args, name) < 1:
+            reject(f"--{name}", getattr(args, name), "must be positive", "choose 1 or more")
     base = load_config(args.recipe, args.overrides)
     if base.moe is None:
         reject("--recipe", args.recipe, "is dense: there is nothing to shard", "choose a MoE recipe")
@@ -95,10 +99,13 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
     """Launch a point; its windows, or None where it failed (the output is in OUT/points/NAME.log)."""
     import torch
 
+    from benchmarks.provenance import facts
+
     runs = [("all", True)] if not torch.cuda.is_available() else [("speed", False), ("parts", True)]
     records = []
     for label, measure in runs:
         folder = args.out / "runs" / f"{point.name}_{label}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was interrupted: resumed windows would not compare
         launch = [word.replace("{world}", str(point.world)) for word in shlex.split(args.launch)]
         command = [*launch, str(ROOT / "launchers/train.py"), "--config", args.recipe, "--run", str(folder),
                    "--ds_config", str(ROOT / f"ds_configs/zero{point.stage}.json"), *overrides(point, args),
@@ -112,8 +119,22 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
         records.append([json.loads(line) for line in lines][-args.windows :])
         for checkpoint in (folder / "checkpoints").glob("step_*/*"):
             checkpoint.unlink()  # gigabytes that nobody asked for; the log stays
-    return {**asdict(point), "recipe": args.recipe, "routing": args.routing, "overrides": args.overrides,
-            "window": args.window, "speed": records[0], "parts": records[-1]}  # fmt: skip
+    return {**asdict(point), **settings(args), "facts": facts(), "speed": records[0], "parts": records[-1]}
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What all points of a folder share."""
+    return {"recipe": args.recipe, "routing": args.routing, "overrides": args.overrides, "window": args.window}
+
+
+def check_done(path: Path, args: argparse.Namespace) -> None:
+    """Raise ConfigError if a finished point is of another study: its figures would pass for this one's."""
+    done = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings(args).items():
+        if done[key] != value:
+            reject(
+                "--out", args.out, f"{path.stem} was run with {key}={done[key]}, not {value}", "choose another folder"
+            )
 
 
 def run_all(points: list[Point], args: argparse.Namespace) -> int:
@@ -122,6 +143,7 @@ def run_all(points: list[Point], args: argparse.Namespace) -> int:
     for i, point in enumerate(points):
         path = args.out / "points" / f"{point.name}.json"
         if path.is_file():
+            check_done(path, args)
             continue
         start = time.monotonic()
         result = run_point(point, args)

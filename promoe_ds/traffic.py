@@ -41,10 +41,14 @@ def _padded(elements: int, ranks: int) -> int:
     return -(-elements // (2 * ranks)) * 2 * ranks
 
 
-def gradients(config: Config, world: int, ep: int) -> int:
-    """Stages 0 to 2 all-reduce: 2 (W-1) P_d + 2 (W/ep - 1) P_r elements, whatever `reduce_scatter` says (0.19.8)."""
+def gradients(config: Config, world: int, ep: int, stage: int = 1) -> int:
+    """Stages 0 to 2 all-reduce: 2 (W-1) P_d + 2 (W/ep - 1) P_r elements, whatever `reduce_scatter` says (0.19.8).
+
+    Once a step at stages 0 and 1; stage 2, which keeps no whole gradients, after every micro-batch.
+    """
     dense, routed = trained(config)
-    return 2 * ((world - 1) * dense + (world // ep - 1) * routed) * weight_bytes(config)
+    times = batch_plan(config, world)[1] if stage == 2 else 1
+    return 2 * times * ((world - 1) * dense + (world // ep - 1) * routed) * weight_bytes(config)
 
 
 def parameters(config: Config, world: int, ep: int, stage: int) -> int:

@@ -1,7 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts, in the repository's folder: checks before the allocation is used, one srun that outlives
 # signals, and what is told to Slurm when it ends. docs/slurm.md has the picture.
-set -uo pipefail # not -e: `wait` returns more than 128 when a signal arrives
 
 say() { printf '%(%F %T)T %s\n' -1 "$*"; }
 fail() { # CODE TEXT
@@ -9,10 +8,13 @@ fail() { # CODE TEXT
     exit "$1"
 }
 
+[[ ${SLURM_JOB_NUM_NODES:-} ]] || fail 2 "SLURM_JOB_NUM_NODES is not set: this is no Slurm job; submit the script with sbatch"
 # shellcheck source=slurm/env.sh
-source slurm/env.sh
+source slurm/env.sh # before -u: the scripts of modules, conda and .bashrc read variables that are not set
+set -uo pipefail    # not -e: `wait` returns more than 128 when a signal arrives
 [[ -z ${PYTHON:-} && -x .venv/bin/python ]] && PYTHON=$PWD/.venv/bin/python
-read -ra python <<<"${WRAP:-} ${PYTHON:-python} -u"
+read -ra python <<<"${WRAP:-}"
+python+=("${PYTHON:-python}" -u) # one word: the folder may have blanks
 gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}       # as asked for: 8, h100:8; --exclusive gives all there are
 TASKS_PER_NODE=${TASKS_PER_NODE:-${gpus##*:}}              # a rank a GPU
 [[ $TASKS_PER_NODE =~ ^[1-9][0-9]*$ ]] || fail 2 "TASKS_PER_NODE=$TASKS_PER_NODE: is not a number of ranks; without GPUs set it, and DEVICE=cpu"

@@ -5,7 +5,7 @@
 # ---- Python, one of:
 # source "$HOME/.bashrc" && module purge && module load python/3.11 cuda/12.8
 # source "$HOME/miniforge3/etc/profile.d/conda.sh" && conda activate promoe
-# export PYTHON=$PWD/.venv/bin/python                       # the default where it exists, else `python`
+# export PYTHON=$PWD/.venv/bin/python                       # one program; the default where it exists, else `python`
 # A container: these words go before `python`, in every rank. It must see this folder, the data and the run folder.
 # export PYTHON=python WRAP="apptainer exec --nv --bind $PWD,/data $HOME/promoe.sif"
 

@@ -16,7 +16,8 @@ fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 hosts=("${hosts[@]:0:nodes}")
 export MASTER_ADDR=${hosts[0]} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} LOCAL_WORLD_SIZE=$per_node
-cpus=$((SLURM_CPUS_ON_NODE / per_node))
+on_node=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-1}} # salloc sets the second only: 72(x2),36
+cpus=$((${on_node%%[!0-9]*} / per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}
 # since 22.05 srun does not take --cpus-per-task from the job; without --kill-on-bad-exit a dead rank leaves the others
 exec srun --nodelist="$(IFS=, && echo "${hosts[*]}")" --nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$per_node" \

@@ -37,7 +37,7 @@ def test_counted_bytes_are_those_of_the_formulas(study):
 
 
 def test_a_wrong_formula_would_be_seen(study, monkeypatch):
-    monkeypatch.setattr(traffic, "gradients", lambda config, world, ep: 1)
+    monkeypatch.setattr(traffic, "gradients", lambda config, world, ep, stage: 1)
     assert all("gradients" in p.mismatches() for p in read_points(study))
 
 
@@ -82,6 +82,8 @@ def test_a_failing_point_leaves_its_log(tmp_path, capsys):
         (["--recipe", "digits_dense"], "--recipe=digits_dense: is dense"),
         (["--world", "2", "--ep", "5"], "no point is possible: parallel.expert_parallel=5"),
         (["--world", "1", "--ep", "1", "--point", "9"], "--point=9: there are 2 points, from 0; see --dry-run"),
+        (["--per", "0"], "--per=0: must be positive; choose 1 or more"),
+        (["--windows", "0"], "--windows=0: must be positive"),
         (["--report", "--out", "nowhere-yet"], "holds no finished point; run the study first"),
     ],
 )
@@ -130,7 +132,39 @@ def test_a_busier_rank_costs_only_expert_parallelism():
     ("ep", "share"), [(1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (3, 1.0), (12, 8 / 11), (16, 8 / 15)]
 )
 def test_far_peers(ep, share):
-    assert H100.far(ep) == pytest.approx(share)
+    assert H100.far(ep, 48) == pytest.approx(share)
+
+
+def test_groups_of_three_on_six_gpus_of_one_node_are_near():
+    assert H100.far(3, 6) == 0.0
+
+
+def test_zero_2_reduces_after_every_micro_batch():
+    """Counted on two processes: 4 micro-batches, 2 807 936 bytes at stage 2 and 701 984 at stage 1."""
+    config = load_config("tiny", ["train.micro_batch_size=4", "moe.router={name: uniform}"])
+    assert [traffic.gradients(config, 2, 2, stage) for stage in (1, 2)] == [701_984, 2_807_936]
+
+
+def test_points_of_another_study_are_refused(study, capsys):
+    options = ["--world", "4", "--ep", "2", "--stage", "2", "--out", str(study)]
+    assert scaling_study.main([*SMALL, *options]) == scaling_study.USER_ERROR
+    assert "was run with routing=uniform, not learned; choose another folder" in capsys.readouterr().err
+
+
+def test_the_fit_has_not_seen_the_topologies_it_is_tested_on(study):
+    lines = [
+        line.split("|") for line in cost_model.validate([study, study], cores=2).splitlines() if "| uniform |" in line
+    ]
+    used = {(line[1].strip(), line[2].strip(), line[8].strip()) for line in lines}
+    assert used == {("2", "1", "fit"), ("2", "2", "test"), ("4", "2", "fit")} and len(lines) == 6
+
+
+def test_what_was_measured_keeps_its_commit_and_device(study, monkeypatch):
+    from benchmarks import provenance
+
+    monkeypatch.setattr(provenance, "device_name", lambda: "a login node")
+    assert scaling_study.main([*SMALL, "--report", "--world", "2", "--out", str(study)]) == scaling_study.DONE
+    assert "a login node" not in (study / "scaling.md").read_text()
 
 
 def test_rings_that_leave_a_node_share_its_network_cards():

@@ -1,0 +1,61 @@
+"""The shell of the batch scripts where no Slurm is needed; tests/slurm runs them on a real one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of slurm/ in a folder whose name has blanks."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "a b" / "slurm")
+    return tmp_path / "a b"
+
+
+def shell(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "PYTHON"))}
+    return subprocess.run(command, cwd=folder, env=clean | variables, capture_output=True, text=True)
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("script", ["promoe_xl", "encode", "sample", "evaluate", "scaling_study"])
+def test_a_script_started_without_slurm_says_so(folder: Path, script: str) -> None:
+    done = shell(folder, "bash", f"slurm/{script}.sbatch", PROMOE_ROOT=str(folder))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "this is no Slurm job; submit the script with sbatch" in done.stderr
+
+
+def test_blanks_in_the_folder_and_unset_variables_in_env_sh(folder: Path) -> None:
+    write_program(folder / ".venv/bin/python", "echo")
+    with (folder / "slurm/env.sh").open("a", encoding="utf-8") as file:
+        file.write('PROMPT="$PS1_THAT_NOBODY_SET" WRAP="nice -n 0"\n')
+    done = shell(
+        folder, "bash", "-c", 'source slurm/common.sh; printf "%s\\n" "${python[@]}"; echo $-', SLURM_JOB_NUM_NODES="1"
+    )
+    assert done.stderr == ""
+    *words, options = done.stdout.splitlines()
+    assert words == ["nice", "-n", "0", f"{folder}/.venv/bin/python", "-u"]
+    assert "u" in options
+
+
+def test_launch_in_an_salloc_shell(folder: Path, tmp_path: Path) -> None:
+    """salloc sets no SLURM_CPUS_ON_NODE."""
+    write_program(tmp_path / "bin/scontrol", "echo node1; echo node2")
+    write_program(tmp_path / "bin/srun", 'printf "%s\\n" "$@"')
+    variables = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
+    done = shell(folder, "slurm/launch.sh", "4", "true", **variables, SLURM_GPUS_PER_NODE="h100:2",
+                 SLURM_JOB_CPUS_PER_NODE="72(x2)", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"--nodelist=node1,node2", "--cpus-per-task=36", "--ntasks-per-node=2"} <= set(done.stdout.splitlines())
