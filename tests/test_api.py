@@ -46,6 +46,11 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
         ({"batch": 0}, "batch=0"),
         ({"sampler": "ddim"}, "choose euler or heun"),
         ({"steps": "ddim50"}, "takes a number of steps"),
+        ({"steps": 0}, "steps=0: must be positive"),
+        ({"labels": ["cat"]}, "are no numbers"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"cfg": float("nan")}, "cfg=nan"),
+        ({"precision": "fp8"}, "choose fp32 or bf16"),
     ):
         with pytest.raises(promoe_ds.ConfigError, match=text):
             promoe_ds.generate(loaded, **({"labels": [1]} | options))  # type: ignore[arg-type]
