@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,12 @@ def test_damaged_indices_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(promoe_ds.ConfigError, match="is no index of weights"):
             promoe_ds.load_model(tmp_path / "model")
     index.write_text(text)
-    next((tmp_path / "model").glob("model-00001*")).unlink()
+    first = next((tmp_path / "model").glob("model-00001*"))
+    write(dataclasses.replace(weights(model()), step=8), tmp_path / "other", limit=100_000)
+    first.write_bytes((tmp_path / "other" / first.name).read_bytes())
+    with pytest.raises(promoe_ds.ConfigError, match="shards of different models"):
+        promoe_ds.load_model(tmp_path / "model")
+    first.unlink()
     with pytest.raises(promoe_ds.ConfigError, match="is damaged or no safetensors file"):
         promoe_ds.load_model(tmp_path / "model")
     with pytest.raises(AttributeError):
