@@ -17,6 +17,7 @@ from promoe_ds.accounting import count_parameters
 from promoe_ds.command_line import Parser, guarded, leave
 from promoe_ds.config import reject
 from promoe_ds.formats import diffusers_folder, official_file, weights
+from promoe_ds.formats.card import score_rows
 from promoe_ds.loading import find_weights, header
 from promoe_ds.sample_job import run_of
 from promoe_ds.train.checkpoint import bytes_of, size
@@ -69,14 +70,14 @@ def check(args: argparse.Namespace) -> None:
 def metrics_of(args: argparse.Namespace, file: Path) -> dict[str, Any] | None:
     """Scores for the model card: of --metrics, or those that stand in the run folder."""
     run = run_of(file)
-    path = args.metrics or (run / "metrics.json" if run else None)
+    path = args.metrics or (run / "metrics.json" if run and args.weights != "raw" else None)  # a run's are of its EMA
     if path is None or not (args.metrics or path.is_file()):
         return None
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(tree, dict) and all(isinstance(s, dict) for s in tree.get("sets", []))
+        score_rows(tree)
         return tree
-    except (OSError, ValueError, AssertionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         reject("--metrics", path, f"holds no scores ({error})", "name a metrics.json of launchers/evaluate.py")
 
 
@@ -93,7 +94,7 @@ def export(argv: list[str]) -> None:
     if args.format == "official":
         official_file.check_layout(config)
     if args.dry_run:
-        about = size(count * (4 if dtype == "fp32" else 2))
+        about = size(count * (8 if args.format == "official" else 4 if dtype == "fp32" else 2))
         print(f"would write {args.out} ({args.format}, {dtype}): {text}; about {about}")
         return
     if args.format == "official":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -71,18 +72,12 @@ def generate(
         was trained on (Stable Diffusion's, times 0.18215: decode x / 0.18215).
 
     Raises:
-        promoe_ds.ConfigError: a label, seed, sampler or number of steps that does not exist.
+        promoe_ds.ConfigError: a label, scale, seed, sampler, precision or number of steps that does not exist.
     """
     m, config = model.config.model, model.config
-    label_N = np.asarray(torch.as_tensor(labels).cpu()).reshape(-1)
-    bad = [label for label in label_N.tolist() if not (isinstance(label, int) and 0 <= label <= m.num_classes)]
-    if bad:
-        reject("labels", bad[0], f"is not in 0..{m.num_classes}", f"{m.num_classes} means no class")
-    if not 0 <= seed < 2**64:
-        reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
-    if batch < 1:
-        reject("batch", batch, "must be positive", "choose 1 or more")
+    label_N = _labels(labels, m.num_classes)
     cfg, steps = config.sample.cfg if cfg is None else cfg, config.sample.steps if steps is None else steps
+    _check(seed, batch, cfg, steps, precision)
     name, _ = choose_sampler(config, sampler, steps, eta)
     device = next(model.parameters()).device
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
@@ -92,3 +87,29 @@ def generate(
     ):
         out[rows] = cast(Tensor, x)
     return out
+
+
+def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np.ndarray:
+    """int64 [N]; raises ConfigError."""
+    try:
+        label_N = np.asarray(torch.as_tensor(labels).cpu()).reshape(-1)
+    except (ValueError, TypeError, RuntimeError):
+        reject("labels", labels, "are no numbers", f"give integers in 0..{num_classes}")
+    bad = [label for label in label_N.tolist() if not (isinstance(label, int) and 0 <= label <= num_classes)]
+    if bad:
+        reject("labels", bad[0], f"is not in 0..{num_classes}", f"{num_classes} means no class")
+    return label_N
+
+
+def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str) -> None:
+    """Raises ConfigError."""
+    if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**64):
+        reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
+    if batch < 1:
+        reject("batch", batch, "must be positive", "choose 1 or more")
+    if math.isnan(cfg):
+        reject("cfg", cfg, "is no number", "choose a guidance scale; 1 is none")
+    if isinstance(steps, int) and steps < 1:
+        reject("steps", steps, "must be positive", "choose 1 or more")
+    if precision not in get_args(Precision):
+        reject("precision", precision, "is unknown", f"choose {' or '.join(get_args(Precision))}")

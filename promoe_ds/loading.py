@@ -100,7 +100,10 @@ def read_weights(file: Path, device: torch.device) -> tuple[dict[str, torch.Tens
     metadata: dict[str, str] = {}
     for part in shard_files(file):
         with open_weights(part, device) as opened:
-            metadata = opened.metadata() or {}
+            head = opened.metadata() or {}
+            if tensors and head != metadata:
+                reject("weights", file, f"names shards of different models ({part.name})", "restore its shards")
+            metadata = head
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
     config, step = _decode_metadata(file, metadata)
     if metadata.get("dtype") == "bf16":  # stored so to be small; the model is fp32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,11 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
         ({"batch": 0}, "batch=0"),
         ({"sampler": "ddim"}, "choose euler or heun"),
         ({"steps": "ddim50"}, "takes a number of steps"),
+        ({"steps": 0}, "steps=0: must be positive"),
+        ({"labels": ["cat"]}, "are no numbers"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"cfg": float("nan")}, "cfg=nan"),
+        ({"precision": "fp8"}, "choose fp32 or bf16"),
     ):
         with pytest.raises(promoe_ds.ConfigError, match=text):
             promoe_ds.generate(loaded, **({"labels": [1]} | options))  # type: ignore[arg-type]
@@ -65,7 +71,12 @@ def test_damaged_indices_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(promoe_ds.ConfigError, match="is no index of weights"):
             promoe_ds.load_model(tmp_path / "model")
     index.write_text(text)
-    next((tmp_path / "model").glob("model-00001*")).unlink()
+    first = next((tmp_path / "model").glob("model-00001*"))
+    write(dataclasses.replace(weights(model()), step=8), tmp_path / "other", limit=100_000)
+    first.write_bytes((tmp_path / "other" / first.name).read_bytes())
+    with pytest.raises(promoe_ds.ConfigError, match="shards of different models"):
+        promoe_ds.load_model(tmp_path / "model")
+    first.unlink()
     with pytest.raises(promoe_ds.ConfigError, match="is damaged or no safetensors file"):
         promoe_ds.load_model(tmp_path / "model")
     with pytest.raises(AttributeError):

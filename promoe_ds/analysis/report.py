@@ -72,7 +72,7 @@ def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, comm
     for s in summaries:
         folder = "" if s is first else f"{_slug(s.observed.name)}."
         writer.files |= {f"{folder}{name}": text.encode() for name, text in csv_files(s).items()}
-    document = page.page(f"Experts of {first.observed.name}", _head(first, command), sections)
+    document = page.page(f"Experts of {first.observed.name}", _head(first, command, run is not None), sections)
     writer.files[REPORT] = document.encode()
     writer.write(out)
 
@@ -81,7 +81,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def _head(s: Summary, command: str) -> str:
+def _head(s: Summary, command: str, of_run: bool) -> str:
     o, moe = s.observed, s.observed.config.moe
     sizes = accounting.count_parameters(o.config)
     size = f"{sizes.total / 1e6:.1f} M parameters ({sizes.activated / 1e6:.1f} M activated)"
@@ -97,7 +97,7 @@ def _head(s: Summary, command: str) -> str:
     return page.text(
         f"{o.config.name}: step {o.step}, {size}.",
         kind,
-        f"{seen} with its own label, without guidance. EMA weights.",
+        f"{seen} with its own label, without guidance.{' EMA weights.' if of_run else ''}",
         f"`{command}`",
     )
 

@@ -105,9 +105,9 @@ def write_diffusers(
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
         (temporary / "transformer").mkdir()
         stem = "diffusion_pytorch_model"
-        write_safetensors(temporary / "transformer", stem, tensors, {"format": "pt"}, limit)
-        write_text(temporary / "transformer" / f"{module}.py", code)
-        write_text(temporary / "transformer" / "config.json", json.dumps(_model_config(config), indent=1))
+        parts = write_safetensors(temporary / "transformer", stem, tensors, {"format": "pt"}, limit)
+        parts |= write_text(temporary / "transformer" / f"{module}.py", code)
+        parts |= write_text(temporary / "transformer" / "config.json", json.dumps(_model_config(config), indent=1))
         scheduler = scheduler_of(config)
         scheduler.save_pretrained(temporary / "scheduler")
         index: dict[str, Any] = {"_class_name": [PIPELINE, "ProMoEPipeline"], "_diffusers_version": _version()}
@@ -118,7 +118,8 @@ def write_diffusers(
             (temporary / "vae").mkdir()
             for name in VAE_FILES:
                 shutil.copyfile(vae / name, temporary / "vae" / name)
-        files = write_text(temporary / "model_index.json", json.dumps(index, indent=1))
+        files = {f"transformer/{name}": entry for name, entry in parts.items()}
+        files |= write_text(temporary / "model_index.json", json.dumps(index, indent=1))
         files |= write_text(temporary / f"{PIPELINE}.py", pipeline_code())
         write_text(temporary / "config.yaml", dump(config))
         write_text(temporary / "README.md", model_card(config, facts, metrics, diffusers=True))

@@ -56,13 +56,13 @@ def read_checkpoint(path: Path, source: Source) -> tuple[State, int, bool]:
         held = ", ".join(k for k in tree if isinstance(k, str))
         reject("--weights", source, f"{path} holds none of {', '.join(NESTED[source])} ({held})", "choose the other")
     state = tree if key is None else tree[key]
-    bad = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
-    if bad is not None or not state:
-        reject("CHECKPOINT", path, f"{bad!r} is no tensor" if state else "is empty", "name a state dict")
+    bad = [name for name, t in state.items() if not (isinstance(name, str) and isinstance(t, Tensor))]
+    if bad or not state:
+        reject("CHECKPOINT", path, f"{bad[0]!r} is no tensor" if state else "is empty", "name a state dict")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    step = tree.get("step", 0) if key else 0
-    return state, int(step), key is not None and key.endswith("state_dict")
+    step = tree.get("step") if key else None  # DiT's, SiT's and REPA's own files have none or another name
+    return state, step if isinstance(step, int) else 0, key is not None and key.endswith("state_dict")
 
 
 def _need(state: State, name: str, dims: int, path: Path) -> torch.Size:
@@ -98,7 +98,11 @@ def _model_overrides(state: State, path: Path) -> list[str]:
         what = f"pos_embed has {tokens} tokens, no square" if depth else "it has no blocks"
         reject("CHECKPOINT", path, what, "name a checkpoint of a diffusion transformer")
     head = state.get("blocks.0.attn.q_norm.weight")
-    heads = width // len(head) if head is not None else HEADS.get(width, 0)
+    if head is not None and not head.numel():
+        reject(
+            "CHECKPOINT", path, "blocks.0.attn.q_norm.weight is empty", "name a checkpoint of a diffusion transformer"
+        )
+    heads = width // head.numel() if head is not None else HEADS.get(width, 0)
     values = {"depth": depth, "width": width, "patch": patch, "image_size": side * patch, "channels": channels}
     values |= {"num_classes": table - 1, "qk_norm": str(head is not None).lower(), "heads": heads}
     values["learn_sigma"] = str(outputs == 2 * channels * patch**2).lower()
@@ -147,6 +151,8 @@ def describe(state: State, path: Path, family: str | None, convention: str, over
         reject("--family", family, f"the keys of {path} are those of {seen}", f"leave it out, or --family {seen}")
     family, how = family or seen, CONVENTIONS[convention]
     sizes = _model_overrides(state, path)
+    if family == "diffmoe" and how.time != "t" and "model.width=384" in sizes and "model.qk_norm=false" in sizes:
+        sizes.append("model.heads=0")  # DiffMoE's own S has 16 heads, ProMoE's port of it 6: never guessed
     if "model.heads=0" in sizes and not any(text.startswith("model.heads=") for text in overrides):
         reject("model.heads", "unknown", "the weights do not tell the number of heads", "add model.heads=N")
     read = dict(text.split("=", 1) for text in sizes)

@@ -133,7 +133,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
     if tree.pop("blake2b", None) != tree_digest(tree):
         raise ValueError(f"{MANIFEST} does not match its own checksum")
-    if any(Path(name).name != name for name in tree["files"]):
+    depth = 2 if "weights" in tree else 1  # an exported pipeline keeps its transformer in a folder
+    if any(Path(name).is_absolute() or len(p := Path(name).parts) > depth or ".." in p for name in tree["files"]):
         raise ValueError(f"{MANIFEST} names files elsewhere")
     if "weights" not in tree and folder(path.parent.parent, tree["step"]).name != path.name:
         raise ValueError(f"{MANIFEST} says step {tree['step']}: give the folder its name back")

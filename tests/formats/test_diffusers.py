@@ -24,6 +24,7 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.sampling import image_noise, to_pixels
+from promoe_ds.train.checkpoint import damage
 from tests.launch import ENVIRONMENT
 
 LABELS, SCALE, STEPS, SEED = [0, 3, 10], 2.0, 5, 4
@@ -122,6 +123,10 @@ def test_what_the_folder_says(tmp_path: Path) -> None:
     write_diffusers(weights(made), tmp_path / "out", "bf16", metrics=metrics)
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"] and index["vae"] == [None, None]
+    assert damage(tmp_path / "out") is None
+    part = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    assert "transformer/diffusion_pytorch_model.safetensors does not match" in str(damage(tmp_path / "out"))
     card = (tmp_path / "out/README.md").read_text()
     assert "library_name: diffusers" in card and "guidance 1.5, 1,000 images: FID 3.25" in card
     assert "ema, bf16, after 7 steps" in card and "`token_choice`" in card

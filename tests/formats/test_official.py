@@ -13,7 +13,7 @@ from torch import Tensor
 
 from launchers import export, import_weights
 from promoe_ds.config import ConfigError, load_config
-from promoe_ds.formats.importing import import_checkpoint
+from promoe_ds.formats.importing import describe, import_checkpoint
 from promoe_ds.formats.official import to_official
 from promoe_ds.formats.weights import load, write
 from promoe_ds.loading import load_ema
@@ -144,6 +144,25 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "is empty" in mistake(file)
     torch.save({"step": 3}, file)
     assert "'step' is no tensor" in mistake(file)
+    torch.save({0: torch.zeros(1)}, file)
+    assert "0 is no tensor" in mistake(file)
+    empty = random_state("dense") | {"blocks.0.attn.q_norm.weight": torch.zeros(0)}
+    assert "q_norm.weight is empty" in mistake(save(file, "dense", ema_model_state_dict=empty))
+    odd = save(file, "dense", step="last", ema_model_state_dict=random_state("dense"))
+    assert import_checkpoint(odd, overrides=TINY).step == 0
+
+
+def test_the_heads_of_diffmoe_s_are_not_guessed(tmp_path: Path) -> None:
+    state = {name: torch.zeros(1).expand(384 if "embed" in name else 1) for name in shapes("diffmoe")}
+    for name, shape in {
+        "x_embedder.proj.weight": (384, 4, 2, 2), "pos_embed": (1, 64, 384), "final_layer.linear.bias": (32,),
+        "y_embedder.embedding_table.weight": (1001, 384), "blocks.1.mlp.experts.0.fc1.weight": (1536, 384),
+    }.items():  # fmt: skip
+        state[name] = torch.zeros(1).expand(shape)
+    with pytest.raises(ConfigError, match="add model.heads=N"):
+        describe(state, tmp_path, None, "sit")
+    assert describe(state, tmp_path, None, "sit", ["model.heads=16"]).model.heads == 16
+    assert describe(state, tmp_path, None, "promoe").model.heads == 6
 
 
 @pytest.mark.parametrize(
