@@ -31,7 +31,6 @@ from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import (
     DTYPES,
     FORMAT,
-    INDEX,
     ITEMS,
     Index,
     Shard,
@@ -250,6 +249,16 @@ class Encoder:
         write_text(self._note(shard), json.dumps(note) + "\n")
         return 0
 
+    def finished(self) -> Index | None:
+        """The index of a folder that lacks nothing; None also where index or items are damaged: `finish` mends them."""
+        if not all(self.done(shard) for shard in range(self.count)):
+            return None
+        try:
+            index = read_index(self.job.out, "--out")
+            return index if file_digest(self.job.out / ITEMS) == index.items_blake2b else None
+        except (ConfigError, OSError):
+            return None
+
     def finish(self) -> Index | None:
         """Write the index if every shard is done; None if some are not (another process is at them)."""
         notes = [self.done(shard) for shard in range(self.count)]
@@ -294,8 +303,9 @@ def run_encoding(encoder: Encoder, worker: Worker) -> Index | None:
     Raises:
         ConfigError: an image is damaged (after all the others are done), or the folder cannot be written.
     """
-    if (encoder.job.out / INDEX).exists() and all(encoder.done(shard) for shard in range(encoder.count)):
-        return read_index(encoder.job.out, "--out")
+    finished = encoder.finished()
+    if finished is not None:
+        return finished
     mine, damaged = range(worker.rank, encoder.count, worker.world), 0
     try:
         with _progress(encoder, mine, worker) as bar:

@@ -127,6 +127,11 @@ def test_a_finished_folder_is_left_alone_and_a_lost_shard_made_again(tree: Path,
     assert not (out / "shard-00003-of-00008.safetensors").exists()
     run_encoding(encoder(tree, "identity", out), Worker(0, 3))
     assert files(out) == before
+    for name in ("items.safetensors", "index.json"):  # the way out of their messages is to encode again
+        for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"damaged")):
+            damage(out / name)
+            assert run_encoding(encoder(tree, "identity", out), Worker(2, 3)) is not None
+            assert files(out) == before
 
 
 @pytest.mark.parametrize(
