@@ -180,6 +180,8 @@ class Encoder:
     def _items_digest(self) -> str:
         state = hashlib.blake2b(self.source.label_N.astype("<i8").tobytes(), digest_size=16)
         for text in (*self.source.classes, *self.names):
+            if "\n" in text or text.encode(errors="ignore").decode() != text:
+                reject("--images", repr(text), "the name is not UTF-8, or holds a newline", "rename it")
             state.update(text.encode() + b"\n")
         return state.hexdigest()
 

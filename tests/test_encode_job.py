@@ -203,6 +203,16 @@ def test_strange_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert float((pictures["flower/alpha.png"] - colour).abs().mean()) < 0.05
 
 
+@pytest.mark.parametrize("name", [b"\xe9.png", b"a\nb.png"])
+def test_names_that_the_index_cannot_hold(tmp_path: Path, name: bytes) -> None:
+    tree = write_tree(tmp_path / "tree", 1, 8)
+    picture = next(tree.rglob("*.png"), None) or next(p for p in tree.rglob("*") if p.is_file())
+    os.rename(picture, os.fsencode(picture.parent) + b"/" + name)
+    with pytest.raises(ConfigError, match="the name is not UTF-8, or holds a newline; rename it"):
+        encoder(tree, "identity", tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_damage_mended_is_encoded_by_the_same_command(tmp_path: Path) -> None:
     tree, out = write_tree(tmp_path / "tree", 6, 40), tmp_path / "out"
     whole = (tree / "china/002.jpg").read_bytes()
