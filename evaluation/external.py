@@ -52,6 +52,8 @@ class External:
             fault = f"gives {output.dtype} {list(output.shape)} for {len(images_NHWC)} images"
             reject("--features", self.path, fault, "its first output must be float features [N, d]")
         features: Features = output.reshape(len(output), -1).astype(np.float32)
+        if not np.isfinite(features).all():
+            reject("--features", self.path, "gives features that are not finite", "it must take pixels 0..255")
         return Extracted(features)
 
 

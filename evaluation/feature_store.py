@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,17 @@ class FeatureStore:
         self._out, self._extractor = out, extractor
         self._where: dict[int, tuple[Path, int]] = {}
         for path in sorted(out.glob("made-*.safetensors")):
-            rows = self._load(path)
+            rows = self._load(path, ("index",))
             if rows is not None:
                 self._where.update({int(index): (path, row) for row, index in enumerate(rows["index"])})
 
-    def _load(self, path: Path) -> dict[str, np.ndarray] | None:
-        """A file's arrays; None if it is damaged or of another extractor."""
+    def _load(self, path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray] | None:
+        """Those of a file's arrays that it has; None if it is damaged or of another extractor."""
         try:
             with safetensors.safe_open(path, "numpy") as file:
                 if (file.metadata() or {}).get("extractor") != self._extractor.name:
                     return None
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return {key: file.get_tensor(key) for key in keys if key in file.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, OSError):
             return None
 
@@ -75,7 +76,7 @@ class FeatureStore:
             if rows[0] is not None:
                 arrays[key] = np.concatenate([r for r in rows if r is not None])
         path = self._out / f"made-{indices[0]:08d}.safetensors"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
         safetensors.numpy.save_file(arrays, temporary, {"extractor": self._extractor.name})
         os.replace(temporary, path)
 
@@ -85,37 +86,43 @@ class FeatureStore:
             path.unlink(missing_ok=True)
 
     def pictures(self) -> list[np.ndarray]:
-        """The first images, uint8 [H, W, C], in order."""
+        """The first images, uint8 [H, W, C], in order. Raises LookupError if there is none."""
         found: dict[int, np.ndarray] = {}
-        for rows in self._files():
+        for _, rows in self._files(("picture_index", "picture")):
             found.update(zip(rows["picture_index"].tolist(), rows["picture"], strict=True))
+        if not found:
+            raise LookupError("image 0 has disappeared")
         return [found[index] for index in sorted(found)]
 
-    def _files(self) -> Iterable[dict[str, np.ndarray]]:
+    def _files(self, keys: tuple[str, ...]) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
         for path in sorted({path for path, _ in self._where.values()}):
-            rows = self._load(path)
+            rows = self._load(path, keys)
             if rows is not None:
-                yield rows
+                yield path, rows
 
     def pack(self, labels_N: Labels, sampling: Mapping[str, Any]) -> None:
         """Write OUT/features.safetensors: rows by index, Gaussians over all of them.
+
+        An image that lies in two files (two commands filled the folder at once) is counted once.
 
         Raises:
             LookupError: an image is missing.
         """
         columns: dict[str, np.ndarray] = {}
         spatial: Moments | None = None
-        for rows in self._files():
+        counted = np.zeros(len(labels_N), bool)
+        for path, rows in self._files(("index", "digest", "features", "logits", "spatial")):
+            mine = [row for row, index in enumerate(rows["index"].tolist()) if self._where.get(index) == (path, row)]
+            counted[rows["index"][mine]] = True
             for key in ("digest", "features", "logits"):
                 if key in rows:
                     whole = columns.setdefault(key, np.empty((len(labels_N), *rows[key].shape[1:]), rows[key].dtype))
-                    whole[rows["index"]] = rows[key]
+                    whole[rows["index"][mine]] = rows[key][mine]
             if "spatial" in rows:
                 spatial = spatial or Moments(rows["spatial"].shape[1])
-                spatial.add(rows["spatial"])
-        missing = next((i for i in range(len(labels_N)) if i not in self._where), None)
-        if missing is not None:
-            raise LookupError(f"image {missing} has disappeared")
+                spatial.add(rows["spatial"][mine])
+        if not counted.all():
+            raise LookupError(f"image {np.flatnonzero(~counted)[0]} has disappeared")
         moments = Moments(columns["features"].shape[1])
         moments.add(columns["features"])
         save_features(

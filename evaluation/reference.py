@@ -67,6 +67,9 @@ def _npz(path: Path, option: str) -> Source:
         if shapes != [None, None] and (shapes[0] is None or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2):
             fault = f"{mu} is {shapes[0]}, {sigma} is {shapes[1]}"
             reject(option, path, fault, "statistics are a mean [d] and a covariance [d, d]")
+    for key, array in arrays.items():
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            reject(option, path, f"{key} holds what is no finite number", "copy the file again")
     if pixels is None and "mu" not in arrays:
         held = ", ".join(npz_keys(path)) or "no named arrays"
         way_out = "ImageNet-256 is compared with VIRTUAL_imagenet256_labeled.npz of ADM's evaluations"

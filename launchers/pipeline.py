@@ -14,14 +14,18 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from promoe_ds.command_line import Parser, guarded, leave
+from evaluation.inception import find_weights
+from promoe_ds.command_line import Parser, guarded, leave, parse_scales, parse_steps
 from promoe_ds.config import Config, load_config, reject
 from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.shards import INDEX
+from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.sample_job import RECORD, SAMPLES
 from promoe_ds.train.checkpoint import newest, step_of
 
 HERE = Path(__file__).resolve().parent
+DIGITS = "digits"
+"""the data set that is its own reference"""
 STAGES = ("encode", "train", "sample", "evaluate")
 
 EXAMPLES = """examples:
@@ -65,8 +69,8 @@ def parser() -> Parser:
     p.add_argument("--ds_config", metavar="PATH", help="DeepSpeed JSON of the training")
     p.add_argument("--num", type=int, default=50_000, help="samples a guidance scale (default 50000)")
     p.add_argument("--cfg", default="1.0,1.5", metavar="S[,S...]", help="guidance scales (default 1.0,1.5)")
-    p.add_argument("--steps", default="250", help="of the sampler (default 250)")
-    p.add_argument("--batch", default="64", help="images a forward of encoder and sampler (default 64)")
+    p.add_argument("--steps", type=parse_steps, default=250, help="of the sampler (default 250)")
+    p.add_argument("--batch", type=int, default=64, help="images a forward of encoder and sampler (default 64)")
     p.add_argument("--ref", metavar="REF", help="of launchers/evaluate.py")
     p.add_argument("--features", metavar="NAME", help="of launchers/evaluate.py")
     p.add_argument("--inception-weights", metavar="PATH", help="of launchers/evaluate.py")
@@ -80,21 +84,22 @@ def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
     run, latent = args.run or Path("runs") / config.name, config.data.name == "latents"
     shards = args.latents or (Path(config.data.path) if config.data.path else run / "latents")
     vae = ["--vae", args.vae] if latent else []
-    scales = [float(scale) for scale in args.cfg.split(",")]
+    scales, batch = parse_scales(args.cfg), str(args.batch)
     out = []
     if latent and args.images:
-        words = ["--images", args.images, "--size", str(args.size), "--out", str(shards), "--batch", args.batch, *vae]
+        words = ["--images", args.images, "--size", str(args.size), "--out", str(shards), "--batch", batch, *vae]
         out.append(Stage("encode", "encode_latents.py", words, lambda: (shards / INDEX).exists()))
     data = [f"data.path={shards}"] if latent else []
     ds = ["--ds_config", args.ds_config] if args.ds_config else []
     words = ["--config", args.recipe, "--run", str(run), *ds, *data, *args.overrides]
     out.append(Stage("train", "train.py", words, lambda: trained(run, config.train.steps)))
-    words = ["--run", str(run), "--num", str(args.num), "--cfg", args.cfg, "--steps", args.steps]
-    words += ["--batch", args.batch, "--format", "npz", *vae]
-    out.append(Stage("sample", "sample.py", words, lambda: sampled(run, scales, args.num, config.train.steps)))
+    words = ["--run", str(run), "--num", str(args.num), "--cfg", args.cfg, "--steps", str(args.steps)]
+    words += ["--batch", batch, "--format", "npz", *vae]
+    wanted = {"num": args.num, "steps": args.steps, "checkpoint_step": config.train.steps}
+    out.append(Stage("sample", "sample.py", words, lambda: sampled(run, scales, wanted)))
     options = {"--ref": args.ref, "--features": args.features, "--inception-weights": args.inception_weights}
     words = ["--run", str(run), *(word for key, value in options.items() if value for word in (key, value))]
-    out.append(Stage("evaluate", "evaluate.py", words, lambda: scored(run, scales)))
+    out.append(Stage("evaluate", "evaluate.py", words, lambda: scored(run, scales, args.ref or DIGITS)))
     last = STAGES.index(args.until)
     return [stage for stage in out if STAGES.index(stage.name) <= last]
 
@@ -108,33 +113,38 @@ def packs(run: Path, scales: list[float]) -> list[Path]:
     return [run / "samples" / f"cfg{scale}" / SAMPLES for scale in scales]
 
 
-def sampled(run: Path, scales: list[float], num: int, step: int) -> bool:
-    """Whether every scale has its packed samples of the last checkpoint."""
+def sampled(run: Path, scales: list[float], wanted: dict[str, int | str]) -> bool:
+    """Whether every scale has its packed samples, and their record says what is wanted."""
     for pack in packs(run, scales):
         try:
             record = json.loads(pack.with_name(RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        if not pack.exists() or (record.get("num"), record.get("checkpoint_step")) != (num, step):
+        if not pack.exists() or any(record.get(key) != value for key, value in wanted.items()):
             return False
     return True
 
 
-def scored(run: Path, scales: list[float]) -> bool:
-    """Whether the scores are there and newer than the samples."""
+def scored(run: Path, scales: list[float], reference: str) -> bool:
+    """Whether the scores are there, against this reference, and newer than the samples."""
     metrics, made = run / "metrics.json", packs(run, scales)
-    return metrics.exists() and all(p.exists() and p.stat().st_mtime <= metrics.stat().st_mtime for p in made)
+    try:
+        against = json.loads(metrics.read_text(encoding="utf-8"))["reference"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return Path(against) == Path(reference) and all(
+        p.exists() and p.stat().st_mtime <= metrics.stat().st_mtime for p in made
+    )
 
 
 def check(args: argparse.Namespace, config: Config) -> None:
     """What a later stage needs is asked for now, not after days of training. Raises `ConfigError`."""
-    for key in ("processes", "num", "size"):
-        if getattr(args, key) <= 0:
-            reject(f"--{key}", getattr(args, key), "must be positive", "choose 1 or more")
-    try:
-        [float(scale) for scale in args.cfg.split(",")]
-    except ValueError:
-        reject("--cfg", repr(args.cfg), "is not a list of numbers", "write for example 1.0,1.5")
+    for key in ("processes", "num", "size", "batch", "steps"):
+        value = getattr(args, key)
+        if isinstance(value, int) and value <= 0:
+            reject(f"--{key}", value, "must be positive", "choose 1 or more")
+    parse_scales(args.cfg)
+    choose_sampler(config, None, args.steps, 0.0)
     if config.data.name == "latents":
         if not args.vae or not (args.images or args.latents or config.data.path):
             missing = "--images" if args.vae else "--vae"
@@ -157,6 +167,20 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
         is_file = path and (option != "--ref" or Path(path).suffix or "/" in path)
         if is_file and not Path(path).exists():
             reject(option, path, "no such file", "it would be missed after the training; name an existing one")
+    if args.until == STAGES[-1]:
+        check_scorer(args, config)
+
+
+def check_scorer(args: argparse.Namespace, config: Config) -> None:
+    """The reference and the network that the last stage takes by default. Raises `ConfigError`."""
+    if args.ref is None and config.data.name != DIGITS:
+        way_out = "add --ref, or --until sample"
+        reject("--ref", "(none)", f"{config.name} is not scored against {DIGITS}", way_out)
+    features = args.features or ("digits-cnn" if args.ref in (None, DIGITS) else "inception")
+    if features == "inception":
+        find_weights(args.inception_weights and Path(args.inception_weights))
+    elif Path(features).suffix and not Path(features).exists():
+        reject("--features", features, "no such file", "it would be missed after the training; name an existing one")
 
 
 def pipeline(argv: list[str]) -> None:

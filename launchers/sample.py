@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import shlex
 import sys
@@ -16,7 +15,7 @@ from typing import Any, cast
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from promoe_ds.command_line import Parser, guarded, leave, own_words
+from promoe_ds.command_line import Parser, guarded, leave, own_words, parse_scales, parse_steps
 from promoe_ds.config import Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
@@ -24,7 +23,7 @@ from promoe_ds.loading import find_weights, load_ema
 from promoe_ds.models.dit import DiT
 from promoe_ds.objective_config import Channels
 from promoe_ds.sample_job import Job, Pack, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
-from promoe_ds.sampling import How, check_channels
+from promoe_ds.sampling import How, check_channels, pixel_shape
 from promoe_ds.validate import check_guidance, validate
 from promoe_ds.workers import barrier_of, pick_device, worker_from
 
@@ -96,28 +95,6 @@ def parser() -> Parser:
     return p
 
 
-def parse_steps(text: str) -> int | str:
-    """A number, or ADM's notation of respacing as it stands."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def parse_scales(text: str) -> list[float]:
-    """`1,1.5` to [1.0, 1.5]; raises `ConfigError`."""
-    way_out = "write numbers of 0 or more, for example 1,1.5,4"
-    try:
-        scales = [float(part) for part in text.split(",")]
-    except ValueError:
-        reject("--cfg", repr(text), "is not a list of numbers", way_out)
-    if any(not math.isfinite(scale) or scale < 0 for scale in scales):
-        reject("--cfg", repr(text), "has a scale that is negative or not finite", way_out)
-    if len(set(scales)) < len(scales):
-        reject("--cfg", repr(text), "names a scale twice", "write each scale once")
-    return scales
-
-
 def parse_formats(text: str) -> tuple[str, ...]:
     """`png,npz` to its parts; raises `ConfigError`."""
     formats = tuple(sorted(set(text.split(",")), reverse=True))
@@ -156,14 +133,25 @@ def choose_codec(args: argparse.Namespace, config: Config, weights: Path, device
     return codec
 
 
-def choose_pack(args: argparse.Namespace, device: Any) -> tuple[str, Callable[[Path], Pack]] | tuple[None, None]:
-    """The extractor's name and the store of features, where --format asks for it; raises `ConfigError`."""
+def choose_pack(
+    args: argparse.Namespace, shape: tuple[int, int, int], device: Any
+) -> tuple[str, Callable[[Path], Pack]] | tuple[None, None]:
+    """The extractor's name and the store of features, where --format asks for it; raises `ConfigError`.
+
+    `shape` is (H, W, C) of the pictures that the extractor must take.
+    """
     if parse_formats(args.format) != ("features",):
         return None, None
+    if args.num < 2:
+        reject("--num", args.num, "features of one image have no covariance", "choose 2 or more")
     from evaluation.extractors import load_extractor  # only here sampling needs evaluation
     from evaluation.feature_store import FeatureStore
 
     extractor = load_extractor(args.features, weights=args.inception_weights, device=device, batch=args.batch)
+    if any(side not in (None, size) for side, size in zip(extractor.image_shape, shape, strict=True)):
+        takes = f"[{', '.join('any' if side is None else str(side) for side in extractor.image_shape)}]"
+        conflict = f"takes images of {takes} (H, W, C), the model makes {list(shape)}"
+        reject("--features", args.features, conflict, "choose another network, or --format npz")
     return extractor.name, lambda out: FeatureStore(out, extractor)
 
 
@@ -191,7 +179,7 @@ def sample(argv: list[str]) -> None:
     codec = choose_codec(args, config, weights, device)
     jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights, choose_how(args, config))
     command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), provenance(weights, config, step)
-    features, pack = choose_pack(args, device)
+    features, pack = choose_pack(args, pixel_shape(config, codec), device)
     records = [record_of(job, origin, command, codec, features) for job in jobs]
     for job, record in zip(jobs, records, strict=True):  # all of them before the first image is made
         check_folder(job.out, record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 import promoe_ds
-from promoe_ds.config import ConfigError
+from promoe_ds.config import ConfigError, reject
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
 """exit codes; after 85 the same command continues"""
@@ -63,3 +64,25 @@ def leave(main: Callable[[], int]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def parse_steps(text: str) -> int | str:
+    """A number, or ADM's notation of respacing as it stands."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def parse_scales(text: str) -> list[float]:
+    """`1,1.5` to [1.0, 1.5]; raises `ConfigError`."""
+    way_out = "write numbers of 0 or more, for example 1,1.5,4"
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        reject("--cfg", repr(text), "is not a list of numbers", way_out)
+    if any(not math.isfinite(scale) or scale < 0 for scale in scales):
+        reject("--cfg", repr(text), "has a scale that is negative or not finite", way_out)
+    if len(set(scales)) < len(scales):
+        reject("--cfg", repr(text), "names a scale twice", "write each scale once")
+    return scales

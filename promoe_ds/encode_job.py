@@ -31,7 +31,6 @@ from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import (
     DTYPES,
     FORMAT,
-    INDEX,
     ITEMS,
     Index,
     Shard,
@@ -181,6 +180,8 @@ class Encoder:
     def _items_digest(self) -> str:
         state = hashlib.blake2b(self.source.label_N.astype("<i8").tobytes(), digest_size=16)
         for text in (*self.source.classes, *self.names):
+            if "\n" in text or text.encode(errors="ignore").decode() != text:
+                reject("--images", repr(text), "the name is not UTF-8, or holds a newline", "rename it")
             state.update(text.encode() + b"\n")
         return state.hexdigest()
 
@@ -250,6 +251,16 @@ class Encoder:
         write_text(self._note(shard), json.dumps(note) + "\n")
         return 0
 
+    def finished(self) -> Index | None:
+        """The index of a folder that lacks nothing; None also where index or items are damaged: `finish` mends them."""
+        if not all(self.done(shard) for shard in range(self.count)):
+            return None
+        try:
+            index = read_index(self.job.out, "--out")
+            return index if file_digest(self.job.out / ITEMS) == index.items_blake2b else None
+        except (ConfigError, OSError):
+            return None
+
     def finish(self) -> Index | None:
         """Write the index if every shard is done; None if some are not (another process is at them)."""
         notes = [self.done(shard) for shard in range(self.count)]
@@ -294,8 +305,9 @@ def run_encoding(encoder: Encoder, worker: Worker) -> Index | None:
     Raises:
         ConfigError: an image is damaged (after all the others are done), or the folder cannot be written.
     """
-    if (encoder.job.out / INDEX).exists() and all(encoder.done(shard) for shard in range(encoder.count)):
-        return read_index(encoder.job.out, "--out")
+    finished = encoder.finished()
+    if finished is not None:
+        return finished
     mine, damaged = range(worker.rank, encoder.count, worker.world), 0
     try:
         with _progress(encoder, mine, worker) as bar:

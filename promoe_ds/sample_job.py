@@ -40,7 +40,7 @@ FEATURES = "features.safetensors"
 OUTPUTS = re.compile(
     r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|features\.safetensors|made-\d+\.(npy|safetensors)|part-\d+-of-\d+\.npz"
 )
-LEFTOVERS = (".*.tmp", "part-*-of-*.npz", "made-*.npy")
+LEFTOVERS = (".*.tmp", "part-*-of-*.npz", "made-*.npy", "made-*.safetensors")
 DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision",
             "sampler", "eta", "guidance_channels", "labels", "vae", "features")  # fmt: skip
 """keys of the record that decide the images; a folder is continued only where all of them agree"""
@@ -156,12 +156,13 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
         reject("--out", out, "is not a folder", "name another one")
     try:
         # Listed before the record is looked for: a process that started earlier writes its record first.
-        foreign = sorted(p.name for p in out.iterdir() if OUTPUTS.fullmatch(p.name)) if out.exists() else []
+        names = sorted(p.name for p in out.iterdir()) if out.exists() else []
         text = (out / RECORD).read_text(encoding="utf-8") if (out / RECORD).exists() else None
         found = {} if text is None else json.loads(text)
     except (OSError, ValueError) as error:
         reject("--out", out, f"its {RECORD} cannot be read ({error})", "name another folder or remove this one")
     if text is None:
+        foreign = [name for name in names if name == CONFIG or OUTPUTS.fullmatch(name)]  # a run folder has a CONFIG
         if foreign:
             reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
         return
@@ -186,6 +187,7 @@ def claim_folder(out: Path, record: Mapping[str, Any], config: Config) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / RECORD).exists():
             write_text(out / RECORD, json.dumps(record, indent=2) + "\n")
+        if not (out / CONFIG).exists():
             write_text(out / CONFIG, dump(config))
     except OSError as error:
         reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
@@ -301,22 +303,17 @@ def assemble(sampler: Sampler, job: Job) -> None:
     """Rank 0, after the barrier: what all processes have made becomes `samples.npz` and `grid.png`."""
     store, labels = _store(sampler, job), sampler.labels(job)
     columns = min(10, sampler.config.model.num_classes, job.num)
-    first: list[np.ndarray] = []
 
-    def images() -> Iterator[np.ndarray]:
-        for index, pixels in enumerate(read_all(store, range(job.num))):
+    def images(count: int) -> Iterator[np.ndarray]:
+        for index, pixels in enumerate(read_all(store, range(count))):
             if pixels is None:
                 reject("--out", job.out, f"image {index} has disappeared", "run the same command again")
-            if index < 10 * columns:
-                first.append(pixels)
             yield pixels
 
-    if "npz" in job.formats:
-        write_npz(job.out / SAMPLES, images(), (job.num, *sampler.shape), labels)
-    else:
-        first += [pixels for pixels in read_all(store, range(min(job.num, 10 * columns))) if pixels is not None]
     with atomic(job.out / "grid.png") as temporary:
-        grid(np.stack(first), columns).save(temporary, format="PNG")
+        grid(np.stack(list(images(min(job.num, 10 * columns)))), columns).save(temporary, format="PNG")
+    if "npz" in job.formats:  # last: it is what `complete` looks for
+        write_npz(job.out / SAMPLES, images(job.num), (job.num, *sampler.shape), labels)
     store.clear()
 
 
@@ -340,12 +337,12 @@ def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
         ConfigError: the folder holds other samples or cannot be written; the model makes values that are not finite.
     """
     claim_folder(job.out, record, sampler.config)
-    if sampler.on_images is None and complete(job, sampler.shape):
-        sampler.barrier()  # nobody claims the next folder alone
-        return
-    make_share(sampler, job)
-    sampler.barrier()
+    done = sampler.on_images is None and complete(job, sampler.shape)
+    if not done:
+        make_share(sampler, job)
+    sampler.barrier()  # also where all is done: nobody claims the next folder alone
     if sampler.worker.rank == 0:
-        assemble_features(sampler, job, record) if "features" in job.formats else assemble(sampler, job)
+        if not done:
+            assemble_features(sampler, job, record) if "features" in job.formats else assemble(sampler, job)
         for path in (path for pattern in LEFTOVERS for path in job.out.glob(pattern)):
             path.unlink(missing_ok=True)

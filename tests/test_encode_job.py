@@ -127,6 +127,11 @@ def test_a_finished_folder_is_left_alone_and_a_lost_shard_made_again(tree: Path,
     assert not (out / "shard-00003-of-00008.safetensors").exists()
     run_encoding(encoder(tree, "identity", out), Worker(0, 3))
     assert files(out) == before
+    for name in ("items.safetensors", "index.json"):  # the way out of their messages is to encode again
+        for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"damaged")):
+            damage(out / name)
+            assert run_encoding(encoder(tree, "identity", out), Worker(2, 3)) is not None
+            assert files(out) == before
 
 
 @pytest.mark.parametrize(
@@ -196,6 +201,16 @@ def test_strange_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert float((pictures["china/cmyk.jpg"] - colour).abs().mean()) < 0.1
     assert torch.equal(pictures["flower/one.png"], torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 32, 32))
     assert float((pictures["flower/alpha.png"] - colour).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("name", [b"\xe9.png", b"a\nb.png"])
+def test_names_that_the_index_cannot_hold(tmp_path: Path, name: bytes) -> None:
+    tree = write_tree(tmp_path / "tree", 1, 8)
+    picture = next(tree.rglob("*.png"), None) or next(p for p in tree.rglob("*") if p.is_file())
+    os.rename(picture, os.fsencode(picture.parent) + b"/" + name)
+    with pytest.raises(ConfigError, match="the name is not UTF-8, or holds a newline; rename it"):
+        encoder(tree, "identity", tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def test_damage_mended_is_encoded_by_the_same_command(tmp_path: Path) -> None:

@@ -538,5 +538,30 @@ def test_formats_are_checked(command: Command, tmp_path: Path, capsys: pytest.Ca
     run = write_run(tmp_path / "run")
     assert command("--run", str(run), "--format", "png,features") == 2
     assert "--format='png,features': is no such format; write png, npz, png,npz or features" in capsys.readouterr().err
+    features = ["--run", str(run), "--format", "features", "--features", "digits-cnn"]
+    assert command(*features, "--num", "1") == 2
+    assert "--num=1: features of one image have no covariance; choose 2" in capsys.readouterr().err
+    assert command(*features[2:], "--run", str(write_run(tmp_path / "colour", channels=3))) == 2
+    assert "--features=digits-cnn: takes images of [8, 8, 1] (H, W, C), the model makes [8, 8, 3]" in (
+        capsys.readouterr().err
+    )
     assert command("--run", str(run), "--format", "features", "--features", "resnet") == 2
     assert "--features=resnet: no such feature extractor" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_no_place_for_samples(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config.yaml would be overwritten. A folder whose config.yaml was not reached gets it later."""
+    run = tmp_path / "run"
+    write_run(run)
+    (run / "config.yaml").write_text("of the run")
+    assert command("--run", str(run), "--out", str(run), "--num", "2", "--steps", "1") == 2
+    assert "holds config.yaml but no sampling.json; name another folder" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == "of the run"
+    options = ["--run", str(run), "--out", str(tmp_path / "out"), "--num", "2", "--steps", "1", "--format", "npz"]
+    assert command(*options) == 0
+    (tmp_path / "out/config.yaml").unlink()
+    (tmp_path / "out/made-00000000.npy").write_bytes(b"of a process killed before it could clear")
+    assert command(*options) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"samples.npz", "grid.png", "config.yaml", "sampling.json"}

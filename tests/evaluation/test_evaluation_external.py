@@ -110,6 +110,11 @@ class Wrong(nn.Module):
         return x.sum()
 
 
+class Endless(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) * float("inf")
+
+
 class Failing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x @ torch.zeros(5, 5)
@@ -121,6 +126,8 @@ def test_networks_that_do_not_keep_the_contract(tmp_path: Path):
     assert "gives float32 [] for 11 images" in message(path)
     torch.jit.save(torch.jit.script(Failing()), path)
     assert "fails on images [11, 8, 16, 3]" in message(path)
+    torch.jit.save(torch.jit.script(Endless()), path)
+    assert "gives features that are not finite" in message(path)
 
 
 def test_weights_belong_to_inception(network: Path):
@@ -272,6 +279,7 @@ def test_statistics_of_other_features(tmp_path: Path, network: Path):
     [
         ({"mu": np.zeros(3)}, r"mu is \(3,\), sigma is None"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"sigma is \(2, 2\)"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2) * np.nan}, "sigma holds what is no finite number"),
         ({"other": np.zeros(3)}, "holds other, needs mu and sigma, or images as arr_0"),
         ({"arr_0": np.zeros((3, 8, 8, 3))}, "needs uint8"),
         ({"arr_0": IMAGES[:1]}, "needs at least 2"),

@@ -61,6 +61,9 @@ def test_grey_among_colour_is_expanded_and_faults_are_named(tmp_path: Path):
     assert "000002_class2.png: is [3, 4, 3] (H, W, C), 000000_class0.png is [6, 4, 3]" in message(tmp_path)
     (tmp_path / "000002_class2.png").write_bytes((tmp_path / "000000_class0.png").read_bytes()[:60])
     assert "000002_class2.png: is no readable picture" in message(tmp_path)
+    deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))  # Pillow would make 255 of it
+    deep.save(tmp_path / "000002_class2.png")
+    assert "its pixels are of mode I;16, not of 8 bits a channel" in message(tmp_path)
 
 
 def test_empty_and_single(tmp_path: Path):

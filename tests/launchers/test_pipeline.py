@@ -76,10 +76,19 @@ def test_a_dry_run_prints_the_commands(pipeline: Pipeline) -> None:
         (["digits", "--inception-weights", "w"], "--inception-weights=w: no such file"),
         (["digits", "--cfg", "one"], "--cfg='one': is not a list of numbers"),
         (["digits", "--num", "0"], "--num=0: must be positive"),
+        (["digits", "--batch", "0"], "--batch=0: must be positive"),
+        (["digits", "--cfg", "1,1"], "--cfg='1,1': names a scale twice"),
+        (["digits", "--steps", "many"], "--steps=many: "),
+        (["digits", "--features", "my.onnx"], "--features=my.onnx: no such file"),
+        (["digits", "--ref", "."], "the Inception weights are not there"),
+        (["imagenet256_promoe_b", "--vae", "identity", "--images", "i"], "--ref=(none): imagenet256_promoe_b is not"),
         (["digit"], "did you mean 'digits'?"),
     ],
 )
-def test_what_is_missing_is_told_before_any_work(pipeline: Pipeline, words: list[str], message: str) -> None:
+def test_what_is_missing_is_told_before_any_work(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setenv("INCEPTION_WEIGHTS", "none.pth")
     code, text, error = pipeline(*words)
     assert code == 2 and text == "" and message in error and error.startswith("error: ") and error.count("\n") == 1
 
@@ -103,6 +112,8 @@ def test_photographs_to_samples_and_nothing_twice(pipeline: Pipeline, tmp_path: 
     code, text, _ = pipeline(*words)
     assert code == 0 and [line.split("]")[0] for line in text.splitlines()] == [
         "[1 encode: done", "[2 train: done", "[3 sample: done"]  # fmt: skip
+    code, text, _ = pipeline(*words, "--dry-run", "--steps", 3)
+    assert text.splitlines()[2].startswith("[3 sample] ")
     code, text, _ = pipeline(*words, "--dry-run", "train.steps=8")  # what depends on more training is not done
     assert [line.split("]")[0] for line in text.splitlines()] == ["[1 encode: done", "[2 train", "[3 sample"]
 
