@@ -42,6 +42,10 @@ class Workers:
 
 def workers_from(environ: Mapping[str, str]) -> Workers:
     """Read RANK, WORLD_SIZE, LOCAL_RANK; absent means one process. Raises `ConfigError` if they make no sense."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "RANK" not in environ:
+        conflict = "each task would score everything: RANK and WORLD_SIZE are not set"
+        reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, "start tasks with slurm/launch.sh, or export them")
     way_out = "start through torchrun, or unset it"
     values = []
     for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):

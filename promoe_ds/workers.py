@@ -40,6 +40,10 @@ def worker_from(environ: Mapping[str, str], srun: bool = False) -> Worker:
     """
     if srun and not any(key in environ for key in LAUNCHER):
         environ = {ours: environ[theirs] for theirs, ours in SLURM.items() if theirs in environ}
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if not srun and tasks != "1" and "RANK" not in environ:
+        conflict = "each task would make everything: RANK and WORLD_SIZE are not set"
+        reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, "start tasks with slurm/launch.sh, or export them")
     way_out = "start through torchrun or the deepspeed launcher, or unset it"
     values = []
     for key, default in LAUNCHER.items():

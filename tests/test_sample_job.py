@@ -482,6 +482,7 @@ def test_worker_comes_from_the_environment() -> None:
         ({"RANK": "2", "WORLD_SIZE": "2"}, "^RANK=2: .*not below WORLD_SIZE=2"),
         ({"WORLD_SIZE": "2"}, "^WORLD_SIZE=2: is set in the environment without RANK"),
         ({"RANK": "x"}, "^RANK='x': the environment variable is not a number"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "^environment SLURM_STEP_NUM_TASKS=4: each task would make everything"),
     ):
         with pytest.raises(ConfigError, match=message):
             worker_from(environ)

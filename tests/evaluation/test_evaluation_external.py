@@ -191,6 +191,7 @@ def test_shares_are_whole_batches_in_order(num: int, batch: int, world: int):
         ({"RANK": "x"}, "RANK='x': the environment variable is not a number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "not below WORLD_SIZE=2"),
         ({"WORLD_SIZE": "2"}, "is set in the environment without RANK"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: each task would score everything"),
     ],
 )
 def test_environments_that_make_no_sense(environ: dict[str, str], expected: str):
