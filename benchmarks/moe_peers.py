@@ -122,7 +122,8 @@ def use_loop(model: nn.Module, on: bool) -> None:
 
 
 def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], None]:
-    """Forward and backward products of `layer` on a batch like x: balanced rows, no bias, no activation."""
+    """Forward and backward products of `layer` on a batch like x: as many rows an expert as the router gives it, no bias,
+    no activation, gradients into fresh buffers."""
     experts, device = layer.routed.experts, x_BSD.device
     dtype = experts.compute_dtype(device.type)
     x_TD = x_BSD.flatten(0, 1).detach()
@@ -135,8 +136,8 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], 
     }  # fmt: skip
     leaf = {name: x.clone().requires_grad_() for name, x in leaf.items()}
     grads: list[Tensor] = []
-    E = len(experts.w1)
-    ends = torch.arange(1, E + 1, device=device).mul(n).div(E, rounding_mode="floor").int()
+    with torch.no_grad():
+        ends = layer(x_BSD, ctx)[2]
 
     def run() -> None:
         w1, w2 = experts.w1.to(dtype), experts.w2.to(dtype)
@@ -151,7 +152,7 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], 
         if not grads:
             grads.extend(torch.ones_like(y) for y in outs)
         torch.autograd.backward(outs, grads)
-        for x in leaf.values():
+        for x in (*leaf.values(), *layer.parameters()):
             x.grad = None
 
     return run

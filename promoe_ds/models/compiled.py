@@ -1,7 +1,8 @@
-"""`torch.compile` of the dense parts of a block: adaLN, norms and attention in one graph, the dense MLP in another.
+"""`torch.compile` of the parts of a block whose shapes do not depend on the data, and of the GELUs of those that do.
 
-The MoE layer stays eager: its shapes depend on the data. `fullgraph=True` makes a graph break an error, so there are
-none. Parameters, names and results are those of the plain model, but for rounding.
+adaLN, norms and attention are one graph, the dense MLP another. An MoE layer stays eager but for the GELUs of its
+experts: products are libraries' work anyway, and the GELUs are most of the rest. `fullgraph=True` makes a graph break an
+error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
 """
 
 from __future__ import annotations
@@ -10,15 +11,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from promoe_ds.models.dit import DiT
+from promoe_ds.models.layers import Mlp, gelu
+from promoe_ds.moe.experts import StackedExperts
 
 
-def compile_dense_parts(model: DiT, backend: str | Callable[..., Any] = "inductor") -> DiT:
+def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor") -> DiT:
     """Compile in place at the first forward; returns the same object."""
+    flat_gelu = torch.compile(gelu, fullgraph=True, dynamic=True, backend=backend)
+
+    def activation(x: Tensor) -> Tensor:
+        return flat_gelu(x.flatten()).view_as(x)  # one graph for any number of rows and any width
+
     for block in model.blocks:
         compiled: Any = block
         compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
         if not compiled.is_moe:
             compiled.feed = torch.compile(compiled.feed, fullgraph=True, backend=backend)
+            continue
+        for module in compiled.mlp.modules():
+            if isinstance(module, Mlp | StackedExperts):
+                module.activation = activation
     return model

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config import Config, reject
+from promoe_ds.models.layers import gelu
 from promoe_ds.moe.constants import unit_rows
-from promoe_ds.moe.dispatch import ExpertRows
+from promoe_ds.moe.dispatch import ExpertRows, segment_sizes
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -38,7 +39,7 @@ class StackedExperts(nn.Module):
 
     def __init__(self, num_experts: int, width: int, hidden: int, backend: str, expert_ids: range | None = None):
         super().__init__()
-        self.backend, self.width, self.hidden = backend, width, hidden
+        self.backend, self.width, self.hidden, self.activation = backend, width, hidden, gelu
         self.expert_ids = expert_ids if expert_ids is not None else range(num_experts)
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.w2 = nn.Parameter(torch.empty(num_experts, width, hidden))
@@ -65,18 +66,18 @@ class StackedExperts(nn.Module):
         b1_EF, b2_ED = w3.squeeze(1).split([self.hidden, self.width], dim=1)
         with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours
             if self.backend == "loop":
-                return _loop(x_ND, rows, w1, b1_EF, w2, b2_ED)
+                sizes = segment_sizes(rows.end_E).tolist()
+                parts = [
+                    F.linear(self.activation(F.linear(x, w1[i], b1_EF[i])), w2[i], b2_ED[i])
+                    for i, x in enumerate(x_ND.split(sizes))
+                ]
+                return torch.cat(parts)
             gmm = _megablocks_gmm(rows) if self.backend == "megablocks" else _torch_gmm(rows)
-            return _grouped(gmm, x_ND, rows, w1, b1_EF, w2, b2_ED)
-
-
-def _loop(x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
-    sizes = torch.diff(rows.end_E, prepend=rows.end_E.new_zeros(1)).tolist()
-    outs = [
-        F.linear(F.gelu(F.linear(x, w1[i], b1_EF[i]), approximate="tanh"), w2[i], b2_ED[i])
-        for i, x in enumerate(x_ND.split(sizes))
-    ]
-    return torch.cat(outs)
+            # The bias of each row's expert as a product with the 0/1 membership matrix, added in place: its gradient is
+            # a small GEMM instead of a scatter with N-fold contention.
+            member_NE = unit_rows(len(w1), dtype, x_ND.device).index_select(0, rows.expert_N)
+            h_NF = self.activation(gmm(x_ND, w1).addmm_(member_NE, b1_EF))
+            return gmm(h_NF, w2).addmm_(member_NE, b2_ED)
 
 
 Gmm = Callable[[Tensor, Tensor], Tensor]
@@ -89,7 +90,7 @@ def _torch_gmm(rows: ExpertRows) -> Gmm:
 
 def _megablocks_gmm(rows: ExpertRows) -> Gmm:
     gmm = importlib.import_module("grouped_gemm.ops").gmm  # what megablocks' grouped MLP calls
-    sizes = torch.diff(rows.end_E, prepend=rows.end_E.new_zeros(1)).long().cpu()
+    sizes = segment_sizes(rows.end_E).cpu()
     return lambda x, w: gmm(x, w, sizes, trans_b=True)
 
 
@@ -114,12 +115,3 @@ def check_backend(config: Config, device: str) -> None:
         reject(
             "moe.experts_backend", backend, problem, "set moe.experts_backend=grouped_mm, or see docs/performance.md"
         )
-
-
-def _grouped(gmm: Gmm, x_ND: Tensor, rows: ExpertRows, w1: Tensor, b1_EF: Tensor, w2: Tensor, b2_ED: Tensor) -> Tensor:
-    # The bias of each row's expert as a product with the 0/1 membership matrix: fused into the add, and its gradient
-    # is a small GEMM instead of a scatter with N-fold contention.
-    member_NE = unit_rows(len(w1), x_ND.dtype, x_ND.device).index_select(0, rows.expert_N)
-    h_NF = torch.addmm(gmm(x_ND, w1), member_NE, b1_EF)
-    h_NF = F.gelu(h_NF, approximate="tanh")
-    return torch.addmm(gmm(h_NF, w2), member_NE, b2_ED)

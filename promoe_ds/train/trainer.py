@@ -25,7 +25,7 @@ from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.models.compiled import compile_dense_parts
+from promoe_ds.models.compiled import compile_model
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
@@ -164,7 +164,7 @@ class Trainer:
             resuming.load_fixed(source, untrained | dict(model.named_buffers()))
         self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
         if self.config.train.compile:
-            compile_dense_parts(model)
+            compile_model(model)
         engine = Engine(model, self.config, ds, topology)
         if reader:
             resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
