@@ -122,8 +122,10 @@ def use_loop(model: nn.Module, on: bool) -> None:
 
 
 def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], None]:
-    """Forward and backward products of `layer` on a batch like x: as many rows an expert as the router gives it, no bias,
-    no activation, gradients into fresh buffers."""
+    """Forward and backward products of `layer` on x: no bias, no activation.
+
+    An expert has as many rows as the router gives it; gradients go into fresh buffers.
+    """
     experts, device = layer.routed.experts, x_BSD.device
     dtype = experts.compute_dtype(device.type)
     x_TD = x_BSD.flatten(0, 1).detach()

@@ -1,8 +1,8 @@
 """`torch.compile` of the parts of a block whose shapes do not depend on the data, and of the GELUs of those that do.
 
 adaLN, norms and attention are one graph, the dense MLP another. An MoE layer stays eager but for the GELUs of its
-experts: products are libraries' work anyway, and the GELUs are most of the rest. `fullgraph=True` makes a graph break an
-error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
+experts: products are libraries' work anyway, and the GELUs are most of the rest. `fullgraph=True` makes a graph break
+an error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
 """
 
 from __future__ import annotations

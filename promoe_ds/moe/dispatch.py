@@ -1,8 +1,9 @@
 """From edges to rows sorted by expert, and back. Two dispatchers, one interface.
 
-    rows, plan = dispatcher.dispatch(x_TD, routing)      rows of the experts held here, sorted by expert
-    out_TD = dispatcher.combine(y_ND, plan)              weighted sum over each token's edges
+    rows, plan = dispatcher.dispatch(x_TD, routing)      rows(): those of the experts held here, sorted by expert
+    out_TD = dispatcher.combine(y_ND, plan)              out_TD(): weighted sum over each token's edges
 
+Both begin at once and are waited for where the result is called for, so other work can be done while rows travel.
 `LocalDispatcher` holds all experts: a sort and two gathers, no communication, no device synchronisation.
 `AllToAllDispatcher` adds the exchange between the ranks of an expert-parallel group. Dropless: every edge is computed.
 
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.routing import Routing
+
+Arriving = Callable[[], Tensor]
+"""a tensor on its way; the call waits for it and returns it. Called once"""
 
 
 class ExpertRows(NamedTuple):
@@ -116,16 +120,23 @@ class LocalDispatcher:
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
-        """x_TD [T, D] and N edges -> N rows sorted by expert."""
+    def _sorted(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
         expert_N, order_N = routing.expert_N.sort(stable=True)
         end_E = segment_ends(expert_N, self.num_experts)
         rows = ExpertRows(permute(_edges(x_TD, routing), order_N), expert_N, end_E)
         return rows, Plan(routing, len(x_TD), order_N, end_E)
 
-    def combine(self, y_ND: Tensor, plan: Plan) -> Tensor:
-        """Rows in expert order -> [T, D] in the precision of the gate weights."""
+    def _summed(self, y_ND: Tensor, plan: Plan) -> Tensor:
         return _weighted_sum(unpermute(y_ND, plan.order_N), plan.routing, plan.num_tokens)
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Callable[[], ExpertRows], Plan]:
+        """x_TD [T, D] and N edges -> (N rows sorted by expert, when called for; how to undo it)."""
+        rows, plan = self._sorted(x_TD, routing)
+        return lambda: rows, plan
+
+    def combine(self, y_ND: Tensor, plan: Plan) -> Arriving:
+        """Rows in expert order -> [T, D] in the precision of the gate weights, when called for."""
+        return lambda: self._summed(y_ND, plan)
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -139,7 +150,8 @@ class AllToAllDispatcher(LocalDispatcher):
         num_experts: E.
         num_local: e.
         swap_counts: [ep, e] int64 -> [ep, e]: row r goes to rank r, row s of the result came from rank s.
-        swap_rows: (x, send, receive) -> rows received, differentiable; send and receive are rows per rank.
+        swap_rows: (x, send, receive) -> rows received, when called for; differentiable. send and receive are rows per
+            rank.
     """
 
     def __init__(
@@ -147,27 +159,28 @@ class AllToAllDispatcher(LocalDispatcher):
         num_experts: int,
         num_local: int,
         swap_counts: Callable[[Tensor], Tensor],
-        swap_rows: Callable[[Tensor, list[int], list[int]], Tensor],
+        swap_rows: Callable[[Tensor, list[int], list[int]], Arriving],
     ):
         super().__init__(num_experts)
         self.num_local, self.ep = num_local, num_experts // num_local
         self.swap_counts, self.swap_rows = swap_counts, swap_rows
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
-        rows, plan = super().dispatch(x_TD, routing)
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Callable[[], ExpertRows], Plan]:
+        rows, plan = self._sorted(x_TD, routing)
         sent = segment_sizes(plan.end_E).view(self.ep, self.num_local)
         got = self.swap_counts(sent)
         send, receive = torch.stack([sent.sum(1), got.sum(1)]).tolist()  # the one device-to-host copy of the layer
-        arrived_MD = self.swap_rows(rows.x_ND, send, receive)
+        arriving_MD = self.swap_rows(rows.x_ND, send, receive)
         # Rows arrive rank by rank, each sorted by local expert: bring them into expert order.
         local = counting(self.num_local, x_TD.device).repeat(self.ep)
         local_M = local.repeat_interleave(got.flatten(), output_size=sum(receive))
         expert_M, order_M = local_M.sort(stable=True)
-        ready = ExpertRows(permute(arrived_MD, order_M), expert_M, segment_ends(expert_M, self.num_local))
-        return ready, plan._replace(exchange=Exchange(send, receive, order_M))
+        end_E = segment_ends(expert_M, self.num_local)
+        exchange = Exchange(send, receive, order_M)
+        return lambda: ExpertRows(permute(arriving_MD(), order_M), expert_M, end_E), plan._replace(exchange=exchange)
 
-    def combine(self, y_ND: Tensor, plan: Plan) -> Tensor:
+    def combine(self, y_ND: Tensor, plan: Plan) -> Arriving:
         assert plan.exchange is not None, "the plan was made by another dispatcher"
         send, receive, order_M = plan.exchange
-        home_ND = self.swap_rows(unpermute(y_ND, order_M), receive, send)
-        return super().combine(home_ND, plan)
+        arriving_ND = self.swap_rows(unpermute(y_ND, order_M), receive, send)
+        return lambda: self._summed(arriving_ND(), plan)

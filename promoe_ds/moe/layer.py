@@ -7,6 +7,7 @@ Data flow for a batch whose first I images are conditional (`RoutingContext`):
   1. split: x[:I] goes to the router, x[I:] (null label) to the unconditional experts; both are views
   2. router: an edge list for the tokens of x[:I]
   3. routed experts: dispatch, stacked experts, combine (`RoutedExperts`; expert parallelism replaces exactly this part)
+     While rows travel, shared experts (dispatch) and unconditional ones (combine) are computed; so backwards too
   4. concatenate, and add the shared experts of all tokens
 Nothing is skipped for an empty part: an image count of zero runs through the same operations, so every rank issues the
 same collectives and every parameter has a gradient.
@@ -14,7 +15,9 @@ same collectives and every parameter has a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,9 @@ from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Routing, RoutingContext
 
+Work = Callable[[], list[Tensor]]
+"""what can be computed while rows travel"""
+
 
 class RoutedExperts(nn.Module):
     """All E routed experts on one device."""
@@ -35,11 +41,35 @@ class RoutedExperts(nn.Module):
         self.dispatcher = LocalDispatcher(num_experts)
         self.experts = StackedExperts(num_experts, width, hidden, backend)
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Tokens and edges -> (weighted sum over each token's experts [T, D], `segment_ends` of edges [E] int32)."""
-        x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
-        rows, plan = self.dispatcher.dispatch(x_TD, routing)
-        return self.dispatcher.combine(self.experts(rows), plan), plan.end_E
+    def forward(self, x_TD: Tensor, routing: Routing, during_dispatch: Work, during_combine: Work) -> RoutedOutput:
+        """Tokens and edges to `RoutedOutput`; does both works in between."""
+        return through_experts(self.dispatcher, self.experts, x_TD, routing, during_dispatch, during_combine)
+
+
+class RoutedOutput(NamedTuple):
+    out_TD: Tensor
+    """weighted sum over each token's experts, in the precision of the gate weights"""
+    end_E: Tensor
+    """int32, `segment_ends` of this rank's edges by global expert"""
+    dispatch_work: list[Tensor]
+    combine_work: list[Tensor]
+
+
+def through_experts(
+    dispatcher: LocalDispatcher,
+    experts: StackedExperts,
+    x_TD: Tensor,
+    routing: Routing,
+    during_dispatch: Work,
+    during_combine: Work,
+) -> RoutedOutput:
+    """Dispatch, experts, combine. Autograd runs later operations first, so gradients travel beside the same works."""
+    x_TD = x_TD.to(experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
+    rows, plan = dispatcher.dispatch(x_TD, routing)
+    first = during_dispatch()
+    out_TD = dispatcher.combine(experts(rows()), plan)
+    second = during_combine()
+    return RoutedOutput(out_TD(), plan.end_E, first, second)
 
 
 class MoELayer(nn.Module):
@@ -65,10 +95,14 @@ class MoELayer(nn.Module):
         x_TD, images = x_BSD.reshape(-1, D), ctx.num_conditional if self.conditional else B
         known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
         routing = self.router(known_TD.view(images, S, D), ctx)
-        out_TD, end_E = self.routed(known_TD, routing)
+        out_TD, end_E, shared, nulls = self.routed(
+            known_TD, routing, lambda: _each(self.shared, x_TD), lambda: _each(self.unconditional, null_TD)
+        )
         if self.conditional:
-            nulls = [mlp(null_TD) for mlp in self.unconditional] or [torch.zeros_like(null_TD)]
-            out_TD = torch.cat([out_TD, reduce(torch.add, nulls)])
-        for mlp in self.shared:
-            out_TD = out_TD + mlp(x_TD)
+            out_TD = torch.cat([out_TD, reduce(torch.add, nulls or [torch.zeros_like(null_TD)])])
+        out_TD = reduce(torch.add, shared, out_TD)
         return out_TD.view(B, S, D).to(x_BSD.dtype), routing.aux, end_E
+
+
+def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:
+    return [mlp(x_TD) for mlp in experts]

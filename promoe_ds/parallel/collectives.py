@@ -6,6 +6,8 @@ selective activation checkpointing (`models/recompute.py`) keeps their results i
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed.comm as dist
@@ -35,11 +37,6 @@ def _name(group: Any) -> str:
 @torch.library.custom_op("promoe_ds::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
     return sum_in_place(x.clone(), _groups[group])
-
-
-@torch.library.custom_op("promoe_ds::swap_rows", mutates_args=())
-def _swap_rows(x: Tensor, send: list[int], receive: list[int], group: str) -> Tensor:
-    return _exchange(x, send, receive, _groups[group])
 
 
 @torch.library.custom_op("promoe_ds::swap_counts", mutates_args=())
@@ -83,31 +80,85 @@ def all_gather_rows(x: Tensor, group: Any = None) -> Tensor:
     return _all_gather_rows(x.detach().contiguous(), _name(group))
 
 
-class _SwapRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        ctx.splits = (send, receive, group)
-        return _swap_rows(x, send, receive, _name(group))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive, group = ctx.splits
-        return _exchange(grads[0], receive, send, group), None, None, None
+_travelling: dict[int, tuple[Any, Tensor]] = {}
+"""exchanges that nobody has waited for yet: by ticket, the handle and the rows that are being read"""
+_tickets = itertools.count()
 
 
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-    out = x.new_empty(sum(receive), x.shape[1])
+@torch.library.custom_op("promoe_ds::swap_rows", mutates_args=())
+def _swap_rows(x: Tensor, send: list[int], receive: list[int], group: str, ticket: int) -> Tensor:
+    """Returns at once; `_arrived(ticket)` before the result is read."""
+    x, out = x.contiguous(), x.new_empty(sum(receive), x.shape[1])
     with kind("all_to_all"):
-        dist.all_to_all_single(out, x.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group)
+        work = dist.all_to_all_single(
+            out, x, output_split_sizes=receive, input_split_sizes=send, group=_groups[group], async_op=True
+        )
+    _travelling[ticket] = work, x
     return out
 
 
-def swap_rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+def _arrived(ticket: int) -> None:
+    """Wait (on CUDA: the stream does). No exchange has this ticket where recomputation got its result from before."""
+    work, _ = _travelling.pop(ticket, (None, None))
+    if work is not None:
+        work.wait()
+
+
+class _Journey:
+    """One exchange and, in the backward pass, the one that brings the gradients back."""
+
+    def __init__(self, send: list[int], receive: list[int], group: Any):
+        self.send, self.receive, self.group, self.ticket = send, receive, _name(group), next(_tickets)
+        self.back: tuple[Tensor, int] | None = None
+
+    def begin(self, x: Tensor) -> Tensor:
+        return _swap_rows(x, self.send, self.receive, self.group, self.ticket)
+
+    def begin_back(self, grad: Tensor) -> None:
+        ticket = next(_tickets)
+        self.back = _swap_rows(grad, self.receive, self.send, self.group, ticket), ticket
+
+    def end_back(self) -> Tensor:
+        assert self.back is not None, "gradients arrive after they left"
+        (grad, ticket), self.back = self.back, None
+        _arrived(ticket)
+        return grad
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.begin(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.journey.end_back(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        _arrived(journey.ticket)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.begin_back(grads[0])
+        return grads[0], None  # to `_Leave`, which takes what comes back from the journey instead
+
+
+def swap_rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Callable[[], Tensor]:
     """Uneven all-to-all of rows: `send[r]` consecutive rows go to rank r, `receive[s]` arrive from rank s.
 
-    Zero rows in any place keep the node in the graph, so every rank joins the backward exchange too.
+    It begins at once, and the result waits for it when called. Backwards likewise: gradients leave when they reach the
+    end of the exchange and are waited for at its beginning; autograd does what was done in between meanwhile.
+    Zero rows in any place keep the nodes in the graph, so every rank joins the backward exchange too.
     """
-    return _SwapRows.apply(x, send, receive, group)  # type: ignore[no-any-return]
+    journey = _Journey(send, receive, group)
+    arriving = _Leave.apply(x, journey)
+    return lambda: _Arrive.apply(arriving, journey)  # type: ignore[return-value]
 
 
 def swap_counts(count: Tensor, group: Any) -> Tensor:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import StackedExperts
-from promoe_ds.moe.layer import MoELayer, RoutedExperts
+from promoe_ds.moe.layer import MoELayer, RoutedExperts, RoutedOutput, Work, through_experts
 from promoe_ds.moe.routing import Routing
 from promoe_ds.parallel.collectives import swap_counts, swap_rows
 from promoe_ds.parallel.topology import Topology
@@ -98,11 +98,9 @@ class ExpertParallelExperts(AutoEPMoELayer):
         parameter.ds_zero_placement_family = "autoep_expert"
         parameter.ds_zero_partition_group_name = self.ep_group_name
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """As `RoutedExperts.forward`: tokens and edges of this rank -> (output [T, D], `segment_ends` [E])."""
-        x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
-        rows, plan = self.dispatcher.dispatch(x_TD, routing)
-        return self.dispatcher.combine(self.experts(rows), plan), plan.end_E
+    def forward(self, x_TD: Tensor, routing: Routing, during_dispatch: Work, during_combine: Work) -> RoutedOutput:
+        """As `RoutedExperts.forward`: tokens and edges of this rank."""
+        return through_experts(self.dispatcher, self.experts, x_TD, routing, during_dispatch, during_combine)
 
 
 def parallelize(model: DiT, topology: Topology) -> DiT:

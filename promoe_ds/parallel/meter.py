@@ -1,8 +1,8 @@
 """What a step spends: seconds by part, and the bytes that collectives send, by kind (`train.measure=true`).
 
 Seconds are exclusive: an all-to-all inside the backward pass counts as all-to-all, not as backward. Every change of
-part waits for the device, so measuring costs speed. Bytes are counted where DeepSpeed calls its communication backend,
-so its own gradient and parameter traffic is seen too:
+part waits for the device, and nothing is computed while rows travel, so measuring costs speed. Bytes are counted where
+DeepSpeed calls its communication backend, so its own gradient and parameter traffic is seen too:
 
     all_to_all       what leaves the rank (its share for itself does not)
     all_reduce       2 (n-1)/n of the tensor a rank, the ring's and the lower bound
@@ -141,7 +141,10 @@ class Meter:
                 what = "gradients" if "reduce" in name else "parameters"
             self.sent[what] += share
             with self.part(_PART_OF.get(what, what)):
-                return call(*args, **kwargs)
+                work = call(*args, **kwargs)
+                if hasattr(work, "wait"):
+                    work.wait()  # what travels beside other work is measured by itself
+                return work
 
         return counted
 

@@ -29,12 +29,24 @@ MIXES = {  # labels of each rank; 3 images a rank
 }
 
 
+class Exchange:
+    """The handle of a begun exchange; notes when it is waited for."""
+
+    def __init__(self, work: Any, events: list[str]):
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("arrive")
+        self.work.wait()
+
+
 class Recorder:
     """Counts what every collective of deepspeed.comm moves, by wrapping the real functions."""
 
     def __init__(self, topology: Topology):
         self.rank = topology.ep_rank
         self.calls: list[tuple[str, int, int]] = []
+        self.events: list[str] = []
         self.real = dist.all_to_all_single, dist.all_reduce
 
     def __enter__(self) -> Recorder:
@@ -43,7 +55,11 @@ class Recorder:
             kind = "counts" if splits is None else "rows"
             away = 0 if splits is None else sum(n for r, n in enumerate(splits) if r != self.rank)
             self.calls.append((kind, away, x.element_size() * (x.shape[1] if x.dim() == 2 else 1)))
-            return self.real[0](out, x, *args, **kwargs)
+            work = self.real[0](out, x, *args, **kwargs)
+            if splits is None:
+                return work
+            self.events.append("leave")
+            return Exchange(work, self.events)
 
         def all_reduce(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.calls.append(("all_reduce", x.numel(), x.element_size()))
@@ -51,6 +67,14 @@ class Recorder:
 
         dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
         return self
+
+    def watch(self, layer: MoELayer) -> None:
+        """Note when the parts of the layer work, forward and backward."""
+        parts = {"shared": layer.shared[0], "unconditional": layer.unconditional[0], "routed": layer.routed.experts}
+        for name, module in parts.items():
+            note = lambda *_, name=name: self.events.append(name)  # noqa: E731
+            module.register_forward_pre_hook(note)  # type: ignore[union-attr]
+            module.register_full_backward_pre_hook(note)  # type: ignore[union-attr]
 
     def __exit__(self, *error: Any) -> None:
         dist.all_to_all_single, dist.all_reduce = self.real
@@ -97,6 +121,7 @@ def compare(
     mine = slice(rank * 3, rank * 3 + 3)
     sharded = make(topology, top_k, skewed)
     with Recorder(topology) as record:
+        record.watch(sharded)
         out, grad = step(sharded, x[mine].clone(), labels[rank], all_reduce_sum, mode=mode)
     # Each rank computes the same global contrastive loss, so a sum over ranks counts it `world` times.
     expected, expected_grad = step(whole, x.clone(), sum(labels[:world], []), lambda v: v, contrastive=world)
@@ -132,6 +157,7 @@ def traffic(topology: Topology, layer: MoELayer, x: Tensor, labels: list[int], r
         "rows needed": [away, arriving, away, arriving],
         "row bytes": sorted({size for _, _, size in rows}),
         "counts exchanges": sum(kind == "counts" for kind, *_ in record.calls),
+        "events": record.events,
         "all-reduces": [n for kind, n, _ in record.calls if kind == "all_reduce"],
     }
 

@@ -39,3 +39,13 @@ def test_exactly_the_rows_that_belong_elsewhere_travel(results: list[dict]) -> N
             assert case["all-reduces"] == [12 * (D + 1)] * 2, name  # centroids of the contrastive loss
         assert cases["all null, top-1"]["rows sent"] == [0, 0, 0, 0]
     assert any(sum(cases["mixed, top-1"]["rows sent"]) for cases in results)
+
+
+def test_experts_that_do_not_travel_work_while_rows_do(results: list[dict]) -> None:
+    """Forward and backward, on every rank alike, whatever its tokens."""
+    forward = "leave shared arrive routed leave unconditional arrive".split()
+    backward = "leave unconditional arrive routed leave shared arrive".split()
+    for cases in results:
+        for name, case in cases.items():
+            again = ["shared", "routed", "unconditional"] if name == "selective checkpointing" else []
+            assert case["events"] == forward + again + backward, name

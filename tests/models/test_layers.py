@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
-from promoe_ds.models.layers import Attention, grid_sinusoids, sinusoids
+from promoe_ds.models.layers import Attention, gelu, grid_sinusoids, sinusoids
 
 
 def test_timestep_sinusoids() -> None:
@@ -47,3 +48,15 @@ def test_key_bias_is_trained_under_qk_norm() -> None:
     attention = Attention(16, 4, qk_norm=True)
     attention(torch.randn(2, 5, 16)).square().sum().backward()
     assert attention.qkv.bias.grad is not None and (attention.qkv.bias.grad[16:32] != 0).any()
+
+
+def test_gelu_as_a_compiler_gets_it() -> None:
+    """x sigmoid(2u) is x/2 (1 + tanh u): values and gradients, far out too."""
+    x = torch.linspace(-30, 30, 1001, dtype=torch.float64, requires_grad=True)
+    compiled, results = torch.compile(gelu, fullgraph=True, backend="aot_eager"), []
+    for form in (compiled, lambda x: F.gelu(x, approximate="tanh"), gelu):
+        y = form(x)
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+    for a, b, c in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert torch.equal(b, c)
