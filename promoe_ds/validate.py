@@ -50,13 +50,13 @@ def _whole_hidden(path: str, ratio: float, width: int) -> None:
 
 
 def _aligned(config: Config) -> None:
-    """Grouped GEMM reads bf16 rows in units of 16 bytes."""
-    moe, width = config.moe, config.model.width
-    if moe is None or moe.experts_backend == "loop" or config.train.precision == "fp32":
+    """Grouped GEMM reads rows in units of 16 bytes."""
+    moe, width, unit = config.moe, config.model.width, 4 if config.train.precision == "fp32" else 8
+    if moe is None or moe.experts_backend == "loop":
         return
     for path, value in (("model.width", width), ("moe.hidden_ratio * model.width", int(moe.hidden_ratio * width))):
-        if value % 8:
-            conflict = f"{moe.experts_backend} under train.precision={config.train.precision} needs a multiple of 8"
+        if value % unit:
+            conflict = f"{moe.experts_backend} under train.precision={config.train.precision} needs a multiple of {unit}"
             reject(path, value, conflict, "change it, or set moe.experts_backend=loop")
 
 

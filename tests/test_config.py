@@ -191,6 +191,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("model.depth=0", "model.depth=0: must be positive"),
         ("model.mlp_ratio=1.001", "model.mlp_ratio=1.001: times model.width=384 is not a whole number"),
         ("moe.hidden_ratio=0.7", "moe.hidden_ratio=0.7: times model.width=384 is not a whole number"),
+        ("moe.hidden_ratio=0.2578125", "moe.hidden_ratio * model.width=99: grouped_mm under train.precision="),
         ("moe.num_experts=0", "moe.num_experts=0: must be positive"),
         ("moe.num_shared=-1", "moe.num_shared=-1: must not be negative"),
         ("moe.layers=[1, 12]", "moe.layers=[1, 12]: needs distinct indices below model.depth=12"),
@@ -215,6 +216,13 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
 )
 def test_impossible_values(override: str, text: str) -> None:
     error(text, override)
+
+
+def test_rows_of_grouped_products_are_whole_units() -> None:
+    error("needs a multiple of 8", "moe.hidden_ratio=0.96875", "model.width=384", "train.precision=bf16_autocast")
+    error("needs a multiple of 4", "moe.hidden_ratio=0.2578125", "train.precision=fp32")
+    load_config("imagenet256_promoe_s", ["moe.hidden_ratio=0.96875", "train.precision=fp32"])
+    load_config("imagenet256_promoe_s", ["moe.hidden_ratio=0.2578125", "moe.experts_backend=loop"])
 
 
 @pytest.mark.parametrize(
