@@ -159,7 +159,7 @@ def _layer_table(s: Summary) -> str:
 def _use(writer: Writer, s: Summary) -> list[tuple[str, str]]:
     o = s.observed
     numbers = ("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(s))
-    explained = "What explains the choice of expert: 0 nothing, 1 decides it"
+    explained = "What explains the choice of expert: 0 nothing, 1 decides it; black: shuffled classes"
     shown = page.figures(
         writer.figure("load", draw.load(o), "Load of each expert, over all timesteps: 1 is even, 0 is dead"),
         writer.figure("explained", draw.explained(s), explained),
