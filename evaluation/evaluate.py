@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.collect import ALONE, FeatureSet, check_extractor, collect
+from evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
 from evaluation.digits import noise_images
 from evaluation.extractors import BATCH, load_extractor
 from evaluation.features import Classifier, FeatureExtractor
@@ -51,10 +51,12 @@ class Evaluator:
     ) -> None:
         """Finds the reference and builds the extractor by name; features are first extracted by `score` or `prepare`.
 
-        Raises `ConfigError` for unknown names, absent or unfit files.
+        Raises `ConfigError` for unknown names, absent or unfit files, and features of another extractor.
         """
         self._source: Source = find_reference(reference)
         self.extractor: FeatureExtractor = load_extractor(features, weights=weights, device=device, batch=batch)
+        if self._source.path and self._source.path.suffix == SUFFIX:
+            check_extractor(load_features(self._source.path, "--ref"), self.extractor.name, "--ref")
         if self._source.images is not None:
             check_shape(self._source.images, self.extractor, "--ref")
         self._distances: Distances = distances
@@ -91,17 +93,32 @@ class Evaluator:
         return name if self.extractor.is_public else f"{name.replace('FID', 'FD')}[{self.extractor.name}]"
 
     def check(self, samples: Samples) -> None:
-        """Raises `ConfigError` if the extractor cannot take these images or features, or has no such classes."""
+        """Raises `ConfigError` if the extractor cannot take these images or features, has no such classes, or makes
+        features of other lengths than ADM's statistics of the reference."""
         if isinstance(samples, FeatureSet):
             check_extractor(samples, self.extractor.name, "SAMPLES")
         else:
             check_shape(samples, self.extractor, "SAMPLES")
+        if self._source.arrays is not None:
+            self._check_statistics(samples, self._source.arrays)
         if isinstance(self.extractor, Classifier) and samples.labels_N is not None:
             low, high = int(samples.labels_N.min()), int(samples.labels_N.max())
             if not 0 <= low <= high < self.extractor.num_classes:
                 known = f"0..{self.extractor.num_classes - 1}"
                 fault = f"labels span {low}..{high}, {self.extractor.name} knows classes {known}"
                 reject("SAMPLES", samples.name, fault, "draw class-conditional samples of that data set")
+
+    def _check_statistics(self, samples: Samples, arrays: dict[str, np.ndarray]) -> None:
+        """One image tells how long the features are."""
+        if isinstance(samples, FeatureSet):
+            ours = samples.gaussian.mu_d, samples.spatial.mu_d if samples.spatial else None
+        else:
+            found = self.extractor.extract(np.asarray(samples.images_NHWC[:1]))
+            ours = found.features_Nd[0], found.spatial_Ns[0] if found.spatial_Ns is not None else None
+        for name, key, mine in zip(("FID", "sFID"), ("mu", "mu_s"), ours, strict=True):
+            if mine is not None and key in arrays and len(mine) != len(arrays[key]):
+                fault = f"its {name} statistics have {len(arrays[key])} numbers, {self.extractor.name} makes"
+                reject("--ref", self._source.name, f"{fault} {len(mine)}", "name a reference of these features")
 
     def extract(self, samples: Samples) -> FeatureSet | None:
         """Features of one set, on rank 0; None elsewhere. Raises `ConfigError` as `check` does."""
@@ -116,7 +133,7 @@ class Evaluator:
         """All numbers of one set, ready for JSON; {} on ranks above 0. Shares and accuracies lie in [0, 1].
 
         A number is absent where the extractor, the reference or the set lacks what it needs.
-        Raises `ConfigError` as `check` does, or if the reference's statistics are of other features.
+        Raises `ConfigError` as `check` does.
         """
         self.prepare()
         found = self.extract(samples)
@@ -154,9 +171,6 @@ class Evaluator:
         for name, (ours, theirs) in pairs.items():
             if ours is None or theirs is None:
                 continue
-            if len(ours.mu_d) != len(theirs.mu_d):
-                fault = f"its {name} statistics have {len(theirs.mu_d)} numbers, {self.extractor.name} makes"
-                reject("--ref", reference.name, f"{fault} {len(ours.mu_d)}", "name a reference of these features")
             scores[self.metric(name)] = frechet_distance(*ours, *theirs)
         if found.logits_NK is not None:
             scores[self.metric("IS")] = inception_score(found.logits_NK)

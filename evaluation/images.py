@@ -29,6 +29,8 @@ Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LONGEST = 16
+"""sides of a picture are to each other as 1 to 16 at most, as in promoe_ds.data.images"""
 SAMPLED = re.compile(r"\d{6,}_class(\d+)\.png")
 """how launchers/sample.py names a picture"""
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, struct.error, zipfile.BadZipFile,
@@ -171,7 +173,14 @@ class Folder:
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve by box filter while the shorter side is at least twice `size`, bicubic to `size`, cut out."""
+    """ADM's crop: halve by box filter while the shorter side is at least twice `size`, bicubic to `size`, cut out.
+
+    Ends of what is longer than LONGEST times its shorter side are cut off first.
+    """
+    longest = LONGEST * min(picture.size)
+    if max(picture.size) > longest:  # 1x10000 would fill the memory on its way to the central square
+        left, top = (max(0, side - longest) // 2 for side in picture.size)
+        picture = picture.crop((left, top, picture.width - left, picture.height - top))
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)

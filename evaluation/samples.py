@@ -105,6 +105,12 @@ def run_samples(run: Path) -> list[Samples]:
     return sorted(sets, key=lambda s: (math.inf if (cfg := cfg_of(s)) is None else cfg, s.name))
 
 
+def unfinished(run: Path) -> list[Path]:
+    """Folders below RUN/samples in which a sampler has begun, and which `run_samples` leaves out."""
+    records = sorted((run / "samples").rglob("sampling.json"))
+    return [record.parent for record in records if _finished(record.parent) is None]
+
+
 def _finished(folder: Path) -> Path | None:
     """The set of a folder; pictures count only where the sampler's record lies beside them."""
     path = _in_folder(folder)

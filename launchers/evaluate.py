@@ -20,7 +20,7 @@ from evaluation.extractors import BATCH, EXTRACTORS, load_extractor  # noqa: E40
 from evaluation.inception import find_weights  # noqa: E402
 from evaluation.reference import KEEP, REFERENCES, find_reference, reference_features  # noqa: E402
 from evaluation.report import check_output, format_table, notes, write_metrics  # noqa: E402
-from evaluation.samples import Samples, find_samples, load_samples, run_samples  # noqa: E402
+from evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished  # noqa: E402
 from evaluation.workers import Workers, joined, workers_from  # noqa: E402
 from promoe_ds.config import ConfigError, reject  # noqa: E402
 
@@ -155,6 +155,9 @@ def score(argv: Sequence[str], workers: Workers) -> None:
     _positive(args, "batch")
     features, device = _features(args, args.ref), _device(args.device, workers)
     sets = _read_sets(args)
+    if args.run is not None and workers.rank == 0 and (begun := unfinished(args.run)):
+        folders = ", ".join(map(str, begun))
+        print(f"note: not finished, and left out: {folders}; launchers/sample.py finishes them", file=sys.stderr)
     out = args.run / "metrics.json" if args.run is not None and args.out is None else args.out
     if out is not None:
         check_output(out)

@@ -75,7 +75,7 @@ def metrics_of(args: argparse.Namespace, file: Path) -> dict[str, Any] | None:
         return None
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        score_rows(tree)
+        score_rows(tree, 0)
         return tree
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reject("--metrics", path, f"holds no scores ({error})", "name a metrics.json of launchers/evaluate.py")

@@ -16,9 +16,9 @@ if not __package__:
 
 from evaluation.inception import find_weights
 from promoe_ds.command_line import Parser, guarded, leave, parse_scales, parse_steps
-from promoe_ds.config import Config, load_config, reject
+from promoe_ds.config import Config, ConfigError, load_config, reject
 from promoe_ds.data.codecs import find_codec
-from promoe_ds.data.shards import INDEX
+from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.sample_job import RECORD, SAMPLES
 from promoe_ds.train.checkpoint import newest, step_of
@@ -88,7 +88,7 @@ def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
     out = []
     if latent and args.images:
         words = ["--images", args.images, "--size", str(args.size), "--out", str(shards), "--batch", batch, *vae]
-        out.append(Stage("encode", "encode_latents.py", words, lambda: (shards / INDEX).exists()))
+        out.append(Stage("encode", "encode_latents.py", words, lambda: encoded(shards, args.size)))
     data = [f"data.path={shards}"] if latent else []
     ds = ["--ds_config", args.ds_config] if args.ds_config else []
     words = ["--config", args.recipe, "--run", str(run), *ds, *data, *args.overrides]
@@ -102,6 +102,15 @@ def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
     out.append(Stage("evaluate", "evaluate.py", words, lambda: scored(run, scales, args.ref or DIGITS)))
     last = STAGES.index(args.until)
     return [stage for stage in out if STAGES.index(stage.name) <= last]
+
+
+def encoded(shards: Path, size: int) -> bool:
+    """Whether all shards are there, of the lengths that their index says, made at this size."""
+    try:
+        index = read_index(shards)
+    except ConfigError:
+        return False
+    return (shards / ITEMS).is_file() and index.image_size == size
 
 
 def trained(run: Path, steps: int) -> bool:

@@ -81,7 +81,7 @@ def parser() -> Parser:
         help="png, npz (ADM's layout), both (default), or features alone",
     )
     p.add_argument(
-        "--features", default="inception", metavar="NAME", help="of --format features: as launchers/evaluate.py's"
+        "--features", metavar="NAME", help="of --format features: as launchers/evaluate.py's (default inception)"
     )
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="as launchers/evaluate.py's")
     p.add_argument("--batch", type=int, default=64, help="images a forward and process (default 64)")
@@ -101,6 +101,15 @@ def parse_formats(text: str) -> tuple[str, ...]:
     if formats != ("features",) and not set(formats) <= {"png", "npz"}:
         reject("--format", repr(text), "is no such format", "write png, npz, png,npz or features")
     return formats
+
+
+def check_features(args: argparse.Namespace) -> None:
+    """Options of --format features mean nothing without it; raises `ConfigError`."""
+    if parse_formats(args.format) == ("features",):
+        return
+    for option, value in (("--features", args.features), ("--inception-weights", args.inception_weights)):
+        if value is not None:
+            reject(option, value, f"--format {args.format} makes no features", "add --format features, or leave it out")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -147,11 +156,13 @@ def choose_pack(
     from evaluation.extractors import load_extractor  # only here sampling needs evaluation
     from evaluation.feature_store import FeatureStore
 
-    extractor = load_extractor(args.features, weights=args.inception_weights, device=device, batch=args.batch)
+    extractor = load_extractor(
+        args.features or "inception", weights=args.inception_weights, device=device, batch=args.batch
+    )
     if any(side not in (None, size) for side, size in zip(extractor.image_shape, shape, strict=True)):
         takes = f"[{', '.join('any' if side is None else str(side) for side in extractor.image_shape)}]"
         conflict = f"takes images of {takes} (H, W, C), the model makes {list(shape)}"
-        reject("--features", args.features, conflict, "choose another network, or --format npz")
+        reject("--features", extractor.name, conflict, "choose another network, or --format npz")
     return extractor.name, lambda out: FeatureStore(out, extractor)
 
 
@@ -170,7 +181,7 @@ def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path, how:
 def sample(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     check_numbers(args)
-    parse_formats(args.format)
+    check_features(args)
     scales = parse_scales(args.cfg) if args.cfg is not None else None
     worker = worker_from(os.environ)
     device = pick_device(args.device, worker)

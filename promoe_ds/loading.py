@@ -21,10 +21,12 @@ from promoe_ds.models.init import build
 from promoe_ds.train.checkpoint import (
     EMA,
     FORMAT,
+    MANIFEST,
     WEIGHTS,
     WEIGHTS_INDEX,
     candidates,
     damage,
+    damages,
     is_checkpoint_name,
     newest,
 )
@@ -46,6 +48,8 @@ def find_weights(path: Path, option: str = "--run") -> Path:
             problem = damage(path, read_bytes=False) if is_checkpoint_name(path.resolve().name) else None
             if problem:
                 reject(option, path, f"is damaged: {problem}", "name another checkpoint")
+            if name != EMA and (path / MANIFEST).is_file():
+                _check_sizes(path, option)
             return path / name
     found = candidates(path)
     if not found:
@@ -62,6 +66,13 @@ def find_weights(path: Path, option: str = "--run") -> Path:
     if not (found[-1] / EMA).is_file():
         reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")
     return found[-1] / EMA
+
+
+def _check_sizes(folder: Path, option: str) -> None:
+    """Raises ConfigError if a file of a weights folder is missing or cut off; config.json is never read."""
+    problems = damages(folder, read_bytes=False)
+    if problem := next((text for text in problems if not text.startswith("config.json ")), None):
+        reject(option, folder, f"is damaged: {problem}", "copy or export it again")
 
 
 def shard_files(file: Path) -> list[Path]:

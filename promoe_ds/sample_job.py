@@ -79,10 +79,6 @@ class Job:
     """png: a file an image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
 
 
-OnImages = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
-"""called with indices int64 [B], labels int64 [B] and images uint8 [B, H, W, C]"""
-
-
 def run_of(file: Path) -> Path | None:
     """The run folder of RUN/checkpoints/step_X/ema.safetensors; None for a file that lies elsewhere."""
     parents = file.resolve().parents
@@ -218,8 +214,6 @@ class Sampler:
     codec: Codec | None = None
     most: Callable[[int], int] = lambda count: count
     """the largest count over the processes that must run equally many batches"""
-    on_images: OnImages | None = None
-    """given every image of this process's share, new or found on disk, a batch at a time"""
     pack: Callable[[Path], Pack] | None = None
     """folder -> the store of jobs whose format is features"""
 
@@ -241,24 +235,12 @@ def _store(sampler: Sampler, job: Job) -> Store:
     return BatchStore(job.out, sampler.shape)
 
 
-def _hand_over(sampler: Sampler, store: Store, indices: np.ndarray, labels: np.ndarray, batch: int) -> None:
-    """Images that an earlier run has made, to the callback."""
-    if sampler.on_images is None:
-        return
-    for start in range(0, len(indices), batch):
-        rows = indices[start : start + batch]
-        images = np.stack([pixels for pixels in read_all(store, rows.tolist()) if pixels is not None])
-        sampler.on_images(rows, labels[rows], images)
-
-
 def make_share(sampler: Sampler, job: Job) -> None:
     """Images r, r + W, ... of the job: those on disk are kept, the others made and written batch by batch."""
     store, labels = _store(sampler, job), sampler.labels(job)
     indices = np.arange(sampler.worker.rank, job.num, sampler.worker.world)
     found = [pixels is not None for pixels in read_all(store, indices.tolist())]
-    whole = np.array(found, dtype=bool)
-    _hand_over(sampler, store, indices[whole], labels, job.batch)
-    missing = indices[~whole]
+    missing = indices[~np.array(found, dtype=bool)]
     rounds = sampler.most(-(-len(missing) // job.batch))
     _, steps = choose_sampler(sampler.config, job.how.sampler, job.steps, job.how.eta)
     with _progress(job, sampler.worker, len(indices), len(indices) - len(missing)) as bar:
@@ -280,8 +262,6 @@ def make_share(sampler: Sampler, job: Job) -> None:
         )
         for rows, images in batches:
             store.write(missing[rows], images)
-            if sampler.on_images is not None:
-                sampler.on_images(missing[rows], labels[missing[rows]], images)
 
 
 def assemble_features(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
@@ -337,7 +317,7 @@ def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
         ConfigError: the folder holds other samples or cannot be written; the model makes values that are not finite.
     """
     claim_folder(job.out, record, sampler.config)
-    done = sampler.on_images is None and complete(job, sampler.shape)
+    done = complete(job, sampler.shape)
     if not done:
         make_share(sampler, job)
     sampler.barrier()  # also where all is done: nobody claims the next folder alone

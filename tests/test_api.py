@@ -64,20 +64,20 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
 def test_damaged_indices_are_one_line(tmp_path: Path) -> None:
     write(weights(model()), tmp_path / "model", limit=100_000)
     index = tmp_path / "model" / "model.safetensors.index.json"
-    promoe_ds.load_model(index)
+    promoe_ds.load_model(index)  # named as a file: a folder's sizes are compared first
     text = index.read_text()
     for bad in ("{", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', "[]"):
         index.write_text(bad)
         with pytest.raises(promoe_ds.ConfigError, match="is no index of weights"):
-            promoe_ds.load_model(tmp_path / "model")
+            promoe_ds.load_model(index)
     index.write_text(text)
     first = next((tmp_path / "model").glob("model-00001*"))
     write(dataclasses.replace(weights(model()), step=8), tmp_path / "other", limit=100_000)
     first.write_bytes((tmp_path / "other" / first.name).read_bytes())
     with pytest.raises(promoe_ds.ConfigError, match="shards of different models"):
-        promoe_ds.load_model(tmp_path / "model")
+        promoe_ds.load_model(index)
     first.unlink()
     with pytest.raises(promoe_ds.ConfigError, match="is damaged or no safetensors file"):
-        promoe_ds.load_model(tmp_path / "model")
+        promoe_ds.load_model(index)
     with pytest.raises(AttributeError):
         promoe_ds.nothing  # noqa: B018

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from promoe_ds.config import ConfigError
 from promoe_ds.parallel.ds_config import find
-from tests.launch import ROOT
+from tests.launch import ENVIRONMENT, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PARTS = ("promoe_ds", "evaluation", "launchers", "ds_configs", "pyproject.toml", "requirements.txt", "README.md")
@@ -36,19 +38,35 @@ def test_every_command_exists(command: str) -> None:
     assert f'def {function}() -> None:\n    """The command {command}' in text
 
 
-def test_the_wheel(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def shell(*command: object, timeout: float = 240, cwd: Path | None = None) -> str:
+    """Output of a command that has neither the checkout nor PYTHONPATH."""
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the sdist, built from the files that a release consists of."""
+    folder = tmp_path_factory.mktemp("package")
+    source = folder / "source"
     source.mkdir()
     for name in PARTS:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
+    sdist = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    shell(sys.executable, "-c", sdist, folder, cwd=source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*command, "-w", tmp_path, source], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = wheel.namelist()
-        scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-        wheel.extractall(tmp_path / "site")
+    shell(*command, "-w", folder, next(folder.glob("*.tar.gz")), cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        scripts = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     expected = {
         p.relative_to(ROOT / "promoe_ds") for p in (ROOT / "promoe_ds").rglob("*.*") if p.suffix in (".py", ".yaml")
     }
@@ -57,15 +75,26 @@ def test_the_wheel(tmp_path: Path) -> None:
     assert {f"promoe_ds/{path}" for path in expected} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "launchers", "benchmarks"))]
     assert "promoe-train = promoe_ds.cli.train:console" in scripts
-    code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); from promoe_ds.cli import train; import promoe_ds\n"
-        "assert 'site' in promoe_ds.__file__ and 'torch' not in sys.modules\n"
-        "sys.exit(train.main(['--dry-run', '--json', '--ds_config', 'zero2', '--world', '2']))"
+
+
+def test_an_installed_wheel_trains_digits_with_one_command(wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own, which borrows the packages of this one but not its installation of the project."""
+    venv.create(tmp_path / "env", with_pip=False)
+    own = Path(
+        sysconfig.get_path("purelib", "venv", {"base": str(tmp_path / "env"), "platbase": str(tmp_path / "env")})
     )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, tmp_path / "site"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    (own / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # nested .pth files are not followed
+    commands = tmp_path / "env" / "bin"
+    pip = [sys.executable, "-m", "pip", "--python", commands / "python", "install", "--quiet", "--no-deps"]
+    shell(*pip, "--no-index", "--force-reinstall", wheel)
+    where = "import promoe_ds, sys; assert 'torch' not in sys.modules; print(promoe_ds.__file__)"
+    assert shell(commands / "python", "-c", where, cwd=tmp_path).startswith(str(own))
+    quick = ("train.steps=3", "train.checkpoint_every=3", "train.global_batch_size=16", "model.depth=2")
+    shell(commands / "promoe-train", "--ds_config", "zero2", *quick, cwd=tmp_path)
+    shell(
+        commands / "promoe-sample", "--run", "runs/digits", "--num", "4", "--steps", "2", "--out", "out", cwd=tmp_path
     )
-    assert done.returncode == 0 and '"stage": 2' in done.stdout, done.stderr[-2000:]
+    assert (tmp_path / "out" / "samples.npz").exists() and (tmp_path / "out" / "000003_class3.png").exists()
 
 
 def test_shipped_files_by_name() -> None:

@@ -28,7 +28,7 @@ from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.loading import load_ema
 from promoe_ds.models.init import build, materialize
-from promoe_ds.sample_job import Job, Sampler, claim_folder, run_job, run_of
+from promoe_ds.sample_job import claim_folder, run_of
 from promoe_ds.sample_store import BatchStore, PngStore, read_image
 from promoe_ds.sampling import image_noise, to_pixels
 from promoe_ds.train import checkpoint
@@ -345,6 +345,11 @@ def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: p
         (["--eta", "0.5"], "--eta=0.5: the sampler euler has no eta; remove it"),
         (["--guidance-channels", "3"], "--guidance-channels=3: the model has model.channels=1; set"),
         (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
+        (["--features", "digits-cnn"], "--features=digits-cnn: --format png,npz makes no features; add"),
+        (
+            ["--format", "npz", "--inception-weights", "w"],
+            "--inception-weights=w: --format npz makes no features; add --format features, or leave it out",
+        ),
         (["--format", "png,gif"], "--format='png,gif': is no such format; write png, npz, png,npz or features"),
         (["--labels", "all"], "invalid choice: 'all'"),
         (["--expert-parallel", 3], "parallel.expert_parallel=3: does not divide moe.num_experts=4; choose one of"),
@@ -454,25 +459,6 @@ def test_packs_without_pictures_are_resumed(command: Command, tmp_path: Path, mo
     time = (out / "samples.npz").stat().st_mtime_ns
     assert command(*words, "--format", "npz", "--out", out) == 0
     assert (out / "samples.npz").stat().st_mtime_ns == time  # nothing was left to do
-
-
-def test_batches_are_handed_to_a_callback_new_and_old(command: Command, tmp_path: Path) -> None:
-    file = write_run(tmp_path)
-    assert command("--model", file, "--out", tmp_path / "out") == 0
-    whole, labels = read_npz(tmp_path / "out/samples.npz")
-    (tmp_path / "out/000003_class3.png").unlink()
-    model, config, _ = load_ema(file)
-    seen: dict[int, tuple[int, np.ndarray]] = {}
-
-    def take(indices: np.ndarray, label: np.ndarray, images: np.ndarray) -> None:
-        assert images.dtype == np.uint8 and len(indices) == len(label) == len(images) <= 5
-        seen.update({int(i): (int(c), x) for i, c, x in zip(indices, label, images, strict=True)})
-
-    job = Job(tmp_path / "out", 12, 1.5, 2, 0, 5, "fp32")
-    record = json.loads((tmp_path / "out/sampling.json").read_text())
-    run_job(Sampler(model, config, torch.device("cpu"), on_images=take), job, record)
-    assert sorted(seen) == list(range(12)) and [seen[i][0] for i in range(12)] == labels.tolist()
-    assert_same_images(whole, np.stack([seen[i][1] for i in range(12)]))
 
 
 def test_worker_comes_from_the_environment() -> None:

@@ -4,7 +4,7 @@ Every image is shown at every timestep with its own label and without guidance (
 (seed, image, timestep) alone.
 
 Legend: B images of a batch, S tokens an image, D width, L MoE layers, T timesteps, C classes, E routed experts,
-M images drawn as maps, N sampled tokens.
+I images shown, M images drawn as maps, N sampled tokens.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ class Observed:
     """shown at each timestep"""
     count_LTCE: np.ndarray
     """int64, edges; E is 0 for a dense model"""
+    count_LIE: np.ndarray
+    """int64, edges by image, over the timesteps"""
+    label_I: np.ndarray
+    """int64, class of each image"""
     count_LSE: np.ndarray
     """int64, edges by position in the image"""
     nobody_L: np.ndarray
@@ -127,6 +131,7 @@ class Watcher:
         E = config.moe.num_experts if config.moe and routers else 0
         self.plan, self.row = plan, {block: i for i, block in enumerate(self.blocks)}
         self.count_LTCE, self.count_LSE = np.zeros((L, T, C, E), np.int64), np.zeros((L, S, E), np.int64)
+        self.count_LIE = np.zeros((L, images, E), np.int64)
         self.nobody_L, self.weight_L = np.zeros(L, np.int64), np.zeros(L)
         self.map_LMTS = np.full((L, min(plan.maps, images), T, S), -1, np.int64)
         place_N = np.random.default_rng(plan.seed + 1).choice(images * S, min(plan.tokens, images * S), replace=False)
@@ -151,6 +156,7 @@ class Watcher:
     def _count(self, layer: int, routing: Routing, B: int, S: int) -> np.ndarray:
         token_N, expert_N = routing.token_N.cpu().numpy(), routing.expert_N.cpu().numpy()
         np.add.at(self.count_LTCE[layer, self.time], (self.label_B[token_N // S], expert_N), 1)
+        np.add.at(self.count_LIE[layer], (self.first + token_N // S, expert_N), 1)
         np.add.at(self.count_LSE[layer], (token_N % S, expert_N), 1)
         self.weight_L[layer] += float(routing.weight_N.double().sum())
         self.nobody_L[layer] += B * S - len(np.unique(token_N))
@@ -192,14 +198,16 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
                 eps_BCHW = image_noise(plan.seed, index_B, (m.channels, m.image_size, m.image_size), watcher.time)
                 model(*objective.noised(z_BCHW.to(device), eps_BCHW.to(device), t), ctx)
                 bar.update()
-    facts = {key: getattr(watcher, key) for key in ("count_LTCE", "count_LSE", "nobody_L", "weight_L", "map_LMTS")}
+    counts = ("count_LTCE", "count_LIE", "count_LSE", "nobody_L", "weight_L", "map_LMTS")
+    facts, label_I = {key: getattr(watcher, key) for key in counts}, np.concatenate(labels)
     return Observed(
         **{"name": name, "config": config, "step": step, "blocks": watcher.blocks, "plan": plan, **facts},
         images=len(indices),
+        label_I=label_I,
         classes=list(dataset.classes),
         token_LND=np.stack([np.concatenate(parts) for parts in watcher.tokens]),
         expert_LN=np.stack([np.concatenate(parts) for parts in watcher.experts]),
-        class_N=np.concatenate(labels)[watcher.place_N // m.tokens],
+        class_N=label_I[watcher.place_N // m.tokens],
         pictures=_pictures(torch.cat(shown), codec),
         prototype_LED=[
             p.float().cpu().numpy() for r in routers_of(model).values() if (p := prototypes_of(r)) is not None

@@ -99,12 +99,14 @@ def explained(s: Summary) -> bytes:
     """How much of the choice of expert class, timestep and position explain, by layer."""
     keys = {"by_class": "class", "by_time": "timestep", "by_position": "position"}
     with mpl.rc_context(STYLE):
-        figure, (ax,) = _figure(5, 2.6)
+        figure, (ax,) = _figure(5, 2.9)
         for i, (key, name) in enumerate(keys.items()):
             ax.bar(np.arange(len(s.rows)) + 0.27 * (i - 1), [row[key] for row in s.rows], 0.25, label=name)
+        chance = [row["class_chance"] for row in s.rows]
+        ax.plot(np.arange(len(s.rows)) - 0.27, chance, "_", ms=14, mew=2, color="black", label="class by chance")
         ax.set(xlabel="block", ylabel="explained share of H(expert)", xticks=range(len(s.rows)))
         ax.set_xticklabels([str(block) for block in s.observed.blocks])
-        ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+        ax.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         return _png(figure)
 
 

@@ -1,6 +1,7 @@
 """How specialised experts are, as numbers: pure functions of numpy arrays.
 
-Legend: N tokens, D width, E experts, C groups (classes, timesteps or positions), M rows of a weight matrix, k rank.
+Legend: N tokens, I images, D width, E experts, C groups (classes, timesteps or positions), M rows of a weight
+matrix, k rank.
 """
 
 from __future__ import annotations
@@ -26,6 +27,20 @@ def explained_entropy(count_CE: np.ndarray) -> float:
     share_E = expert_1E[expert_1E > 0]
     entropy = float(-(share_E * np.log(share_E)).sum())
     return min(1.0, max(0.0, information / entropy)) if entropy > 1e-12 else 0.0
+
+
+def chance_entropy(count_IE: np.ndarray, class_I: np.ndarray, seed: int, rounds: int = 20) -> float:
+    """What classes that mean nothing would explain: `explained_entropy` with the images' classes shuffled, the mean.
+
+    It is above 0, since the tokens of an image go together and every class has few images.
+
+    Args:
+        count_IE: tokens of each image at each expert.
+        class_I: class of each image.
+    """
+    rng, (_, first_C) = np.random.default_rng(seed), np.unique(np.sort(class_I), return_index=True)
+    shuffled = (np.add.reduceat(rng.permutation(count_IE), first_C) for _ in range(rounds))
+    return float(np.mean([explained_entropy(count_CE) for count_CE in shuffled]))
 
 
 def distance_ratio(x_ND: np.ndarray, group_N: np.ndarray) -> float:

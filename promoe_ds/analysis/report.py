@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -14,9 +15,11 @@ from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
 from promoe_ds.config import reject
-from promoe_ds.workers import atomic
+from promoe_ds.workers import atomic, write_text
 
 REPORT = "report.html"
+FILES = "files.json"
+"""names of what the report consists of, so that the next one removes them and nothing else"""
 SCORES = ("cfg", "num", "label_agreement", "FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "fd_over_noise")
 """what is shown of metrics.json; a name in brackets may follow"""
 
@@ -25,7 +28,7 @@ def check_folder(out: Path) -> None:
     """An earlier analysis may be replaced, anything else not. Raises `ConfigError`."""
     if out.exists() and not out.is_dir():
         reject("--out", out, "is not a folder", "name another one")
-    if out.exists() and any(out.iterdir()) and not (out / REPORT).exists():
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in (REPORT, FILES)):
         reject("--out", out, f"holds files but no {REPORT}", "name an empty or a new folder")
 
 
@@ -40,14 +43,35 @@ class Writer:
         return page.figure(png, caption, wide)
 
     def write(self, out: Path) -> None:
-        """Files first, the page last: with it the folder is whole. Raises `ConfigError`."""
+        """Files first, the page last: with it the folder is whole; those of an earlier report go.
+
+        The list of files is written before them and again after, so that an interrupted report can be cleared up.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
         try:
             out.mkdir(parents=True, exist_ok=True)
+            old, new = _listed(out), list(self.files)
+            write_text(out / FILES, json.dumps(sorted({*old, *new})))
             for name, data in self.files.items():
                 with atomic(out / name) as temporary:
                     temporary.write_bytes(data)
+            for name in set(old) - set(new):
+                (out / name).unlink(missing_ok=True)
+            write_text(out / FILES, json.dumps(sorted(new)))
         except OSError as error:
             reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
+
+
+def _listed(out: Path) -> list[str]:
+    """Files of an earlier report, of this folder alone; none where the list is damaged."""
+    try:
+        names = json.loads((out / FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = names if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str) and Path(name).name == name and (out / name).is_file()]
 
 
 def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, command: str) -> None:
@@ -69,16 +93,23 @@ def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, comm
     sections += [*_tokens(writer, first), *_diversity(writer, first)]
     if others:
         sections.append(_comparison(writer, summaries))
+    slug = slugs([s.observed.name for s in summaries])
     for s in summaries:
-        folder = "" if s is first else f"{_slug(s.observed.name)}."
-        writer.files |= {f"{folder}{name}": text.encode() for name, text in csv_files(s).items()}
+        prefix = "" if s is first else f"{slug[s.observed.name]}."
+        writer.files |= {f"{prefix}{name}": text.encode() for name, text in csv_files(s).items()}
     document = page.page(f"Experts of {first.observed.name}", _head(first, command, run is not None), sections)
     writer.files[REPORT] = document.encode()
     writer.write(out)
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
+def slugs(names: Sequence[str]) -> dict[str, str]:
+    """Name of a run -> how its files begin; no two begin alike."""
+    found: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^\w.-]+", "_", name)
+        tries = (plain if i == 1 else f"{plain}_{i}" for i in itertools.count(1))
+        found[name] = next(text for text in tries if text not in found.values())
+    return found
 
 
 def _head(s: Summary, command: str, of_run: bool) -> str:
@@ -159,7 +190,7 @@ def _layer_table(s: Summary) -> str:
 def _use(writer: Writer, s: Summary) -> list[tuple[str, str]]:
     o = s.observed
     numbers = ("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(s))
-    explained = "What explains the choice of expert: 0 nothing, 1 decides it"
+    explained = "What explains the choice of expert: 0 nothing, 1 decides it; black: shuffled classes"
     shown = page.figures(
         writer.figure("load", draw.load(o), "Load of each expert, over all timesteps: 1 is even, 0 is dead"),
         writer.figure("explained", draw.explained(s), explained),
@@ -252,8 +283,9 @@ def _comparison(writer: Writer, summaries: Sequence[Summary]) -> tuple[str, str]
         parts.append(
             writer.figure("compare_diversity", draw.diversity(sparse), "Similarity of experts by depth; dotted: chance")
         )
+    names = slugs([s.observed.name for s in summaries])
     for s in sparse:
-        o, slug = s.observed, _slug(s.observed.name)
+        o, slug = s.observed, names[s.observed.name]
         parts.append(writer.figure(f"{slug}.tsne", draw.scatter(s, "expert", o.name), f"{o.name}: tokens by expert"))
         parts.append(
             writer.figure(f"{slug}.use", draw.use(o, o.middle, "class", o.name), f"{o.name}: experts by class")

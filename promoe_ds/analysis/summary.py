@@ -17,6 +17,7 @@ import torch
 
 from promoe_ds.analysis.collect import Observed
 from promoe_ds.analysis.measures import (
+    chance_entropy,
     distance_ratio,
     explained_entropy,
     kmeans_clusters,
@@ -39,6 +40,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "by_class": ("class", "share of the choice of expert that the class of the image explains, I/H; 0 to 1"),
     "by_time": ("timestep", "the same for the timestep"),
     "by_position": ("position", "the same for the token's place in the image"),
+    "class_chance": ("class by chance", "what the class explains with the classes of the images shuffled"),
     "ratio_expert": ("inter/intra expert", "distance between experts' tokens over their spread; high is specialised"),
     "ratio_kmeans": ("inter/intra k-means", f"the same for {CLUSTERS} k-means clusters (Fig. 1a)"),
     "ratio_class": ("inter/intra class", "the same for the classes of the images"),
@@ -131,6 +133,7 @@ def _use(o: Observed, layer: int) -> dict[str, float]:
         "nobody": o.nobody_L[layer] / max(1, tokens),
         "gate": o.weight_L[layer] / max(1, shown),
         "by_class": explained_entropy(count_TCE.sum(0)),
+        "class_chance": chance_entropy(o.count_LIE[layer], o.label_I, o.plan.seed),
         "by_time": explained_entropy(count_TCE.sum(1)),
         "by_position": explained_entropy(count_SE),
         "ratio_expert": distance_ratio(o.token_LND[layer][taken], o.expert_LN[layer][taken]),

@@ -32,6 +32,8 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's name of the pixel type, by model.channels"""
 MEMORY_LIMIT = 2**30
 """bytes of decoded pixels up to which a pack is held in memory (CIFAR-10: 154 MB; 50 classes at 64x64: 307 MB)"""
+LONGEST = 16
+"""sides of a picture are to each other as 1 to 16 at most; what is longer is cut at the ends before it is scaled"""
 FILL_CHUNK = 256
 """images a thread decodes at a time when a pack is read into memory"""
 
@@ -43,8 +45,13 @@ def square(image: Image.Image, size: int) -> Image.Image:
     """Scale the shorter side to `size` and cut out the central square, as in ADM.
 
     Halving with a box filter while at least twice too large, then one bicubic step: a single bicubic step from far
-    above would alias. An image that is already size x size comes back unchanged.
+    above would alias. An image that is already size x size comes back unchanged. Unlike ADM, ends of what is longer
+    than LONGEST times its shorter side are cut off first: the square does not show them.
     """
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:  # 1x10000 would fill the memory on its way to the central square
+        left, top = (max(0, side - longest) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     shorter = min(image.size)

@@ -7,6 +7,8 @@ from typing import Any
 from promoe_ds.accounting import count_parameters
 from promoe_ds.config import Config
 
+BASE = "imagenet256"
+"""the recipe whose training options an imported model gets; its sizes come from the weights"""
 CITATION = "Routing Matters in MoE: Scaling Diffusion Transformers with Explicit Routing Guidance (arXiv:2510.24711)"
 SCORES = ("FID", "sFID", "IS", "precision", "recall", "FD", "label_agreement")
 USE = """```python
@@ -31,8 +33,8 @@ def _table(rows: dict[str, Any], head: tuple[str, str]) -> str:
 
 
 def recipe_rows(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
-    """What a reader compares models by."""
-    m, moe, t, o, d = config.model, config.moe, config.train, config.optimizer, config.diffusion
+    """What a reader compares models by; of imported weights, nothing that they do not tell."""
+    m, moe, d, imported = config.model, config.moe, config.diffusion, facts.get("imported")
     size = count_parameters(config)
     experts = "none (dense)"
     if moe is not None:
@@ -40,38 +42,59 @@ def recipe_rows(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         experts += (
             f"{moe.num_unconditional if moe.conditional else 0} unconditional, in {len(config.moe_layers())} layers"
         )
-    return {
-        "recipe": f"`{config.name}`",
-        "weights": f"{facts['weights']}, {facts['dtype']}, after {facts['step']:,} steps (from `{facts['source']}`)",
+    after = "an unknown number of steps" if imported and not facts["step"] else f"{facts['step']:,} steps"
+    rows = {
+        "name" if imported else "recipe": f"`{config.name}`",
+        "weights": f"{facts['weights']}, {facts['dtype']}, after {after} (from `{facts['source']}`)",
         "parameters": f"{size.total:,} in total, {size.activated:,} activated",
         "model": f"depth {m.depth}, width {m.width}, {m.heads} heads, patch {m.patch}",
         "input": f"{m.channels}x{m.image_size}x{m.image_size} {'latents' if m.channels > 3 else 'pixels'}, "
         f"{m.num_classes} classes (label {m.num_classes} is none)",
         "experts": experts,
-        "objective": f"{d.name}, label drop {d.label_drop:g}; timestep embedding of {m.time}",
+        "objective": f"{d.name}; timestep embedding of {m.time}",
+    }
+    if imported:
+        return rows | {"training": f"not here: imported from `{imported}`, which does not say its data and recipe"}
+    return rows | _training_rows(config)
+
+
+def _training_rows(config: Config) -> dict[str, str]:
+    t, o = config.train, config.optimizer
+    return {
         "data": f"`{config.data.name}`",
         "training": f"AdamW lr {o.lr:g}, betas {o.beta1:g} {o.beta2:g}, weight decay {o.weight_decay:g}, "
-        f"global batch {t.global_batch_size}, EMA {o.ema_decay:g}, clip {o.clip_grad_norm:g}, {t.precision}, "
-        f"seed {t.seed}",
-    }
+        f"global batch {t.global_batch_size}, label drop {config.diffusion.label_drop:g}, EMA {o.ema_decay:g}, "
+        f"clip {o.clip_grad_norm:g}, {t.precision}, seed {t.seed}",
+    } | ({"started from": f"the weights `{t.init}`"} if t.init else {})
 
 
-def score_rows(metrics: dict[str, Any] | None) -> str:
-    """A line a sample set of RUN/metrics.json."""
-    rows = []
+def score_rows(metrics: dict[str, Any] | None, step: int) -> str:
+    """A line a sample set of RUN/metrics.json, of those that the weights of `step` have drawn."""
+    rows, others = [], []
     for scores in (metrics or {}).get("sets", []):
+        drawn_at = scores.get("sampling", {}).get("checkpoint_step")
+        if drawn_at not in (None, step):
+            others.append(drawn_at)
+            continue
         known = [
             f"{key} {scores[key]:.4g}" for key in scores if key.split("[")[0] in SCORES and scores[key] is not None
         ]
-        rows.append(f"- guidance {scores.get('cfg')}, {scores.get('num'):,} images: {', '.join(known)}")
-    return "\n".join(rows) or "None was recorded with these weights."
+        cfg, doubt = scores.get("cfg"), ", of an unknown step" if drawn_at is None else ""
+        scale = "unknown" if cfg is None else cfg
+        rows.append(f"- guidance {scale}, {scores.get('num'):,} images{doubt}: {', '.join(known)}")
+    steps = sorted(set(others))
+    sets = "1 set" if len(others) == 1 else f"{len(others)} sets"
+    left = f"{sets} of samples of step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))} left out." if others else ""
+    if rows:
+        return "\n".join(rows) + (f"\n\n{left}" if left else "")
+    return "None was recorded with these weights" + (f"; {left}" if left else ".")
 
 
 def model_card(config: Config, facts: dict[str, Any], metrics: dict[str, Any] | None, diffusers: bool = False) -> str:
     """README.md of an exported folder, with the metadata block of model hubs.
 
     Args:
-        facts: weights, dtype, step, source.
+        facts: weights, dtype, step, source; imported, the published file that they come from, if any.
         metrics: RUN/metrics.json, or None.
         diffusers: the folder is a diffusers pipeline.
     """
@@ -79,6 +102,7 @@ def model_card(config: Config, facts: dict[str, Any], metrics: dict[str, Any] | 
     use = (USE_DIFFUSERS if diffusers else USE) % (config.sample.cfg, config.sample.steps)
     tags = ["class-conditional-image-generation", "diffusion", "mixture-of-experts" if config.moe else "dit"]
     head = "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"])
+    options = f", its training options those of the recipe `{BASE}`, for fine-tuning" if facts.get("imported") else ""
     experts = f"mixture of experts, router `{config.moe.router.name}`" if config.moe else "dense"
     return f"""{head}
 
@@ -94,11 +118,11 @@ A class-conditional diffusion transformer ({experts}), written by promoe_ds. Met
 
 {_table(recipe_rows(config, facts), ("what", "value"))}
 
-The complete configuration is in `config.yaml`.
+The complete configuration is in `config.yaml`{options}.
 
 ## Metrics
 
-{score_rows(metrics)}
+{score_rows(metrics, facts["step"])}
 
 ## Licence and limits
 

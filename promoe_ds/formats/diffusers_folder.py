@@ -99,7 +99,7 @@ def write_diffusers(
     """
     kind, config = vae_class(vae) if vae else None, weights.config
     tensors = {f"dit.{name}": tensor for name, tensor in cast(weights, dtype).items()}
-    facts = {"weights": weights.source, "dtype": dtype, "source": weights.origin, "step": weights.step}
+    facts = weights.facts(dtype)
     code = model_code(config)
     module = f"promoe_transformer_{hashlib.blake2b(code.encode()).hexdigest()[:8]}"
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:

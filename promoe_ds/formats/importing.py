@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import Config, load_config, reject
+from promoe_ds.formats.card import BASE
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES, State, from_official, problems, to_official, why_not
 from promoe_ds.formats.weights import Source, Weights
 from promoe_ds.models.init import build
 
-BASE = "imagenet256"
-"""the recipe whose training options an imported model gets; its sizes come from the weights"""
 NESTED = {"ema": ("ema_model_state_dict", "ema"), "raw": ("model_state_dict", "model")}
 SIZES = {(12, 384): "s", (12, 768): "b", (24, 1024): "l", (28, 1152): "xl"}
 HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16}
@@ -199,4 +198,4 @@ def import_checkpoint(
             reject("--convention", "none", f"{path} does not say how it was trained", f"choose one: {choices}")
         convention = "promoe"
     config = describe(state, path, family, convention, overrides)
-    return Weights(convert(state, config, path), config, step, source, path.name)
+    return Weights(convert(state, config, path), config, step, source, path.name, imported=path.name)

@@ -47,6 +47,13 @@ class Weights:
     source: Source
     origin: str
     """name of the checkpoint or file they come from"""
+    imported: str = ""
+    """name of the published file they were imported from, also after they were exported again; empty if trained here"""
+
+    def facts(self, dtype: str) -> dict[str, Any]:
+        """What an exported folder says of them."""
+        facts = {"weights": self.source, "dtype": dtype, "source": self.origin, "step": self.step}
+        return facts | ({"imported": self.imported} if self.imported else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -84,7 +91,8 @@ def load(path: Path, source: Source = "ema", option: str = "--model") -> Weights
     tensors, config, step, held = read_weights(file, torch.device("cpu"))
     if held.get("weights", "ema") != source:
         reject("--weights", source, f"{file} holds {held['weights']} weights alone", "choose them, or another source")
-    return Weights({k: v.float() for k, v in tensors.items()}, config, step, source, file.parent.name)
+    tensors, imported = {k: v.float() for k, v in tensors.items()}, held.get("imported", "")
+    return Weights(tensors, config, step, source, file.parent.name, imported)
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -136,6 +144,7 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
 
 def metadata_of(weights: Weights, dtype: str) -> dict[str, str]:
     head = {"format": FORMAT, "config": dump(weights.config), "step": str(weights.step)}
+    head |= {"imported": weights.imported} if weights.imported else {}
     return head | {"weights": weights.source, "dtype": dtype}
 
 
@@ -157,7 +166,7 @@ def write(
         ConfigError: the target exists or cannot be written.
     """
     tensors, config = cast(weights, dtype), encode(weights.config)
-    facts = {"weights": weights.source, "dtype": dtype, "source": weights.origin, "step": weights.step}
+    facts = weights.facts(dtype)
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
         files = write_safetensors(temporary, Path(WEIGHTS).stem, tensors, metadata_of(weights, dtype), limit)
         head = {"format": FORMAT, "promoe_ds": __version__, **facts}

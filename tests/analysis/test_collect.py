@@ -51,6 +51,8 @@ def test_observe_counts_every_edge(router: str) -> None:
                 if i < 3:
                     maps[layer, i, t] = top_expert(routing, 16)
     assert (o.count_LTCE == count).all() and (o.count_LSE == position).all() and (o.nobody_L == nobody).all()
+    by_class = np.stack([o.count_LIE[:, o.label_I == c].sum(1) for c in range(10)], axis=1)
+    assert (by_class == count.sum(1)).all() and o.count_LIE.shape[1] == 10
     assert (o.map_LMTS == maps).all() and np.allclose(o.weight_L, weight, rtol=1e-4)
     assert o.token_LND.shape == (2, 50, 32) and o.class_N.shape == (50,) and o.images == 10
     assert o.pictures is not None and o.pictures.shape == (3, 8, 8, 1)
@@ -76,11 +78,12 @@ def test_every_router_can_be_summarised(router: str) -> None:
     means, files = summary.means(), csv_files(summary)
     assert means["ratio_kmeans"] > 0
     assert ("load_max" in means) == ("similar_out" in means) == ("use_by_class.csv" in files) == (router != "dense")
+    assert ("by_class" in means) == ("class_chance" in means) == (router != "dense")
     assert ("prototype_cos" in means) == ("prototypes.csv" in files) == (router in ("promoe", "promoe_ec", "kmeans"))
     if router == "uniform":
         assert means["load_max"] < 1.2 and means["dead"] == 0
     if router == "expert_choice":
-        assert means["load_max"] == 1 and means["by_class"] < 1e-12
+        assert means["load_max"] == 1 and means["by_class"] < 1e-12 and means["class_chance"] < 1e-12
     assert files["layers.csv"].count("\n") == len(summary.rows) + 1
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from promoe_ds.analysis.measures import (
+    chance_entropy,
     distance_ratio,
     explained_entropy,
     kmeans_clusters,
@@ -37,6 +38,24 @@ def test_explained_entropy_at_its_ends() -> None:
     assert explained_entropy(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
     assert explained_entropy(np.array([[5, 0], [9, 0]])) == 0  # one expert for all
     assert explained_entropy(np.zeros((2, 3), dtype=int)) == 0
+
+
+def test_chance_is_what_a_class_explains_that_means_nothing() -> None:
+    """Images of which each has an expert of its own: 8 to a class explain much of it, whatever the classes are."""
+    class_I = np.repeat(np.arange(4), 8)
+    count_IE = np.zeros((32, 4), int)
+    count_IE[np.arange(32), RNG.permutation(class_I)] = 16
+
+    def by_class(labels_I: np.ndarray) -> float:
+        return explained_entropy(np.stack([count_IE[labels_I == c].sum(0) for c in range(4)]))
+
+    chance = chance_entropy(count_IE, class_I, seed=0, rounds=200)
+    assert chance == pytest.approx(np.mean([by_class(RNG.permutation(class_I)) for _ in range(200)]), abs=0.02)
+    assert 0.05 < chance < 0.3 and abs(by_class(class_I) - chance) < 0.15
+    assert chance_entropy(count_IE, class_I, seed=0) == chance_entropy(count_IE, class_I, seed=0)
+    own = chance_entropy(count_IE, np.arange(32), seed=0)  # an image a class: any order explains all that it can
+    assert own == pytest.approx(explained_entropy(count_IE), abs=1e-12) == pytest.approx(1)
+    assert chance_entropy(np.full((32, 4), 4), class_I, seed=0) == pytest.approx(0, abs=1e-12)
 
 
 def test_distance_ratio_by_loops() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.images import centre_crop
 from promoe_ds.config import ConfigError
 from promoe_ds.data.images import FolderImages, HeldImages, PackedImages, decode, open_images, square
 
@@ -84,6 +85,28 @@ def test_halving_averages_and_the_crop_is_central():
 @pytest.mark.parametrize(("width", "height"), [(16, 16), (17, 31), (500, 375), (33, 129), (9, 40), (15, 15)])
 def test_every_shape_becomes_the_square(width: int, height: int):
     assert square(picture(1, width, height), 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("crop", [square, centre_crop])
+def test_a_thread_of_pixels_is_not_blown_up(crop: Callable, monkeypatch: pytest.MonkeyPatch):
+    """A picture of 1x10000 would be 256x2560000 on its way to 256x256."""
+    made, resize = [], Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *args: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *args)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    thread = np.zeros((1, 10_000, 3), dtype=np.uint8)
+    thread[:, 4990:5010] = 200
+    for pixels in (thread, thread.transpose(1, 0, 2)):
+        out = np.asarray(crop(Image.fromarray(np.ascontiguousarray(pixels)), 256))
+        assert (out == 200).all() and out.shape == (256, 256, 3)
+    assert max(made) <= 16 * 256 * 256
+    wide = picture(3, 16 * 30, 30)  # at the limit nothing is cut
+    np.testing.assert_array_equal(
+        np.asarray(crop(wide, 20)), np.asarray(resize(wide, (320, 20), 3).crop((150, 0, 170, 20)))
+    )
 
 
 def test_scaling_keeps_a_gradient():

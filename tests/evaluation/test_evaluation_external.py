@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.collect import Collector, FeatureSet, collect, load_features, save_features
-from evaluation.evaluate import Evaluator
+from evaluation.evaluate import Evaluator, score_all
 from evaluation.external import load_external
 from evaluation.extractors import load_extractor
 from evaluation.features import Extracted
@@ -236,7 +236,7 @@ def test_features_files_that_do_not_fit(tmp_path: Path, network: Path):
     with pytest.raises(ConfigError, match="SAMPLES=.*: holds features of everything, --features is mean:"):
         Evaluator(str(network), str(tmp_path / "r.npz")).check(load_samples(path))
     with pytest.raises(ConfigError, match="--ref=.*: holds features of everything, --features is mean:"):
-        Evaluator(str(network), str(path)).prepare()
+        Evaluator(str(network), str(path))
     for content in (path.read_bytes()[:200], b""):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="is no readable features file"):
@@ -265,14 +265,21 @@ def test_statistics_of_adm_are_taken_as_they_are(tmp_path: Path):
     assert alone is not None and alone.features_Nd is None and alone.spatial is None
 
 
-def test_statistics_of_other_features(tmp_path: Path, network: Path):
+def test_statistics_of_other_features_are_refused_before_any_image_is_read(tmp_path: Path, network: Path):
     path = tmp_path / "virtual.npz"
-    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
-    samples = ImageSet("a", IMAGES, None)
-    evaluator = Evaluator(str(network), str(path))
-    np.savez(tmp_path / "a.npz", arr_0=samples.images_NHWC)
-    with pytest.raises(ConfigError, match="statistics have 2048 numbers, mean:.* makes 3"):
-        evaluator.score(load_samples(tmp_path / "a.npz"))
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048), arr_0=IMAGES)
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES)
+    evaluator, seen = Evaluator(str(network), str(path)), []
+    extract = evaluator.extractor.extract
+    evaluator.extractor.extract = lambda images: seen.append(len(images)) or extract(images)  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="its FID statistics have 2048 numbers, mean:.* makes 3; name a reference of"):
+        score_all(evaluator, [load_samples(tmp_path / "a.npz")])
+    assert seen == [1]  # to know what it makes
+    found = collect(evaluator.extractor, ImageSet("a", IMAGES, None))
+    assert found is not None
+    save_features(tmp_path / "a.safetensors", found)
+    with pytest.raises(ConfigError, match="its FID statistics have 2048 numbers"):
+        evaluator.check(load_samples(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ def test_run_folder_from_elsewhere(tmp_path: Path):
     assert metrics["label_agreement"] >= 0.97 and metrics["fd_over_noise"] < 0.1
 
 
+def test_unfinished_folders_are_named(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    save(run / "samples" / "cfg1.0", 20, 1.0)
+    for scale in ("2.0", "3.0"):
+        (save(run / "samples" / f"cfg{scale}", 20, 2.0)).unlink()
+    assert main(["--run", str(run), "--dry-run"]) == 0
+    folders = f"{run}/samples/cfg2.0, {run}/samples/cfg3.0"
+    text = f"note: not finished, and left out: {folders}; launchers/sample.py finishes them\n"
+    assert capsys.readouterr().err == text
+
+
 def test_mistake_in_a_process_has_no_traceback(tmp_path: Path):
     done = subprocess.run([sys.executable, str(LAUNCHER), "absent.npz"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

@@ -119,7 +119,7 @@ def test_a_stranger_draws_our_images(tmp_path: Path) -> None:
 
 def test_what_the_folder_says(tmp_path: Path) -> None:
     made = model("moe.router={name: token_choice}")
-    metrics = {"sets": [{"cfg": 1.5, "num": 1000, "FID": 3.25, "IS": None, "samples": "x"}]}
+    metrics = {"sets": [{"cfg": 1.5, "num": 1000, "FID": 3.25, "IS": None, "sampling": {"checkpoint_step": 7}}]}
     write_diffusers(weights(made), tmp_path / "out", "bf16", metrics=metrics)
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"] and index["vae"] == [None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from promoe_ds.config import ConfigError, load_config
 from promoe_ds.formats.importing import describe, import_checkpoint
 from promoe_ds.formats.official import to_official
 from promoe_ds.formats.weights import load, write
-from promoe_ds.loading import load_ema
+from promoe_ds.loading import find_weights, load_ema
 from promoe_ds.models.init import build
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.routing import RoutingContext
@@ -150,6 +151,24 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "q_norm.weight is empty" in mistake(save(file, "dense", ema_model_state_dict=empty))
     odd = save(file, "dense", step="last", ema_model_state_dict=random_state("dense"))
     assert import_checkpoint(odd, overrides=TINY).step == 0
+
+
+def test_a_truncated_weights_folder_is_named_before_it_is_read(tmp_path: Path) -> None:
+    out = write(
+        import_checkpoint(save(tmp_path / "ckpt_step_7.pth", "dense"), overrides=TINY), tmp_path / "out", limit=40_000
+    )
+    (out / "config.json").write_text("edited, and never read")
+    assert find_weights(out).name == "model.safetensors.index.json"
+    part = sorted(out.glob("model-*"))[-1]
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-5])
+    sizes = f"{part.name} has {len(whole) - 5} bytes instead of {len(whole)}"
+    text = f"--run={out}: is damaged: {sizes}; copy or export it again"
+    with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+        load_ema(out)
+    part.unlink()
+    with pytest.raises(ConfigError, match=f"is damaged: {part.name} is missing; copy or export it again"):
+        load_ema(out)
 
 
 def test_the_heads_of_diffmoe_s_are_not_guessed(tmp_path: Path) -> None:

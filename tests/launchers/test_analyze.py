@@ -9,11 +9,13 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from launchers import analyze
 from promoe_ds.command_line import guarded
+from tests.browser import CHROMIUM, open_page
 from tests.launch import run, torchrun
 
 SMALL = ("--images", "24", "--tokens", "120", "--maps", "2", "--batch", "12")
@@ -32,6 +34,9 @@ def call(*words: object) -> int:
     return guarded(analyze.analyze, [str(word) for word in words])
 
 
+FETCHED = ("src", "href", "xlink:href", "srcset", "data", "action", "formaction", "poster", "background", "ping")
+
+
 class Links(HTMLParser):
     """Everything a browser would fetch, and tags that are left open."""
 
@@ -42,7 +47,8 @@ class Links(HTMLParser):
         self.ids: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.targets += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+        self.targets += [value or "" for key, value in attrs if key in FETCHED]
+        assert not any(key.startswith("on") or key == "http-equiv" for key, _ in attrs)
         self.ids += [value or "" for key, value in attrs if key == "id"]
         assert tag not in ("script", "iframe", "object", "embed")
         if tag not in ("meta", "link", "img"):
@@ -61,10 +67,13 @@ def check_page(text: str) -> None:
     assert "url(" not in text and "@import" not in text and "width=device-width" in text
 
 
-def test_report_of_a_run_and_a_comparison(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def out(runs: Path) -> Path:
     assert call("--run", runs / "promoe", "--compare", runs / "dense", *SMALL) == 0
-    out = runs / "promoe" / "analysis"
-    assert f"report: {out / 'report.html'}" in capsys.readouterr().out
+    return runs / "promoe" / "analysis"
+
+
+def test_report_of_a_run_and_a_comparison(runs: Path, out: Path) -> None:
     text = (out / "report.html").read_text()
     check_page(text)
     for section in ("Training", "Numbers", "Who uses which expert", "Token maps", "Tokens", "Diversity", "Comparison"):
@@ -81,8 +90,24 @@ def test_report_of_a_run_and_a_comparison(runs: Path, capsys: pytest.CaptureFixt
     assert call("--run", runs / "promoe", "--dry-run") == 0  # an earlier report may be replaced
 
 
-def test_a_dense_model_says_that_it_has_no_experts(runs: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_report_asks_for_nothing_and_complains_of_nothing(out: Path, tmp_path: Path) -> None:
+    """In a real browser, at the widths of a desktop and a phone; and a page that does both is found out."""
+    page = (out / "report.html").read_bytes()
+    for width in (1280, 390):
+        opened = open_page(page, tmp_path, (width, 1600))
+        assert opened.requests == [] and opened.console == []
+        assert len(np.unique(np.asarray(Image.open(opened.screenshot).convert("L")))) > 50
+    bad = b"<img src='http://one.test/a'><img src='https://two.test/b'><script>console.error('oops')</script>"
+    opened = open_page(page + bad, tmp_path, (390, 800))
+    assert {"http://one.test/a", "CONNECT two.test:443"} <= set(opened.requests) and "oops" in opened.console[0]
+
+
+def test_a_dense_model_says_that_it_has_no_experts(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("--model", runs / "dense", "--out", tmp_path / "out", *SMALL) == 0
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
     text = (tmp_path / "out" / "report.html").read_text()
     check_page(text)
     assert "A dense model: there are no experts to see" in text and "inter/intra k-means" in text

@@ -116,6 +116,15 @@ def test_photographs_to_samples_and_nothing_twice(pipeline: Pipeline, tmp_path: 
     assert text.splitlines()[2].startswith("[3 sample] ")
     code, text, _ = pipeline(*words, "--dry-run", "train.steps=8")  # what depends on more training is not done
     assert [line.split("]")[0] for line in text.splitlines()] == ["[1 encode: done", "[2 train", "[3 sample"]
+    assert pipeline(*words, "--dry-run", "--size", 32)[1].startswith("[1 encode] ")
+    for file in (next((work / "latents").glob("shard-*")), work / "latents/items.safetensors"):
+        whole = file.read_bytes()
+        file.unlink()
+        assert pipeline(*words, "--dry-run")[1].startswith("[1 encode] "), file
+        file.write_bytes(whole[:-1])
+        assert pipeline(*words, "--dry-run")[1].startswith("[1 encode] ") == file.name.startswith("shard"), file
+        file.write_bytes(whole)
+    assert pipeline(*words, "--dry-run")[1].startswith("[1 encode: done] ")
 
 
 # ----------------------------------------------------------------------------------------------------------- real data

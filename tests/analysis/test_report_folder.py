@@ -1,0 +1,61 @@
+"""The folder of a report: nothing of an earlier one stays, nothing of the user's goes, no two runs share a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from promoe_ds.analysis.report import REPORT, Writer, check_folder, slugs
+from promoe_ds.config import ConfigError
+
+
+def write(out: Path, *names: str) -> None:
+    writer = Writer()
+    writer.files |= {name: name.encode() for name in (*names, REPORT)}
+    check_folder(out)
+    writer.write(out)
+
+
+def held(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir()} - {REPORT, "files.json"}
+
+
+def test_files_of_an_earlier_report_go_and_the_users_stay(tmp_path: Path) -> None:
+    write(tmp_path, "load.png", "use_by_class_block3.png", "other.layers.csv")
+    (tmp_path / "notes.png").write_bytes(b"mine")
+    write(tmp_path, "load.png")
+    assert held(tmp_path) == {"load.png", "notes.png"}
+    (tmp_path / "files.json").write_text('["../x", "notes.png/..", "load.png", 3]')
+    (tmp_path.parent / "x").write_text("elsewhere")
+    write(tmp_path, "explained.png")
+    assert held(tmp_path) == {"explained.png", "notes.png"} and (tmp_path.parent / "x").exists()
+    (tmp_path / "files.json").write_text("3")
+    write(tmp_path, "load.png")
+    assert held(tmp_path) == {"load.png", "explained.png", "notes.png"}
+
+
+def test_a_report_that_was_interrupted_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.png", "b.png")
+
+    def dies(path: Path, data: bytes) -> None:
+        if path.name.startswith((".d.png", "d.png")):
+            raise KeyboardInterrupt
+        path.open("wb").write(data)
+
+    (tmp_path / REPORT).unlink()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_bytes", dies)
+        write(tmp_path, "c.png", "d.png")
+    assert held(tmp_path) == {"a.png", "b.png", "c.png"}
+    write(tmp_path, "e.png")
+    assert held(tmp_path) == {"e.png"} and (tmp_path / REPORT).exists()
+    for name in (REPORT, "files.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match="holds files but no report.html"):
+        check_folder(tmp_path)
+
+
+def test_no_two_runs_share_a_name() -> None:
+    names = ["a b", "a_b", "a/b", "a_b_2", "c"]
+    assert list(slugs(names).values()) == ["a_b", "a_b_2", "a_b_3", "a_b_2_2", "c"]
