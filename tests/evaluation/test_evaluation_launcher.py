@@ -127,7 +127,7 @@ def test_references_and_features_on_a_network_of_ones_own(main, tmp_path: Path, 
     assert "ends in .safetensors" in failure(main, capsys, *photos, "--out", tmp_path / "ref.npz")
     assert "--keep=0: must be positive" in failure(main, capsys, *photos, "--keep", "0", "--out", ref)
     assert "--device=tpu" in failure(main, capsys, features, "--ref", ref, "--features", network, "--device", "tpu")
-    assert "evaluate.py --help" in failure(main, capsys, "ref", "--out", ref)
+    assert "arguments are required: IMAGES; see --help" in failure(main, capsys, "ref", "--out", ref)
     for scale in ("1", "2"):
         save(tmp_path / "run" / f"cfg{scale}", 5, 1.0)
     assert "holds 2 sample sets" in failure(main, capsys, "features", tmp_path / "run", "--out", ref, *own)
