@@ -37,14 +37,23 @@ LABEL_COUNTER = 2
 
 @dataclass(frozen=True)
 class How:
-    """What decides the images besides weights, labels, noise, guidance scale and steps."""
+    """How images are drawn from weights and labels: all of it decides them, but for `batch`."""
 
-    sampler: str = "euler"
-    """one of the objective's: euler, heun; ddpm, ddim"""
+    cfg: float
+    """guidance scale; at 1 or below one labelled forward a step"""
+    steps: int | str
+    """of the sampler, as the objective takes them"""
+    seed: int = 0
+    batch: int = 64
+    """images a forward (twice as many under guidance)"""
+    precision: Precision = "fp32"
+    """bf16 runs the model under autocast; the state of the solver stays float32"""
+    sampler: str | None = None
+    """euler, heun; ddpm, ddim; by default the objective's first"""
     eta: float = 0.0
     """of ddim, in [0, 1]"""
-    channels: Channels = "all"
-    """guided channels"""
+    channels: Channels | None = None
+    """guided channels; by default `guidance.channels` of the model's configuration"""
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -107,14 +116,9 @@ def draw_batches(
     config: Config,
     labels: np.ndarray,
     indices: np.ndarray,
-    cfg: float,
-    steps: int | str,
-    seed: int,
-    batch: int,
+    how: How,
     device: torch.device,
-    precision: Precision = "fp32",
     on_step: Callable[[int], object] | None = None,
-    how: How | None = None,
     rounds: int = 0,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Draw images or latents from noise, a batch at a time.
@@ -123,84 +127,51 @@ def draw_batches(
         labels: [N] classes; `config.model.num_classes` is the null label.
         indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
             other images, beyond float rounding.
-        cfg: guidance scale; at 1 or below one labelled forward a step.
-        steps: of the sampler, as the objective takes them.
-        precision: `bf16` runs the model under autocast; the state of the solver stays float32.
         on_step: called with B after every step of a batch of B.
-        how: sampler, its eta and the guided channels; by default the objective's first, 0, `config.guidance`.
         rounds: run at least so many batches, the excess ones in vain: ranks that share experts must run equally many.
 
     Yields:
         The rows of a finished batch and the final state of the solver, float32 [B, C, H, W] on `device`.
     """
     m, objective = config.model, make_objective(config.diffusion, device)
-    how = how or How(objective.samplers[0], channels=config.guidance.channels)
+    sampler, channels = how.sampler or objective.samplers[0], how.channels or config.guidance.channels
 
     def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
-        return image_noise(seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
+        return image_noise(how.seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
 
     @torch.no_grad()
     def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
         label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
-        predict = guided_prediction(model, label, m.num_classes, cfg, device, how.channels)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return objective.sample(predict, noise(index_B), partial(noise, index_B), steps, how.sampler, how.eta, tick)
+        predict = guided_prediction(model, label, m.num_classes, how.cfg, device, channels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16"):
+            return objective.sample(predict, noise(index_B), partial(noise, index_B), how.steps, sampler, how.eta, tick)
 
-    for start in range(0, len(indices), batch):
-        rows = slice(start, min(start + batch, len(indices)))
+    for start in range(0, len(indices), how.batch):
+        rows = slice(start, min(start + how.batch, len(indices)))
         tick = None if on_step is None else lambda _step, state: on_step(len(state))
         yield rows, draw(labels[rows], indices[rows], tick)
-    for _ in range(rounds - -(-len(indices) // batch)):
+    for _ in range(rounds - -(-len(indices) // how.batch)):
         draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
 
 
-def generate_batches(
-    model: Callable[..., Any],
-    config: Config,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    cfg: float,
-    steps: int | str,
-    seed: int,
-    batch: int,
-    device: torch.device,
-    precision: Precision = "fp32",
-    on_step: Callable[[int], object] | None = None,
-    how: How | None = None,
-    codec: Codec | None = None,
-    rounds: int = 0,
+def pixel_batches(
+    batches: Iterator[tuple[slice, torch.Tensor]], codec: Codec | None = None
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """`draw_batches`, decoded by `codec` if the model makes latents: rows of a batch and uint8 [B, H, W, C].
 
     Raises:
         ConfigError: the model makes NaN or infinity.
     """
-    for rows, x in draw_batches(
-        model, config, labels, indices, cfg, steps, seed, batch, device, precision, on_step, how, rounds
-    ):
+    for rows, x in batches:
         yield rows, to_pixels(x if codec is None else _decoded(x, codec))
 
 
-def generate(
-    model: Callable[..., Any],
-    config: Config,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    cfg: float,
-    steps: int | str,
-    seed: int,
-    batch: int,
-    device: torch.device,
-    precision: Precision = "fp32",
-    on_step: Callable[[int], object] | None = None,
-    how: How | None = None,
-    codec: Codec | None = None,
+def draw_pixels(
+    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, how: How, device: torch.device
 ) -> np.ndarray:
-    """All images of `generate_batches` in one array: uint8 [N, H, W, C]."""
-    images = np.empty((len(indices), *pixel_shape(config, codec)), dtype=np.uint8)
-    for rows, made in generate_batches(
-        model, config, labels, indices, cfg, steps, seed, batch, device, precision, on_step, how, codec
-    ):
+    """All images of a model of pixels in one array: uint8 [N, H, W, C]; arguments and errors as of `draw_batches`."""
+    images = np.empty((len(indices), *pixel_shape(config)), dtype=np.uint8)
+    for rows, made in pixel_batches(draw_batches(model, config, labels, indices, how, device)):
         images[rows] = made
     return images
 
@@ -265,10 +236,8 @@ def draw_grid(
     was_training = model.training
     model.eval()
     try:
-        images = []
-        for _, made in generate_batches(
-            model, config, labels, np.arange(len(labels)), s.cfg, s.steps, s.seed, 64, device, precision, codec=codec
-        ):
+        images, how = [], How(s.cfg, s.steps, s.seed, precision=precision)
+        for _, made in pixel_batches(draw_batches(model, config, labels, np.arange(len(labels)), how, device), codec):
             images.append(made)
             after_batch(len(made))
     finally:

@@ -30,7 +30,7 @@ from promoe_ds.loading import load_ema
 from promoe_ds.models.init import build, materialize
 from promoe_ds.sample_job import Job, Sampler, claim_folder, run_job, run_of
 from promoe_ds.sample_store import BatchStore, PngStore, read_image
-from promoe_ds.sampling import image_noise, to_pixels
+from promoe_ds.sampling import How, image_noise, to_pixels
 from promoe_ds.train import checkpoint
 from promoe_ds.workers import Worker, worker_from
 from tests.data.test_codecs import write_taef2
@@ -468,7 +468,7 @@ def test_batches_are_handed_to_a_callback_new_and_old(command: Command, tmp_path
         assert images.dtype == np.uint8 and len(indices) == len(label) == len(images) <= 5
         seen.update({int(i): (int(c), x) for i, c, x in zip(indices, label, images, strict=True)})
 
-    job = Job(tmp_path / "out", 12, 1.5, 2, 0, 5, "fp32")
+    job = Job(tmp_path / "out", 12, How(1.5, 2, batch=5))
     record = json.loads((tmp_path / "out/sampling.json").read_text())
     run_job(Sampler(model, config, torch.device("cpu"), on_images=take), job, record)
     assert sorted(seen) == list(range(12)) and [seen[i][0] for i in range(12)] == labels.tolist()
