@@ -34,9 +34,10 @@ from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine, check_deepspeed_values
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
-from promoe_ds.parallel.meter import KINDS, PARTS, Meter
+from promoe_ds.parallel.meter import Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
 from promoe_ds.pictures import load_map
+from promoe_ds.traffic import KINDS, PARTS
 from promoe_ds.train import checkpoint, nonfinite, resuming, signals
 from promoe_ds.train.checkpoint import claim
 from promoe_ds.train.experts import ExpertWatch
