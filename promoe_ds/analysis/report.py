@@ -14,7 +14,7 @@ from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
 from promoe_ds.config import reject
-from promoe_ds.workers import atomic
+from promoe_ds.files import atomic
 
 REPORT = "report.html"
 SCORES = ("cfg", "num", "label_agreement", "FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "fd_over_noise")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from promoe_ds.files import write_text
 from promoe_ds.moe.statistics import dead_experts, max_over_mean
 from promoe_ds.train.experts import shown
 
@@ -101,9 +101,7 @@ class MetricsLog:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line being written when the run was killed
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """One record with the key `step`; numbers or None, the reason `skipped` of a step without an update, and

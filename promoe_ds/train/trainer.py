@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +24,7 @@ from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.files import write_text
 from promoe_ds.models.compiled import compile_dense_parts
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
@@ -91,6 +91,7 @@ class Trainer:
         self.config, self.run_folder, self.topology = config, run, topology
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset = self._connect()
+        data = fingerprint(self.dataset)
         self.lock = claim(run) if topology.rank == 0 else None
         if self.lock:
             signals.remove_marker(run)
@@ -101,11 +102,16 @@ class Trainer:
         found = checkpoint.find_whole(run, self.ranks)
         if found:
             resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
-            resuming.check_same_data(found, fingerprint(self.dataset))
+            resuming.check_same_data(found, data)
         self.step = check_history(run, found, config)
         self.engine = self._make_engine(ds, found)
-        facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
-                 "data": fingerprint(self.dataset)}  # fmt: skip
+        facts = {
+            "world": topology.world,
+            "ep": topology.ep,
+            "stage": ds.stage,
+            "torch": torch.__version__,
+            "data": data,
+        }
         self.saver = Saver(run, self.engine, config, self.ranks, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
@@ -143,9 +149,7 @@ class Trainer:
             if isinstance(self.dataset, Latents):  # what must decode the samples
                 texts["codec.json"] = json.dumps(self.dataset.codec, indent=1)
             for name, text in texts.items():
-                temporary = run / f".{name}.tmp"
-                temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-                os.replace(temporary, run / name)
+                write_text(run / name, text.rstrip() + "\n")
             return MetricsLog(run, self.step, self.config.train.steps)
         except OSError as error:
             raise RankFailed(f"--run={run}: cannot be written ({error}); choose another folder") from error
