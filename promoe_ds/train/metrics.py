@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import sys
@@ -65,15 +64,6 @@ class Throughput:
 
     def rate(self) -> float:
         return self.images / max(time.perf_counter() - self.since, 1e-9)
-
-
-def last_logged_step(run: Path) -> int:
-    """The last step in RUN/metrics.jsonl; 0 without one."""
-    path, last = run / "metrics.jsonl", 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            last = max(last, json.loads(line)["step"])
-    return last
 
 
 class MetricsLog:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds import accounting
-from promoe_ds.config import Config, ConfigError, dump, reject
+from promoe_ds.config import Config, ConfigError, dump
 from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
@@ -43,7 +43,7 @@ from promoe_ds.train.checkpoint import claim
 from promoe_ds.train.experts import ExpertWatch
 from promoe_ds.train.grids import GridFailed, keep_grid
 from promoe_ds.train.initial import InitialWeights
-from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
+from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
 from promoe_ds.train.profiling import StepProfiler
 from promoe_ds.train.saving import Saver, ema_state_dict
@@ -58,25 +58,6 @@ class StoppedEarly(Exception):
 
 class RankFailed(Exception):
     """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
-
-
-def check_history(run: Path, found: Path | None, config: Config) -> int:
-    """The step to continue from, 0 for a fresh run.
-
-    Raises:
-        ConfigError: the run is past `train.steps`, or its log shows that it had checkpoints and they are gone.
-    """
-    if found:
-        step = checkpoint.step_of(found)
-        if step > config.train.steps:
-            reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
-        return step
-    logged, saved = last_logged_step(run), resuming.saved_config(run)
-    # A save is waited for by the next one at the latest: up to there a run may have died before its first was complete.
-    if saved and logged > 2 * saved.get("train", {}).get("checkpoint_every", logged):
-        conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
-        reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
-    return 0
 
 
 def _finite(value: float) -> float | None:
@@ -103,15 +84,10 @@ class Trainer:
         if found:
             resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
             resuming.check_same_data(found, data)
-        self.step = check_history(run, found, config)
+        self.step = resuming.check_history(run, found, config)
         self.engine = self._make_engine(ds, found)
-        facts = {
-            "world": topology.world,
-            "ep": topology.ep,
-            "stage": ds.stage,
-            "torch": torch.__version__,
-            "data": data,
-        }
+        facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
+                 "data": data}  # fmt: skip
         self.saver = Saver(run, self.engine, config, self.ranks, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
