@@ -28,8 +28,9 @@ from promoe_ds.config import Config, dump, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.files import atomic, write_text
+from promoe_ds.pictures import grid
 from promoe_ds.sample_store import BatchStore, PngStore, Store, read_all, write_npz
-from promoe_ds.sampling import How, Labels, class_labels, draw_batches, grid, pixel_batches, pixel_shape
+from promoe_ds.sampling import How, Labels, class_labels, draw_batches, pixel_batches, pixel_shape
 from promoe_ds.train.checkpoint import MANIFEST, manifest
 from promoe_ds.workers import Worker
 

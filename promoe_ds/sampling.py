@@ -18,17 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from promoe_ds.config import Config, ConfigError, reject
-from promoe_ds.data.codecs import Codec, open_codec
+from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.objective_config import Channels
+from promoe_ds.pictures import IMAGE_MODES
 
 Precision = Literal["fp32", "bf16"]
-IMAGE_MODES = {1: "L", 3: "RGB"}
-"""channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
 DECODED_AT_ONCE = 16
 """images a codec decodes together: at 256 pixels a decoder takes more memory than the transformer"""
 LABEL_COUNTER = 2
@@ -54,9 +52,6 @@ class How:
     """of ddim, in [0, 1]"""
     channels: Channels | None = None
     """guided channels; by default `guidance.channels` of the model's configuration"""
-
-
-# -------------------------------------------------------------------------------------------------------- generation
 
 
 Labels = Literal["balanced", "random"]
@@ -105,6 +100,17 @@ def pixel_shape(config: Config, codec: Codec | None = None) -> tuple[int, int, i
     """(H, W, C) of the pictures."""
     side = config.model.image_size * (codec.factor if codec else 1)
     return side, side, config.model.channels if codec is None else 3
+
+
+def check_channels(config: Config, codec: Codec | None = None, option: str = "--vae") -> None:
+    """Raises `ConfigError` if the model makes latents and no codec is named, or one of other latents is."""
+    channels = config.model.channels
+    if codec is not None and codec.channels != channels:
+        conflict = f"{codec.kind} has latents of {codec.channels} channel(s), the model model.channels={channels}"
+        raise ConfigError(f"{option}: {conflict}; name the codec that the model was trained with")
+    if codec is None and (channels not in IMAGE_MODES or config.data.name == "latents"):
+        way_out = f"name the codec that decodes them with {option}"
+        reject("model.channels", channels, "the model makes latents, not pixels", way_out)
 
 
 def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
@@ -174,72 +180,3 @@ def draw_pixels(
     for rows, made in pixel_batches(draw_batches(model, config, labels, indices, how, device)):
         images[rows] = made
     return images
-
-
-# ------------------------------------------------------------------------------------------------------------ images
-
-
-def check_channels(config: Config, codec: Codec | None = None, option: str = "--vae") -> None:
-    """Raises `ConfigError` if the model makes latents and no codec is named, or one of other latents is."""
-    channels = config.model.channels
-    if codec is not None and codec.channels != channels:
-        conflict = f"{codec.kind} has latents of {codec.channels} channel(s), the model model.channels={channels}"
-        raise ConfigError(f"{option}: {conflict}; name the codec that the model was trained with")
-    if codec is None and (channels not in IMAGE_MODES or config.data.name == "latents"):
-        way_out = f"name the codec that decodes them with {option}"
-        reject("model.channels", channels, "the model makes latents, not pixels", way_out)
-
-
-def to_image(pixels_HWC: np.ndarray) -> Image.Image:
-    """uint8 [H, W, 1 or 3] to a picture."""
-    return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
-
-
-def grid(images_NHWC: np.ndarray, columns: int, scale: int | None = None) -> Image.Image:
-    """Rows of `columns` pictures on white, in the order given.
-
-    Args:
-        images_NHWC: uint8, C 1 or 3.
-        scale: each pixel becomes a square of this side (no smoothing); by default pictures reach at least 48 pixels.
-    """
-    _, height, width, channels = images_NHWC.shape
-    scale = scale or max(1, -(-48 // min(height, width)))
-    cell, gap = (width * scale, height * scale), 2
-    rows = -(-len(images_NHWC) // columns)
-    size = (columns * (cell[0] + gap) + gap, rows * (cell[1] + gap) + gap)
-    sheet = Image.new(IMAGE_MODES[channels], size, "white")
-    for i, pixels in enumerate(images_NHWC):
-        picture = to_image(pixels).resize(cell, Image.Resampling.NEAREST)
-        sheet.paste(picture, (gap + i % columns * (cell[0] + gap), gap + i // columns * (cell[1] + gap)))
-    return sheet
-
-
-def draw_grid(
-    model: torch.nn.Module,
-    config: Config,
-    device: torch.device,
-    after_batch: Callable[[int], object] = lambda count: None,
-) -> Image.Image:
-    """The grid that training shows: one row a class, `sample.per_class` columns, the same noise every time.
-
-    Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was. Latents are decoded by
-    `data.vae`. After each batch, `after_batch` is called with its number of images.
-
-    Raises:
-        ConfigError: the model makes latents and `data.vae` names no codec of theirs, or values that are not finite.
-    """
-    codec = open_codec(config.data.vae, device, "data.vae") if config.data.vae else None
-    check_channels(config, codec, "data.vae=DIR" if codec is None else "data.vae")
-    s = config.sample
-    labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
-    precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
-    was_training = model.training
-    model.eval()
-    try:
-        images, how = [], How(s.cfg, s.steps, s.seed, precision=precision)
-        for _, made in pixel_batches(draw_batches(model, config, labels, np.arange(len(labels)), how, device), codec):
-            images.append(made)
-            after_batch(len(made))
-    finally:
-        model.train(was_training)
-    return grid(np.concatenate(images), s.per_class)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from promoe_ds import sampling
@@ -19,9 +18,7 @@ from promoe_ds.sampling import (
     check_channels,
     class_labels,
     draw_batches,
-    draw_grid,
     draw_pixels,
-    grid,
     image_noise,
     pixel_batches,
     to_pixels,
@@ -311,31 +308,6 @@ def test_random_labels_depend_on_seed_and_index_alone() -> None:
 def test_no_images_are_no_work() -> None:
     dit, config = tiny()
     assert draw(dit, config, np.arange(0)).shape == (0, 8, 8, 1)
-
-
-# ------------------------------------------------------------------------------------------------------------ images
-
-
-def test_grid_keeps_order_and_sharp_pixels() -> None:
-    images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1) * 10
-    sheet = np.asarray(grid(images, columns=3, scale=4))
-    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2)
-    cell = sheet[12:20, 12:20]  # second row, second column: image 4
-    np.testing.assert_array_equal(cell, images[4, :, :, 0].repeat(4, 0).repeat(4, 1))
-    assert (sheet[12:20, 22:30] == 255).all()  # no sixth image
-    assert grid(np.zeros((1, 8, 8, 3), np.uint8), 1).size == (52, 52)
-    assert grid(np.zeros((1, 64, 64, 3), np.uint8), 1).mode == "RGB"
-
-
-def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:
-    dit, config = tiny()
-    dit.train()
-    sheet = draw_grid(dit, config, CPU)
-    assert isinstance(sheet, Image.Image) and sheet.size == (2 * 50 + 2, 3 * 50 + 2) and dit.training
-    labels = np.repeat(np.arange(3), 2)
-    how = How(config.sample.cfg, 3, config.sample.seed)
-    images = draw_pixels(dit.eval(), config, labels, np.arange(6), how, CPU)
-    np.testing.assert_array_equal(np.asarray(sheet), np.asarray(grid(images, 2)))
 
 
 def test_latents_are_no_pictures() -> None:
