@@ -19,7 +19,7 @@ from evaluation.reference import KEEP, REFERENCES, find_reference, reference_fea
 from evaluation.report import check_output, format_table, notes, write_metrics
 from evaluation.samples import Samples, find_samples, load_samples, run_samples
 from evaluation.workers import Workers
-from promoe_ds.command_line import DONE, USER_ERROR, Parser, leave
+from promoe_ds.command_line import DONE, USER_ERROR, Parser, check_positive, leave
 from promoe_ds.config import ConfigError, reject
 from promoe_ds.workers import Worker, barrier_of, pick_device, worker_from
 
@@ -99,13 +99,6 @@ def _tool_parser(command: str) -> Parser:
     return parser
 
 
-def _positive(args: argparse.Namespace, *keys: str) -> None:
-    for key in keys:
-        value = getattr(args, key)
-        if value is not None and value <= 0:
-            reject(f"--{key}", value, "must be positive", "choose 1 or more")
-
-
 def _features(args: argparse.Namespace, reference: str) -> str:
     """The extractor's name, having made sure that reference and weights are there before anything is read."""
     if not Path(reference).exists():
@@ -129,7 +122,7 @@ def _read_sets(args: argparse.Namespace) -> list[Samples]:
 def score(argv: Sequence[str], worker: Worker) -> None:
     """Parse, check everything, score, print, write. Raises `ConfigError` before the output file is touched."""
     args = _parser().parse_args(argv)
-    _positive(args, "batch")
+    check_positive(args, "batch")
     features, device = _features(args, args.ref), pick_device(args.device, worker)
     sets = _read_sets(args)
     out = args.run / "metrics.json" if args.run is not None and args.out is None else args.out
@@ -163,7 +156,7 @@ def make_features(command: str, argv: Sequence[str], worker: Worker) -> None:
     """`ref` and `features`: extract, write one features file. Raises `ConfigError` before it is touched."""
     args, workers = _tool_parser(command).parse_args(argv), Workers(worker.rank, worker.world)
     is_reference = command == "ref"
-    _positive(args, "batch", *(("keep", "size") if is_reference else ()))
+    check_positive(args, "batch", *(("keep", "size") if is_reference else ()))
     name, device = _features(args, args.images), pick_device(args.device, worker)
     check_output(args.out, ".safetensors", "features are safetensors")
     found: FeatureSet | None

@@ -15,7 +15,7 @@ from typing import Any, cast
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from promoe_ds.command_line import Parser, guarded, leave, own_words, parse_scales, parse_steps
+from promoe_ds.command_line import Parser, check_positive, guarded, leave, own_words, parse_scales, parse_steps
 from promoe_ds.config import Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
@@ -104,10 +104,7 @@ def parse_formats(text: str) -> tuple[str, ...]:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    for key in ("num", "steps", "batch", "expert_parallel"):
-        value = getattr(args, key)
-        if isinstance(value, int) and value <= 0:
-            reject(f"--{key.replace('_', '-')}", value, "must be positive", "choose 1 or more")
+    check_positive(args, "num", "steps", "batch", "expert_parallel")
     if not 0 <= args.seed < 2**64:
         reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
 
