@@ -32,7 +32,7 @@ from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import SD_CODEC
 from promoe_ds.models.init import build, materialize
-from promoe_ds.sampling import generate
+from promoe_ds.sampling import How, draw_pixels
 
 
 def rate(images: int, work: Callable[[], object], repeats: int) -> str:
@@ -95,11 +95,10 @@ def sample(args: argparse.Namespace) -> None:
     config, device = load_config(args.config), torch.device(args.device)
     model = materialize(build(config), 0).to(device).eval()
     labels = np.arange(args.batch) % config.model.num_classes
+    how = How(1.5, args.steps, batch=args.batch, precision=args.precision)
 
     def work() -> object:
-        return generate(
-            model, config, labels, np.arange(args.batch), 1.5, args.steps, 0, args.batch, device, args.precision
-        )
+        return draw_pixels(model, config, labels, np.arange(args.batch), how, device)
 
     with torch.no_grad():
         found = rate(args.batch * args.steps, work, args.repeats)

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.paper_tables import ROOT, SCALES, Row, history, scores, throughput
-from benchmarks.provenance import provenance
+from benchmarks.paper_rows import SCALES, Row, history, scores, throughput
+from benchmarks.provenance import ROOT, provenance
 from promoe_ds.accounting import count_parameters
 
 Result = dict[str, Any]

@@ -19,10 +19,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
@@ -30,24 +27,14 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import paper_rows  # noqa: E402
+from benchmarks.paper_report import write_report  # noqa: E402
+from benchmarks.paper_rows import SCALES, Row, done_steps, judge_file, scores  # noqa: E402
 from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
 
-CHUNKS = 10
 WINDOWS = 4
 """throughput windows a chunk; the first is warm-up and dropped"""
-SCALES = [1.0, 1.5]
 DONE, USER_ERROR, RESUMABLE = 0, 2, 85
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table: what it is called, what it computes (one config a seed), what the paper says of it."""
-
-    label: str
-    configs: tuple[Config, ...]
-    runs: tuple[Path, ...]
-    paper: dict[float, list[float]]
-    """guidance scale -> FID50K, IS"""
 
 
 def plan(args: argparse.Namespace) -> list[Row]:
@@ -89,7 +76,7 @@ def train_until(config: Config, run: Path, step: int) -> int:
     from promoe_ds.parallel import ds_config, topology
     from promoe_ds.train.trainer import Trainer
 
-    chunk = -(-config.train.steps // CHUNKS)
+    chunk = -(-config.train.steps // paper_rows.CHUNKS)
     config = replace(
         config,
         train=replace(config.train, steps=step, checkpoint_every=chunk, log_every=max(1, chunk // WINDOWS)),
@@ -104,20 +91,13 @@ def train_until(config: Config, run: Path, step: int) -> int:
             trainer.close()
 
 
-def done_steps(run: Path) -> int:
-    from promoe_ds.train.checkpoint import newest, step_of
-
-    found = newest(run)
-    return step_of(found) if found else 0
-
-
 def train_all(rows: list[Row], deadline: float) -> bool:
     """In turns until every run is trained; False if the deadline came first, or a signal."""
     longest = 0.0
-    for chunk in range(1, CHUNKS + 1):
+    for chunk in range(1, paper_rows.CHUNKS + 1):
         for row in rows:
             for config, run in zip(row.configs, row.runs, strict=True):
-                target = -(-config.train.steps * chunk // CHUNKS)
+                target = -(-config.train.steps * chunk // paper_rows.CHUNKS)
                 if done_steps(run) >= target:
                     continue
                 if time.monotonic() + longest > deadline:
@@ -154,10 +134,6 @@ def make_judge(args: argparse.Namespace, config: Config) -> Any:
     return LabelCNN(train, held_out, device, args.judge_steps, judge_file(args)), held_out, device
 
 
-def judge_file(args: argparse.Namespace) -> Path:
-    return args.runs / args.data / f"judge-{args.judge_steps}.safetensors"
-
-
 def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> bool:
     """Write scores.json beside each run; False if the deadline came first."""
     from benchmarks.scoring import score_run
@@ -175,29 +151,6 @@ def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> boo
             (run / "scores.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             print(f"scored {row.label}, {run.name}", flush=True)
     return True
-
-
-def scores(run: Path, config: Config, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What an earlier call has found for this checkpoint with as many images and sampler steps, by the same judge."""
-    from benchmarks.label_cnn import judge_name
-
-    path = run / "scores.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    judge = "digits-cnn" if args.data == "digits" else judge_name(judge_file(args))
-    key = {"num": args.num, "step": done_steps(run), "sampler_steps": config.sample.steps, "judge": judge}
-    return found if found and all(found.get(name) == value for name, value in key.items()) else None
-
-
-def history(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def throughput(run: Path, config: Config) -> float:
-    """Median images/s over the windows of all chunks but the first of each, which is warm-up."""
-    ends = {0, 1, *(-(-config.train.steps * chunk // CHUNKS) for chunk in range(1, CHUNKS + 1))}
-    records = [{"step": 0}, *history(run)]
-    rates = [now["images_per_s"] for before, now in pairwise(records) if before["step"] not in ends]
-    return median(rates or [r["images_per_s"] for r in history(run)])
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -228,8 +181,6 @@ def run(args: argparse.Namespace) -> int:
     if not (train_all(rows, deadline) and score_all(rows, args, deadline)):
         print("not done; the same command goes on", flush=True)
         return RESUMABLE
-    from benchmarks.paper_report import write_report
-
     write_report(rows, args)
     return DONE
 

@@ -20,11 +20,10 @@ import numpy as np
 from benchmarks.provenance import provenance
 from promoe_ds import traffic
 from promoe_ds.config import Config, load_config, reject
+from promoe_ds.traffic import KINDS, PARTS
 from promoe_ds.validate import batch_plan
 
-PARTS = ("forward", "experts", "all_to_all", "router_sums", "backward", "gradients", "parameters", "optimizer", "other")
 COMMUNICATION = ("all_to_all", "router_sums", "gradients", "parameters")
-KINDS = ("all_to_all", "counts", "router_sums", "gradients", "parameters", "scalars")
 
 
 @dataclass(frozen=True)

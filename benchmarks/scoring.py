@@ -22,7 +22,7 @@ from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.loading import load_ema
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.sampling import class_labels, generate, image_noise, to_pixels
+from promoe_ds.sampling import How, class_labels, draw_pixels, image_noise, to_pixels
 
 SCORE_SEED = 1234
 """of the noise and the timesteps that every row is scored with"""
@@ -92,7 +92,8 @@ def score_run(
     out: dict[str, Any] = {"step": step, "sampler_steps": steps}
     out["ema_loss"] = ema_loss(model, config, data, num, batch, device)
     for scale in scales:
-        images_NHWC = generate(model, config, labels_N, np.arange(num), scale, steps, SCORE_SEED, batch, device)
+        how = How(scale, steps, SCORE_SEED, batch)
+        images_NHWC = draw_pixels(model, config, labels_N, np.arange(num), how, device)
         logits_NK = judge.logits(images_NHWC)
         out[f"cfg{scale}"] = {
             "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *reference),

@@ -42,7 +42,7 @@ from promoe_ds.models.init import build
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.optimizer import AdamWithEMA
-from promoe_ds.sampling import generate
+from promoe_ds.sampling import How, draw_pixels
 
 NULL, DROP = moe_peers.NULL_LABEL, 0.1
 PARTS = ("forward", "backward", "optimizer")
@@ -291,8 +291,9 @@ def samples(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[s
                 clock.mark()
                 labels, rows = np.arange(images) % 1000, np.arange(images)
                 precision = "bf16" if device.type == "cuda" else "fp32"
+                how = How(1.5, args.sample_steps, batch=images, precision=precision)
                 with torch.no_grad():
-                    generate(model, config, labels, rows, 1.5, args.sample_steps, 0, images, device, precision)
+                    draw_pixels(model, config, labels, rows, how, device)
                 clock.mark()
 
             out |= interleaved({name: work}, device, args.rounds, 1)

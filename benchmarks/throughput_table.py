@@ -12,8 +12,6 @@ import torch
 from promoe_ds import accounting
 from promoe_ds.config import load_config
 
-LAYER_LIMIT = "paper loop"
-
 
 def page(folder: Path, device: torch.device) -> str:
     """Markdown of everything found in `folder`."""

@@ -19,7 +19,7 @@ STAGES = {
                                            "promoe_ds/dry_run.py", "promoe_ds/accounting.py"),
     "Import, export and loading": ("promoe_ds/formats/", "promoe_ds/loading.py", "promoe_ds/api.py",
                                    "launchers/export.py", "launchers/import_weights.py"),
-    "Sampling": ("promoe_ds/sampl", "promoe_ds/diffusion/", "launchers/sample.py"),
+    "Sampling": ("promoe_ds/sampl", "promoe_ds/diffusion/", "promoe_ds/command_line.py", "launchers/sample.py"),
     "Evaluation": ("evaluation/", "launchers/evaluate.py"),
     "Analysis": ("promoe_ds/analysis/", "launchers/analyze.py"),
     "Everything else": ("promoe_ds/", "launchers/"),

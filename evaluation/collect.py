@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from evaluation.features import FeatureExtractor, Features
+from evaluation.files import atomic
 from evaluation.images import Images, ImageSet, Labels, digests
 from evaluation.metrics import Gaussian, Moments
 from evaluation.workers import Workers
@@ -187,12 +187,8 @@ def save_features(path: Path, features: FeatureSet) -> None:
         "sampling": json.dumps(features.sampling),
     }
     tensors = {key: np.ascontiguousarray(array) for key, array in arrays.items() if array is not None}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, described)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_features(path: Path, option: str) -> FeatureSet:

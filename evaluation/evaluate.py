@@ -23,7 +23,7 @@ from evaluation.images import Images, ImageSet
 from evaluation.manifold import NEIGHBOURS, Distances, precision_recall
 from evaluation.metrics import IS_SPLIT, Gaussian, frechet_distance, inception_score, label_agreement
 from evaluation.reference import Source, find_reference, reference_features
-from evaluation.samples import Samples, cfg_of, load_samples
+from evaluation.samples import Samples, cfg_of
 from evaluation.workers import Workers
 from promoe_ds.config import reject
 
@@ -227,12 +227,6 @@ def check_shape(images: ImageSet, extractor: FeatureExtractor, option: str) -> N
         fault = f"images are {list(shape)} (H, W, C), {extractor.name} takes {takes}"
         way_out = "choose samples of a model of that data set" if option == "SAMPLES" else "choose other images"
         reject(option, images.name, fault, way_out)
-
-
-def evaluate_samples(path: str | Path, features: str = "digits-cnn", reference: str = "digits") -> dict[str, Any]:
-    """Score one set; see `Evaluator.score` for the keys. Raises `ConfigError` for bad input or unknown names."""
-    samples = load_samples(Path(path))
-    return Evaluator(features, reference).score(samples)
 
 
 def score_all(evaluator: Evaluator, sets: Sequence[Samples]) -> list[dict[str, Any]]:

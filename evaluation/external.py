@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from promoe_ds.config import reject
 SUFFIXES = (".onnx", ".pt")
 
 
-class External:
+class External(ABC):
     """Base of both: name, hash, shape check; a subclass runs the network on a batch."""
 
     is_public = False
@@ -37,9 +38,9 @@ class External:
             self.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.name = f"{path.stem}:{self.weights_sha256[:8]}"
 
+    @abstractmethod
     def run(self, x_NCHW: np.ndarray) -> Any:
         """uint8 [N, C, H, W] -> array of N rows."""
-        raise NotImplementedError
 
     def extract(self, images_NHWC: Images) -> Extracted:
         """uint8 [N, H, W, C] -> features [N, d]. Raises `ConfigError` if the network fails or gives something else."""

@@ -10,8 +10,6 @@ Shape suffixes: N images, H W pixels, C channels.
 from __future__ import annotations
 
 import hashlib
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import safetensors.numpy
 
 from evaluation.collect import FeatureSet, save_features
 from evaluation.features import FeatureExtractor
+from evaluation.files import atomic
 from evaluation.images import Images, Labels, digests
 from evaluation.metrics import Moments
 
@@ -75,10 +74,8 @@ class FeatureStore:
         for key, rows in (("spatial", [p.spatial_Ns for p in parts]), ("logits", [p.logits_NK for p in parts])):
             if rows[0] is not None:
                 arrays[key] = np.concatenate([r for r in rows if r is not None])
-        path = self._out / f"made-{indices[0]:08d}.safetensors"
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-        safetensors.numpy.save_file(arrays, temporary, {"extractor": self._extractor.name})
-        os.replace(temporary, path)
+        with atomic(self._out / f"made-{indices[0]:08d}.safetensors") as temporary:
+            safetensors.numpy.save_file(arrays, temporary, {"extractor": self._extractor.name})
 
     def clear(self) -> None:
         """Remove what the packed file makes superfluous."""

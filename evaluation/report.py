@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from evaluation.files import atomic
 from evaluation.images import brief
 from promoe_ds.config import reject
 
@@ -82,11 +83,8 @@ def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are
 def write_metrics(path: Path, scores: list[dict[str, Any]]) -> None:
     """Write the first set's keys at top level plus `sets`, all of them. The file is complete or untouched."""
     text = json.dumps({**scores[0], "sets": scores}, indent=2, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         reject("--out", path, f"cannot be written ({brief(error)})", "choose another file")
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,11 +8,12 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from promoe_ds.command_line import DONE, USER_ERROR, Parser
 from promoe_ds.config import Config, ConfigError, decode, reject
 from promoe_ds.train import checkpoint
 from promoe_ds.train.checkpoint import size
@@ -30,13 +31,6 @@ EXAMPLES = """examples:
 A checkpoint resumes at any number of processes, ep and ZeRO stage as it is: nothing is converted for that.
 Exit codes: 0 done; 2 a checkpoint is damaged, or a mistake in the command.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports misuse as everything else does: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
 
 
 def parser() -> Parser:
@@ -101,7 +95,7 @@ def inspect(args: argparse.Namespace) -> int:
     path = chosen(args)
     facts = facts_of(path)
     print(json.dumps(facts) if args.json else render(path, facts))
-    return 0
+    return DONE
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -172,7 +166,7 @@ def verify(args: argparse.Namespace) -> int:
             print(f"ignored  {path}: left by an interrupted save, or being written")
     if faults and args.run:
         print(f"remove the damaged ones by: {checkpoint.removal(args.run)}", file=sys.stderr)
-    return 2 if faults else 0
+    return USER_ERROR if faults else DONE
 
 
 def faults_of(path: Path) -> list[str]:
@@ -202,7 +196,7 @@ def convert(args: argparse.Namespace) -> int:
     else:
         made = weights.write(weights.load(path, args.weights, "PATH"), args.out, args.dtype or "fp32")
         print(f"{made}: {size(checkpoint.bytes_of(made))}; launchers/sample.py --model {made} draws from it")
-    return 0
+    return DONE
 
 
 # -------------------------------------------------------------------------------------------------------------- prune
@@ -225,7 +219,7 @@ def prune(args: argparse.Namespace) -> int:
             print(f"{'would delete' if args.dry_run else 'deleted'} {path}: {amount}", flush=True)
             if not args.dry_run:
                 delete(path)
-    return 0
+    return DONE
 
 
 def delete(path: Path) -> None:
@@ -243,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         return {"inspect": inspect, "verify": verify, "convert": convert, "prune": prune}[args.command](args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         return 130
 

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from promoe_ds.command_line import Parser, guarded, leave, own_words, versions
+from promoe_ds.command_line import Parser, check_positive, guarded, leave, own_words, versions
 from promoe_ds.config import ConfigError, reject
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.images import MODES, open_images
@@ -57,9 +57,7 @@ def parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises `ConfigError` for options that are missing or out of range."""
-    for key in ("size", "batch", "shard_size"):
-        if getattr(args, key) <= 0:
-            reject(f"--{key.replace('_', '-')}", getattr(args, key), "must be positive", "choose 1 or more")
+    check_positive(args, "size", "batch", "shard_size")
     if args.out is None:
         raise ConfigError("--out is required; see --help")
     if args.images is not None and args.vae is None:

@@ -7,22 +7,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
 
-import torch  # noqa: E402
-
-from evaluation.collect import FeatureSet, collect, save_features  # noqa: E402
-from evaluation.evaluate import Evaluator, check_shape, score_all  # noqa: E402
-from evaluation.extractors import BATCH, EXTRACTORS, load_extractor  # noqa: E402
-from evaluation.inception import find_weights  # noqa: E402
-from evaluation.reference import KEEP, REFERENCES, find_reference, reference_features  # noqa: E402
-from evaluation.report import check_output, format_table, notes, write_metrics  # noqa: E402
-from evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished  # noqa: E402
-from evaluation.workers import Workers, joined, workers_from  # noqa: E402
-from promoe_ds.config import ConfigError, reject  # noqa: E402
+from evaluation.collect import FeatureSet, collect, save_features
+from evaluation.evaluate import Evaluator, check_shape, score_all
+from evaluation.extractors import BATCH, EXTRACTORS, load_extractor
+from evaluation.inception import find_weights
+from evaluation.reference import KEEP, REFERENCES, find_reference, reference_features
+from evaluation.report import check_output, format_table, notes, write_metrics
+from evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
+from evaluation.workers import Workers
+from promoe_ds.command_line import DONE, USER_ERROR, Parser, check_positive, leave
+from promoe_ds.config import ConfigError, reject
+from promoe_ds.workers import Worker, barrier_of, pick_device, worker_from
 
 EXAMPLES = """examples:
   score what launchers/sample.py wrote for a run of the demo; writes runs/digits/metrics.json
@@ -43,13 +42,6 @@ numbers mean and where weights and references come from; nothing is downloaded. 
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line in the same single line as every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {Path(self.prog.split()[0]).name} --help")
-
-
 def _extraction(parser: argparse.ArgumentParser) -> None:
     """Options of every command that runs a network."""
     parser.add_argument(
@@ -65,8 +57,8 @@ def _extraction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="images a forward (default: %(default)s)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "samples", nargs="*", type=Path, metavar="SAMPLES", help=".npz, .safetensors, or a folder of sets or pictures"
     )
@@ -91,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tool_parser(command: str) -> argparse.ArgumentParser:
+def _tool_parser(command: str) -> Parser:
     """`ref IMAGES --out FILE` and `features SAMPLES --out FILE`."""
-    parser = _Parser(prog=f"evaluate.py {command}", description="write a features file")
+    parser = Parser(prog=f"evaluate.py {command}", description="write a features file")
     parser.add_argument(
         "images", metavar="IMAGES" if command == "ref" else "SAMPLES", help=".npz or folder of pictures"
     )
@@ -105,28 +97,6 @@ def _tool_parser(command: str) -> argparse.ArgumentParser:
             "--keep", type=int, default=KEEP, metavar="N", help="features kept for precision, recall (%(default)s)"
         )
     return parser
-
-
-def _positive(args: argparse.Namespace, *keys: str) -> None:
-    for key in keys:
-        value = getattr(args, key)
-        if value is not None and value <= 0:
-            reject(f"--{key}", value, "must be positive", "choose 1 or more")
-
-
-def _device(name: str, workers: Workers) -> torch.device:
-    """auto and cuda: this process's GPU by LOCAL_RANK; processes in excess of the GPUs share them."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        reject("--device", name, "is no device", "write auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
-    if count <= (device.index or 0):
-        reject("--device", name, f"this machine offers {count} CUDA devices", "write cpu or auto, or a lower number")
-    return device if device.index is not None else torch.device("cuda", workers.local % count)
 
 
 def _features(args: argparse.Namespace, reference: str) -> str:
@@ -149,13 +119,13 @@ def _read_sets(args: argparse.Namespace) -> list[Samples]:
     return [load_samples(path) for argument in args.samples for path in find_samples(argument)]
 
 
-def score(argv: Sequence[str], workers: Workers) -> None:
+def score(argv: Sequence[str], worker: Worker) -> None:
     """Parse, check everything, score, print, write. Raises `ConfigError` before the output file is touched."""
     args = _parser().parse_args(argv)
-    _positive(args, "batch")
-    features, device = _features(args, args.ref), _device(args.device, workers)
+    check_positive(args, "batch")
+    features, device = _features(args, args.ref), pick_device(args.device, worker)
     sets = _read_sets(args)
-    if args.run is not None and workers.rank == 0 and (begun := unfinished(args.run)):
+    if args.run is not None and worker.rank == 0 and (begun := unfinished(args.run)):
         folders = ", ".join(map(str, begun))
         print(f"note: not finished, and left out: {folders}; launchers/sample.py finishes them", file=sys.stderr)
     out = args.run / "metrics.json" if args.run is not None and args.out is None else args.out
@@ -170,10 +140,10 @@ def score(argv: Sequence[str], workers: Workers) -> None:
         device=device,
         batch=args.batch,
         distances=args.distances,
-        workers=workers,
+        workers=Workers(worker.rank, worker.world),
         progress=True,
     )
-    with joined(workers):
+    with barrier_of(worker):
         scores = score_all(evaluator, sets)
     if not scores:
         return
@@ -185,12 +155,12 @@ def score(argv: Sequence[str], workers: Workers) -> None:
         print(f"wrote {out}")
 
 
-def make_features(command: str, argv: Sequence[str], workers: Workers) -> None:
+def make_features(command: str, argv: Sequence[str], worker: Worker) -> None:
     """`ref` and `features`: extract, write one features file. Raises `ConfigError` before it is touched."""
-    args = _tool_parser(command).parse_args(argv)
+    args, workers = _tool_parser(command).parse_args(argv), Workers(worker.rank, worker.world)
     is_reference = command == "ref"
-    _positive(args, "batch", *(("keep", "size") if is_reference else ()))
-    name, device = _features(args, args.images), _device(args.device, workers)
+    check_positive(args, "batch", *(("keep", "size") if is_reference else ()))
+    name, device = _features(args, args.images), pick_device(args.device, worker)
     check_output(args.out, ".safetensors", "features are safetensors")
     found: FeatureSet | None
     if is_reference:
@@ -198,7 +168,7 @@ def make_features(command: str, argv: Sequence[str], workers: Workers) -> None:
         extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
         if source.images is not None:
             check_shape(source.images, extractor, "IMAGES")
-        with joined(workers):
+        with barrier_of(worker):
             found = reference_features(source, extractor, keep=args.keep, workers=workers, progress=True)
     else:
         paths = find_samples(Path(args.images))
@@ -209,7 +179,7 @@ def make_features(command: str, argv: Sequence[str], workers: Workers) -> None:
             reject("SAMPLES", args.images, "is a features file already", "name images")
         extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
         check_shape(samples, extractor, "SAMPLES")
-        with joined(workers):
+        with barrier_of(worker):
             found = collect(extractor, samples, sampling=samples.sampling, workers=workers, progress=True)
     if found is not None:
         _write(args.out, found)
@@ -227,11 +197,11 @@ def _write(path: Path, found: FeatureSet) -> None:
 
 def run(argv: Sequence[str]) -> None:
     """`ref ...`, `features ...`, or scoring."""
-    workers = workers_from(os.environ)
+    worker = worker_from(os.environ)
     if argv and argv[0] in ("ref", "features"):
-        make_features(argv[0], argv[1:], workers)
+        make_features(argv[0], argv[1:], worker)
     else:
-        score(argv, workers)
+        score(argv, worker)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,21 +210,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
-    return 0
+    return DONE
 
 
 def console() -> None:
     """The command promoe-evaluate."""
-    code = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(main)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.inception import find_weights
-from promoe_ds.command_line import Parser, guarded, leave, parse_scales, parse_steps
+from promoe_ds.command_line import Parser, check_positive, guarded, leave, parse_scales, parse_steps
 from promoe_ds.config import Config, ConfigError, load_config, reject
 from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.shards import ITEMS, read_index
@@ -148,10 +148,7 @@ def scored(run: Path, scales: list[float], reference: str) -> bool:
 
 def check(args: argparse.Namespace, config: Config) -> None:
     """What a later stage needs is asked for now, not after days of training. Raises `ConfigError`."""
-    for key in ("processes", "num", "size", "batch", "steps"):
-        value = getattr(args, key)
-        if isinstance(value, int) and value <= 0:
-            reject(f"--{key}", value, "must be positive", "choose 1 or more")
+    check_positive(args, "processes", "num", "size", "batch", "steps")
     parse_scales(args.cfg)
     choose_sampler(config, None, args.steps, 0.0)
     if config.data.name == "latents":

@@ -15,7 +15,7 @@ from typing import Any, cast
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from promoe_ds.command_line import Parser, guarded, leave, own_words, parse_scales, parse_steps
+from promoe_ds.command_line import Parser, check_positive, guarded, leave, own_words, parse_scales, parse_steps
 from promoe_ds.config import Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
@@ -113,22 +113,21 @@ def check_features(args: argparse.Namespace) -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    for key in ("num", "steps", "batch", "expert_parallel"):
-        value = getattr(args, key)
-        if isinstance(value, int) and value <= 0:
-            reject(f"--{key.replace('_', '-')}", value, "must be positive", "choose 1 or more")
+    check_positive(args, "num", "steps", "batch", "expert_parallel")
     if not 0 <= args.seed < 2**64:
         reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
 
 
-def choose_how(args: argparse.Namespace, config: Config) -> How:
-    """Sampler, eta and guided channels, checked against the model; raises `ConfigError`."""
+def choose_hows(args: argparse.Namespace, config: Config, scales: list[float]) -> list[How]:
+    """One a guidance scale, checked against the model; raises `ConfigError`."""
     sampler, _ = choose_sampler(config, args.sampler, args.steps, args.eta)
     channels: Channels = config.guidance.channels
     if args.guidance_channels:
         channels = 3 if args.guidance_channels == "3" else "all"
     check_guidance(config.model, channels, "--guidance-channels")
-    return How(sampler, args.eta, channels)
+    return [
+        How(scale, args.steps, args.seed, args.batch, args.precision, sampler, args.eta, channels) for scale in scales
+    ]
 
 
 def choose_codec(args: argparse.Namespace, config: Config, weights: Path, device: Any) -> Codec | None:
@@ -166,16 +165,12 @@ def choose_pack(
     return extractor.name, lambda out: FeatureStore(out, extractor)
 
 
-def make_jobs(args: argparse.Namespace, scales: list[float], weights: Path, how: How) -> list[Job]:
+def make_jobs(args: argparse.Namespace, hows: list[How], weights: Path) -> list[Job]:
     """One job a scale: straight into --out for one, into subfolders for several."""
     base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
-    split = args.out is None or len(scales) > 1
-    outs = [base / f"cfg{scale}" if split else base for scale in scales]
+    split = args.out is None or len(hows) > 1
     formats = parse_formats(args.format)
-    return [
-        Job(out, args.num, scale, args.steps, args.seed, args.batch, args.precision, how, args.labels, formats)
-        for out, scale in zip(outs, scales, strict=True)
-    ]
+    return [Job(base / f"cfg{how.cfg}" if split else base, args.num, how, args.labels, formats) for how in hows]
 
 
 def sample(argv: list[str]) -> None:
@@ -188,7 +183,7 @@ def sample(argv: list[str]) -> None:
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
     model, config, step = load_ema(weights, "cpu" if args.expert_parallel > 1 else device)
     codec = choose_codec(args, config, weights, device)
-    jobs = make_jobs(args, scales or [float(config.sample.cfg)], weights, choose_how(args, config))
+    jobs = make_jobs(args, choose_hows(args, config, scales or [float(config.sample.cfg)]), weights)
     command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), provenance(weights, config, step)
     features, pack = choose_pack(args, pixel_shape(config, codec), device)
     records = [record_of(job, origin, command, codec, features) for job in jobs]
@@ -201,7 +196,7 @@ def sample(argv: list[str]) -> None:
         for job, record in zip(jobs, records, strict=True):
             run_job(sampler, job, record)
             if worker.rank == 0:
-                print(f"{job.num} images at cfg {job.cfg} in {job.out}")
+                print(f"{job.num} images at cfg {job.how.cfg} in {job.out}")
 
 
 @contextlib.contextmanager

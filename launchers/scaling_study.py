@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -35,6 +34,7 @@ if not __package__:
     sys.path.insert(0, str(ROOT))
 
 from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
+from promoe_ds.files import write_text  # noqa: E402
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -151,9 +151,7 @@ def run_all(points: list[Point], args: argparse.Namespace) -> int:
             failed += 1
             print(f"[{i + 1}/{len(points)}] {point.name}: failed, see {path.with_suffix('.log')}", flush=True)
             continue
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(result))
         print(f"[{i + 1}/{len(points)}] {point.name}: {time.monotonic() - start:.0f} s", flush=True)
     return failed
 

@@ -206,7 +206,7 @@ class _Shard:
         return _Shard(trainable - count.routed + count.routed / ep, trainable / world, fixed)
 
 
-def _optimizer_states(config: Config, shard: _Shard, stage: int) -> dict[str, float]:
+def _optimizer_states(shard: _Shard, stage: int) -> dict[str, float]:
     """fp32 states of one rank. ZeRO keeps a master copy even of fp32 weights; stage 0 steps the weights themselves."""
     elements = shard.share if stage else shard.held
     return {
@@ -288,7 +288,7 @@ def memory_per_gpu(
     """
     shard = _Shard.of(config, world, ep)
     size = 2 if config.train.precision == "bf16" else 4
-    states = _optimizer_states(config, shard, stage)
+    states = _optimizer_states(shard, stage)
     buckets = bucket_elements if stage else (min(STAGE0_BUCKET, shard.held) if world > 1 else 0)
     return {
         "weights": size * ((shard.share if stage == 3 else shard.held) + shard.fixed),
@@ -305,4 +305,4 @@ def host_memory_per_rank(config: Config, world: int, ep: int, stage: int, offloa
     if not offload:
         return {}
     shard = _Shard.of(config, world, ep)
-    return {**_optimizer_states(config, shard, stage), "gradients": 4 * shard.share}
+    return {**_optimizer_states(shard, stage), "gradients": 4 * shard.share}

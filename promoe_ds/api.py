@@ -81,10 +81,8 @@ def generate(
     name, _ = choose_sampler(config, sampler, steps, eta)
     device = next(model.parameters()).device
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
-    how = How(name, eta, config.guidance.channels)
-    for rows, x in draw_batches(
-        model, config, label_N, np.arange(len(label_N)), cfg, steps, seed, batch, device, precision, how=how
-    ):
+    how = How(cfg, steps, seed, batch, precision, name, eta)
+    for rows, x in draw_batches(model, config, label_N, np.arange(len(label_N)), how, device):
         out[rows] = cast(Tensor, x)
     return out
 

@@ -28,6 +28,14 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises `ConfigError` for the first of these options that is a number below 1."""
+    for name in names:
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if isinstance(value, int) and value < 1:
+            reject(option, value, "must be positive", "choose 1 or more")
+
+
 def own_words(argv: list[str]) -> list[str]:
     """The command line without what launchers add to it."""
     return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]

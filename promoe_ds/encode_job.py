@@ -40,7 +40,8 @@ from promoe_ds.data.shards import (
     write_index,
     write_tensors,
 )
-from promoe_ds.workers import Worker, write_text
+from promoe_ds.files import write_text
+from promoe_ds.workers import Worker
 
 RECORD, PROGRESS = "encoding.json", "progress"
 AHEAD = 2

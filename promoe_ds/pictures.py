@@ -1,4 +1,4 @@
-"""Small pictures of experts made of squares, without a plotting library: cheap enough to draw while training.
+"""Sheets of images and small pictures of experts, without a plotting library: cheap enough to draw while training.
 
 Legend: L MoE layers, E routed experts, B images, S tokens an image (row-major, a square).
 """
@@ -11,12 +11,38 @@ import math
 import numpy as np
 from PIL import Image
 
+IMAGE_MODES = {1: "L", 3: "RGB"}
+"""channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
 NOBODY = (255, 255, 255)
 """colour of a token that no expert takes"""
 DEAD = (214, 39, 40)
 """colour of an expert without a token in a heat map of loads"""
 RAMP = ((0.0, (247, 251, 255)), (1.0, (107, 174, 214)), (2.0, (8, 81, 156)), (4.0, (8, 20, 60)))
 """load over mean -> colour, linear in between"""
+
+
+def to_image(pixels_HWC: np.ndarray) -> Image.Image:
+    """uint8 [H, W, 1 or 3] to a picture."""
+    return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
+
+
+def grid(images_NHWC: np.ndarray, columns: int, scale: int | None = None) -> Image.Image:
+    """Rows of `columns` pictures on white, in the order given.
+
+    Args:
+        images_NHWC: uint8, C 1 or 3.
+        scale: each pixel becomes a square of this side (no smoothing); by default pictures reach at least 48 pixels.
+    """
+    _, height, width, channels = images_NHWC.shape
+    scale = scale or max(1, -(-48 // min(height, width)))
+    cell, gap = (width * scale, height * scale), 2
+    rows = -(-len(images_NHWC) // columns)
+    size = (columns * (cell[0] + gap) + gap, rows * (cell[1] + gap) + gap)
+    sheet = Image.new(IMAGE_MODES[channels], size, "white")
+    for i, pixels in enumerate(images_NHWC):
+        picture = to_image(pixels).resize(cell, Image.Resampling.NEAREST)
+        sheet.paste(picture, (gap + i % columns * (cell[0] + gap), gap + i // columns * (cell[1] + gap)))
+    return sheet
 
 
 def expert_colours(num_experts: int) -> np.ndarray:

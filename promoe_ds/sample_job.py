@@ -27,10 +27,12 @@ from promoe_ds.command_line import versions
 from promoe_ds.config import Config, dump, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.files import atomic, write_text
+from promoe_ds.pictures import grid
 from promoe_ds.sample_store import BatchStore, PngStore, Store, read_all, write_npz
-from promoe_ds.sampling import How, Labels, Precision, class_labels, generate_batches, grid, pixel_shape
+from promoe_ds.sampling import How, Labels, class_labels, draw_batches, pixel_batches, pixel_shape
 from promoe_ds.train.checkpoint import MANIFEST, manifest
-from promoe_ds.workers import Worker, atomic, write_text
+from promoe_ds.workers import Worker
 
 RECORD = "sampling.json"
 CONFIG = "config.yaml"
@@ -65,15 +67,7 @@ class Job:
     out: Path
     num: int
     """N, images over all processes"""
-    cfg: float
-    steps: int | str
-    """of the sampler, as the objective takes them"""
-    seed: int
-    batch: int
-    """images a forward (twice as many under guidance)"""
-    precision: Precision
-    how: How = How()
-
+    how: How
     labels: Labels = "balanced"
     formats: tuple[str, ...] = ("png", "npz")
     """png: a file an image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
@@ -127,11 +121,11 @@ def record_of(
     return {
         "command": command,
         **weights,
-        "cfg": job.cfg,
-        "steps": job.steps,
-        "seed": job.seed,
+        "cfg": job.how.cfg,
+        "steps": job.how.steps,
+        "seed": job.how.seed,
         "num": job.num,
-        "precision": job.precision,
+        "precision": job.how.precision,
         "sampler": job.how.sampler,
         "eta": job.how.eta,
         "guidance_channels": job.how.channels,
@@ -194,7 +188,7 @@ def _progress(job: Job, worker: Worker, total: int, done: int) -> tqdm:
     return tqdm(
         total=total,
         initial=done,
-        desc=f"cfg {job.cfg}: images{who}",
+        desc=f"cfg {job.how.cfg}: images{who}",
         disable=worker.rank != 0,
         mininterval=0.5,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
@@ -223,7 +217,7 @@ class Sampler:
         return pixel_shape(self.config, self.codec)
 
     def labels(self, job: Job) -> np.ndarray:
-        return class_labels(job.num, self.config.model.num_classes, job.labels, job.seed)
+        return class_labels(job.num, self.config.model.num_classes, job.labels, job.how.seed)
 
 
 def _store(sampler: Sampler, job: Job) -> Store:
@@ -241,26 +235,20 @@ def make_share(sampler: Sampler, job: Job) -> None:
     indices = np.arange(sampler.worker.rank, job.num, sampler.worker.world)
     found = [pixels is not None for pixels in read_all(store, indices.tolist())]
     missing = indices[~np.array(found, dtype=bool)]
-    rounds = sampler.most(-(-len(missing) // job.batch))
-    _, steps = choose_sampler(sampler.config, job.how.sampler, job.steps, job.how.eta)
+    rounds = sampler.most(-(-len(missing) // job.how.batch))
+    _, steps = choose_sampler(sampler.config, job.how.sampler, job.how.steps, job.how.eta)
     with _progress(job, sampler.worker, len(indices), len(indices) - len(missing)) as bar:
-        batches = generate_batches(
+        batches = draw_batches(
             sampler.model,
             sampler.config,
             labels[missing],
             missing,
-            job.cfg,
-            job.steps,
-            job.seed,
-            job.batch,
+            job.how,
             sampler.device,
-            job.precision,
             on_step=lambda count: bar.update(count / steps),
-            how=job.how,
-            codec=sampler.codec,
             rounds=rounds,
         )
-        for rows, images in batches:
+        for rows, images in pixel_batches(batches, sampler.codec):
             store.write(missing[rows], images)
 
 

@@ -19,8 +19,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from promoe_ds.sampling import to_image
-from promoe_ds.workers import atomic
+from promoe_ds.files import atomic
+from promoe_ds.pictures import to_image
 
 READ_AT_ONCE = 256
 """images in memory while a folder is packed"""

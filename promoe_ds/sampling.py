@@ -18,17 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from promoe_ds.config import Config, ConfigError, reject
-from promoe_ds.data.codecs import Codec, open_codec
+from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.objective_config import Channels
+from promoe_ds.pictures import IMAGE_MODES
 
 Precision = Literal["fp32", "bf16"]
-IMAGE_MODES = {1: "L", 3: "RGB"}
-"""channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
 DECODED_AT_ONCE = 16
 """images a codec decodes together: at 256 pixels a decoder takes more memory than the transformer"""
 LABEL_COUNTER = 2
@@ -37,17 +35,23 @@ LABEL_COUNTER = 2
 
 @dataclass(frozen=True)
 class How:
-    """What decides the images besides weights, labels, noise, guidance scale and steps."""
+    """How images are drawn from weights and labels: all of it decides them, but for `batch`."""
 
-    sampler: str = "euler"
-    """one of the objective's: euler, heun; ddpm, ddim"""
+    cfg: float
+    """guidance scale; at 1 or below one labelled forward a step"""
+    steps: int | str
+    """of the sampler, as the objective takes them"""
+    seed: int = 0
+    batch: int = 64
+    """images a forward (twice as many under guidance)"""
+    precision: Precision = "fp32"
+    """bf16 runs the model under autocast; the state of the solver stays float32"""
+    sampler: str | None = None
+    """euler, heun; ddpm, ddim; by default the objective's first"""
     eta: float = 0.0
     """of ddim, in [0, 1]"""
-    channels: Channels = "all"
-    """guided channels"""
-
-
-# -------------------------------------------------------------------------------------------------------- generation
+    channels: Channels | None = None
+    """guided channels; by default `guidance.channels` of the model's configuration"""
 
 
 Labels = Literal["balanced", "random"]
@@ -98,116 +102,6 @@ def pixel_shape(config: Config, codec: Codec | None = None) -> tuple[int, int, i
     return side, side, config.model.channels if codec is None else 3
 
 
-def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
-    return torch.cat([codec.to_pixels(part) for part in x_BCHW.split(DECODED_AT_ONCE)])
-
-
-def draw_batches(
-    model: Callable[..., Any],
-    config: Config,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    cfg: float,
-    steps: int | str,
-    seed: int,
-    batch: int,
-    device: torch.device,
-    precision: Precision = "fp32",
-    on_step: Callable[[int], object] | None = None,
-    how: How | None = None,
-    rounds: int = 0,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Draw images or latents from noise, a batch at a time.
-
-    Args:
-        labels: [N] classes; `config.model.num_classes` is the null label.
-        indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
-            other images, beyond float rounding.
-        cfg: guidance scale; at 1 or below one labelled forward a step.
-        steps: of the sampler, as the objective takes them.
-        precision: `bf16` runs the model under autocast; the state of the solver stays float32.
-        on_step: called with B after every step of a batch of B.
-        how: sampler, its eta and the guided channels; by default the objective's first, 0, `config.guidance`.
-        rounds: run at least so many batches, the excess ones in vain: ranks that share experts must run equally many.
-
-    Yields:
-        The rows of a finished batch and the final state of the solver, float32 [B, C, H, W] on `device`.
-    """
-    m, objective = config.model, make_objective(config.diffusion, device)
-    how = how or How(objective.samplers[0], channels=config.guidance.channels)
-
-    def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
-        return image_noise(seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
-
-    @torch.no_grad()
-    def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
-        label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
-        predict = guided_prediction(model, label, m.num_classes, cfg, device, how.channels)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return objective.sample(predict, noise(index_B), partial(noise, index_B), steps, how.sampler, how.eta, tick)
-
-    for start in range(0, len(indices), batch):
-        rows = slice(start, min(start + batch, len(indices)))
-        tick = None if on_step is None else lambda _step, state: on_step(len(state))
-        yield rows, draw(labels[rows], indices[rows], tick)
-    for _ in range(rounds - -(-len(indices) // batch)):
-        draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
-
-
-def generate_batches(
-    model: Callable[..., Any],
-    config: Config,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    cfg: float,
-    steps: int | str,
-    seed: int,
-    batch: int,
-    device: torch.device,
-    precision: Precision = "fp32",
-    on_step: Callable[[int], object] | None = None,
-    how: How | None = None,
-    codec: Codec | None = None,
-    rounds: int = 0,
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """`draw_batches`, decoded by `codec` if the model makes latents: rows of a batch and uint8 [B, H, W, C].
-
-    Raises:
-        ConfigError: the model makes NaN or infinity.
-    """
-    for rows, x in draw_batches(
-        model, config, labels, indices, cfg, steps, seed, batch, device, precision, on_step, how, rounds
-    ):
-        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
-
-
-def generate(
-    model: Callable[..., Any],
-    config: Config,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    cfg: float,
-    steps: int | str,
-    seed: int,
-    batch: int,
-    device: torch.device,
-    precision: Precision = "fp32",
-    on_step: Callable[[int], object] | None = None,
-    how: How | None = None,
-    codec: Codec | None = None,
-) -> np.ndarray:
-    """All images of `generate_batches` in one array: uint8 [N, H, W, C]."""
-    images = np.empty((len(indices), *pixel_shape(config, codec)), dtype=np.uint8)
-    for rows, made in generate_batches(
-        model, config, labels, indices, cfg, steps, seed, batch, device, precision, on_step, how, codec
-    ):
-        images[rows] = made
-    return images
-
-
-# ------------------------------------------------------------------------------------------------------------ images
-
-
 def check_channels(config: Config, codec: Codec | None = None, option: str = "--vae") -> None:
     """Raises `ConfigError` if the model makes latents and no codec is named, or one of other latents is."""
     channels = config.model.channels
@@ -219,58 +113,70 @@ def check_channels(config: Config, codec: Codec | None = None, option: str = "--
         reject("model.channels", channels, "the model makes latents, not pixels", way_out)
 
 
-def to_image(pixels_HWC: np.ndarray) -> Image.Image:
-    """uint8 [H, W, 1 or 3] to a picture."""
-    return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
+def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
+    return torch.cat([codec.to_pixels(part) for part in x_BCHW.split(DECODED_AT_ONCE)])
 
 
-def grid(images_NHWC: np.ndarray, columns: int, scale: int | None = None) -> Image.Image:
-    """Rows of `columns` pictures on white, in the order given.
+def draw_batches(
+    model: Callable[..., Any],
+    config: Config,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    how: How,
+    device: torch.device,
+    on_step: Callable[[int], object] | None = None,
+    rounds: int = 0,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Draw images or latents from noise, a batch at a time.
 
     Args:
-        images_NHWC: uint8, C 1 or 3.
-        scale: each pixel becomes a square of this side (no smoothing); by default pictures reach at least 48 pixels.
+        labels: [N] classes; `config.model.num_classes` is the null label.
+        indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
+            other images, beyond float rounding.
+        on_step: called with B after every step of a batch of B.
+        rounds: run at least so many batches, the excess ones in vain: ranks that share experts must run equally many.
+
+    Yields:
+        The rows of a finished batch and the final state of the solver, float32 [B, C, H, W] on `device`.
     """
-    _, height, width, channels = images_NHWC.shape
-    scale = scale or max(1, -(-48 // min(height, width)))
-    cell, gap = (width * scale, height * scale), 2
-    rows = -(-len(images_NHWC) // columns)
-    size = (columns * (cell[0] + gap) + gap, rows * (cell[1] + gap) + gap)
-    sheet = Image.new(IMAGE_MODES[channels], size, "white")
-    for i, pixels in enumerate(images_NHWC):
-        picture = to_image(pixels).resize(cell, Image.Resampling.NEAREST)
-        sheet.paste(picture, (gap + i % columns * (cell[0] + gap), gap + i // columns * (cell[1] + gap)))
-    return sheet
+    m, objective = config.model, make_objective(config.diffusion, device)
+    sampler, channels = how.sampler or objective.samplers[0], how.channels or config.guidance.channels
+
+    def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
+        return image_noise(how.seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
+
+    @torch.no_grad()
+    def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
+        label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
+        predict = guided_prediction(model, label, m.num_classes, how.cfg, device, channels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16"):
+            return objective.sample(predict, noise(index_B), partial(noise, index_B), how.steps, sampler, how.eta, tick)
+
+    for start in range(0, len(indices), how.batch):
+        rows = slice(start, min(start + how.batch, len(indices)))
+        tick = None if on_step is None else lambda _step, state: on_step(len(state))
+        yield rows, draw(labels[rows], indices[rows], tick)
+    for _ in range(rounds - -(-len(indices) // how.batch)):
+        draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
 
 
-def draw_grid(
-    model: torch.nn.Module,
-    config: Config,
-    device: torch.device,
-    after_batch: Callable[[int], object] = lambda count: None,
-) -> Image.Image:
-    """The grid that training shows: one row a class, `sample.per_class` columns, the same noise every time.
-
-    Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was. Latents are decoded by
-    `data.vae`. After each batch, `after_batch` is called with its number of images.
+def pixel_batches(
+    batches: Iterator[tuple[slice, torch.Tensor]], codec: Codec | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """`draw_batches`, decoded by `codec` if the model makes latents: rows of a batch and uint8 [B, H, W, C].
 
     Raises:
-        ConfigError: the model makes latents and `data.vae` names no codec of theirs, or values that are not finite.
+        ConfigError: the model makes NaN or infinity.
     """
-    codec = open_codec(config.data.vae, device, "data.vae") if config.data.vae else None
-    check_channels(config, codec, "data.vae=DIR" if codec is None else "data.vae")
-    s = config.sample
-    labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
-    precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
-    was_training = model.training
-    model.eval()
-    try:
-        images = []
-        for _, made in generate_batches(
-            model, config, labels, np.arange(len(labels)), s.cfg, s.steps, s.seed, 64, device, precision, codec=codec
-        ):
-            images.append(made)
-            after_batch(len(made))
-    finally:
-        model.train(was_training)
-    return grid(np.concatenate(images), s.per_class)
+    for rows, x in batches:
+        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
+
+
+def draw_pixels(
+    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, how: How, device: torch.device
+) -> np.ndarray:
+    """All images of a model of pixels in one array: uint8 [N, H, W, C]; arguments and errors as of `draw_batches`."""
+    images = np.empty((len(indices), *pixel_shape(config)), dtype=np.uint8)
+    for rows, made in pixel_batches(draw_batches(model, config, labels, indices, how, device)):
+        images[rows] = made
+    return images

@@ -16,6 +16,10 @@ from promoe_ds.config import Config
 from promoe_ds.data.order import Purpose, row_generator, step_indices
 from promoe_ds.validate import batch_plan
 
+PARTS = ("forward", "experts", "all_to_all", "router_sums", "backward", "gradients", "parameters", "optimizer", "other")
+"""of a step's time; `gradients` and `parameters` are collectives, `other` is what is left (data, logging)"""
+KINDS = ("all_to_all", "counts", "router_sums", "gradients", "parameters", "scalars")
+"""of bytes; `scalars` are tensors of at most 64 bytes, such as norms"""
 COUNT_BYTES = 8
 """int64"""
 

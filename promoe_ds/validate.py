@@ -51,12 +51,13 @@ def _whole_hidden(path: str, ratio: float, width: int) -> None:
 
 def _aligned(config: Config) -> None:
     """Grouped GEMM reads rows in units of 16 bytes."""
-    moe, width, unit = config.moe, config.model.width, 4 if config.train.precision == "fp32" else 8
+    moe, width, precision = config.moe, config.model.width, config.train.precision
+    unit = 4 if precision == "fp32" else 8
     if moe is None or moe.experts_backend == "loop":
         return
     for path, value in (("model.width", width), ("moe.hidden_ratio * model.width", int(moe.hidden_ratio * width))):
         if value % unit:
-            conflict = f"{moe.experts_backend} under train.precision={config.train.precision} needs a multiple of {unit}"
+            conflict = f"{moe.experts_backend} under train.precision={precision} needs a multiple of {unit}"
             reject(path, value, conflict, "change it, or set moe.experts_backend=loop")
 
 

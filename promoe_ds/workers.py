@@ -1,14 +1,11 @@
-"""Processes that share a job without DeepSpeed: who this one is, a barrier, and files that are whole or not there."""
+"""Processes that share a job without DeepSpeed: who this one is, its device, a barrier."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -93,20 +90,3 @@ def barrier_of(worker: Worker) -> Iterator[Callable[[], object]]:
         yield dist.barrier
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name on success: readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`text` in UTF-8, whole or not there."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for folder in ("promoe_ds", "evaluation", "launchers") for p in (ROOT / folder).rglob("*.py"))
-LEVELS = ("config", "validate", "data", "models", "moe", "diffusion", "parallel", "train")
+LEVELS = (
+    {"objective_config", "files", "pictures"},
+    {"config"},
+    {"validate", "workers", "superclasses"},
+    {"data", "models", "moe", "diffusion", "accounting"},
+    {"traffic", "sampling"},
+    {"parallel"},
+    {"train", "loading"},
+    {"command_line", "dry_run", "sample_store", "encode_job"},
+    {"sample_job", "api", "formats", "analysis"},
+)
+"""parts of promoe_ds; each imports from its own level and from those above it in this list"""
 WITHOUT_DISTRIBUTED = (
     "promoe_ds/models",
     "promoe_ds/moe",
@@ -51,6 +62,17 @@ def test_boundaries(path: Path) -> None:
     if name.startswith("evaluation/"):
         ours = {module for module in found if within(module, "promoe_ds")}
         assert all(within(module, "promoe_ds.config") for module in ours), ours
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "promoe_ds" in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    def level(module: str) -> int:
+        return next((i for i, parts in enumerate(LEVELS) if module.split(".")[1] in parts), -1)
+
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    if name != "promoe_ds.__init__":
+        assert level(name) >= 0, "add it to LEVELS"
+        assert not [m for m in imports(path) if m.startswith("promoe_ds.") and level(m) > level(name)]
 
 
 def test_only_the_parallel_package_touches_process_groups() -> None:

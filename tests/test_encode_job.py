@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -10,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,24 +16,15 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from launchers import encode_latents
 from promoe_ds.config import ConfigError
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.latents import open_latents
 from promoe_ds.encode_job import EncodedImages, EncodeJob, Encoder, run_encoding
-from promoe_ds.workers import Worker, worker_from
+from promoe_ds.workers import Worker
 from tests.data.test_codecs import write_taef2
 from tests.photographs import write_tree
-
-LAUNCHER = Path(__file__).resolve().parents[1] / "launchers/encode_latents.py"
-
-
-def load_launcher() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("encode_launcher", LAUNCHER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -231,13 +220,13 @@ def test_damage_mended_is_encoded_by_the_same_command(tmp_path: Path) -> None:
 def test_launcher(
     tree: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launcher, out = load_launcher(), tmp_path / "out"
+    out = tmp_path / "out"
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(key, raising=False)
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["encode_latents.py", *map(str, words)])
-        code = launcher.main()
+        code = encode_latents.main()
         return code, *capsys.readouterr()
 
     words = ["--images", tree, "--vae", vae, "--size", 16, "--out", out, "--batch", 8, "--device", "cpu"]
@@ -263,9 +252,3 @@ def test_launcher(
         code, _, error = call(*wrong)
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
         assert not Path("x").exists()
-
-
-def test_srun_numbers_are_taken_where_processes_need_not_talk() -> None:
-    environ = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
-    assert worker_from(environ, srun=True) == Worker(3, 8, 1)
-    assert worker_from({**environ, "RANK": "1", "WORLD_SIZE": "2"}, srun=True) == Worker(1, 2, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from promoe_ds.pictures import DEAD, NOBODY, beside, expert_colours, load_map, token_maps
+from promoe_ds.pictures import DEAD, NOBODY, beside, expert_colours, grid, load_map, token_maps
 
 
 def test_expert_colours_differ() -> None:
@@ -29,3 +29,14 @@ def test_token_maps() -> None:
 def test_beside() -> None:
     both = beside(Image.new("L", (10, 20)), Image.new("RGB", (30, 10), "red"), gap=4)
     assert both.size == (10 + 4 + 60, 20) and both.getpixel((73, 19)) == (255, 0, 0)
+
+
+def test_grid_keeps_order_and_sharp_pixels() -> None:
+    images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1) * 10
+    sheet = np.asarray(grid(images, columns=3, scale=4))
+    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2)
+    cell = sheet[12:20, 12:20]  # second row, second column: image 4
+    np.testing.assert_array_equal(cell, images[4, :, :, 0].repeat(4, 0).repeat(4, 1))
+    assert (sheet[12:20, 22:30] == 255).all()  # no sixth image
+    assert grid(np.zeros((1, 8, 8, 3), np.uint8), 1).size == (52, 52)
+    assert grid(np.zeros((1, 64, 64, 3), np.uint8), 1).mode == "RGB"

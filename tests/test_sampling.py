@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from promoe_ds import sampling
@@ -18,11 +17,10 @@ from promoe_ds.sampling import (
     How,
     check_channels,
     class_labels,
-    draw_grid,
-    generate,
-    generate_batches,
-    grid,
+    draw_batches,
+    draw_pixels,
     image_noise,
+    pixel_batches,
     to_pixels,
 )
 from promoe_ds.train import checkpoint
@@ -60,7 +58,8 @@ def save(file: Path, dit: DiT, config: Config, metadata: dict[str, str] | None =
 def draw(
     dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, seed: int = 5, **more: Any
 ) -> np.ndarray:
-    return generate(dit, config, class_labels(200, 10)[indices], indices, cfg, 4, seed, batch, CPU, **more)
+    how = How(cfg, 4, seed, batch, **more)
+    return draw_pixels(dit, config, class_labels(200, 10)[indices], indices, how, CPU)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -203,8 +202,8 @@ def test_label_guidance_and_seed_matter() -> None:
     first = np.arange(4)
     base = draw(dit, config, first)
     assert (draw(dit, config, first, cfg=4.0) != base).any()
-    assert (generate(dit, config, np.full(4, 3), first, 1.5, 4, 5, 16, CPU) != base).any()
-    assert (generate(dit, config, class_labels(4, 10), first, 1.5, 4, 6, 16, CPU) != base).any()
+    assert (draw_pixels(dit, config, np.full(4, 3), first, How(1.5, 4, 5), CPU) != base).any()
+    assert (draw_pixels(dit, config, class_labels(4, 10), first, How(1.5, 4, 6), CPU) != base).any()
 
 
 def test_the_noise_of_a_step_is_a_stream_of_its_own() -> None:
@@ -221,39 +220,41 @@ def test_the_noise_of_a_step_is_a_stream_of_its_own() -> None:
 DDPM = {"name": "ddpm", "ddpm": {"clip_denoised": True}}
 
 
-@pytest.mark.parametrize("how", [None, How("ddpm"), How("ddim"), How("ddim", eta=1.0)])
-def test_ddpm_images_do_not_depend_on_the_batch(how: How | None) -> None:
+@pytest.mark.parametrize(
+    "how", [{}, {"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}], ids=str
+)
+def test_ddpm_images_do_not_depend_on_the_batch(how: dict[str, Any]) -> None:
     """Also the noise that the sampler adds on the way belongs to the image, whatever the batch and the process."""
     dit, config = tiny(diffusion=DDPM)
     indices = np.arange(8)
-    whole = draw(dit, config, indices, how=how)
+    whole = draw(dit, config, indices, **how)
     assert whole.dtype == np.uint8 and whole.std() > 20
     parts = np.empty_like(whole)
-    parts[0::2], parts[1::2] = (draw(dit, config, indices[i::2], batch=3, how=how) for i in (0, 1))
+    parts[0::2], parts[1::2] = (draw(dit, config, indices[i::2], batch=3, **how) for i in (0, 1))
     assert np.abs(whole.astype(int) - parts).max() <= 1
-    assert (draw(dit, config, indices, how=how, seed=6) != whole).any()
+    assert (draw(dit, config, indices, **how, seed=6) != whole).any()
 
 
 def test_samplers_differ_and_ddpm_is_its_objectives_default() -> None:
     dit, config = tiny(diffusion=DDPM)
     first = np.arange(4)
     ancestral = draw(dit, config, first)
-    np.testing.assert_array_equal(ancestral, draw(dit, config, first, how=How("ddpm")))
-    assert (ancestral != draw(dit, config, first, how=How("ddim"))).any()
+    np.testing.assert_array_equal(ancestral, draw(dit, config, first, sampler="ddpm"))
+    assert (ancestral != draw(dit, config, first, sampler="ddim")).any()
     flow_dit, flow_config = tiny()
     euler = draw(flow_dit, flow_config, first)
-    np.testing.assert_array_equal(euler, draw(flow_dit, flow_config, first, how=How("euler")))
-    assert (euler != draw(flow_dit, flow_config, first, how=How("heun"))).any()
+    np.testing.assert_array_equal(euler, draw(flow_dit, flow_config, first, sampler="euler"))
+    assert (euler != draw(flow_dit, flow_config, first, sampler="heun")).any()
 
 
 def test_three_guided_channels_of_four() -> None:
     dit, config = tiny(diffusion=DDPM, channels=4)
     first = np.arange(4)
-    every, three = (draw(dit, config, first, cfg=4.0, how=How("ddim", channels=c)) for c in ("all", 3))
+    every, three = (draw(dit, config, first, cfg=4.0, sampler="ddim", channels=c) for c in ("all", 3))
     assert (every != three).any()
     by_config = decode(encode(config) | {"guidance": {"channels": 3}})
     np.testing.assert_array_equal(
-        draw(dit, by_config, first, cfg=4.0), draw(dit, config, first, cfg=4.0, how=How("ddpm", channels=3))
+        draw(dit, by_config, first, cfg=4.0), draw(dit, config, first, cfg=4.0, sampler="ddpm", channels=3)
     )
 
 
@@ -268,7 +269,8 @@ def test_hooks_see_every_step_and_batch() -> None:
     ticks: list[int] = []
     indices = np.arange(10)
     labels = class_labels(10, 10)
-    seen = list(generate_batches(dit, config, labels, indices, 1.5, 4, 5, 4, CPU, on_step=ticks.append, rounds=5))
+    batches = draw_batches(dit, config, labels, indices, How(1.5, 4, 5, 4), CPU, on_step=ticks.append, rounds=5)
+    seen = list(pixel_batches(batches))
     assert ticks == [4] * 8 + [2] * 4
     assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 10)]
     np.testing.assert_array_equal(np.concatenate([made for _, made in seen]), draw(dit, config, indices, batch=4))
@@ -306,30 +308,6 @@ def test_random_labels_depend_on_seed_and_index_alone() -> None:
 def test_no_images_are_no_work() -> None:
     dit, config = tiny()
     assert draw(dit, config, np.arange(0)).shape == (0, 8, 8, 1)
-
-
-# ------------------------------------------------------------------------------------------------------------ images
-
-
-def test_grid_keeps_order_and_sharp_pixels() -> None:
-    images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1) * 10
-    sheet = np.asarray(grid(images, columns=3, scale=4))
-    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2)
-    cell = sheet[12:20, 12:20]  # second row, second column: image 4
-    np.testing.assert_array_equal(cell, images[4, :, :, 0].repeat(4, 0).repeat(4, 1))
-    assert (sheet[12:20, 22:30] == 255).all()  # no sixth image
-    assert grid(np.zeros((1, 8, 8, 3), np.uint8), 1).size == (52, 52)
-    assert grid(np.zeros((1, 64, 64, 3), np.uint8), 1).mode == "RGB"
-
-
-def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:
-    dit, config = tiny()
-    dit.train()
-    sheet = draw_grid(dit, config, CPU)
-    assert isinstance(sheet, Image.Image) and sheet.size == (2 * 50 + 2, 3 * 50 + 2) and dit.training
-    labels = np.repeat(np.arange(3), 2)
-    images = generate(dit.eval(), config, labels, np.arange(6), config.sample.cfg, 3, config.sample.seed, 64, CPU)
-    np.testing.assert_array_equal(np.asarray(sheet), np.asarray(grid(images, 2)))
 
 
 def test_latents_are_no_pictures() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.evaluate import load_samples
+from evaluation.samples import load_samples
 from promoe_ds.config import ConfigError, load_config
 from promoe_ds.data.images import PackedImages
 from promoe_ds.loading import load_ema

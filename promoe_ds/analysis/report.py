@@ -15,7 +15,7 @@ from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
 from promoe_ds.config import reject
-from promoe_ds.workers import atomic, write_text
+from promoe_ds.files import atomic, write_text
 
 REPORT = "report.html"
 FILES = "files.json"

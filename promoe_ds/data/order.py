@@ -17,9 +17,6 @@ from functools import lru_cache
 
 import numpy as np
 
-SEED_LIMIT = 2**64
-"""seeds are one 64-bit word of the Philox key"""
-
 
 class Purpose(IntEnum):
     """What a stream is for. Resumed runs rely on these numbers: add new ones, never renumber."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from promoe_ds.config import reject
-from promoe_ds.workers import atomic, write_text
+from promoe_ds.files import atomic, write_text
 
 FORMAT = "promoe_ds_latents/1"
 INDEX, ITEMS = "index.json", "items.safetensors"

@@ -25,11 +25,8 @@ from torch import Tensor, nn
 
 from promoe_ds.moe.dispatch import ExpertRows
 from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.traffic import KINDS, PARTS
 
-PARTS = ("forward", "experts", "all_to_all", "router_sums", "backward", "gradients", "parameters", "optimizer", "other")
-"""of a step's time; `gradients` and `parameters` are collectives, `other` is what is left (data, logging)"""
-KINDS = ("all_to_all", "counts", "router_sums", "gradients", "parameters", "scalars")
-"""of bytes; `scalars` are tensors of at most 64 bytes, such as norms"""
 SCALAR_BYTES = 64
 
 _ARGUMENTS = {

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from promoe_ds.config import Config, ConfigError
+from promoe_ds.data.codecs import open_codec
 from promoe_ds.models.init import build
 from promoe_ds.moe.trace import LastChoice
-from promoe_ds.pictures import beside, token_maps
-from promoe_ds.sampling import draw_grid, grid
+from promoe_ds.pictures import beside, grid, token_maps
+from promoe_ds.sampling import How, Precision, check_channels, draw_batches, pixel_batches
+
+
+class GridFailed(Exception):
+    """A picture is no reason to lose a run."""
 
 
 def keep_grid(folder: Path, weights: dict[str, Tensor], config: Config, step: int, device: torch.device) -> Image.Image:
@@ -38,5 +45,32 @@ def keep_grid(folder: Path, weights: dict[str, Tensor], config: Config, step: in
         raise GridFailed(" ".join(str(error).split())[:300]) from error
 
 
-class GridFailed(Exception):
-    """A picture is no reason to lose a run."""
+def draw_grid(
+    model: torch.nn.Module,
+    config: Config,
+    device: torch.device,
+    after_batch: Callable[[int], object] = lambda count: None,
+) -> Image.Image:
+    """The grid that training shows: one row a class, `sample.per_class` columns, the same noise every time.
+
+    Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was. Latents are decoded by
+    `data.vae`. After each batch, `after_batch` is called with its number of images.
+
+    Raises:
+        ConfigError: the model makes latents and `data.vae` names no codec of theirs, or values that are not finite.
+    """
+    codec = open_codec(config.data.vae, device, "data.vae") if config.data.vae else None
+    check_channels(config, codec, "data.vae=DIR" if codec is None else "data.vae")
+    s = config.sample
+    labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
+    precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
+    was_training = model.training
+    model.eval()
+    try:
+        images, how = [], How(s.cfg, s.steps, s.seed, precision=precision)
+        for _, made in pixel_batches(draw_batches(model, config, labels, np.arange(len(labels)), how, device), codec):
+            images.append(made)
+            after_batch(len(made))
+    finally:
+        model.train(was_training)
+    return grid(np.concatenate(images), s.per_class)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import resource
 import sys
 import time
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from promoe_ds.files import write_text
 from promoe_ds.moe.statistics import dead_experts, max_over_mean
 from promoe_ds.train.experts import shown
 
@@ -67,15 +66,6 @@ class Throughput:
         return self.images / max(time.perf_counter() - self.since, 1e-9)
 
 
-def last_logged_step(run: Path) -> int:
-    """The last step in RUN/metrics.jsonl; 0 without one."""
-    path, last = run / "metrics.jsonl", 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            last = max(last, json.loads(line)["step"])
-    return last
-
-
 class MetricsLog:
     """Rank 0's log. Opening it to resume at `step` drops what was logged after that step.
 
@@ -101,9 +91,7 @@ class MetricsLog:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line being written when the run was killed
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """One record with the key `step`; numbers or None, the reason `skipped` of a step without an update, and

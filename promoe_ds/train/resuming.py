@@ -1,7 +1,9 @@
-"""Reading a checkpoint into a model and an engine of any topology."""
+"""Resuming: whether a run folder may be continued, and its checkpoint read into an engine of any topology."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from promoe_ds.config import Config, ConfigError, decode, encode, reject
-from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifest
+from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifest, step_of
 
 FREE_ON_RESUME = {
     *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
@@ -153,3 +155,31 @@ def saved_config(run: Path) -> dict[str, Any] | None:
     if not isinstance(tree, dict):
         reject("--run", path, "is not a configuration", "mend it or choose another --run")
     return tree
+
+
+def last_logged_step(run: Path) -> int:
+    """The last step in RUN/metrics.jsonl; 0 without one."""
+    path, last = run / "metrics.jsonl", 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            last = max(last, json.loads(line)["step"])
+    return last
+
+
+def check_history(run: Path, found: Path | None, config: Config) -> int:
+    """The step to continue from, 0 for a fresh run.
+
+    Raises:
+        ConfigError: the run is past `train.steps`, or its log shows that it had checkpoints and they are gone.
+    """
+    if found:
+        step = step_of(found)
+        if step > config.train.steps:
+            reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
+        return step
+    logged, saved = last_logged_step(run), saved_config(run)
+    # A save is waited for by the next one at the latest: up to there a run may have died before its first was complete.
+    if saved and logged > 2 * saved.get("train", {}).get("checkpoint_every", logged):
+        conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
+        reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
+    return 0

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from promoe_ds.files import atomic
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """preemption, and Slurm's warning before the time limit (NCCL has used SIGUSR1)"""
 REPEAT_SECONDS = 5.0
@@ -73,12 +75,10 @@ def _leave(number: signal.Signals) -> None:
 
 def write_marker(run: Path, step: int) -> None:
     """Leave RUN/requeue, which tells a batch script that the same command continues; the checkpoint must be whole."""
-    temporary = run / f".{MARKER}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
+    with atomic(run / MARKER) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(f"stopped by {requested() or 'a signal to another rank'} at step {step}\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, run / MARKER)
 
 
 def remove_marker(run: Path) -> None:

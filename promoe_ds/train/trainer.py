@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor
 
 from promoe_ds import accounting
-from promoe_ds.config import Config, ConfigError, dump, reject
+from promoe_ds.config import Config, ConfigError, dump
 from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.files import write_text
 from promoe_ds.models.compiled import compile_model
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
@@ -34,15 +34,16 @@ from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine, check_deepspeed_values
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
-from promoe_ds.parallel.meter import KINDS, PARTS, Meter
+from promoe_ds.parallel.meter import Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
 from promoe_ds.pictures import load_map
+from promoe_ds.traffic import KINDS, PARTS
 from promoe_ds.train import checkpoint, nonfinite, resuming, signals
 from promoe_ds.train.checkpoint import claim
 from promoe_ds.train.experts import ExpertWatch
 from promoe_ds.train.grids import GridFailed, keep_grid
 from promoe_ds.train.initial import InitialWeights
-from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, last_logged_step, memory_gib
+from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
 from promoe_ds.train.profiling import StepProfiler
 from promoe_ds.train.saving import Saver, ema_state_dict
@@ -59,25 +60,6 @@ class RankFailed(Exception):
     """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
 
 
-def check_history(run: Path, found: Path | None, config: Config) -> int:
-    """The step to continue from, 0 for a fresh run.
-
-    Raises:
-        ConfigError: the run is past `train.steps`, or its log shows that it had checkpoints and they are gone.
-    """
-    if found:
-        step = checkpoint.step_of(found)
-        if step > config.train.steps:
-            reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
-        return step
-    logged, saved = last_logged_step(run), resuming.saved_config(run)
-    # A save is waited for by the next one at the latest: up to there a run may have died before its first was complete.
-    if saved and logged > 2 * saved.get("train", {}).get("checkpoint_every", logged):
-        conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
-        reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
-    return 0
-
-
 def _finite(value: float) -> float | None:
     """JSON knows no NaN."""
     return value if math.isfinite(value) else None
@@ -90,6 +72,7 @@ class Trainer:
         self.config, self.run_folder, self.topology = config, run, topology
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset = self._connect()
+        data = fingerprint(self.dataset)
         self.lock = claim(run) if topology.rank == 0 else None
         if self.lock:
             signals.remove_marker(run)
@@ -100,11 +83,11 @@ class Trainer:
         found = checkpoint.find_whole(run, self.ranks)
         if found:
             resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
-            resuming.check_same_data(found, fingerprint(self.dataset))
-        self.step = check_history(run, found, config)
+            resuming.check_same_data(found, data)
+        self.step = resuming.check_history(run, found, config)
         self.engine = self._make_engine(ds, found)
         facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
-                 "data": fingerprint(self.dataset)}  # fmt: skip
+                 "data": data}  # fmt: skip
         self.saver = Saver(run, self.engine, config, self.ranks, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
@@ -142,9 +125,7 @@ class Trainer:
             if isinstance(self.dataset, Latents):  # what must decode the samples
                 texts["codec.json"] = json.dumps(self.dataset.codec, indent=1)
             for name, text in texts.items():
-                temporary = run / f".{name}.tmp"
-                temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-                os.replace(temporary, run / name)
+                write_text(run / name, text.rstrip() + "\n")
             return MetricsLog(run, self.step, self.config.train.steps)
         except OSError as error:
             raise RankFailed(f"--run={run}: cannot be written ({error}); choose another folder") from error

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from benchmarks import paper_tables
+from benchmarks import paper_rows, paper_tables
 from benchmarks.paper_tables import ROOT, main, parse_args, plan
 from benchmarks.scoring import classifier_score
 
@@ -34,7 +34,7 @@ def test_every_row_of_every_table_is_a_valid_and_different_config(table, data, t
 
 
 def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(paper_tables, "CHUNKS", 2)
+    monkeypatch.setattr(paper_rows, "CHUNKS", 2)
     command = args_of(tmp_path, "--table", "8", "--steps", "20", "--num", "20", "--seeds", "0,1")
     assert main([*command, "--minutes", "0"]) == paper_tables.RESUMABLE
     assert main(command) == paper_tables.DONE
@@ -51,7 +51,7 @@ def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
 
 
 def test_cifar_rows_are_judged_by_a_classifier_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper_tables, "CHUNKS", 1)
+    monkeypatch.setattr(paper_rows, "CHUNKS", 1)
     draw, arrays = np.random.default_rng(0), {"classes": np.array([f"c{i}" for i in range(10)])}
     for split, num in (("train", 40), ("test", 20)):
         files = []

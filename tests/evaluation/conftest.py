@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +8,9 @@ import numpy as np
 import pytest
 
 from evaluation.collect import FeatureSet, load_features
+from launchers import evaluate
 from tests.evaluation.random_inception import BATCH, pictures, write_weights
 from tests.evaluation.torch_fidelity_oracle import REFERENCE, SAMPLES
-from tests.launch import ROOT
 
 
 class Scored(NamedTuple):
@@ -25,17 +23,7 @@ class Scored(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def launcher() -> Callable[[list[str]], int]:
-    """`main` of launchers/evaluate.py."""
-    spec = importlib.util.spec_from_file_location("launchers_evaluate", ROOT / "launchers" / "evaluate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-@pytest.fixture(scope="session")
-def scored(launcher: Callable[[list[str]], int], tmp_path_factory: pytest.TempPathFactory) -> Scored:
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     folder = tmp_path_factory.mktemp("inception")
     weights = write_weights(folder)
     np.savez(folder / "samples.npz", arr_0=pictures(*SAMPLES), arr_1=np.arange(SAMPLES[0]))
@@ -43,7 +31,7 @@ def scored(launcher: Callable[[list[str]], int], tmp_path_factory: pytest.TempPa
     (folder / "sampling.json").write_text(json.dumps({"cfg": 1.5, "sampler": "heun", "steps": 10, "precision": "bf16"}))
     common = ["--inception-weights", str(weights), "--batch", str(BATCH), "--device", "cpu"]
     reference, features, out = folder / "reference.safetensors", folder / "features.safetensors", folder / "m.json"
-    assert launcher(["ref", str(folder / "reference.npz"), "--out", str(reference), *common]) == 0
-    assert launcher(["features", str(folder / "samples.npz"), "--out", str(features), *common]) == 0
-    assert launcher([str(features), "--ref", str(reference), "--out", str(out), *common]) == 0
+    assert evaluate.main(["ref", str(folder / "reference.npz"), "--out", str(reference), *common]) == 0
+    assert evaluate.main(["features", str(folder / "samples.npz"), "--out", str(features), *common]) == 0
+    assert evaluate.main([str(features), "--ref", str(reference), "--out", str(out), *common]) == 0
     return Scored(folder, weights, load_features(features, "SAMPLES"), json.loads(out.read_text()))

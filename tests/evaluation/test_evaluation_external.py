@@ -20,7 +20,7 @@ from evaluation.images import Images, ImageSet
 from evaluation.metrics import frechet_distance, gaussian_statistics
 from evaluation.reference import find_reference, reference_features
 from evaluation.samples import load_samples
-from evaluation.workers import Workers, workers_from
+from evaluation.workers import Workers
 from promoe_ds.config import ConfigError
 from tests.evaluation.random_inception import pictures
 
@@ -183,21 +183,6 @@ def test_shares_are_whole_batches_in_order(num: int, batch: int, world: int):
     assert starts == list(range(0, num, batch))
     sizes = [len(Workers(rank, world).share(num, batch)) for rank in range(world)]
     assert max(sizes) - min(sizes) <= 1
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"RANK": "x"}, "RANK='x': the environment variable is not a number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "not below WORLD_SIZE=2"),
-        ({"WORLD_SIZE": "2"}, "is set in the environment without RANK"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: each task would score everything"),
-    ],
-)
-def test_environments_that_make_no_sense(environ: dict[str, str], expected: str):
-    assert workers_from({}) == Workers()
-    with pytest.raises(ConfigError, match=expected):
-        workers_from(environ)
 
 
 def test_a_stream_is_the_same_as_a_set(tmp_path: Path):

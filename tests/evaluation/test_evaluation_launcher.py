@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,10 @@ from torch import Tensor, nn
 
 from evaluation.digits import digits_images
 from evaluation.report import format_table, notes
+from launchers.evaluate import main
 from tests.evaluation.random_inception import pictures
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "evaluate.py"
-
-
-@pytest.fixture(scope="module")
-def main(launcher: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    return launcher
 
 
 def save(folder: Path, n: int, cfg: float) -> Path:
@@ -32,7 +27,7 @@ def save(folder: Path, n: int, cfg: float) -> Path:
     return folder / "samples.npz"
 
 
-def failure(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     assert main([str(a) for a in argv]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
@@ -52,7 +47,7 @@ def test_run_folder_from_elsewhere(tmp_path: Path):
     assert metrics["label_agreement"] >= 0.97 and metrics["fd_over_noise"] < 0.1
 
 
-def test_unfinished_folders_are_named(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unfinished_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     save(run / "samples" / "cfg1.0", 20, 1.0)
     for scale in ("2.0", "3.0"):
@@ -71,7 +66,7 @@ def test_mistake_in_a_process_has_no_traceback(tmp_path: Path):
     )
 
 
-def test_sample_sets_and_out(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_sample_sets_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one, two = save(tmp_path / "a", 100, 1.0), save(tmp_path / "b", 150, 2.0)
     out = tmp_path / "m.json"
     assert main([str(one), str(two.parent), "--ref", "digits", "--features", "digits-cnn", "--out", str(out)]) == 0
@@ -79,29 +74,29 @@ def test_sample_sets_and_out(main, tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(out) in capsys.readouterr().out
 
 
-def test_errors_leave_the_output_alone(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_errors_leave_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     good, out = save(tmp_path / "a", 10, 1.0), tmp_path / "metrics.json"
     out.write_text("before")
     bad = tmp_path / "bad.npz"
     bad.write_bytes(good.read_bytes()[:200])
-    assert "no readable .npz" in failure(main, capsys, good, bad, "--out", out)
-    assert "choose one of digits-cnn" in failure(main, capsys, good, "--features", "resnet", "--out", out)
-    assert "choose one of digits" in failure(main, capsys, good, "--ref", "mnist", "--out", out)
+    assert "no readable .npz" in failure(capsys, good, bad, "--out", out)
+    assert "choose one of digits-cnn" in failure(capsys, good, "--features", "resnet", "--out", out)
+    assert "choose one of digits" in failure(capsys, good, "--ref", "mnist", "--out", out)
     np.savez(bad, arr_0=np.zeros((3, 9, 9, 1), np.uint8), arr_1=np.zeros(3, np.int64))
-    assert "digits-cnn takes [8, 8, 1]" in failure(main, capsys, good, bad, "--out", out)
-    assert "ends in .json" in failure(main, capsys, good, "--out", good)
+    assert "digits-cnn takes [8, 8, 1]" in failure(capsys, good, bad, "--out", out)
+    assert "ends in .json" in failure(capsys, good, "--out", good)
     assert out.read_text() == "before"
 
 
-def test_bad_command_lines(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert "nothing to score" in failure(main, capsys)
-    assert "unrecognized arguments: --frobnicate" in failure(main, capsys, "a.npz", "--frobnicate")
-    assert "give one or the other" in failure(main, capsys, "a.npz", "--run", tmp_path)
-    assert "no such folder" in failure(main, capsys, "--run", tmp_path / "absent")
-    assert "no finished samples below" in failure(main, capsys, "--run", tmp_path)
+def test_bad_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "nothing to score" in failure(capsys)
+    assert "unrecognized arguments: --frobnicate" in failure(capsys, "a.npz", "--frobnicate")
+    assert "give one or the other" in failure(capsys, "a.npz", "--run", tmp_path)
+    assert "no such folder" in failure(capsys, "--run", tmp_path / "absent")
+    assert "no finished samples below" in failure(capsys, "--run", tmp_path)
 
 
-def test_help_ends_with_examples(main, capsys: pytest.CaptureFixture[str]):
+def test_help_ends_with_examples(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
@@ -114,7 +109,7 @@ class MeanColour(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_references_and_features_on_a_network_of_ones_own(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_references_and_features_on_a_network_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     network, ref, features = tmp_path / "mean.pt", tmp_path / "ref.safetensors", tmp_path / "a.safetensors"
     torch.jit.save(torch.jit.script(MeanColour()), network)
     for i, image in enumerate(pictures(7, 1)):
@@ -134,14 +129,14 @@ def test_references_and_features_on_a_network_of_ones_own(main, tmp_path: Path, 
     assert images[fd] == pytest.approx(stream[fd], rel=1e-9) and images[fd] > 0 and "FID" not in images
     assert images["samples_sha256"] == stream["samples_sha256"]
     capsys.readouterr()
-    assert "is a features file already" in failure(main, capsys, "features", features, "--out", ref, *own)
-    assert "ends in .safetensors" in failure(main, capsys, *photos, "--out", tmp_path / "ref.npz")
-    assert "--keep=0: must be positive" in failure(main, capsys, *photos, "--keep", "0", "--out", ref)
-    assert "--device=tpu" in failure(main, capsys, features, "--ref", ref, "--features", network, "--device", "tpu")
-    assert "evaluate.py --help" in failure(main, capsys, "ref", "--out", ref)
+    assert "is a features file already" in failure(capsys, "features", features, "--out", ref, *own)
+    assert "ends in .safetensors" in failure(capsys, *photos, "--out", tmp_path / "ref.npz")
+    assert "--keep=0: must be positive" in failure(capsys, *photos, "--keep", "0", "--out", ref)
+    assert "--device=tpu" in failure(capsys, features, "--ref", ref, "--features", network, "--device", "tpu")
+    assert "arguments are required: IMAGES; see --help" in failure(capsys, "ref", "--out", ref)
     for scale in ("1", "2"):
         save(tmp_path / "run" / f"cfg{scale}", 5, 1.0)
-    assert "holds 2 sample sets" in failure(main, capsys, "features", tmp_path / "run", "--out", ref, *own)
+    assert "holds 2 sample sets" in failure(capsys, "features", tmp_path / "run", "--out", ref, *own)
 
 
 def test_table_of_fids_warns_of_small_sets():

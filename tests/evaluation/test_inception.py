@@ -13,6 +13,7 @@ import torch
 
 from evaluation.collect import load_features
 from evaluation.inception import InceptionV3, find_weights, load_inception, resize_tf1
+from launchers import evaluate
 from promoe_ds.config import ConfigError
 from tests.evaluation.conftest import Scored
 from tests.evaluation.random_inception import BATCH, pictures
@@ -122,11 +123,11 @@ def test_absent_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert find_weights(environ={"INCEPTION_WEIGHTS": str(other)}) == find_weights(other, environ={}) == other
 
 
-def test_the_launcher_stops_before_any_work(launcher, tmp_path: Path, monkeypatch, capsys):
+def test_the_launcher_stops_before_any_work(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
     out = tmp_path / "m.json"
-    assert launcher(["absent.npz", "--features", "inception", "--out", str(out)]) == 2
+    assert evaluate.main(["absent.npz", "--features", "inception", "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --inception-weights=(none): no Inception weights in") and error.count("\n") == 1
     assert not out.exists()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -12,12 +11,13 @@ import torch
 import yaml
 
 from evaluation.metrics import frechet_distance, gaussian_statistics
+from launchers import pipeline as launcher
 from promoe_ds.data.codecs import TAEF2_FILES, open_codec
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import open_latents
 from promoe_ds.sampling import image_noise, to_pixels
 from tests.data.test_codecs import PACKS
-from tests.launch import ENVIRONMENT, ROOT
+from tests.launch import ENVIRONMENT
 from tests.photographs import psnr, tiny_kl, write_tree
 
 Pipeline = Callable[..., tuple[int, str, str]]
@@ -36,11 +36,6 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     """Runs the launcher in this process, those it starts in theirs; returns exit code, output, errors."""
     for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH"):
         monkeypatch.setenv(key, ENVIRONMENT[key])
-    spec = importlib.util.spec_from_file_location("pipeline_launcher", ROOT / "launchers/pipeline.py")
-    assert spec is not None and spec.loader is not None
-    launcher = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "pipeline_launcher", launcher)
-    spec.loader.exec_module(launcher)
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pipeline.py", *map(str, words)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from promoe_ds.config import ConfigError, load_config
+from promoe_ds.config import ConfigError, dump, load_config
 from promoe_ds.train import checkpoint, resuming
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.resuming import Reader
@@ -87,3 +88,25 @@ def test_a_damaged_run_configuration_is_named(tmp_path: Path, content: bytes) ->
 def test_a_run_configuration_of_another_version_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a configuration that this version cannot read .*foo"):
         resuming.check_same_run({"foo": 1}, CONFIG, tmp_path)
+
+
+def started_run(folder: Path, steps: int) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(load_config("tiny", ["train.checkpoint_every=5"])))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1}) + "\n" for i in range(steps)))
+
+
+def test_lost_checkpoints_are_not_a_fresh_start(tmp_path: Path) -> None:
+    config = load_config("tiny")
+    started_run(tmp_path, 10)  # killed while its first checkpoint, of step 5, was being written: may start again
+    assert resuming.check_history(tmp_path, None, config) == 0
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 11}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl reaches step 11, but checkpoints/ is empty; bring the"):
+        resuming.check_history(tmp_path, None, config)
+
+
+def test_a_run_past_its_end_is_refused(tmp_path: Path) -> None:
+    found = tmp_path / "checkpoints" / "step_00000030"
+    with pytest.raises(ConfigError, match=r"train.steps=20: .* is at step 30 already; raise it"):
+        resuming.check_history(tmp_path, found, load_config("tiny"))
+    assert resuming.check_history(tmp_path, found, load_config("tiny", ["train.steps=30"])) == 30

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from promoe_ds.config import ConfigError, dump, load_config
+from promoe_ds.config import ConfigError, load_config
 from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
-from promoe_ds.train.trainer import Trainer, check_history, claim
+from promoe_ds.train.trainer import Trainer, claim
 
 
 class Captured:
@@ -53,28 +52,6 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     assert contrastive == 3.0
     assert torch.equal(seen.ctx.label_B[seen.ctx.restore_B], batch.label_B)
     assert seen.ctx.num_conditional == int((batch.label_B != 10).sum())
-
-
-def started_run(folder: Path, steps: int) -> None:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(load_config("tiny", ["train.checkpoint_every=5"])))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1}) + "\n" for i in range(steps)))
-
-
-def test_lost_checkpoints_are_not_a_fresh_start(tmp_path: Path) -> None:
-    config = load_config("tiny")
-    started_run(tmp_path, 10)  # killed while its first checkpoint, of step 5, was being written: may start again
-    assert check_history(tmp_path, None, config) == 0
-    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 11}\n')
-    with pytest.raises(ConfigError, match=r"metrics.jsonl reaches step 11, but checkpoints/ is empty; bring the"):
-        check_history(tmp_path, None, config)
-
-
-def test_a_run_past_its_end_is_refused(tmp_path: Path) -> None:
-    found = tmp_path / "checkpoints" / "step_00000030"
-    with pytest.raises(ConfigError, match=r"train.steps=20: .* is at step 30 already; raise it"):
-        check_history(tmp_path, found, load_config("tiny"))
-    assert check_history(tmp_path, found, load_config("tiny", ["train.steps=30"])) == 30
 
 
 def test_a_claimed_folder_is_free_again_when_its_owner_ends(tmp_path: Path) -> None:
