@@ -24,7 +24,11 @@ ON_STOP=${ON_STOP:-requeue}                                # or: continue (exit 
 EARLY=15                                                   # seconds in which ranks may not hear signals yet
 export TASKS_PER_NODE DEVICE=${DEVICE:-}
 NODES=$SLURM_JOB_NUM_NODES
-pid='' asked='' began=0 code=0
+pid='' asked='' began=0 code=0 plan=''
+# a task of an array by its own name: one of them has the array's number, which means all tasks to scancel and scontrol
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-${SLURM_JOB_ID:-}}
+say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $JOB on ${SLURM_JOB_NODELIST:-}"
 
 ranks() { echo $((NODES * TASKS_PER_NODE)); }
 
@@ -83,7 +87,7 @@ forward() {
     asked=1
     [[ $pid ]] || return 0
     ((SECONDS - began >= EARLY)) || sleep $((EARLY - SECONDS + began))
-    scancel --signal="$SIGNAL" "$SLURM_JOB_ID" # steps only
+    scancel --signal="$SIGNAL" "$JOB" # steps only
 }
 SIGNAL=TERM
 trap forward USR2
@@ -115,8 +119,8 @@ again() { # WHY
     continue) say "$1; the next job of the chain continues" && exit 0 ;;
     stop) say "$1; submit the same command again" && exit 85 ;;
     esac
-    say "$1; requeued"
-    if scontrol requeue "$SLURM_JOB_ID"; then # Slurm ends this script, whose exit code no longer counts
+    say "$1; requeueing"
+    if scontrol requeue "$JOB"; then # Slurm ends this script, whose exit code no longer counts
         sleep 60
         exit 0
     fi

@@ -45,7 +45,7 @@ def test_blanks_in_the_folder_and_unset_variables_in_env_sh(folder: Path) -> Non
         folder, "bash", "-c", 'source slurm/common.sh; printf "%s\\n" "${python[@]}"; echo $-', SLURM_JOB_NUM_NODES="1"
     )
     assert done.stderr == ""
-    *words, options = done.stdout.splitlines()
+    _, *words, options = done.stdout.splitlines()
     assert words == ["nice", "-n", "0", f"{folder}/.venv/bin/python", "-u"]
     assert "u" in options
 

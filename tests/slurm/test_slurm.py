@@ -66,6 +66,15 @@ def output(folder: Path, job: str) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+TRAINER = re.compile(r"^.*: (?:starting|resuming at step) .*$", re.MULTILINE)
+REASON = re.compile(
+    r"^\S+ \S+ (?:stopped and saved|stopped before the ranks started|a node does not answer .*); requeueing$"
+    r"|\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ DUE TO (?:NODE FAILURE|PREEMPTION)",
+    re.MULTILINE,
+)
+"""why a start ended before the job was done, in the words of the script or of Slurm"""
+
+
 class Training:
     """A training job under test: what it has done so far, and how often it was started."""
 
@@ -74,7 +83,13 @@ class Training:
 
     def starts(self) -> list[str]:
         """The trainer's line of every start: `4 x cpu, ... resuming at step S`."""
-        return re.findall(r"^.*: (?:starting|resuming at step) .*$", output(self.folder, self.job), re.MULTILINE)
+        return TRAINER.findall(output(self.folder, self.job))
+
+    def script_starts(self) -> list[tuple[int, str]]:
+        """Number and output of every start of the script, also of those that ended before the trainer's line."""
+        heads = r"^\S+ \S+ start (\d+) of job \d+ on .*\n"
+        _, *parts = re.split(heads, output(self.folder, self.job), flags=re.MULTILINE)
+        return [(int(number), text) for number, text in zip(parts[::2], parts[1::2], strict=True)]
 
     def state(self) -> str:
         return self.cluster.states(self.job)[0]
@@ -144,12 +159,19 @@ def interrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> d
 
 def test_a_job_outlives_preemption_a_lost_node_and_the_warning(cluster: Cluster, interrupted: dict[str, Any]) -> None:
     job, run = interrupted["job"], interrupted["run"]
-    print("\n".join(job.starts()))
+    # Every start that Slurm counts is in the log, with its reason to end. There may be more than the four that the
+    # events explain: after a lost node Slurm repeats what it had to tell it, now and then to the new step of that number.
+    starts = job.script_starts()
+    for number, text in starts:
+        line, reason = TRAINER.search(text), REASON.search(text)
+        print(f"start {number}: {line and line[0]}\n  {(reason and reason[0]) or text.splitlines()[-1]}")
+        assert reason if number < len(starts) else text.endswith("exit code 0\n"), text
+    restarts = int(cluster.fields(job.job)[0]["Restarts"])
+    assert [number for number, _ in starts] == list(range(1, restarts + 2))
     ranks = [int(re.findall(r"(\d+) x cpu", line)[0]) for line in job.starts()]
-    assert ranks == [4, 4, 2, 4] and all("ep 2" in line for line in job.starts())
+    assert ranks[:3] == [4, 4, 2] and set(ranks[3:]) == {4} and all("ep 2" in line for line in job.starts())
     resumed = interrupted["resumed"]
     assert resumed == sorted(set(resumed)), "every start goes on from a later step"
-    assert cluster.fields(job.job)[0]["Restarts"] == "3"
     text = output(interrupted["folder"], job.job)
     assert "node1: ranks 0-1, groups 0-1\n  node2: ranks 2-3, groups 2-3" in text
     assert "2 ranks on 1 of 1 nodes" in text
@@ -274,8 +296,8 @@ def test_fewer_nodes_where_the_batch_does_not_divide(cluster: Cluster) -> None:
     env |= {"SLURM_JOB_NODELIST": "gpu[07-09]"}
     fewer = cluster.run("bash", "-c", script, env={**env, "MIN_NODES": "1"})
     assert fewer.returncode == 0, fewer.stderr
-    assert fewer.stdout.splitlines()[0] == "2"
-    assert fewer.stdout.splitlines()[2:] == ["  gpu07: ranks 0-1, groups 0-1", "  gpu08: ranks 2-3, groups 2-3"]
+    assert fewer.stdout.splitlines()[1] == "2"
+    assert fewer.stdout.splitlines()[3:] == ["  gpu07: ranks 0-1, groups 0-1", "  gpu08: ranks 2-3, groups 2-3"]
     without = cluster.run("bash", "-c", script, env={**env, "TASKS_PER_NODE": "", "SLURM_GPUS_PER_NODE": "0"})
     assert (without.returncode, without.stderr.count("\n")) == (2, 1) and "without GPUs set it" in without.stderr
     refused = cluster.run("bash", "-c", script, env=env)
