@@ -24,7 +24,7 @@ ON_STOP=${ON_STOP:-requeue}                                # or: continue (exit 
 EARLY=15                                                   # seconds in which ranks may not hear signals yet
 export TASKS_PER_NODE DEVICE=${DEVICE:-}
 NODES=$SLURM_JOB_NUM_NODES
-pid='' asked='' began=0 code=0 plan=''
+pid='' asked='' began=0 code=0 plan='' folder='' expected=0
 # a task of an array by its own name: one of them has the array's number, which means all tasks to scancel and scontrol
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 JOB=${JOB:-${SLURM_JOB_ID:-}}
@@ -73,6 +73,7 @@ place() { # EP
 # Gives up when this job has started MAX_STARTS times while PROGRESS (any word) stayed the same.
 count_starts() { # FOLDER PROGRESS
     local job='' progress='' starts=0
+    folder=$1
     mkdir -p "$1" || fail 2 "$1: cannot be made; choose another folder"
     { read -r job progress starts <"$1/.starts"; } 2>/dev/null
     [[ $job == "$SLURM_JOB_ID" && $progress == "$2" ]] || starts=0
@@ -98,6 +99,12 @@ run_ranks() { # RANKS COMMAND...
     local n=$1
     shift
     [[ ! $asked ]] || again "stopped before the ranks started"
+    if [[ ! ${HEARS_SIGNALS:-} ]]; then
+        export ENDS=$folder/.ends-$JOB
+        rm -rf "$ENDS"
+        mkdir -p "$ENDS" || fail 1 "$ENDS: cannot be made"
+        expected=$n
+    fi
     slurm/launch.sh "$n" "${python[@]}" "$@" &
     pid=$! began=$SECONDS
     while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
@@ -110,8 +117,16 @@ nodes_answer() {
     timeout 90 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true >/dev/null 2>&1
 }
 
-# Whether the ranks were stopped from outside and can go on: 85 is the launchers' code, 143 a rank that had no time for it.
-stopped() { ((code == 85 || code == 143)); }
+# Whether the ranks were stopped from outside and can go on: each has left word (slurm/task.sh) that it is done, or was
+# stopped. Not by the exit code of srun, which ends the others by TERM when one has crashed.
+stopped() {
+    local late=$((SECONDS + 60))
+    ((code)) && grep -qsx stopped "$ENDS"/* || return
+    while (($(grep -lx 'stopped\|finished' "$ENDS"/* | wc -l) < expected)); do
+        ((NODES > 1 && SECONDS < late)) || return # NFS may show what another node wrote a minute later
+        sleep 5
+    done
+}
 
 # Back into the queue under the same job id; dependents keep waiting.
 again() { # WHY
@@ -132,6 +147,8 @@ again() { # WHY
 finish() {
     if stopped; then again "stopped and saved"; fi
     if ((code)) && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
+    ((code != 85)) || code=1 # of a rank that was stopped because another failed
+    [[ ! ${ENDS:-} ]] || rm -rf "$ENDS"
     say "exit code $code"
     exit "$code"
 }

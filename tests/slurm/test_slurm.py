@@ -160,7 +160,7 @@ def interrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_a_job_outlives_preemption_a_lost_node_and_the_warning(cluster: Cluster, interrupted: dict[str, Any]) -> None:
     job, run = interrupted["job"], interrupted["run"]
     # Every start that Slurm counts is in the log, with its reason to end. There may be more than the four that the
-    # events explain: after a lost node Slurm repeats what it had to tell it, now and then to the new step of that number.
+    # events explain: after a lost node Slurm repeats what it had to tell it, now and then to a new step of that number.
     starts = job.script_starts()
     for number, text in starts:
         line, reason = TRAINER.search(text), REASON.search(text)
@@ -243,6 +243,34 @@ def test_encoding(cluster: Cluster, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "latents" / "index.json").read_text())["classes"] == ["a", "b"]
     words = ["data.name=latents", f"data.path={tmp_path}/latents", "model.num_classes=2", "model.channels=3"]
     train("--config", "tiny", "--run", str(tmp_path / "run"), "--dry-run", "--check-files", *words, timeout=PATIENCE)
+
+
+RANK = """#!/bin/bash
+# instead of Python: the first start never ends by itself, ranks hear TERM like launchers, or not yet
+case "$*" in *--dry-run*) exit ;; esac
+touch "$RUN/up$RANK"
+if ((SLURM_RESTART_COUNT)); then exit; fi
+if ((RANK == 0)); then trap 'exit 85' TERM; fi
+if [[ $DIES && $RANK == 1 ]]; then kill -KILL $$; fi
+sleep 300 & wait
+"""
+
+
+def test_a_preempted_rank_is_requeued_and_a_killed_one_fails(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "python").write_text(RANK, encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    env = settings(tmp_path, PYTHON=tmp_path / "python", RUN=tmp_path)
+    killed = cluster.sbatch("--gpus-per-node=2", "slurm/sample.sbatch", env=env | {"DIES": "1"})
+    assert cluster.wait(killed, PATIENCE) == ["FAILED"]
+    assert cluster.fields(killed)[0]["Restarts"] == "0" and output(tmp_path, killed).endswith("exit code 137\n")
+    for path in tmp_path.glob("up*"):
+        path.unlink()
+    job = cluster.sbatch("--gpus-per-node=2", "slurm/evaluate.sbatch", env=env | {"DIES": ""})
+    wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, PATIENCE, "ranks")
+    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)
+    assert cluster.fields(job)[0]["Restarts"] == "1" and "stopped and saved; requeueing" in output(tmp_path, job)
 
 
 def test_the_array_job_of_the_study_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
