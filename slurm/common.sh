@@ -40,24 +40,27 @@ check() { # COMMAND...
 }
 
 # Sets NODES to the most of the allocated nodes that the run can use, fewer than all only down to MIN_NODES: 3 nodes of 8
-# are left of 4, but 24 ranks do not divide a batch of 256, so 2 nodes go on.
+# are left of 4, but 24 ranks do not divide a batch of 256, so 2 nodes go on. Sets `plan` as `check` does.
 check_nodes() { # COMMAND of launchers/train.py
-    local message first='' first_code=2
+    local first='' first_code=2
     for ((NODES = SLURM_JOB_NUM_NODES; NODES >= MIN_NODES && NODES > 0; NODES--)); do
-        message=$("${python[@]}" "$@" --dry-run --check-files --world "$(ranks)" 2>&1 >/dev/null) && return
+        plan=$("${python[@]}" "$@" --dry-run --check-files --world "$(ranks)" 2>&1) && return
         code=$?
-        [[ $first ]] || first=$message first_code=$code
+        [[ $first ]] || first=$plan first_code=$code
     done
     [[ $first ]] || fail 2 "MIN_NODES=$MIN_NODES: only $SLURM_JOB_NUM_NODES nodes are allocated; submit with --nodes=$MIN_NODES"
     echo "$first" >&2
     exit "$first_code"
 }
 
-# Prints which ranks and expert-parallel groups are on which node; refuses groups that span nodes.
-place() { # EP
-    local ep=$1 first group groups host i=0
+# Prints which ranks and expert-parallel groups are on which node, by the plan of `check_nodes`: the recipe may say its
+# ep itself. Refuses groups that span nodes.
+place() {
+    local ep first group groups host i=0
+    ep=$(sed -n 's/^  ep  *\([1-9][0-9]*\)$/\1/p' <<<"$plan")
+    [[ $ep ]] || fail 1 "the dry run names no ep: $plan"
     if ((TASKS_PER_NODE % ep)) && [[ ! ${EP_SPANS_NODES:-} ]]; then
-        fail 2 "EP=$ep: does not divide the $TASKS_PER_NODE ranks of a node, so groups would span nodes; choose a divisor, or set EP_SPANS_NODES=1"
+        fail 2 "parallel.expert_parallel=$ep: does not divide the $TASKS_PER_NODE ranks of a node, so groups would span nodes; set EP to a divisor, or EP_SPANS_NODES=1"
     fi
     say "$(ranks) ranks on $NODES of $SLURM_JOB_NUM_NODES nodes, expert-parallel groups of $ep:"
     while read -r host && ((i < NODES)); do

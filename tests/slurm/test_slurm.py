@@ -202,7 +202,7 @@ def test_wrong_submissions_end_before_the_ranks_start(cluster: Cluster, tmp_path
     images = "data.name=images model.num_classes=2"
     cases = {
         "train": ("slurm/promoe_xl.sbatch", {"EP": 3}, r"parallel.expert_parallel=3: does not divide the world size 4"),
-        "node": ("slurm/promoe_xl.sbatch", {"EP": 4}, r"EP=4: does not divide the 2 ranks of a node"),
+        "node": ("slurm/promoe_xl.sbatch", {"EP": 4}, r"expert_parallel=4: does not divide the 2 ranks of a node"),
         "data": ("slurm/promoe_xl.sbatch", {"OVERRIDES": images, "DATA": "/absent/images"}, r"/absent/images"),
         "typo": ("slurm/promoe_xl.sbatch", {"OVERRIDES": "train.stepz=5"}, r"train.stepz"),
         "sample": ("slurm/sample.sbatch", {}, r"--run="),
@@ -316,10 +316,12 @@ def test_starts_that_save_nothing_are_counted(cluster: Cluster, tmp_path: Path) 
     assert cluster.run("bash", "-c", script, env={**env, "NEXT": "step_2", "SLURM_JOB_ID": "8"}).returncode == 0
 
 
-def test_fewer_nodes_where_the_batch_does_not_divide(cluster: Cluster) -> None:
-    """3 nodes of 2 are left; 6 ranks do not divide a batch of 32, so 2 nodes go on, if MIN_NODES allows."""
-    train_words = "launchers/train.py --config tiny --run /absent/run parallel.expert_parallel=2"
-    script = f"source slurm/common.sh; check_nodes {train_words}; echo $NODES; place 2"
+def test_fewer_nodes_where_the_batch_does_not_divide(cluster: Cluster, tmp_path: Path) -> None:
+    """3 nodes of 2 are left; 6 ranks do not divide a batch of 32, so 2 nodes go on, if MIN_NODES allows. Ep is the
+    recipe's."""
+    (tmp_path / "recipe.yaml").write_text("base: tiny\nparallel: {expert_parallel: 2}\n", encoding="utf-8")
+    train_words = f"launchers/train.py --config {tmp_path}/recipe.yaml --run /absent/run"
+    script = f"source slurm/common.sh; check_nodes {train_words}; echo $NODES; place"
     env = {**CPU, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "TASKS_PER_NODE": "2"}
     env |= {"SLURM_JOB_NODELIST": "gpu[07-09]"}
     fewer = cluster.run("bash", "-c", script, env={**env, "MIN_NODES": "1"})
