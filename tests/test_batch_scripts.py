@@ -102,3 +102,25 @@ def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[
     done = shell(folder, "bash", "-c", script, SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="7", PYTHON="/bin/bash",
                  PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
     assert done.stdout.splitlines()[-1].endswith(expected), done.stdout + done.stderr
+
+
+def test_a_pipeline_that_cannot_be_submitted_leaves_no_jobs(folder: Path, tmp_path: Path) -> None:
+    write_program(tmp_path / "bin/sbatch", 'case $* in *evaluate*) echo no >&2; exit 1 ;; *) echo 7 ;; esac')
+    write_program(tmp_path / "bin/scancel", 'echo "cancelled $#"')
+    done = shell(folder, "slurm/pipeline.sh", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "cancelled 2")
+    assert done.stderr.splitlines()[1].startswith("error: evaluate was not submitted")
+
+
+def test_a_study_is_submitted_by_its_sizes(folder: Path, tmp_path: Path) -> None:
+    write_program(tmp_path / "bin/python", "echo point; echo point")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = shell(folder, "slurm/scaling_study.sh", "--dry-run", PATH=path, WORLD="4,16")
+    words = [line.split() for line in done.stdout.splitlines()]
+    assert [line[1:7] for line in words] == [
+        [f"{world}:", "sbatch", "--parsable", f"--nodes={nodes}", "--gpus-per-node=8", "--array=0-1"]
+        for world, nodes in ((4, 1), (16, 2))
+    ], done.stderr
+    wrong = shell(folder, "slurm/scaling_study.sh", "--dry-run", WORLD="12")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "WORLD=12: does not fill nodes of 8" in wrong.stderr

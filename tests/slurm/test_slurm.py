@@ -275,9 +275,14 @@ def test_a_preempted_rank_is_requeued_and_a_killed_one_fails(cluster: Cluster, t
 
 def test_the_array_job_of_the_study_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
     env = settings(tmp_path, RECIPE="tiny", WORLD="2,4", EP=2, STAGE=1, BATCH="strong", OUT=tmp_path / "study",
-                   STUDY_OPTIONS="--window 2 --windows 2")  # fmt: skip
-    job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", "--array=0-1%1", "slurm/scaling_study.sbatch", env=env)
-    assert cluster.wait(job, PATIENCE) == ["COMPLETED"] * 2, output(tmp_path, job)[-4000:]
+                   STUDY_OPTIONS="--window 2 --windows 2", GPUS_PER_NODE=2)  # fmt: skip
+    submitted = cluster.run("slurm/scaling_study.sh", env=env)
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = [line.split()[-1] for line in submitted.stdout.splitlines()]
+    for job in jobs:
+        assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)[-4000:]
+    assert [cluster.fields(job)[0]["NumNodes"] for job in jobs] == ["1", "2"]
+    assert "2 nodes, the first: " in (tmp_path / "study" / "scaling.md").read_text(encoding="utf-8")
     table = (tmp_path / "study" / "scaling.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[0] for line in table[1:]] == ["2", "4"]
     assert (tmp_path / "study" / "scaling.md").exists()
