@@ -105,7 +105,7 @@ def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[
 
 
 def test_a_pipeline_that_cannot_be_submitted_leaves_no_jobs(folder: Path, tmp_path: Path) -> None:
-    write_program(tmp_path / "bin/sbatch", 'case $* in *evaluate*) echo no >&2; exit 1 ;; *) echo 7 ;; esac')
+    write_program(tmp_path / "bin/sbatch", "case $* in *evaluate*) echo no >&2; exit 1 ;; *) echo 7 ;; esac")
     write_program(tmp_path / "bin/scancel", 'echo "cancelled $#"')
     done = shell(folder, "slurm/pipeline.sh", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "cancelled 2")
@@ -124,3 +124,12 @@ def test_a_study_is_submitted_by_its_sizes(folder: Path, tmp_path: Path) -> None
     wrong = shell(folder, "slurm/scaling_study.sh", "--dry-run", WORLD="12")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "WORLD=12: does not fill nodes of 8" in wrong.stderr
+
+
+def test_a_task_of_an_array_requeues_itself_alone(folder: Path, tmp_path: Path) -> None:
+    """The last task has the number of the array as its SLURM_JOB_ID, and that means all of them to scontrol."""
+    write_program(tmp_path / "bin/scontrol", 'echo "$@"; kill -KILL $PPID')
+    names = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = shell(folder, "bash", "-c", "source slurm/common.sh; again lost", **names, PATH=path)
+    assert done.stdout.splitlines()[-1] == "requeue 7_2", done.stderr
