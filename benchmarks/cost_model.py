@@ -245,7 +245,7 @@ def validate(folders: Iterable[Path], cores: int) -> str:
 
     from benchmarks.scaling_report import read_points
 
-    points = [p for folder in folders for p in read_points(folder)]
+    points = [p for folder in folders for p in read_points(folder, "--validate")]
     wrong = {f"{p.world}/{p.ep}/{p.stage}": kinds for p in points if p.stage < 3 and (kinds := p.mismatches())}
     x = np.array([features(p, cores) for p in points])
     y = np.array([p.batch / p.rate for p in points])

@@ -12,18 +12,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def device_name() -> str:
-    """The first GPU, or the CPU cores this process may use and torch's threads."""
+def nodes_of(world: int) -> int:
+    """Nodes that so many ranks take in this Slurm job (slurm/common.sh exports its ranks a node); 1 elsewhere."""
+    per_node = os.environ.get("TASKS_PER_NODE", "") if "SLURM_JOB_ID" in os.environ else ""
+    return -(-world // int(per_node)) if per_node.isdecimal() and int(per_node) else 1
+
+
+def device_name(world: int = 1) -> str:
+    """The GPUs, or the CPU cores this process may use and torch's threads; of the first node, where ranks take more."""
     import torch
 
+    nodes = nodes_of(world)
+    of = f"{nodes} nodes, the first: " if nodes > 1 else ""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        return f"{of}{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    return f"{cores} virtual {platform.machine()} CPU cores, {threads} thread(s), shared machine"
+    return f"{of}{cores} virtual {platform.machine()} CPU cores, {threads} thread(s), shared machine"
 
 
-def facts() -> dict[str, str]:
-    """Commit, versions and device of this process; `commit` ends in + where the tree differs from it."""
+def facts(world: int = 1) -> dict[str, str]:
+    """Commit, versions, and device of so many ranks; `commit` ends in + where the tree differs from it."""
     import deepspeed
     import torch
 
@@ -31,7 +39,7 @@ def facts() -> dict[str, str]:
         ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    return {"commit": commit or "unknown", "versions": versions, "device": device_name()}
+    return {"commit": commit or "unknown", "versions": versions, "device": device_name(world)}
 
 
 def provenance(program: str, arguments: Sequence[str], measured: Sequence[dict[str, str]] = ()) -> str:

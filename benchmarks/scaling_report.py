@@ -57,6 +57,11 @@ class Measured:
         return float(np.mean([r[f"bytes/{kind}"] for r in self.parts]))
 
     @property
+    def communication(self) -> float:
+        """Share of the step's measured parts that is communication."""
+        return sum(self.seconds(part) for part in COMMUNICATION) / sum(self.seconds(part) for part in PARTS)
+
+    @property
     def mfu(self) -> float | None:
         """Share of the peak FLOP/s; None where the peak is not known (a CPU)."""
         known = [value for value in self.mfus if value is not None]
@@ -102,14 +107,14 @@ def labels_of(config: Config) -> np.ndarray:
     return data.get(np.arange(len(data)))[1].numpy()
 
 
-def read_points(folder: Path) -> list[Measured]:
-    """Everything under FOLDER/points. Raises ConfigError if there is nothing."""
+def read_points(folder: Path, option: str = "--out") -> list[Measured]:
+    """Everything under FOLDER/points. Raises ConfigError, which names the option, if there is nothing."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for path in sorted((folder / "points").glob("*.json")):
         tree = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(tuple(tree[k] for k in ("world", "ep", "stage", "batch", "routing")), []).append(tree)
     if not found:
-        reject("--out", folder, "holds no finished point", "run the study first")
+        reject(option, folder, "holds no finished point", "run the study first")
     out = []
     for key, trees in sorted(found.items()):
         world, ep, stage, batch, routing = key
@@ -127,10 +132,20 @@ def read_points(folder: Path) -> list[Measured]:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
+def baseline(points: list[Measured], stage: int) -> Measured:
+    """What speed-ups of a stage are over: its smallest world, at the lowest ep measured there."""
+    return min((p for p in points if p.stage == stage), key=lambda p: (p.world, p.ep))
+
+
 def speedup(point: Measured, points: list[Measured]) -> float:
-    """Images/s over those of the smallest world at ep 1 and the same stage."""
-    same = [p for p in points if (p.stage, p.ep) == (point.stage, 1)]
-    return point.rate / min(same, key=lambda p: p.world).rate if same else float("nan")
+    """Images/s over those of the stage's baseline."""
+    return point.rate / baseline(points, point.stage).rate
+
+
+def baselines(points: list[Measured]) -> str:
+    """The baselines in words."""
+    named = [baseline(points, stage) for stage in sorted({p.stage for p in points})]
+    return ", ".join(f"{p.world} rank(s) at ep {p.ep} (ZeRO {p.stage})" for p in named)
 
 
 def speed_table(points: list[Measured]) -> str:
@@ -149,12 +164,11 @@ def speed_table(points: list[Measured]) -> str:
     ]
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
     for p in points:
-        total = sum(p.seconds(part) for part in PARTS)
         mfu = "-" if p.mfu is None else f"{p.mfu:.1%}"
-        share = sum(p.seconds(part) for part in COMMUNICATION) / total
         lines.append(f"{p.world} | {p.ep} | {p.stage} | {p.batch} | {p.rate:.0f} "
                      f"| {min(p.rates):.0f}-{max(p.rates):.0f} "
-                     f"| {mfu} | {speedup(p, points):.2f} | {share:.0%} | {p.memory:.2f} | {p.load:.2f}")  # fmt: skip
+                     f"| {mfu} | {speedup(p, points):.2f} | {p.communication:.0%} "
+                     f"| {p.memory:.2f} | {p.load:.2f}")  # fmt: skip
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -195,7 +209,7 @@ def write_csv(points: list[Measured], path: Path) -> None:
 
 
 def draw(points: list[Measured], path: Path) -> None:
-    """Throughput and memory over ep, parts of the step, speed-up with the ideal line; the first stage of the study."""
+    """Throughput, memory and communication share over ep, parts, speed-up with the ideal line; of the first stage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,12 +217,13 @@ def draw(points: list[Measured], path: Path) -> None:
 
     stage = points[0].stage
     points = [p for p in points if p.stage == stage]
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.8), width_ratios=[1, 1, 1.4, 1])
-    rate, memory, parts, speed = axes
+    figure, axes = pyplot.subplots(1, 5, figsize=(20, 3.8), width_ratios=[1, 1, 1, 1.4, 1])
+    rate, memory, share, parts, speed = axes
     for world in sorted({p.world for p in points}):
         line = [p for p in points if p.world == world]
         rate.plot([p.ep for p in line], [p.rate for p in line], "o-", label=f"{world} ranks")
         memory.plot([p.ep for p in line], [p.memory for p in line], "o-", label=f"{world} ranks")
+        share.plot([p.ep for p in line], [100 * p.communication for p in line], "o-", label=f"{world} ranks")
     bottom = np.zeros(len(points))
     for part in PARTS:
         seconds = np.array([p.seconds(part) for p in points])
@@ -218,11 +233,13 @@ def draw(points: list[Measured], path: Path) -> None:
         line = [p for p in points if p.ep == ep]
         speed.plot([p.world for p in line], [speedup(p, points) for p in line], "o-", label=f"ep {ep}")
     worlds = sorted({p.world for p in points})
-    speed.plot(worlds, [w / worlds[0] for w in worlds], "k--", linewidth=0.8, label="ideal")
+    first = baseline(points, stage)
+    speed.plot(worlds, [w / first.world for w in worlds], "k--", linewidth=0.8, label="ideal")
     rate.set(xlabel="ep", ylabel="images/s", ylim=(0, None))
     memory.set(xlabel="ep", ylabel="peak GiB a rank", ylim=(0, None))
+    share.set(xlabel="ep", ylabel="communication, % of a step", ylim=(0, 100))
     parts.set(xlabel="ranks/ep", ylabel="ms a step")
-    speed.set(xlabel="ranks", ylabel=f"speed-up over {worlds[0]} rank(s)", ylim=(0, None))
+    speed.set(xlabel="ranks", ylabel=f"speed-up over {first.world} rank(s), ep {first.ep}", ylim=(0, None))
     for axis in axes:
         axis.legend(fontsize=7)
     figure.suptitle(f"ZeRO-{stage}", fontsize=9)
@@ -241,8 +258,8 @@ def write_report(folder: Path, args: argparse.Namespace) -> str:
 
 {provenance("launchers/scaling_study.py", args.command, [fact for p in points for fact in p.facts])}
 
-Median over windows of {first.window} steps, after one window of warm-up; speed-up is over the smallest world at ep 1
-and the same stage; communication is the share of the step's measured parts.
+Median over windows of {first.window} steps, after one window of warm-up; speed-up is over
+{baselines(points)}; communication is the share of the step's measured parts.
 
 {speed_table(points)}
 
@@ -255,7 +272,7 @@ Bytes a step that leave a rank, summed over ranks; "formula" compares them with 
 
 {bytes_table(points)}
 
-![images/s and memory over ep, parts of the step, speed-up](scaling.png)
+![images/s, memory and communication share over ep, parts of the step, speed-up](scaling.png)
 """
     (folder / "scaling.md").write_text(text, encoding="utf-8")
     return text

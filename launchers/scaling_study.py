@@ -119,7 +119,7 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
         records.append([json.loads(line) for line in lines][-args.windows :])
         for checkpoint in (folder / "checkpoints").glob("step_*/*"):
             checkpoint.unlink()  # gigabytes that nobody asked for; the log stays
-    return {**asdict(point), **settings(args), "facts": facts(), "speed": records[0], "parts": records[-1]}
+    return {**asdict(point), **settings(args), "facts": facts(point.world), "speed": records[0], "parts": records[-1]}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,11 @@ ON_STOP=${ON_STOP:-requeue}                                # or: continue (exit 
 EARLY=15                                                   # seconds in which ranks may not hear signals yet
 export TASKS_PER_NODE DEVICE=${DEVICE:-}
 NODES=$SLURM_JOB_NUM_NODES
-pid='' asked='' began=0 code=0
+pid='' asked='' began=0 code=0 plan='' folder='' expected=0
+# a task of an array by its own name: one of them has the array's number, which means all tasks to scancel and scontrol
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-${SLURM_JOB_ID:-}}
+say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $JOB on ${SLURM_JOB_NODELIST:-}"
 
 ranks() { echo $((NODES * TASKS_PER_NODE)); }
 
@@ -36,24 +40,27 @@ check() { # COMMAND...
 }
 
 # Sets NODES to the most of the allocated nodes that the run can use, fewer than all only down to MIN_NODES: 3 nodes of 8
-# are left of 4, but 24 ranks do not divide a batch of 256, so 2 nodes go on.
+# are left of 4, but 24 ranks do not divide a batch of 256, so 2 nodes go on. Sets `plan` as `check` does.
 check_nodes() { # COMMAND of launchers/train.py
-    local message first='' first_code=2
+    local first='' first_code=2
     for ((NODES = SLURM_JOB_NUM_NODES; NODES >= MIN_NODES && NODES > 0; NODES--)); do
-        message=$("${python[@]}" "$@" --dry-run --check-files --world "$(ranks)" 2>&1 >/dev/null) && return
+        plan=$("${python[@]}" "$@" --dry-run --check-files --world "$(ranks)" 2>&1) && return
         code=$?
-        [[ $first ]] || first=$message first_code=$code
+        [[ $first ]] || first=$plan first_code=$code
     done
     [[ $first ]] || fail 2 "MIN_NODES=$MIN_NODES: only $SLURM_JOB_NUM_NODES nodes are allocated; submit with --nodes=$MIN_NODES"
     echo "$first" >&2
     exit "$first_code"
 }
 
-# Prints which ranks and expert-parallel groups are on which node; refuses groups that span nodes.
-place() { # EP
-    local ep=$1 first group groups host i=0
+# Prints which ranks and expert-parallel groups are on which node, by the plan of `check_nodes`: the recipe may say its
+# ep itself. Refuses groups that span nodes.
+place() {
+    local ep first group groups host i=0
+    ep=$(sed -n 's/^  ep  *\([1-9][0-9]*\)$/\1/p' <<<"$plan")
+    [[ $ep ]] || fail 1 "the dry run names no ep: $plan"
     if ((TASKS_PER_NODE % ep)) && [[ ! ${EP_SPANS_NODES:-} ]]; then
-        fail 2 "EP=$ep: does not divide the $TASKS_PER_NODE ranks of a node, so groups would span nodes; choose a divisor, or set EP_SPANS_NODES=1"
+        fail 2 "parallel.expert_parallel=$ep: does not divide the $TASKS_PER_NODE ranks of a node, so groups would span nodes; set EP to a divisor, or EP_SPANS_NODES=1"
     fi
     say "$(ranks) ranks on $NODES of $SLURM_JOB_NUM_NODES nodes, expert-parallel groups of $ep:"
     while read -r host && ((i < NODES)); do
@@ -69,6 +76,7 @@ place() { # EP
 # Gives up when this job has started MAX_STARTS times while PROGRESS (any word) stayed the same.
 count_starts() { # FOLDER PROGRESS
     local job='' progress='' starts=0
+    folder=$1
     mkdir -p "$1" || fail 2 "$1: cannot be made; choose another folder"
     { read -r job progress starts <"$1/.starts"; } 2>/dev/null
     [[ $job == "$SLURM_JOB_ID" && $progress == "$2" ]] || starts=0
@@ -83,7 +91,7 @@ forward() {
     asked=1
     [[ $pid ]] || return 0
     ((SECONDS - began >= EARLY)) || sleep $((EARLY - SECONDS + began))
-    scancel --signal="$SIGNAL" "$SLURM_JOB_ID" # steps only
+    scancel --signal="$SIGNAL" "$JOB" # steps only
 }
 SIGNAL=TERM
 trap forward USR2
@@ -94,6 +102,12 @@ run_ranks() { # RANKS COMMAND...
     local n=$1
     shift
     [[ ! $asked ]] || again "stopped before the ranks started"
+    if [[ ! ${HEARS_SIGNALS:-} ]]; then
+        export ENDS=$folder/.ends-$JOB
+        rm -rf "$ENDS"
+        mkdir -p "$ENDS" || fail 1 "$ENDS: cannot be made"
+        expected=$n
+    fi
     slurm/launch.sh "$n" "${python[@]}" "$@" &
     pid=$! began=$SECONDS
     while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
@@ -106,8 +120,16 @@ nodes_answer() {
     timeout 90 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true >/dev/null 2>&1
 }
 
-# Whether the ranks were stopped from outside and can go on: 85 is the launchers' code, 143 a rank that had no time for it.
-stopped() { ((code == 85 || code == 143)); }
+# Whether the ranks were stopped from outside and can go on: each has left word (slurm/task.sh) that it is done, or was
+# stopped. Not by the exit code of srun, which ends the others by TERM when one has crashed.
+stopped() {
+    local late=$((SECONDS + 60))
+    ((code)) && grep -qsx stopped "$ENDS"/* || return
+    while (($(grep -lx 'stopped\|finished' "$ENDS"/* | wc -l) < expected)); do
+        ((NODES > 1 && SECONDS < late)) || return # NFS may show what another node wrote a minute later
+        sleep 5
+    done
+}
 
 # Back into the queue under the same job id; dependents keep waiting.
 again() { # WHY
@@ -115,8 +137,8 @@ again() { # WHY
     continue) say "$1; the next job of the chain continues" && exit 0 ;;
     stop) say "$1; submit the same command again" && exit 85 ;;
     esac
-    say "$1; requeued"
-    if scontrol requeue "$SLURM_JOB_ID"; then # Slurm ends this script, whose exit code no longer counts
+    say "$1; requeueing"
+    if scontrol requeue "$JOB"; then # Slurm ends this script, whose exit code no longer counts
         sleep 60
         exit 0
     fi
@@ -128,6 +150,8 @@ again() { # WHY
 finish() {
     if stopped; then again "stopped and saved"; fi
     if ((code)) && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
+    ((code != 85)) || code=1 # of a rank that was stopped because another failed
+    [[ ! ${ENDS:-} ]] || rm -rf "$ENDS"
     say "exit code $code"
     exit "$code"
 }

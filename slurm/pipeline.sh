@@ -50,7 +50,7 @@ if [[ ${IMAGES:-} && (! ${VAE:-} || ! ${DATA:-}) ]]; then
     exit 2
 fi
 
-previous=''
+previous='' submitted=()
 submit() { # STAGE OPTIONS_AND_SCRIPT...
     local stage=$1
     shift
@@ -60,8 +60,13 @@ submit() { # STAGE OPTIONS_AND_SCRIPT...
         previous="<$stage>"
         return
     fi
-    previous=$("${command[@]}")
+    previous=$("${command[@]}") || {
+        echo "error: $stage was not submitted (sbatch says why above); the stages before it are cancelled" >&2
+        if ((${#submitted[@]})); then scancel "${submitted[@]}"; fi
+        exit 1
+    }
     previous=${previous%%;*} # a federation adds its cluster's name
+    submitted+=("$previous")
     echo "$stage $previous"
 }
 

@@ -45,7 +45,7 @@ def test_blanks_in_the_folder_and_unset_variables_in_env_sh(folder: Path) -> Non
         folder, "bash", "-c", 'source slurm/common.sh; printf "%s\\n" "${python[@]}"; echo $-', SLURM_JOB_NUM_NODES="1"
     )
     assert done.stderr == ""
-    *words, options = done.stdout.splitlines()
+    _, *words, options = done.stdout.splitlines()
     assert words == ["nice", "-n", "0", f"{folder}/.venv/bin/python", "-u"]
     assert "u" in options
 
@@ -59,3 +59,77 @@ def test_launch_in_an_salloc_shell(folder: Path, tmp_path: Path) -> None:
                  SLURM_JOB_CPUS_PER_NODE="72(x2)", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {"--nodelist=node1,node2", "--cpus-per-task=36", "--ntasks-per-node=2"} <= set(done.stdout.splitlines())
+
+
+LAUNCH = """#!/usr/bin/env bash
+# srun on one machine: ranks in groups of processes; when one fails, TERM to the others, and the greatest code
+n=$1 worst=0
+shift
+export SLURM_STEP_NUM_TASKS=$n LOCAL_WORLD_SIZE=$n SLURM_NODEID=0
+for ((rank = 0; rank < n; rank++)); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank setsid slurm/task.sh "$@" & ranks+=($!)
+done
+for ((i = 0; i < n; i++)); do
+    wait -n
+    code=$?
+    ((code == 0)) || for rank in "${ranks[@]}"; do kill -TERM -- "-$rank" 2>/dev/null; done
+    ((code <= worst)) || worst=$code
+done
+exit "$worst"
+"""
+WAIT = "sleep 30 & wait"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; exit 85"), "requeue 7"),  # launchers that hear the signal
+        ((WAIT, "exit 0", "sleep 0.2; exit 85"), "requeue 7"),  # dies of it before Python hears it; one is done
+        (("exit 0", "exit 0"), "exit code 0"),
+        ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; exit 3"), "exit code 1"),  # a crash: 85 is the greater code
+        ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; kill -KILL $$"), "exit code 137"),
+        ((WAIT, "sleep 0.2; kill -TERM $$"), "exit code 143"),  # not by Slurm
+    ],
+)
+def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[str, ...], expected: str) -> None:
+    """What the short jobs do about their end: all ranks done or stopped from outside is a requeue, else a failure."""
+    write_program(tmp_path / "bin/scontrol", 'echo "$@"; kill -KILL $PPID')  # as Slurm ends the script
+    write_program(tmp_path / "bin/srun", "exit 0")  # all nodes answer
+    (folder / "slurm/launch.sh").write_text(LAUNCH, encoding="utf-8")
+    for rank, text in enumerate(ranks):
+        write_program(folder / f"rank{rank}", text)
+    script = f"source slurm/common.sh; count_starts out 0; run_ranks {len(ranks)} -c 'exec ./rank$RANK'; finish"
+    done = shell(folder, "bash", "-c", script, SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="7", PYTHON="/bin/bash",
+                 PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
+    assert done.stdout.splitlines()[-1].endswith(expected), done.stdout + done.stderr
+
+
+def test_a_pipeline_that_cannot_be_submitted_leaves_no_jobs(folder: Path, tmp_path: Path) -> None:
+    write_program(tmp_path / "bin/sbatch", "case $* in *evaluate*) echo no >&2; exit 1 ;; *) echo 7 ;; esac")
+    write_program(tmp_path / "bin/scancel", 'echo "cancelled $#"')
+    done = shell(folder, "slurm/pipeline.sh", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "cancelled 2")
+    assert done.stderr.splitlines()[1].startswith("error: evaluate was not submitted")
+
+
+def test_a_study_is_submitted_by_its_sizes(folder: Path, tmp_path: Path) -> None:
+    write_program(tmp_path / "bin/python", "echo point; echo point")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = shell(folder, "slurm/scaling_study.sh", "--dry-run", PATH=path, WORLD="4,16")
+    words = [line.split() for line in done.stdout.splitlines()]
+    assert [line[1:7] for line in words] == [
+        [f"{world}:", "sbatch", "--parsable", f"--nodes={nodes}", "--gpus-per-node=8", "--array=0-1"]
+        for world, nodes in ((4, 1), (16, 2))
+    ], done.stderr
+    wrong = shell(folder, "slurm/scaling_study.sh", "--dry-run", WORLD="12")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "WORLD=12: does not fill nodes of 8" in wrong.stderr
+
+
+def test_a_task_of_an_array_requeues_itself_alone(folder: Path, tmp_path: Path) -> None:
+    """The last task has the number of the array as its SLURM_JOB_ID, and that means all of them to scontrol."""
+    write_program(tmp_path / "bin/scontrol", 'echo "$@"; kill -KILL $PPID')
+    names = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = shell(folder, "bash", "-c", "source slurm/common.sh; again lost", **names, PATH=path)
+    assert done.stdout.splitlines()[-1] == "requeue 7_2", done.stderr

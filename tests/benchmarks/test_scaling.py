@@ -51,7 +51,8 @@ def test_parts_sum_to_the_step(study):
 
 def test_report_and_csv(study):
     page = (study / "scaling.md").read_text()
-    assert page.count("| equal |") == 3 and "differs" not in page
+    assert page.count("| equal |") == 3 and "differs" not in page and "nan" not in page
+    assert "over\n2 rank(s) at ep 1 (ZeRO 1), 4 rank(s) at ep 2 (ZeRO 2);" in page  # no ep 1 at stage 2
     rows = list(csv.DictReader((study / "scaling.csv").open()))
     assert len(rows) == 3 and float(rows[0]["images_per_s"]) > 0
     assert (study / "scaling.png").stat().st_size > 5000
@@ -67,6 +68,11 @@ def test_a_finished_point_is_not_run_again(study, capsys):
 def test_validation_reads_the_study(study):
     text = cost_model.validate([study], cores=2)
     assert "3 of 3 points equal the formula" in text and "worst" in text
+
+
+def test_validation_of_no_study_names_the_option(tmp_path, capsys):
+    assert cost_model.main(["--validate", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --validate={tmp_path}: holds no finished point")
 
 
 def test_a_failing_point_leaves_its_log(tmp_path, capsys):

@@ -21,7 +21,7 @@ else
     until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done # cluster.py plugs it in
     ip addr add "$address/24" dev eth0
     ip link set eth0 up
-    slurmd -D -b -N "$name" & # -b: a reboot, which the uptime of the real machine does not show
+    slurmd -D -N "$name" &
 fi
 while :; do # pid 1 stays, and reaps orphans
     sleep 3600 &

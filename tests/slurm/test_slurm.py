@@ -66,6 +66,15 @@ def output(folder: Path, job: str) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+TRAINER = re.compile(r"^.*: (?:starting|resuming at step) .*$", re.MULTILINE)
+REASON = re.compile(
+    r"^\S+ \S+ (?:stopped and saved|stopped before the ranks started|a node does not answer .*); requeueing$"
+    r"|\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ DUE TO (?:NODE FAILURE|PREEMPTION)",
+    re.MULTILINE,
+)
+"""why a start ended before the job was done, in the words of the script or of Slurm"""
+
+
 class Training:
     """A training job under test: what it has done so far, and how often it was started."""
 
@@ -74,7 +83,13 @@ class Training:
 
     def starts(self) -> list[str]:
         """The trainer's line of every start: `4 x cpu, ... resuming at step S`."""
-        return re.findall(r"^.*: (?:starting|resuming at step) .*$", output(self.folder, self.job), re.MULTILINE)
+        return TRAINER.findall(output(self.folder, self.job))
+
+    def script_starts(self) -> list[tuple[int, str]]:
+        """Number and output of every start of the script, also of those that ended before the trainer's line."""
+        heads = r"^\S+ \S+ start (\d+) of job \d+ on .*\n"
+        _, *parts = re.split(heads, output(self.folder, self.job), flags=re.MULTILINE)
+        return [(int(number), text) for number, text in zip(parts[::2], parts[1::2], strict=True)]
 
     def state(self) -> str:
         return self.cluster.states(self.job)[0]
@@ -144,12 +159,19 @@ def interrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> d
 
 def test_a_job_outlives_preemption_a_lost_node_and_the_warning(cluster: Cluster, interrupted: dict[str, Any]) -> None:
     job, run = interrupted["job"], interrupted["run"]
-    print("\n".join(job.starts()))
+    # Every start that Slurm counts is in the log, with its reason to end. There may be more than the four that the
+    # events explain: after a lost node Slurm repeats what it had to tell it, now and then to a new step of that number.
+    starts = job.script_starts()
+    for number, text in starts:
+        line, reason = TRAINER.search(text), REASON.search(text)
+        print(f"start {number}: {line and line[0]}\n  {(reason and reason[0]) or text.splitlines()[-1]}")
+        assert reason if number < len(starts) else text.endswith("exit code 0\n"), text
+    restarts = int(cluster.fields(job.job)[0]["Restarts"])
+    assert [number for number, _ in starts] == list(range(1, restarts + 2))
     ranks = [int(re.findall(r"(\d+) x cpu", line)[0]) for line in job.starts()]
-    assert ranks == [4, 4, 2, 4] and all("ep 2" in line for line in job.starts())
+    assert ranks[:3] == [4, 4, 2] and set(ranks[3:]) == {4} and all("ep 2" in line for line in job.starts())
     resumed = interrupted["resumed"]
     assert resumed == sorted(set(resumed)), "every start goes on from a later step"
-    assert cluster.fields(job.job)[0]["Restarts"] == "3"
     text = output(interrupted["folder"], job.job)
     assert "node1: ranks 0-1, groups 0-1\n  node2: ranks 2-3, groups 2-3" in text
     assert "2 ranks on 1 of 1 nodes" in text
@@ -180,7 +202,7 @@ def test_wrong_submissions_end_before_the_ranks_start(cluster: Cluster, tmp_path
     images = "data.name=images model.num_classes=2"
     cases = {
         "train": ("slurm/promoe_xl.sbatch", {"EP": 3}, r"parallel.expert_parallel=3: does not divide the world size 4"),
-        "node": ("slurm/promoe_xl.sbatch", {"EP": 4}, r"EP=4: does not divide the 2 ranks of a node"),
+        "node": ("slurm/promoe_xl.sbatch", {"EP": 4}, r"expert_parallel=4: does not divide the 2 ranks of a node"),
         "data": ("slurm/promoe_xl.sbatch", {"OVERRIDES": images, "DATA": "/absent/images"}, r"/absent/images"),
         "typo": ("slurm/promoe_xl.sbatch", {"OVERRIDES": "train.stepz=5"}, r"train.stepz"),
         "sample": ("slurm/sample.sbatch", {}, r"--run="),
@@ -223,11 +245,44 @@ def test_encoding(cluster: Cluster, tmp_path: Path) -> None:
     train("--config", "tiny", "--run", str(tmp_path / "run"), "--dry-run", "--check-files", *words, timeout=PATIENCE)
 
 
+RANK = """#!/bin/bash
+# instead of Python: the first start never ends by itself, ranks hear TERM like launchers, or not yet
+case "$*" in *--dry-run*) exit ;; esac
+touch "$RUN/up$RANK"
+if ((SLURM_RESTART_COUNT)); then exit; fi
+if ((RANK == 0)); then trap 'exit 85' TERM; fi
+if [[ $DIES && $RANK == 1 ]]; then kill -KILL $$; fi
+sleep 300 & wait
+"""
+
+
+def test_a_preempted_rank_is_requeued_and_a_killed_one_fails(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "python").write_text(RANK, encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    env = settings(tmp_path, PYTHON=tmp_path / "python", RUN=tmp_path)
+    killed = cluster.sbatch("--gpus-per-node=2", "slurm/sample.sbatch", env=env | {"DIES": "1"})
+    assert cluster.wait(killed, PATIENCE) == ["FAILED"]
+    assert cluster.fields(killed)[0]["Restarts"] == "0" and output(tmp_path, killed).endswith("exit code 137\n")
+    for path in tmp_path.glob("up*"):
+        path.unlink()
+    job = cluster.sbatch("--gpus-per-node=2", "slurm/evaluate.sbatch", env=env | {"DIES": ""})
+    wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, PATIENCE, "ranks")
+    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)
+    assert cluster.fields(job)[0]["Restarts"] == "1" and "stopped and saved; requeueing" in output(tmp_path, job)
+
+
 def test_the_array_job_of_the_study_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
     env = settings(tmp_path, RECIPE="tiny", WORLD="2,4", EP=2, STAGE=1, BATCH="strong", OUT=tmp_path / "study",
-                   STUDY_OPTIONS="--window 2 --windows 2")  # fmt: skip
-    job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", "--array=0-1%1", "slurm/scaling_study.sbatch", env=env)
-    assert cluster.wait(job, PATIENCE) == ["COMPLETED"] * 2, output(tmp_path, job)[-4000:]
+                   STUDY_OPTIONS="--window 2 --windows 2", GPUS_PER_NODE=2)  # fmt: skip
+    submitted = cluster.run("slurm/scaling_study.sh", env=env)
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = [line.split()[-1] for line in submitted.stdout.splitlines()]
+    for job in jobs:
+        assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)[-4000:]
+    assert [cluster.fields(job)[0]["NumNodes"] for job in jobs] == ["1", "2"]
+    assert "2 nodes, the first: " in (tmp_path / "study" / "scaling.md").read_text(encoding="utf-8")
     table = (tmp_path / "study" / "scaling.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[0] for line in table[1:]] == ["2", "4"]
     assert (tmp_path / "study" / "scaling.md").exists()
@@ -266,16 +321,18 @@ def test_starts_that_save_nothing_are_counted(cluster: Cluster, tmp_path: Path) 
     assert cluster.run("bash", "-c", script, env={**env, "NEXT": "step_2", "SLURM_JOB_ID": "8"}).returncode == 0
 
 
-def test_fewer_nodes_where_the_batch_does_not_divide(cluster: Cluster) -> None:
-    """3 nodes of 2 are left; 6 ranks do not divide a batch of 32, so 2 nodes go on, if MIN_NODES allows."""
-    train_words = "launchers/train.py --config tiny --run /absent/run parallel.expert_parallel=2"
-    script = f"source slurm/common.sh; check_nodes {train_words}; echo $NODES; place 2"
+def test_fewer_nodes_where_the_batch_does_not_divide(cluster: Cluster, tmp_path: Path) -> None:
+    """3 nodes of 2 are left; 6 ranks do not divide a batch of 32, so 2 nodes go on, if MIN_NODES allows. Ep is the
+    recipe's."""
+    (tmp_path / "recipe.yaml").write_text("base: tiny\nparallel: {expert_parallel: 2}\n", encoding="utf-8")
+    train_words = f"launchers/train.py --config {tmp_path}/recipe.yaml --run /absent/run"
+    script = f"source slurm/common.sh; check_nodes {train_words}; echo $NODES; place"
     env = {**CPU, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "TASKS_PER_NODE": "2"}
     env |= {"SLURM_JOB_NODELIST": "gpu[07-09]"}
     fewer = cluster.run("bash", "-c", script, env={**env, "MIN_NODES": "1"})
     assert fewer.returncode == 0, fewer.stderr
-    assert fewer.stdout.splitlines()[0] == "2"
-    assert fewer.stdout.splitlines()[2:] == ["  gpu07: ranks 0-1, groups 0-1", "  gpu08: ranks 2-3, groups 2-3"]
+    assert fewer.stdout.splitlines()[1] == "2"
+    assert fewer.stdout.splitlines()[3:] == ["  gpu07: ranks 0-1, groups 0-1", "  gpu08: ranks 2-3, groups 2-3"]
     without = cluster.run("bash", "-c", script, env={**env, "TASKS_PER_NODE": "", "SLURM_GPUS_PER_NODE": "0"})
     assert (without.returncode, without.stderr.count("\n")) == (2, 1) and "without GPUs set it" in without.stderr
     refused = cluster.run("bash", "-c", script, env=env)
