@@ -12,12 +12,14 @@ them), and none is begun after `--minutes`. The table is printed last, and writt
 The training step here is forward, backward, gradient norm with clipping, fused AdamW and the EMA, without DeepSpeed's
 engine and without data loading: the same for every system. `promoe paper loop` is Algorithm 1 of the paper on the
 parameters of `promoe`;
-`dense` is Dense-DiT at the same activated size. benchmarks/moe_peers.py has the peers, and what they leave out.
+`dense` is Dense-DiT at the same activated size; `compiled` is with `train.compile`. benchmarks/moe_peers.py has the
+peers, and what they leave out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -38,6 +40,7 @@ from benchmarks.provenance import provenance
 from promoe_ds import accounting
 from promoe_ds.config import Config, load_config
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.models.compiled import compile_gelus, compile_model
 from promoe_ds.models.init import build
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routing import RoutingContext
@@ -148,6 +151,8 @@ def layer_systems(config: Config, images: int, precision: str, routing: str, dev
     systems = {
         f"promoe {name}": layer_step(layer, with_backend(layer, name), x, precision) for name in backends(device)
     }
+    compiled: Any = compile_gelus(copy.deepcopy(layer))
+    systems["promoe compiled"] = layer_step(compiled, with_backend(compiled, "grouped_mm"), x, precision)
     systems["paper loop"] = layer_step(layer, loop, x, precision)
     with autocast(device, precision):
         gemms = moe_peers.gemms_alone(layer, x, ctx)
@@ -222,6 +227,9 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
 
     systems = {"dense": train_step(dense, images, device, precision)}
     systems |= {f"promoe {name}": variant(name, False) for name in backends(device)}
+    for name in ("dense", "promoe"):
+        model = compile_model(make_model(load_config(f"imagenet256_{name}_{size}"), device))
+        systems[f"{name} compiled"] = train_step(model, images, device, precision)
     return systems | {"promoe paper loop": variant("loop", True)}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.layers import Mlp, gelu
@@ -20,18 +20,24 @@ from promoe_ds.moe.experts import StackedExperts
 
 def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor") -> DiT:
     """Compile in place at the first forward; returns the same object."""
+    for block in model.blocks:
+        compiled: Any = block
+        compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
+        if compiled.is_moe:
+            compile_gelus(compiled.mlp, backend)
+        else:
+            compiled.feed = torch.compile(compiled.feed, fullgraph=True, backend=backend)
+    return model
+
+
+def compile_gelus(layer: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
+    """Compile those of all experts in `layer`, in place; returns the same object."""
     flat_gelu = torch.compile(gelu, fullgraph=True, dynamic=True, backend=backend)
 
     def activation(x: Tensor) -> Tensor:
         return flat_gelu(x.flatten()).view_as(x)  # one graph for any number of rows and any width
 
-    for block in model.blocks:
-        compiled: Any = block
-        compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
-        if not compiled.is_moe:
-            compiled.feed = torch.compile(compiled.feed, fullgraph=True, backend=backend)
-            continue
-        for module in compiled.mlp.modules():
-            if isinstance(module, Mlp | StackedExperts):
-                module.activation = activation
-    return model
+    for module in layer.modules():
+        if isinstance(module, Mlp | StackedExperts):
+            module.activation = activation
+    return layer
