@@ -10,8 +10,9 @@ examples:
 A step of a rank is compute + exposed all-to-all + exposed gradient reduction + parameter gathering + optimizer:
 
   compute       FLOPs / (peak * efficiency); under expert parallelism routed FLOPs times the load of the busiest rank
-  all-to-all    4 exchanges a MoE layer and micro-batch, the slower of NVLink and network, each with its latency, plus
-                one exchange of counts and one host synchronisation; nothing is hidden
+  all-to-all    4 exchanges a MoE layer and micro-batch, the slower of NVLink and network, each with its latency, hidden
+                behind `overlap` of the shared and unconditional experts' work that runs beside it, plus one exchange
+                of counts and one host synchronisation, not hidden
   gradients     ring all-reduce (so DeepSpeed 0.19.8 at ZeRO 1 and 2), hidden behind `overlap` of the backward pass
   parameters    all-gather after the step, not hidden
   optimizer     32 bytes an element of this rank's share, from memory
@@ -109,16 +110,32 @@ def compute_seconds(config: Config, hw: Hardware, images: int, ep: int, busiest:
     return images * (flops + extra) / (hw.peak_tflops * 1e12 * hw.efficiency)
 
 
+def beside_exchanges(config: Config, images: float) -> tuple[float, float, float, float]:
+    """FLOPs that run beside the four exchanges of a layer (`moe/layer.py`), for `images` images of a micro-batch.
+
+    Shared experts beside the dispatch, unconditional ones beside the combine; their gradients, twice as many FLOPs,
+    beside the ways back.
+    """
+    moe = config.moe
+    assert moe is not None
+    an_expert = 2 * 2 * config.model.width * accounting.expert_hidden(config) * config.model.tokens * images
+    shared = moe.num_shared * an_expert
+    null = moe.num_unconditional * config.diffusion.label_drop * an_expert if moe.conditional else 0.0
+    return shared, null, 2 * null, 2 * shared
+
+
 def all_to_all_seconds(config: Config, hw: Hardware, world: int, ep: int, accumulation: int, busiest: float) -> float:
-    """All exchanges of a step, exposed."""
+    """All exchanges of a step, as far as nothing hides them."""
     if ep == 1:
         return 0.0
-    layers = len(config.moe_layers())
-    remote = traffic.all_to_all_expected(config, ep) / world * busiest  # bytes a rank a step
+    times = accumulation * len(config.moe_layers())
+    sent = traffic.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes a rank and exchange
     far = hw.far(ep, world)
-    seconds = max((1 - far) * remote / (hw.intra_gbs * 1e9), far * remote / (hw.inter_gbs * 1e9))
-    fixed = accumulation * layers * (5 * hw.latency_us + hw.sync_us) * 1e-6
-    return seconds + fixed
+    travel = max((1 - far) * sent / (hw.intra_gbs * 1e9), far * sent / (hw.inter_gbs * 1e9)) + hw.latency_us * 1e-6
+    speed = hw.peak_tflops * 1e12 * hw.efficiency
+    beside = beside_exchanges(config, config.train.global_batch_size / world / accumulation)
+    exposed = sum(max(0.0, travel - hw.overlap * flops / speed) for flops in beside)
+    return times * (exposed + (hw.latency_us + hw.sync_us) * 1e-6)
 
 
 def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:

@@ -220,10 +220,10 @@ def draw(points: list[Measured], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 5, figsize=(20, 3.8), width_ratios=[1, 1, 1, 1.4, 1])
     rate, memory, share, parts, speed = axes
     for world in sorted({p.world for p in points}):
-        line = [p for p in points if p.world == world]
-        rate.plot([p.ep for p in line], [p.rate for p in line], "o-", label=f"{world} ranks")
-        memory.plot([p.ep for p in line], [p.memory for p in line], "o-", label=f"{world} ranks")
-        share.plot([p.ep for p in line], [100 * p.communication for p in line], "o-", label=f"{world} ranks")
+        line, label = [p for p in points if p.world == world], f"{world} rank{'s' * (world > 1)}"
+        rate.plot([p.ep for p in line], [p.rate for p in line], "o-", label=label)
+        memory.plot([p.ep for p in line], [p.memory for p in line], "o-", label=label)
+        share.plot([p.ep for p in line], [100 * p.communication for p in line], "o-", label=label)
     bottom = np.zeros(len(points))
     for part in PARTS:
         seconds = np.array([p.seconds(part) for p in points])
@@ -238,10 +238,12 @@ def draw(points: list[Measured], path: Path) -> None:
     rate.set(xlabel="ep", ylabel="images/s", ylim=(0, None))
     memory.set(xlabel="ep", ylabel="peak GiB a rank", ylim=(0, None))
     share.set(xlabel="ep", ylabel="communication, % of a step", ylim=(0, 100))
-    parts.set(xlabel="ranks/ep", ylabel="ms a step")
+    parts.set(xlabel="ranks/ep", ylabel="ms a step", ylim=(0, 1400 * bottom.max()))  # room for the legend
     speed.set(xlabel="ranks", ylabel=f"speed-up over {first.world} rank(s), ep {first.ep}", ylim=(0, None))
+    for axis in (rate, memory, share):
+        axis.set_xticks(sorted({p.ep for p in points}))
     for axis in axes:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=2 if axis is parts else 1, loc="upper left" if axis is parts else "best")
     figure.suptitle(f"ZeRO-{stage}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=80)

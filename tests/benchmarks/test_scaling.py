@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import pytest
 
 from benchmarks import cost_model
-from benchmarks.cost_model import Hardware, crossover_images, predict
+from benchmarks.cost_model import Hardware, all_to_all_seconds, crossover_images, predict
 from benchmarks.scaling_report import read_points
 from launchers import scaling_study
 from promoe_ds import accounting, traffic
@@ -126,6 +127,18 @@ def test_without_communication_time_is_flops_over_speed():
     for ep in (1, 4):
         expected = 32 * accounting.train_flops(config, config.diffusion.label_drop) / 500e12
         assert predict(config, free, 8, ep).seconds == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_hide_behind_the_experts_that_do_not_travel():
+    """Links so slow that no work hides an exchange whole, and so fast that it all does."""
+    config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=256", "diffusion.label_drop=0.5"])
+    slow, fast = dataclasses.replace(H100, intra_gbs=1.0), dataclasses.replace(H100, intra_gbs=1e9)
+    layers, tokens, expert = len(config.moe_layers()), 256 * 32, 2 * 2 * 1152 * accounting.expert_hidden(config)
+    travel = traffic.all_to_all_expected(config, 2) / 8 / 1e9
+    assert all_to_all_seconds(config, dataclasses.replace(slow, overlap=0.0), 8, 2, 1, 1.0) == pytest.approx(travel)
+    hidden = 0.5 * layers * (3 * tokens + 3 * tokens / 2) * expert / 500e12
+    assert all_to_all_seconds(config, slow, 8, 2, 1, 1.0) == pytest.approx(travel - hidden)
+    assert all_to_all_seconds(config, fast, 8, 2, 1, 1.0) == 0.0
 
 
 def test_a_busier_rank_costs_only_expert_parallelism():
