@@ -67,7 +67,7 @@ def check(args: argparse.Namespace) -> None:
         reject("--shard-gb", args.shard_gb, "must be positive", "choose a number above 0")
 
 
-def metrics_of(args: argparse.Namespace, file: Path) -> dict[str, Any] | None:
+def metrics_of(args: argparse.Namespace, file: Path, step: int) -> dict[str, Any] | None:
     """Scores for the model card: of --metrics, or those that stand in the run folder."""
     run = run_of(file)
     path = args.metrics or (run / "metrics.json" if run and args.weights != "raw" else None)  # a run's are of its EMA
@@ -75,7 +75,7 @@ def metrics_of(args: argparse.Namespace, file: Path) -> dict[str, Any] | None:
         return None
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        score_rows(tree, 0)
+        score_rows(tree, step)
         return tree
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reject("--metrics", path, f"holds no scores ({error})", "name a metrics.json of launchers/evaluate.py")
@@ -86,9 +86,10 @@ def export(argv: list[str]) -> None:
     check(args)
     path, option = (args.run, "--run") if args.run else (args.model, "--model")
     file = find_weights(path, option)
-    found, metrics = weights.held(file, option), metrics_of(args, file)
+    found = weights.held(file, option)
     source, dtype, limit = args.weights or found[0], args.dtype or "fp32", int(args.shard_gb * 1e9)
     config, step = header(file)
+    metrics = metrics_of(args, file, step)
     count = count_parameters(config).total
     text = f"{config.name}, step {step}, {count:,} parameters, {source if args.format != 'official' else 'ema and raw'}"
     if args.format == "official":

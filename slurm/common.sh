@@ -23,6 +23,7 @@ MAX_STARTS=${MAX_STARTS:-3}                                # starts in a row tha
 ON_STOP=${ON_STOP:-requeue}                                # or: continue (exit 0), stop (exit 85), for jobs in a chain
 EARLY=15                                                   # seconds in which ranks may not hear signals yet
 export TASKS_PER_NODE DEVICE=${DEVICE:-}
+export PROMOE_ENDS='' HEARS_SIGNALS=''                     # not those of a job that submitted this one
 NODES=$SLURM_JOB_NUM_NODES
 pid='' asked='' began=0 code=0 plan='' folder='' expected=0
 # a task of an array by its own name: one of them has the array's number, which means all tasks to scancel and scontrol
@@ -102,10 +103,10 @@ run_ranks() { # RANKS COMMAND...
     local n=$1
     shift
     [[ ! $asked ]] || again "stopped before the ranks started"
-    if [[ ! ${HEARS_SIGNALS:-} ]]; then
-        export ENDS=$folder/.ends-$JOB
-        rm -rf "$ENDS"
-        mkdir -p "$ENDS" || fail 1 "$ENDS: cannot be made"
+    if [[ ! $HEARS_SIGNALS ]]; then
+        export PROMOE_ENDS=$folder/.ends-$JOB
+        rm -rf "$PROMOE_ENDS"
+        mkdir -p "$PROMOE_ENDS" || fail 1 "$PROMOE_ENDS: cannot be made"
         expected=$n
     fi
     slurm/launch.sh "$n" "${python[@]}" "$@" &
@@ -124,15 +125,18 @@ nodes_answer() {
 # stopped. Not by the exit code of srun, which ends the others by TERM when one has crashed.
 stopped() {
     local late=$((SECONDS + 60))
-    ((code)) && grep -qsx stopped "$ENDS"/* || return
-    while (($(grep -lx 'stopped\|finished' "$ENDS"/* | wc -l) < expected)); do
+    ((code)) && [[ $PROMOE_ENDS ]] && grep -qsx stopped "$PROMOE_ENDS"/* || return
+    while (($(grep -lx 'stopped\|finished' "$PROMOE_ENDS"/* | wc -l) < expected)); do
         ((NODES > 1 && SECONDS < late)) || return # NFS may show what another node wrote a minute later
         sleep 5
     done
 }
 
+forget_ends() { [[ ! $PROMOE_ENDS ]] || rm -rf "$PROMOE_ENDS"; }
+
 # Back into the queue under the same job id; dependents keep waiting.
 again() { # WHY
+    forget_ends
     case $ON_STOP in
     continue) say "$1; the next job of the chain continues" && exit 0 ;;
     stop) say "$1; submit the same command again" && exit 85 ;;
@@ -151,7 +155,7 @@ finish() {
     if stopped; then again "stopped and saved"; fi
     if ((code)) && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
     ((code != 85)) || code=1 # of a rank that was stopped because another failed
-    [[ ! ${ENDS:-} ]] || rm -rf "$ENDS"
+    forget_ends
     say "exit code $code"
     exit "$code"
 }

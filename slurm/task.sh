@@ -9,7 +9,7 @@ fi
 if [[ ${DEVICE:-} == cpu ]]; then export CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu; fi
 # train.py hears these as soon as Python runs; until then they would kill the rank
 if [[ ${HEARS_SIGNALS:-} ]]; then trap '' TERM USR2; fi
-[[ ${ENDS:-} ]] || exec "$@"
+[[ ${PROMOE_ENDS:-} ]] || exec "$@"
 
 # The ranks of other jobs do not agree on how they end: each leaves word, and common.sh asks whether it has them all.
 # That Slurm sends TERM, also to the others after a rank has died, is no failure of this one; one that dies of KILL, a
@@ -19,7 +19,7 @@ trap 'told=1' TERM # bash keeps waiting
 "$@" || code=$?
 if ((code == 85)) || [[ $told && " 130 143 " == *" $code "* ]]; then code=85; fi
 case $code in
-0) echo finished >"$ENDS/$RANK" ;;
-85) echo stopped >"$ENDS/$RANK" ;;
+0) echo finished >"$PROMOE_ENDS/$RANK" ;;
+85) echo stopped >"$PROMOE_ENDS/$RANK" ;;
 esac
 exit "$code"

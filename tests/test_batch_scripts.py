@@ -104,6 +104,22 @@ def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[
     assert done.stdout.splitlines()[-1].endswith(expected), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("hears", ["1", ""])
+def test_words_of_the_ranks_are_cleared_up_and_nothing_else(folder: Path, tmp_path: Path, hears: str) -> None:
+    """Not the folder of a job that submits this one, with its variables; and the end of a chain leaves none either."""
+    (folder / "mine").mkdir()
+    write_program(tmp_path / "bin/srun", "exit 0")  # all nodes answer
+    (folder / "slurm/launch.sh").write_text(LAUNCH, encoding="utf-8")
+    write_program(folder / "rank0", "exit $CODE")
+    script = f"source slurm/common.sh; export HEARS_SIGNALS={hears}; count_starts out 0; run_ranks 1 ./rank0; finish"
+    variables = {"PROMOE_ENDS": f"{folder}/mine", "HEARS_SIGNALS": "1", "ON_STOP": "stop", "PYTHON": "/bin/bash"}
+    for code, expected in (("0", 0), ("85", 1 if hears else 85)):
+        done = shell(folder, "bash", "-c", script, SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="7", CODE=code, **variables,
+                     PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
+        assert done.returncode == expected, done.stdout + done.stderr
+        assert list((folder / "mine").iterdir()) == [] and list((folder / "out").glob(".ends-*")) == []
+
+
 def test_a_pipeline_that_cannot_be_submitted_leaves_no_jobs(folder: Path, tmp_path: Path) -> None:
     write_program(tmp_path / "bin/sbatch", "case $* in *evaluate*) echo no >&2; exit 1 ;; *) echo 7 ;; esac")
     write_program(tmp_path / "bin/scancel", 'echo "cancelled $#"')

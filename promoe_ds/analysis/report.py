@@ -28,7 +28,7 @@ def check_folder(out: Path) -> None:
     """An earlier analysis may be replaced, anything else not. Raises `ConfigError`."""
     if out.exists() and not out.is_dir():
         reject("--out", out, "is not a folder", "name another one")
-    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in (REPORT, FILES)):
+    if out.exists() and any(out.iterdir()) and not ((out / REPORT).exists() or _listed(out)):
         reject("--out", out, f"holds files but no {REPORT}", "name an empty or a new folder")
 
 
@@ -57,21 +57,26 @@ class Writer:
             for name, data in self.files.items():
                 with atomic(out / name) as temporary:
                     temporary.write_bytes(data)
-            for name in set(old) - set(new):
-                (out / name).unlink(missing_ok=True)
+            for path in (out / name for name in set(old) - set(new)):
+                if path.is_file():
+                    path.unlink()
             write_text(out / FILES, json.dumps(sorted(new)))
         except OSError as error:
             reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
 
 
 def _listed(out: Path) -> list[str]:
-    """Files of an earlier report, of this folder alone; none where the list is damaged."""
+    """Files of an earlier report, of this folder alone; none where the list is damaged, or is no report's.
+
+    Every report lists its page: a folder of the user's may hold a `files.json` too.
+    """
     try:
         names = json.loads((out / FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    names = names if isinstance(names, list) else []
-    return [name for name in names if isinstance(name, str) and Path(name).name == name and (out / name).is_file()]
+    if not isinstance(names, list) or REPORT not in names:
+        return []
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
 def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, command: str) -> None:

@@ -35,6 +35,8 @@ def compile_gelus(layer: nn.Module, backend: str | Callable[..., Any] = "inducto
     flat_gelu = torch.compile(gelu, fullgraph=True, dynamic=True, backend=backend)
 
     def activation(x: Tensor) -> Tensor:
+        if len(x) < 2:  # torch makes graphs of their own for sizes 0 and 1
+            return gelu(x)
         return flat_gelu(x.flatten()).view_as(x)  # one graph for any number of rows and any width
 
     for module in layer.modules():

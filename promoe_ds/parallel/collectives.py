@@ -110,9 +110,15 @@ class _Journey:
     def __init__(self, send: list[int], receive: list[int], group: Any):
         self.send, self.receive, self.group, self.ticket = send, receive, _name(group), next(_tickets)
         self.back: tuple[Tensor, int] | None = None
+        self.over = False
 
     def begin(self, x: Tensor) -> Tensor:
         return _swap_rows(x, self.send, self.receive, self.group, self.ticket)
+
+    def end(self) -> None:
+        assert not self.over, "rows arrive once: the gradients of a second arrival would replace those of the first"
+        self.over = True
+        _arrived(self.ticket)
 
     def begin_back(self, grad: Tensor) -> None:
         ticket = next(_tickets)
@@ -140,7 +146,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
         ctx.journey = journey
-        _arrived(journey.ticket)
+        journey.end()
         return x.view_as(x)
 
     @staticmethod

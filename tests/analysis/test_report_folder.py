@@ -26,13 +26,21 @@ def test_files_of_an_earlier_report_go_and_the_users_stay(tmp_path: Path) -> Non
     (tmp_path / "notes.png").write_bytes(b"mine")
     write(tmp_path, "load.png")
     assert held(tmp_path) == {"load.png", "notes.png"}
-    (tmp_path / "files.json").write_text('["../x", "notes.png/..", "load.png", 3]')
+    (tmp_path / "files.json").write_text('["../x", "notes.png/..", "load.png", 3, "report.html"]')
     (tmp_path.parent / "x").write_text("elsewhere")
     write(tmp_path, "explained.png")
     assert held(tmp_path) == {"explained.png", "notes.png"} and (tmp_path.parent / "x").exists()
     (tmp_path / "files.json").write_text("3")
     write(tmp_path, "load.png")
     assert held(tmp_path) == {"load.png", "explained.png", "notes.png"}
+
+
+def test_a_list_of_files_that_is_no_reports_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "0001.png").write_bytes(b"mine")
+    for listed in ('["0001.png"]', '{"report.html": 1}', "3"):
+        (tmp_path / "files.json").write_text(listed)
+        with pytest.raises(ConfigError, match="holds files but no report.html"):
+            check_folder(tmp_path)
 
 
 def test_a_report_that_was_interrupted_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

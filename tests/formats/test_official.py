@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,8 @@ def test_the_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     assert torch.equal(b.state_dict()["pos_embed"], a.state_dict()["pos_embed"].bfloat16().float())
     assert "| experts | 4 routed by `diffmoe`" in (copy / "README.md").read_text()
     assert load_config(str(copy / "config.yaml")) == load_ema(copy)[1]
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps({"sets": [{"num": None, "sampling": {"checkpoint_step": load_ema(out)[2]}}]}))
     for bad, text in (
         (["--model", out, "--out", copy], "exists"),
         (["--model", out, "--out", tmp_path / "x", "--weights", "raw"], "holds ema weights alone"),
@@ -224,6 +227,7 @@ def test_the_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         (["--model", out, "--out", tmp_path / "x", "--format", "official", "--dtype", "bf16"], "leave it out"),
         (["--model", out, "--out", tmp_path / "x", "--shard-gb", "0"], "must be positive"),
         (["--model", out, "--out", tmp_path / "x", "--metrics", file], "holds no scores"),
+        (["--model", out, "--out", tmp_path / "x", "--metrics", odd], "holds no scores"),
         (["--model", tmp_path / "no", "--out", tmp_path / "x"], "no such file or folder"),
     ):
         capsys.readouterr()

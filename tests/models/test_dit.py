@@ -10,9 +10,10 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from benchmarks.op_counting import OperatorCount
 from promoe_ds.config import Config, decode, encode, load_config
-from promoe_ds.models.compiled import compile_model
+from promoe_ds.models.compiled import compile_gelus, compile_model
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.models.layers import Mlp
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology
@@ -122,6 +123,26 @@ def test_compiled_parts_break_no_graph_and_change_nothing() -> None:
     kinds = [["scaled_dot_product_attention"], ["sigmoid"], ["sigmoid"]]
     assert sorted(graphs) == kinds, "a graph for all attentions, one for the dense MLPs, one for all GELUs of experts"
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_gelus_are_few_graphs_whatever_the_rows() -> None:
+    """All layers and ranks share torch's limit of graphs a function, and reaching it would end the training."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, example)
+
+    layer = compile_gelus(Mlp(4, 8), backend)
+    for grad in (True, False):
+        for mixed in (False, True):
+            for rows in (5, 0, 1, 9):
+                with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                    x = torch.randn(rows, 8, requires_grad=grad)
+                    found = layer.activation(x * 1)  # type: ignore[operator]
+                torch.testing.assert_close(found, torch.nn.functional.gelu(x, approximate="tanh"))
+    assert len(graphs) == 4, "a graph with and without gradients, with and without autocast"
 
 
 def test_learn_sigma_doubles_the_output() -> None:
