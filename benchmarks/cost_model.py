@@ -13,7 +13,8 @@ A step of a rank is compute + exposed all-to-all + exposed gradient reduction + 
   all-to-all    4 exchanges a MoE layer and micro-batch, the slower of NVLink and network, each with its latency, hidden
                 behind `overlap` of the shared and unconditional experts' work that runs beside it, plus one exchange
                 of counts and one host synchronisation, not hidden
-  gradients     ring all-reduce (so DeepSpeed 0.19.8 at ZeRO 1 and 2), hidden behind `overlap` of the backward pass
+  gradients     ring all-reduce (so DeepSpeed 0.19.8 at ZeRO 1 and 2), hidden behind `overlap` of the backward pass, but
+                for the part of it beside which rows travel: the links are taken then
   parameters    all-gather after the step, not hidden
   optimizer     32 bytes an element of this rank's share, from memory
 
@@ -138,6 +139,14 @@ def all_to_all_seconds(config: Config, hw: Hardware, world: int, ep: int, accumu
     return times * (exposed + (hw.latency_us + hw.sync_us) * 1e-6)
 
 
+def backward_beside_rows(config: Config, hw: Hardware, world: int, ep: int) -> float:
+    """Seconds of a step's backward pass in which experts that stay work while rows travel."""
+    if ep == 1:
+        return 0.0
+    _, _, null, shared = beside_exchanges(config, config.train.global_batch_size / world)
+    return len(config.moe_layers()) * (null + shared) / (hw.peak_tflops * 1e12 * hw.efficiency)
+
+
 def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
     """All-reduce of dense gradients over all ranks and of experts over their replicas."""
     dense, routed = traffic.trained(config)
@@ -157,7 +166,7 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, b
     _, accumulation = batch_plan(config, world)
     compute = compute_seconds(config, hw, batch // world, ep, busiest)
     reduce = reduce_seconds(config, hw, world, ep)
-    hidden = hw.overlap * compute * 2 / 3
+    hidden = hw.overlap * max(0.0, compute * 2 / 3 - backward_beside_rows(config, hw, world, ep))
     dense, routed = traffic.trained(config)
     held = (dense + routed) / world
     memory = accounting.memory_per_gpu(config, world, ep, stage, False, 100_000_000)

@@ -8,7 +8,14 @@ import dataclasses
 import pytest
 
 from benchmarks import cost_model
-from benchmarks.cost_model import Hardware, all_to_all_seconds, crossover_images, predict
+from benchmarks.cost_model import (
+    Hardware,
+    all_to_all_seconds,
+    backward_beside_rows,
+    crossover_images,
+    predict,
+    reduce_seconds,
+)
 from benchmarks.scaling_report import read_points
 from launchers import scaling_study
 from promoe_ds import accounting, traffic
@@ -139,6 +146,16 @@ def test_rows_hide_behind_the_experts_that_do_not_travel():
     hidden = 0.5 * layers * (3 * tokens + 3 * tokens / 2) * expert / 500e12
     assert all_to_all_seconds(config, slow, 8, 2, 1, 1.0) == pytest.approx(travel - hidden)
     assert all_to_all_seconds(config, fast, 8, 2, 1, 1.0) == 0.0
+
+
+def test_gradients_do_not_hide_where_rows_travel():
+    config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=256"])
+    slow = dataclasses.replace(H100, intra_gbs=5.0)
+    one, two = predict(config, slow, 8, 1), predict(config, slow, 8, 2)
+    backward, taken = two.compute * 2 / 3, backward_beside_rows(config, slow, 8, 2)
+    assert 0 < taken < backward / 3 and backward_beside_rows(config, slow, 8, 1) == 0.0
+    assert two.gradients == pytest.approx(reduce_seconds(config, slow, 8, 2) - 0.5 * (backward - taken))
+    assert one.gradients == pytest.approx(reduce_seconds(config, slow, 8, 1) - 0.5 * backward)
 
 
 def test_a_busier_rank_costs_only_expert_parallelism():
