@@ -14,7 +14,7 @@ A step of a rank is compute + exposed all-to-all + exposed gradient reduction + 
                 behind `overlap` of the shared and unconditional experts' work that runs beside it, plus one exchange
                 of counts and one host synchronisation, not hidden
   gradients     ring all-reduce (so DeepSpeed 0.19.8 at ZeRO 1 and 2), hidden behind `overlap` of the backward pass, but
-                for the part of it beside which rows travel: the links are taken then
+                while rows travel: the links are taken then
   parameters    all-gather after the step, not hidden
   optimizer     32 bytes an element of this rank's share, from memory
 
@@ -125,26 +125,28 @@ def beside_exchanges(config: Config, images: float) -> tuple[float, float, float
     return shared, null, 2 * null, 2 * shared
 
 
-def all_to_all_seconds(config: Config, hw: Hardware, world: int, ep: int, accumulation: int, busiest: float) -> float:
-    """All exchanges of a step, as far as nothing hides them."""
+@dataclass(frozen=True)
+class Exchanges:
+    """All exchanges of rows of a step."""
+
+    exposed: float
+    """seconds that nothing hides"""
+    backward: float
+    """seconds that rows travel beside work of the backward pass"""
+
+
+def exchanges(config: Config, hw: Hardware, world: int, ep: int, accumulation: int, busiest: float) -> Exchanges:
     if ep == 1:
-        return 0.0
+        return Exchanges(0.0, 0.0)
     times = accumulation * len(config.moe_layers())
     sent = traffic.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes a rank and exchange
     far = hw.far(ep, world)
     travel = max((1 - far) * sent / (hw.intra_gbs * 1e9), far * sent / (hw.inter_gbs * 1e9)) + hw.latency_us * 1e-6
     speed = hw.peak_tflops * 1e12 * hw.efficiency
     beside = beside_exchanges(config, config.train.global_batch_size / world / accumulation)
-    exposed = sum(max(0.0, travel - hw.overlap * flops / speed) for flops in beside)
-    return times * (exposed + (hw.latency_us + hw.sync_us) * 1e-6)
-
-
-def backward_beside_rows(config: Config, hw: Hardware, world: int, ep: int) -> float:
-    """Seconds of a step's backward pass in which experts that stay work while rows travel."""
-    if ep == 1:
-        return 0.0
-    _, _, null, shared = beside_exchanges(config, config.train.global_batch_size / world)
-    return len(config.moe_layers()) * (null + shared) / (hw.peak_tflops * 1e12 * hw.efficiency)
+    hidden = [min(travel, hw.overlap * flops / speed) for flops in beside]
+    fixed = (hw.latency_us + hw.sync_us) * 1e-6
+    return Exchanges(times * (4 * travel - sum(hidden) + fixed), times * sum(hidden[2:]))
 
 
 def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
@@ -166,13 +168,14 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, b
     _, accumulation = batch_plan(config, world)
     compute = compute_seconds(config, hw, batch // world, ep, busiest)
     reduce = reduce_seconds(config, hw, world, ep)
-    hidden = hw.overlap * max(0.0, compute * 2 / 3 - backward_beside_rows(config, hw, world, ep))
+    rows = exchanges(config, hw, world, ep, accumulation, busiest)
+    hidden = hw.overlap * (compute * 2 / 3 - rows.backward)
     dense, routed = traffic.trained(config)
     held = (dense + routed) / world
     memory = accounting.memory_per_gpu(config, world, ep, stage, False, 100_000_000)
     return Prediction(
         compute,
-        all_to_all_seconds(config, hw, world, ep, accumulation, busiest),
+        rows.exposed,
         max(0.0, reduce - hidden) + hw.latency_us * 1e-6,
         reduce / 2,
         OPTIMIZER_BYTES * held / (hw.memory_gbs * 1e9),

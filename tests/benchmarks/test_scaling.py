@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks import cost_model
 from benchmarks.cost_model import (
+    Exchanges,
     Hardware,
-    all_to_all_seconds,
-    backward_beside_rows,
     crossover_images,
+    exchanges,
     predict,
     reduce_seconds,
 )
@@ -142,18 +142,21 @@ def test_rows_hide_behind_the_experts_that_do_not_travel():
     slow, fast = dataclasses.replace(H100, intra_gbs=1.0), dataclasses.replace(H100, intra_gbs=1e9)
     layers, tokens, expert = len(config.moe_layers()), 256 * 32, 2 * 2 * 1152 * accounting.expert_hidden(config)
     travel = traffic.all_to_all_expected(config, 2) / 8 / 1e9
-    assert all_to_all_seconds(config, dataclasses.replace(slow, overlap=0.0), 8, 2, 1, 1.0) == pytest.approx(travel)
+    bare = exchanges(config, dataclasses.replace(slow, overlap=0.0), 8, 2, 1, 1.0)
+    assert bare == Exchanges(pytest.approx(travel), 0.0)
     hidden = 0.5 * layers * (3 * tokens + 3 * tokens / 2) * expert / 500e12
-    assert all_to_all_seconds(config, slow, 8, 2, 1, 1.0) == pytest.approx(travel - hidden)
-    assert all_to_all_seconds(config, fast, 8, 2, 1, 1.0) == 0.0
+    found = exchanges(config, slow, 8, 2, 1, 1.0)
+    assert found == Exchanges(pytest.approx(travel - hidden), pytest.approx(hidden * 2 / 3))
+    found = exchanges(config, fast, 8, 2, 1, 1.0)
+    assert found == Exchanges(pytest.approx(0.0, abs=1e-15), pytest.approx(travel / 2 / 1e9))
 
 
 def test_gradients_do_not_hide_where_rows_travel():
     config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=256"])
     slow = dataclasses.replace(H100, intra_gbs=5.0)
     one, two = predict(config, slow, 8, 1), predict(config, slow, 8, 2)
-    backward, taken = two.compute * 2 / 3, backward_beside_rows(config, slow, 8, 2)
-    assert 0 < taken < backward / 3 and backward_beside_rows(config, slow, 8, 1) == 0.0
+    backward, taken = two.compute * 2 / 3, exchanges(config, slow, 8, 2, 1, 1.0).backward
+    assert 0 < taken < backward / 3 and exchanges(config, slow, 8, 1, 1, 1.0) == Exchanges(0.0, 0.0)
     assert two.gradients == pytest.approx(reduce_seconds(config, slow, 8, 2) - 0.5 * (backward - taken))
     assert one.gradients == pytest.approx(reduce_seconds(config, slow, 8, 1) - 0.5 * backward)
 
