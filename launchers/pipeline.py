@@ -22,6 +22,7 @@ from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.sample_job import RECORD, SAMPLES
 from promoe_ds.train.checkpoint import newest, step_of
+from promoe_ds.train.resuming import check_same_run, saved_config
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"
@@ -164,6 +165,10 @@ def check(args: argparse.Namespace, config: Config) -> None:
 
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """The same for files; a dry run does without. Raises `ConfigError`."""
+    run = args.run or Path("runs") / config.name
+    saved = saved_config(run)
+    if saved is not None:
+        check_same_run(saved, config, run)  # its stages are not those of this command, whatever is there
     if config.data.name == "latents":
         find_codec(args.vae)
         shards = args.latents or config.data.path
@@ -189,6 +194,17 @@ def check_scorer(args: argparse.Namespace, config: Config) -> None:
         reject("--features", features, "no such file", "it would be missed after the training; name an existing one")
 
 
+def follow(command: list[str]) -> int:
+    """Run a launcher and return its exit code; a stop is passed on and waited for, so that it can save."""
+    child = subprocess.Popen(command)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+
+
 def pipeline(argv: list[str]) -> None:
     args = parser().parse_intermixed_args(argv)
     config = load_config(args.recipe, args.overrides)
@@ -200,7 +216,7 @@ def pipeline(argv: list[str]) -> None:
         print(f"[{number} {stage.name}{': done' if done else ''}] {shlex.join(command)}", flush=True)
         if done or args.dry_run:
             continue
-        code = subprocess.run(command).returncode
+        code = follow(command)
         if code:
             print(f"stopped: {stage.name} ended with exit code {code}; the same command continues", file=sys.stderr)
             raise SystemExit(code if code > 0 else 128 - code)

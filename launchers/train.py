@@ -34,6 +34,7 @@ from promoe_ds.train import signals  # noqa: E402
 if __name__ == "__main__":
     signals.listen()  # before the slow imports
 
+from promoe_ds.command_line import Parser  # noqa: E402
 from promoe_ds.config import Config, ConfigError, load_config  # noqa: E402
 from promoe_ds.validate import validate_data  # noqa: E402
 
@@ -41,7 +42,7 @@ INTERRUPTED = "interrupted; the same command continues from the last checkpoint"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="digits", metavar="NAME|PATH", help="recipe name or YAML file (digits)")
     parser.add_argument("--ds_config", metavar="PATH|NAME", help="DeepSpeed JSON (ds_configs/zero2.json, or zero2)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/RECIPE)")
@@ -139,10 +140,10 @@ def mistake(error: ConfigError) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
     prepare_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about what deepspeed calls
     try:
+        args = parse_args(argv)
         config = load_config(args.config, args.overrides)
         return dry_run(args, config) if args.dry_run else train(args, config)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What the launchers that run without DeepSpeed share: misuse in one line, exit codes, stopping by a signal."""
+"""What the launchers share: misuse in one line, exit codes, stopping by a signal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
-
-import numpy as np
-import torch
 
 import promoe_ds
 from promoe_ds.config import ConfigError, reject
@@ -42,6 +39,9 @@ def own_words(argv: list[str]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
+    import numpy as np  # late: launchers/train.py parses its words, and sets its threads, before the slow imports
+    import torch
+
     return {
         "promoe_ds": promoe_ds.__version__,
         "torch": str(torch.__version__),

@@ -13,6 +13,10 @@ from typing import Any
 from promoe_ds.config import Config, ModelConfig, reject
 from promoe_ds.objective_config import Channels
 
+LARGEST = 10_000_000
+"""of any size of a model"""
+YEAR_MINUTES = 365 * 24 * 60
+
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
@@ -31,8 +35,21 @@ def _positive(config: Config, *paths: str) -> None:
             reject(path, value, "must be positive", "choose a value above 0")
 
 
+def _buildable(config: Config) -> None:
+    """Sizes with which a model can be described at all, before memory is asked for or blocks are counted."""
+    sizes: list[tuple[str, Any, tuple[str, ...]]]
+    sizes = [("model", config.model, ("depth", "width", "image_size", "channels", "num_classes", "mlp_ratio"))]
+    if config.moe is not None:
+        sizes.append(("moe", config.moe, ("num_experts", "num_shared", "num_unconditional", "hidden_ratio")))
+    for section, values, keys in sizes:
+        for key in keys:
+            if getattr(values, key) > LARGEST:
+                reject(f"{section}.{key}", getattr(values, key), f"is more than {LARGEST:,}", "choose a smaller one")
+
+
 def _validate_model(config: Config) -> None:
     m = config.model
+    _buildable(config)
     _positive(config, "model.depth", "model.width", "model.heads", "model.patch", "model.image_size", "model.channels")
     _positive(config, "model.num_classes", "model.mlp_ratio")
     if m.width % m.heads:
@@ -106,6 +123,9 @@ def _validate_training(config: Config) -> None:
     _positive(config, "train.checkpoint_every", "train.keep_last", "optimizer.lr", "optimizer.eps")
     _positive(config, "diffusion.logit_std", "diffusion.shift", "sample.per_class", "sample.classes", "data.prefetch")
     _positive(config, "parallel.timeout_minutes")
+    minutes = config.parallel.timeout_minutes
+    if minutes > YEAR_MINUTES:
+        reject("parallel.timeout_minutes", minutes, "is longer than a year", f"choose at most {YEAR_MINUTES}")
     for path, value in (
         ("optimizer.beta1", config.optimizer.beta1),
         ("optimizer.beta2", config.optimizer.beta2),
@@ -119,6 +139,7 @@ def _validate_training(config: Config) -> None:
         ("optimizer.weight_decay", config.optimizer.weight_decay),
         ("train.seed", config.train.seed),
         ("sample.seed", config.sample.seed),
+        ("sample.cfg", config.sample.cfg),
         ("train.sample_every", config.train.sample_every),
     ):
         if value < 0:

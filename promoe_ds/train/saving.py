@@ -138,7 +138,10 @@ def discard(path: Path) -> None:
     """Delete a checkpoint folder; what a crash leaves of it is named as a leftover. Raises OSError."""
     if not path.name.startswith("tmp_"):
         path = path.rename(path.with_name(f"tmp_deleted_{path.name}"))
-    shutil.rmtree(path)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def prune(run: Path, keep_last: int) -> None:

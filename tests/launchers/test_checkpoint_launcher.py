@@ -101,9 +101,10 @@ def test_prune_keeps_what_is_whole(run: Path, capsys: pytest.CaptureFixture[str]
     """A damaged newest one does not count as kept, and is deleted on request only."""
     hurt(checkpoint.folder(run, 30) / "ema.safetensors")
     (run / "checkpoints" / "tmp_step_00000040").mkdir()
+    (run / "checkpoints" / "tmp_step_00000050").touch()
     command = ["prune", "--run", str(run), "--keep", "1"]
     assert launcher.main([*command, "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("would delete") == 2 and steps(run) == [10, 20, 30]
+    assert capsys.readouterr().out.count("would delete") == 3 and steps(run) == [10, 20, 30]
     assert launcher.main(command) == 0
     assert steps(run) == [20, 30] and not checkpoint.leftovers(run)
     assert launcher.main(["prune", "--run", str(run), "--damaged"]) == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ import yaml
 
 from evaluation.metrics import frechet_distance, gaussian_statistics
 from launchers import pipeline as launcher
+from promoe_ds.config import dump, load_config
 from promoe_ds.data.codecs import TAEF2_FILES, open_codec
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import open_latents
 from promoe_ds.sampling import image_noise, to_pixels
+from promoe_ds.train.checkpoint import newest
 from tests.data.test_codecs import PACKS
-from tests.launch import ENVIRONMENT
+from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import psnr, tiny_kl, write_tree
 
 Pipeline = Callable[..., tuple[int, str, str]]
@@ -86,6 +89,24 @@ def test_what_is_missing_is_told_before_any_work(
     monkeypatch.setenv("INCEPTION_WEIGHTS", "none.pth")
     code, text, error = pipeline(*words)
     assert code == 2 and text == "" and message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_done(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(load_config("tiny")))
+    code, text, error = pipeline("tiny", "--run", tmp_path, "--until", "train", "optimizer.lr=1")
+    assert code == 2 and text == "" and error.startswith("error: optimizer.lr=1.0: ") and error.count("\n") == 1
+
+
+def test_a_stop_lets_the_training_save(tmp_path: Path) -> None:
+    command = [sys.executable, "launchers/pipeline.py", "tiny", "--run", str(tmp_path / "run"), "train.steps=1000000"]
+    words = ["train.checkpoint_every=1000000", "train.log_every=10"]
+    process = subprocess.Popen([*command, *words], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line.startswith("step ") for line in process.stdout)
+    process.terminate()
+    assert "stopped by a signal at step" in process.communicate(timeout=60)[0]
+    assert process.returncode == 85 and (tmp_path / "run" / "requeue").is_file()
+    assert newest(tmp_path / "run") is not None
 
 
 def test_photographs_to_samples_and_nothing_twice(pipeline: Pipeline, tmp_path: Path) -> None:
