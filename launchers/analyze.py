@@ -106,7 +106,7 @@ def analyze(argv: list[str]) -> None:
     if args.out is None and args.run is None:
         raise ConfigError("--out: --model has no run folder to write to; add --out DIR")
     from promoe_ds.analysis.collect import Plan  # late: --help needs no torch
-    from promoe_ds.analysis.report import REPORT, check_folder, write_report
+    from promoe_ds.analysis.report import REPORT, check_folder, prepare_folder, write_report
     from promoe_ds.loading import find_weights
 
     plan = Plan(args.images, timesteps, args.tokens, args.maps, args.batch, args.seed)
@@ -119,6 +119,7 @@ def analyze(argv: list[str]) -> None:
             print(f"{name}: {file}; {plan.images} images at {len(timesteps)} timesteps")
         print(f"would write {out / REPORT}")
         return
+    prepare_folder(out)
     summaries = [look(args, *each, plan) for each in zip(paths, options, names, strict=True)]
     write_report(out, summaries, args.run, shlex.join(["launchers/analyze.py", *argv]))
     print(f"report: {out / REPORT}")

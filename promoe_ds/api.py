@@ -105,8 +105,8 @@ def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str) 
         reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
     if batch < 1:
         reject("batch", batch, "must be positive", "choose 1 or more")
-    if math.isnan(cfg):
-        reject("cfg", cfg, "is no number", "choose a guidance scale; 1 is none")
+    if not (math.isfinite(cfg) and cfg >= 0):
+        reject("cfg", cfg, "is negative or not finite", "choose a guidance scale; 1 is none")
     if isinstance(steps, int) and steps < 1:
         reject("steps", steps, "must be positive", "choose 1 or more")
     if precision not in get_args(Precision):

@@ -52,6 +52,10 @@ def find_weights(path: Path, option: str = "--run") -> Path:
                 _check_sizes(path, option)
             return path / name
     found = candidates(path)
+    if not found and (path / "model_index.json").is_file():
+        reject(
+            option, path, "is a diffusers pipeline", "load it with DiffusionPipeline, or export a safetensors folder"
+        )
     if not found:
         reject(option, path, "holds no complete checkpoint", "train first, or name another run folder")
     problem = damage(found[-1], read_bytes=False)

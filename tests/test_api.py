@@ -51,6 +51,7 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
         ({"labels": ["cat"]}, "are no numbers"),
         ({"seed": 0.5}, "seed=0.5"),
         ({"cfg": float("nan")}, "cfg=nan"),
+        ({"cfg": -1.0}, "cfg=-1.0: is negative"),
         ({"precision": "fp8"}, "choose fp32 or bf16"),
     ):
         with pytest.raises(promoe_ds.ConfigError, match=text):

@@ -104,6 +104,10 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
         find_weights(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="^--model=.*holds no complete checkpoint; train first"):
         find_weights(tmp_path, "--model")
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe/model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a diffusers pipeline; load it with Diff"):
+        find_weights(tmp_path / "pipe")
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
     complete(tmp_path / "checkpoints/step_00000001", ())
     with pytest.raises(ConfigError, match="has no ema.safetensors"):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ def check_folder(out: Path) -> None:
         reject("--out", out, "is not a folder", "name another one")
     if out.exists() and any(out.iterdir()) and not ((out / REPORT).exists() or _listed(out)):
         reject("--out", out, f"holds files but no {REPORT}", "name an empty or a new folder")
+
+
+def prepare_folder(out: Path) -> None:
+    """Make it, and try to write there: better now than after the work. Raises `ConfigError`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
 
 
 class Writer:

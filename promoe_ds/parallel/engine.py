@@ -12,7 +12,6 @@ DeepSpeed 0.19.8 facts worked around here:
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -20,7 +19,6 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import (
     groups,
     safe_get_full_fp32_param,
@@ -32,7 +30,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from promoe_ds.config import Config, reject
+from promoe_ds.config import Config
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum, sum_in_place
@@ -43,15 +41,6 @@ from promoe_ds.parallel.topology import Topology
 
 WEIGHT = "fp32"
 """name of the master weights among the states; the others are those of the optimizer"""
-
-
-def check_deepspeed_values(ds: ResolvedDS) -> None:
-    """Let DeepSpeed read its configuration before anything is built. Raises ConfigError on every rank alike."""
-    try:
-        DeepSpeedConfig(copy.deepcopy(ds.json))
-    except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
-        text = " ".join(str(error).split())
-        reject("--ds_config", "(resolved)", f"DeepSpeed cannot use it: {text[:300]}", "mend the value")
 
 
 class Engine:

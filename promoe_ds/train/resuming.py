@@ -59,6 +59,9 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
     except ConfigError as error:
         reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
     for path, old, new in differences(known, encode(config)):
+        if isinstance(old, dict) or isinstance(new, dict):
+            values = ["a section" if isinstance(value, dict) else value for value in (new, old)]
+            reject(path, values[0], f"{where} was made with {values[1]}", "name its recipe or choose another --run")
         reject(path, new, f"{where} was made with {path}={old}", f"set {path}={old} or choose another --run")
 
 

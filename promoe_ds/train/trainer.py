@@ -32,7 +32,7 @@ from promoe_ds.moe.experts import check_backend
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
-from promoe_ds.parallel.engine import Engine, check_deepspeed_values
+from promoe_ds.parallel.engine import Engine
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
@@ -77,7 +77,6 @@ class Trainer:
         if self.lock:
             signals.remove_marker(run)
         self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
-        check_deepspeed_values(ds)
         check_backend(config, topology.device.type)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
         found = checkpoint.find_whole(run, self.ranks)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from promoe_ds.analysis.report import REPORT, Writer, check_folder, slugs
+from promoe_ds.analysis.report import REPORT, Writer, check_folder, prepare_folder, slugs
 from promoe_ds.config import ConfigError
 
 
@@ -67,3 +67,12 @@ def test_a_report_that_was_interrupted_can_be_written_again(tmp_path: Path, monk
 def test_no_two_runs_share_a_name() -> None:
     names = ["a b", "a_b", "a/b", "a_b_2", "c"]
     assert list(slugs(names).values()) == ["a_b", "a_b_2", "a_b_3", "a_b_2_2", "c"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "new" / "report")
+    assert list((tmp_path / "new" / "report").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "report", Path("/proc/report")):
+        with pytest.raises(ConfigError, match=f"--out={out}: cannot be written"):
+            prepare_folder(out)

@@ -12,6 +12,7 @@ import pytest
 from promoe_ds.config import Config, ConfigError, load_config
 from promoe_ds.parallel import ds_config
 from promoe_ds.parallel.ds_config import resolve
+from promoe_ds.parallel.ds_values import check_values
 from promoe_ds.validate import batch_plan, check_topology
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -281,3 +282,27 @@ def test_this_file_imports_no_deepspeed() -> None:
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not [name for name in imported if name.startswith("deepspeed")]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}},
+         "zero_optimization.reduce_bucket_size=-5: Input should be greater than 0; mend the value"),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "many"}},
+         'zero_optimization.stage3_max_live_parameters="many": Input should be a valid integer'),
+        ({"wall_clock_breakdown": "maybe"}, "DeepSpeed cannot use it: unsupported operand"),
+        ({"comms_logger": {"verbos": True}}, "comms_logger.verbos=true: Extra inputs are not permitted"),
+    ],
+)  # fmt: skip
+def test_values_that_deepspeed_cannot_read_are_named(folder: Folder, tree: Any, message: str) -> None:
+    resolved = folder.resolve(tree)
+    with pytest.raises(ConfigError) as caught:
+        check_values(str(folder.file), resolved)
+    assert message in str(caught.value) and str(folder.file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_deepspeed_reads_the_shipped_files_for_any_number_of_ranks(file: Path) -> None:
+    for world in (1, 8):
+        check_values(str(file), resolve(str(file), config(), world))
