@@ -21,11 +21,11 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from evaluation.features import FeatureExtractor, Features
-from evaluation.files import atomic
 from evaluation.images import Images, ImageSet, Labels, digests
 from evaluation.metrics import Gaussian, Moments
 from evaluation.workers import Workers
 from promoe_ds.config import reject
+from promoe_ds.files import atomic
 
 FORMAT = "evaluation features 1"
 SUFFIX = ".safetensors"

@@ -20,9 +20,9 @@ import safetensors.numpy
 
 from evaluation.collect import FeatureSet, save_features
 from evaluation.features import FeatureExtractor
-from evaluation.files import atomic
 from evaluation.images import Images, Labels, digests
 from evaluation.metrics import Moments
+from promoe_ds.files import atomic
 
 PACKED = "features.safetensors"
 PICTURES = 100

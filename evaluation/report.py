@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from evaluation.files import atomic
 from evaluation.images import brief
 from promoe_ds.config import reject
+from promoe_ds.files import atomic
 
 METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "IS": ".2f",
            "precision": ".4f", "recall": ".4f", "fd_over_noise": ".4f"}  # fmt: skip

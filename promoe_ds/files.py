@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever reads or writes beside us. Imports nothing heavy."""
+"""Files that are whole or not there, whoever reads or writes beside us. Imports the standard library only."""
 
 from __future__ import annotations
 

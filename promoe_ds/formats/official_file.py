@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from promoe_ds.config import Config, reject
+from promoe_ds.files import atomic
 from promoe_ds.formats.official import State, to_official, why_not
 from promoe_ds.formats.weights import Weights
 from promoe_ds.train.saving import fsync
@@ -40,14 +40,11 @@ def write_official(ema: Weights, raw: Weights, out: Path) -> Path:
     if out.exists():
         reject("--out", out, "exists; nothing is overwritten", "name another file")
     tree = {"step": ema.step, "model_state_dict": official_state(raw), "ema_model_state_dict": official_state(ema)}
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tree, temporary)
-        fsync(temporary)
-        os.replace(temporary, out)
+        with atomic(out) as temporary:
+            torch.save(tree, temporary)
+            fsync(temporary)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         reject("--out", out, f"cannot be written ({' '.join(str(error).split())[:200]})", "free space")
-    finally:
-        temporary.unlink(missing_ok=True)
     return out

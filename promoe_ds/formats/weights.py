@@ -32,7 +32,6 @@ from promoe_ds.train.resuming import Reader
 from promoe_ds.train.saving import complete, fsync, write_tensors
 
 Source = Literal["ema", "raw"]
-Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5 * 10**9
 
