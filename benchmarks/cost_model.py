@@ -261,7 +261,7 @@ def features(point, cores: int) -> np.ndarray:  # type: ignore[no-untyped-def]
     flops = accounting.train_flops(config, config.diffusion.label_drop) * point.batch / min(world, cores)
     sent = sum(point.sent(kind) for kind in ("all_to_all", "counts", "router_sums", "gradients", "parameters"))
     layers = len(config.moe_layers())
-    calls = layers * 5 * (point.ep > 1) + 4 * (world > 1) + 2 * layers * (world > 1 and point.routing == "learned")
+    calls = layers * 5 * (point.ep > 1) + 4 * (world > 1) + 2 * (world > 1 and point.routing == "learned")
     return np.array([flops / 1e9, sent / 1e6, calls * world, world])
 
 

@@ -45,6 +45,9 @@ class ForcedRouter(nn.Module):
         routing = self.router(x_BSD, ctx)
         return routing._replace(expert_N=self.choice(routing.expert_N))
 
+    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+        return self.router.losses(terms, load_LE, ctx)
+
     def choice(self, expert_N: Tensor) -> Tensor:
         if self.kind == "uniform":
             return counting(len(expert_N), expert_N.device) % len(self.prototypes)
@@ -67,7 +70,8 @@ def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
 
 
 def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`."""
+    """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`, but for the
+    terms of the losses: the loss itself."""
     router: Any = layer.router
     x_TD, prototype_ED = x_BSD.flatten(0, 1), router.prototypes
     null_T = (ctx.label_B == ctx.label_B.new_tensor(NULL_LABEL)).repeat_interleave(x_BSD.shape[1])
@@ -112,13 +116,16 @@ NULL_LABEL = 1000
 
 
 def use_loop(model: nn.Module, on: bool) -> None:
-    """Let every MoE layer of the model compute by `loop_layer`, or by itself again."""
+    """Let every MoE layer of the model compute by `loop_layer`, its loss included, or by itself again."""
     for module in model.modules():
         if isinstance(module, MoELayer):
+            router: Any = module.router
             if on:
                 module.forward = lambda x, ctx, layer=module: loop_layer(layer, x, ctx)  # type: ignore[method-assign]
+                router.losses = lambda losses, load_LE, ctx: losses
             else:
                 module.__dict__.pop("forward", None)
+                router.__dict__.pop("losses", None)
 
 
 def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], None]:

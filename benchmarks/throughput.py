@@ -42,8 +42,9 @@ from promoe_ds.config import Config, load_config
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.compiled import compile_gelus, compile_model
 from promoe_ds.models.init import build
+from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.sampling import How, draw_pixels
 
@@ -94,7 +95,7 @@ def train_step(model: Any, images: int, device: torch.device, precision: str) ->
         ctx = RoutingContext.build(host, NULL, device)
         with autocast(device, precision):
             output, losses = objective.loss(lambda x, t: model(x, t, ctx), z, eps, gauss)
-        total = losses["diffusion"] + sum(output.aux.values())
+        total = losses["diffusion"] + sum(loss_L.sum() for loss_L in output.aux.values())
         clock.mark()
         total.backward()
         clock.mark()
@@ -131,8 +132,8 @@ def layer_step(module: nn.Module, step: moe_peers.Step, x: Tensor, precision: st
 def with_backend(layer: Any, backend: str) -> moe_peers.Step:
     def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
         layer.routed.experts.backend = backend
-        y, aux, _ = layer(x, ctx)
-        return y, aux["routing_contrastive"]
+        y, terms, end_E = layer(x, ctx)
+        return y, auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)["routing_contrastive"].sum()
 
     ctx = layer.bench_context
     return step
@@ -145,8 +146,8 @@ def layer_systems(config: Config, images: int, precision: str, routing: str, dev
     ctx = layer.bench_context = context(images, device)
 
     def loop(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y, aux, _ = moe_peers.loop_layer(layer, x, ctx)
-        return y, aux["routing_contrastive"]
+        y, losses, _ = moe_peers.loop_layer(layer, x, ctx)
+        return y, losses["routing_contrastive"]
 
     systems = {
         f"promoe {name}": layer_step(layer, with_backend(layer, name), x, precision) for name in backends(device)
@@ -266,12 +267,12 @@ def counts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[st
 
             def both(forward: Any = forward) -> None:
                 output = forward()
-                (output.prediction.square().mean() + sum(output.aux.values())).backward()
+                (output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())).backward()
 
             both()
             train = count_operators(forward)
             output = forward()
-            total = output.prediction.square().mean() + sum(output.aux.values())
+            total = output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())
             backward = count_operators(total.backward)
             model.eval()
             with torch.no_grad():

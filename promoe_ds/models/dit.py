@@ -5,7 +5,7 @@ Legend: B images, S tokens an image, D width, C channels, H W image side, P patc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,14 @@ from promoe_ds.models.layers import Attention, Mlp, Modulation, TimestepEmbedder
 from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
 
 
 class DiTOutput(NamedTuple):
     prediction: Tensor
     """[B, C or 2C, H, W], in the order of the input"""
     aux: dict[str, Tensor]
-    """auxiliary losses by name, summed over the MoE layers, unweighted; empty outside training"""
+    """auxiliary losses by name, [L], one for each MoE layer, unweighted; empty outside training"""
     load_LE: Tensor
     """int64 [L, E], edges of this rank per MoE layer and expert"""
 
@@ -63,12 +63,12 @@ class DiTBlock(nn.Module):
     def forward(
         self, x_BSD: Tensor, c_BD: Tensor, ctx: RoutingContext
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """-> (x_BSD, auxiliary losses, edges up to each expert, `segment_ends`, or None in a dense block)."""
+        """-> (x_BSD, `Routing.terms`, edges up to each expert, `segment_ends`, or None in a dense block)."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not self.is_moe:  # not isinstance: diffusers runs an exported copy of this file again at every load
             return self.feed(x_BSD, h_BSD, gate_B1D), {}, None
-        out_BSD, aux, end_E = self.mlp(h_BSD, ctx)
-        return x_BSD + gate_B1D * out_BSD, aux, end_E
+        out_BSD, terms, end_E = self.mlp(h_BSD, ctx)
+        return x_BSD + gate_B1D * out_BSD, terms, end_E
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
@@ -123,19 +123,19 @@ class DiT(nn.Module):
         x_BSD = self.x_embedder(x_BCHW)
         x_BSD = x_BSD + self.pos_embed
         c_BD = self.t_embedder(t_B) + self.y_embedder(ctx.label_B)
-        aux: dict[str, Tensor] = {}
-        loads: list[Tensor] = []
+        layers: list[dict[str, Tensor]] = []
+        ends: list[Tensor] = []
         for block in self.blocks:
             x_BSD, terms, end_E = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, ctx)
-            for name, value in terms.items():
-                aux[name] = aux[name] + value if name in aux else value
             if end_E is not None:
-                loads.append(end_E)
+                layers.append(terms)
+                ends.append(end_E)
         out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, ctx.restore_B)
-        load_LE = (
-            segment_sizes(torch.stack(loads)) if loads else torch.zeros(0, 0, dtype=torch.int64, device=t_B.device)
-        )
-        return DiTOutput(out_BCHW, aux, load_LE)
+        if not layers:
+            return DiTOutput(out_BCHW, {}, torch.zeros(0, 0, dtype=torch.int64, device=t_B.device))
+        load_LE = segment_sizes(torch.stack(ends))
+        first: Any = self.blocks[self.config.moe_layers()[0]]
+        return DiTOutput(out_BCHW, auxiliary_losses(first.mlp.router, layers, load_LE, ctx), load_LE)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:
         """[B, S, P*P*C] -> [B, C, H, W]."""

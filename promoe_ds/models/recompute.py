@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-KEPT_OPERATORS = frozenset({"topk", "sort"})
+KEPT_OPERATORS = frozenset({"max", "topk", "sort"})
 """operators of a choice"""
 OWN_OPERATORS = "promoe_ds"
 """namespace of the operators that communicate (`parallel/collectives.py`)"""

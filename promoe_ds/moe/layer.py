@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         """x_BSD [B, S, D], conditional images first.
 
         Returns:
-            (output [B, S, D] in x's dtype, auxiliary losses by name, edges up to each expert [E] int32: `segment_ends`)
+            (output [B, S, D] in x's dtype, `Routing.terms`, edges up to each expert [E] int32: `segment_ends`)
         """
         B, S, D = x_BSD.shape
         x_TD, images = x_BSD.reshape(-1, D), ctx.num_conditional if self.conditional else B
@@ -101,7 +101,7 @@ class MoELayer(nn.Module):
         if self.conditional:
             out_TD = torch.cat([out_TD, reduce(torch.add, nulls or [torch.zeros_like(null_TD)])])
         out_TD = reduce(torch.add, shared, out_TD)
-        return out_TD.view(B, S, D).to(x_BSD.dtype), routing.aux, end_E
+        return out_TD.view(B, S, D).to(x_BSD.dtype), routing.terms, end_E
 
 
 def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Auxiliary losses of routing: pure functions of tensors, no parameters, no communication.
 
-Legend: T tokens, D width, E experts. Equation numbers are those of the paper (arXiv:2510.24711).
+What one layer gives to a loss is additive over ranks; the losses are of all MoE layers at once.
+Legend: L MoE layers, T tokens, N edges, D width, E experts. Equation numbers are those of the paper (arXiv:2510.24711).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.moe.constants import counting, unit_rows
+from promoe_ds.moe.constants import unit_rows
 
 ABSENT = 1e30
 """subtracted from the logits of experts without tokens; finite, because 0 times infinity is not a number"""
@@ -27,26 +28,24 @@ def unit(x: Tensor) -> Tensor:
     return x / length(x)
 
 
-def centroid_sums(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
-    """Per expert: the sum of its tokens and, in the last column, their number.
+def centroid_sums(x_TD: Tensor, expert_N: Tensor, num_experts: int, top_k: int = 1) -> Tensor:
+    """The sum of each expert's tokens, additive over ranks. A token counts once for each of its K experts.
 
-    A token counts once for each of its K experts. A product with the 0/1 membership matrix: deterministic, and no
-    device synchronisation. The result is additive over ranks.
+    A product with the 0/1 membership matrix: deterministic, and no device synchronisation.
 
     Args:
         x_TD: float32 [T, D], router input, not detached.
-        expert_TK: int64 [T, K].
+        expert_N: int64 [T*K], token by token.
 
     Returns:
-        float32 [E, D + 1].
+        float32 [E, D].
     """
-    rows = unit_rows(num_experts, x_TD.dtype, x_TD.device).index_select(0, expert_TK.view(-1))
-    top_k = expert_TK.shape[1]
-    member_ET = (rows if top_k == 1 else rows.view(-1, top_k, num_experts).sum(1)).T
-    return torch.cat([member_ET @ x_TD, member_ET.sum(1, keepdim=True)], dim=1)
+    member_EN = unit_rows(num_experts, x_TD.dtype, x_TD.device).index_select(1, expert_N)
+    member_ET = member_EN if top_k == 1 else member_EN.view(num_experts, len(x_TD), top_k).sum(2)
+    return member_ET @ x_TD
 
 
-def routing_contrastive(unit_ED: Tensor, sums_ED1: Tensor, temperature: float) -> Tensor:
+def routing_contrastive(unit_LED: Tensor, sum_LED: Tensor, count_LE: Tensor, temperature: float) -> Tensor:
     """Routing contrastive loss, Eq. (6): cross-entropy between prototypes p_i and token centroids m_j, i matching i.
 
     Only experts that received tokens take part, as rows and as columns; with fewer than two of them the loss is 0.
@@ -54,54 +53,52 @@ def routing_contrastive(unit_ED: Tensor, sums_ED1: Tensor, temperature: float) -
     alone, so the sum of its tokens stands for their mean; alone in its row, it has a softmax of exactly 1, loss 0.
 
     Args:
-        unit_ED: float32 [E, D], prototypes of length 1.
-        sums_ED1: float32 [E, D + 1] from `centroid_sums`, summed over the ranks for the global scope.
+        unit_LED: float32 [L, E, D], prototypes of length 1.
+        sum_LED: float32 [L, E, D] from `centroid_sums`, summed over the ranks for the global scope.
+        count_LE: float32 [L, E], the tokens in each sum.
         temperature: tau.
 
     Returns:
-        float32 scalar.
+        float32 [L].
     """
-    E, D = unit_ED.shape
-    sum_ED, count_E1 = sums_ED1.split([D, 1], dim=1)
-    present_E = count_E1.detach().view(-1).clamp(max=1)  # 1.0 or 0.0
-    logits_EE = torch.addmm(present_E - 1, unit_ED, unit(sum_ED).T, beta=ABSENT, alpha=1 / temperature)
-    nll = F.nll_loss(logits_EE.log_softmax(dim=-1), counting(E, unit_ED.device), present_E, reduction="sum")
-    return nll / present_E.sum().clamp(min=1)
+    present_LE = count_LE.clamp(max=1)  # 1.0 or 0.0
+    mask_L1E = (present_LE - 1)[:, None]
+    logits_LEE = torch.baddbmm(mask_L1E, unit_LED, unit(sum_LED).mT, beta=ABSENT, alpha=1 / temperature)
+    log_p_LE = logits_LEE.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)
+    return -(log_p_LE * present_LE).sum(1) / present_LE.sum(1).clamp(min=1)
 
 
-def mean_over_scope(
-    sum_and_count: tuple[Tensor, Tensor | int], scope: str, all_reduce: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """A mean whose terms are spread over ranks: sum / number, both summed over the ranks for the scope "global".
+def sum_and_number(total: Tensor, number: Tensor | int) -> Tensor:
+    """What one layer gives to a mean over tokens or images: the sum of its terms and how many there are; [2]."""
+    return torch.stack([total, torch.ones_like(total) * number])
+
+
+def mean_over_scope(pair_L2: Tensor, scope: str, all_reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Means whose terms are spread over ranks: sum / number, both summed over the ranks for the scope "global"; [L].
 
     Args:
-        sum_and_count: scalar sum of the terms of this rank, and how many there are. No term anywhere gives 0.
+        pair_L2: `sum_and_number` of each layer. No term anywhere gives 0.
         scope: "global" or "rank".
         all_reduce: differentiable sum over ranks.
     """
-    total, number = sum_and_count
-    pair = torch.stack([total, torch.as_tensor(number, dtype=total.dtype, device=total.device)])
-    total, number = (all_reduce(pair) if scope == "global" else pair).unbind()
-    return total / number.detach().clamp(min=1)
+    total_L, number_L = (all_reduce(pair_L2) if scope == "global" else pair_L2).unbind(1)
+    return total_L / number_L.detach().clamp(min=1)
 
 
-def load_balance_sums(score_TE: Tensor, expert_TK: Tensor) -> Tensor:
-    """What the load-balance loss needs, additive over ranks: per expert its edges and its summed scores; [3, E].
-
-    The last row is the number of tokens, repeated.
-    """
-    count_E = torch.zeros_like(score_TE).scatter(1, expert_TK, 1.0).sum(0)
-    return torch.stack([count_E, score_TE.sum(0), torch.full_like(count_E, len(score_TE))])
-
-
-def load_balance(sums_3E: Tensor, top_k: int) -> Tensor:
+def load_balance(score_LE: Tensor, load_LE: Tensor, top_k: int) -> Tensor:
     """Load-balance loss E * sum_i f_i P_i (Switch Transformer, arXiv:2101.03961, Eq. (4)-(6)); 1 at perfect balance.
 
-    f_i is the share of edges that go to expert i (no gradient), P_i the mean score of i over the tokens.
+    f_i is the share of edges that go to expert i, P_i the mean score of i over the tokens.
+
+    Args:
+        score_LE: float32 [L, E], scores summed over the tokens.
+        load_LE: float32 [L, E], edges: K a token.
+
+    Returns:
+        float32 [L].
     """
-    count_E, score_E, tokens_E = sums_3E.unbind()
-    tokens_E = tokens_E.detach().clamp(min=1)
-    return count_E.numel() * (count_E.detach() / (tokens_E * top_k) * score_E / tokens_E).sum()
+    edges_L1 = load_LE.sum(1, keepdim=True).clamp(min=1)  # T*K
+    return load_LE.shape[1] * (load_LE / edges_L1 * score_LE / edges_L1 * top_k).sum(1)
 
 
 def routing_contrastive_per_image(

@@ -29,8 +29,8 @@ class Routing(NamedTuple):
     """float32 (or float64), gate weight, differentiable"""
     top_k: int
     """K if the edges are token-major with exactly K a token (N = T*K), else 0"""
-    aux: dict[str, Tensor]
-    """auxiliary losses by name, unweighted scalars; empty outside training"""
+    terms: dict[str, Tensor]
+    """what this layer gives to `Router.losses`; tensors of the same shape in every layer; empty outside training"""
 
 
 def identity(x: Tensor) -> Tensor:
@@ -116,6 +116,21 @@ class Router(nn.Module):
         """Choose experts for the tokens of `x_BSD` (conditional images only, where the layer splits)."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
+    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+        """Auxiliary losses of all L MoE layers at once, so that one all-reduce serves them all.
+
+        Called on the first layer's router, after the last block, in training only. Parameters must not be read here
+        (ZeRO-3 holds them inside their module's forward alone): `forward` returns what it takes of them in `terms`.
+
+        Args:
+            terms: `Routing.terms` of the layers, [L, ...] by name.
+            load_LE: int64 [L, E], edges of this rank.
+
+        Returns:
+            float32 [L] by name, unweighted, for the names of `aux_weights`.
+        """
+        return {}
+
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
         """Draw the router's parameters; `generator(parameter_name)` is keyed by seed and full name."""
         raise TypeError(f"{type(self).__name__} does not define init_weights")
@@ -146,6 +161,15 @@ class Router(nn.Module):
         return {}
 
 
+def auxiliary_losses(
+    router: Router, layers: list[dict[str, Tensor]], load_LE: Tensor, ctx: RoutingContext
+) -> dict[str, Tensor]:
+    """`Router.losses` from the `Routing.terms` of each layer, with autocast disabled; {} if there are no terms."""
+    terms = {name: torch.stack([terms[name] for terms in layers]) for name in layers[0]}
+    with torch.autocast(load_LE.device.type, enabled=False):
+        return router.losses(terms, load_LE, ctx) if terms else {}
+
+
 ROUTERS: dict[str, type[Router]] = {}
 
 
@@ -164,6 +188,15 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
 def at_least_fp32(x: Tensor) -> Tensor:
     """Scores and losses are computed in fp32 whatever the autocast; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def top_experts(score_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Token choice: the K experts of highest score of each token -> (weight_N, expert_N), N = T*K, token by token."""
+    if top_k == 1:
+        weight_T, expert_T = score_TE.max(dim=-1)  # several times faster than topk on a CPU
+        return weight_T, expert_T
+    weight_TK, expert_TK = score_TE.topk(top_k, dim=-1)
+    return weight_TK.view(-1), expert_TK.view(-1)
 
 
 def expert_major(token_EN: Tensor) -> tuple[Tensor, Tensor]:

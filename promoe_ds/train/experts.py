@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,33 +35,41 @@ LAYERS_SHOWN = 8
 class ExpertWatch:
     """Sums over the forwards of one optimizer step, on this rank."""
 
-    def __init__(self, model: DiT, aux: list[str], device: torch.device):
-        """`aux` names the routers' losses."""
-        self.model, self.aux, self.device = model, aux, device
-        self.blocks = list(routers_of(model))
+    def __init__(self, model: DiT):
+        self.model, self.blocks = model, list(routers_of(model))
+        self._start(watched=False)
+
+    def _start(self, watched: bool) -> None:
+        self._watched, self._forwards = watched, 0
         self._sums: dict[int, Tensor] = {}
+        self._losses: dict[str, Tensor] = {}
         self._prototypes: dict[int, Tensor] = {}
 
     @contextmanager
     def step(self, logged: bool) -> Iterator[None]:
         """Watch what happens inside, if the step is to be logged."""
-        self._sums, self._prototypes = {}, {}
-        if not logged or not self.blocks:
+        self._start(watched=logged and bool(self.blocks))
+        with watching(self.model, self._see) if self._watched else nullcontext():
             yield
-            return
-        with watching(self.model, self._see):
-            yield
+        self._watched = False
 
     @torch.no_grad()
     def _see(self, block: int, router: Router, _: Tensor, routing: Routing) -> None:
         weight_N = routing.weight_N.detach().float()
-        one = torch.ones((), device=weight_N.device)
-        aux = [routing.aux[name].detach().float() for name in self.aux if name in routing.aux]
-        sums_K = torch.stack([one, one * len(weight_N), weight_N.sum(), weight_N.square().sum(), *aux]).double()
+        edges = weight_N.new_full((), len(weight_N))
+        sums_K = torch.stack([edges, weight_N.sum(), weight_N.square().sum()]).double()
         self._sums[block] = self._sums[block] + sums_K if block in self._sums else sums_K
         prototype_ED = prototypes_of(router)
         if prototype_ED is not None:  # equal on every rank
             self._prototypes[block] = prototype_statistics(prototype_ED)
+
+    @torch.no_grad()
+    def losses(self, aux: dict[str, Tensor]) -> None:
+        """Add the auxiliary losses of a forward, `DiTOutput.aux`, if the step is watched."""
+        if self._watched:
+            self._forwards += 1
+            for name, loss_L in aux.items():
+                self._losses[name] = loss_L.double() + self._losses.get(name, 0.0)
 
     def report(self, load_LE: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, list[Any]]:
         """Numbers by name, a list with one for each MoE layer; collective if the step was watched.
@@ -79,12 +87,15 @@ class ExpertWatch:
             "dead_experts": dead_experts(load_LE).tolist(),
         }
         if self._sums:
-            sums_LK = sum_over_ranks(torch.stack([self._sums[block] for block in self.blocks])).cpu()
-            calls_L, edges_L, weight_L, square_L, *aux = sums_LK.unbind(1)
+            sums_3L = torch.stack([self._sums[block] for block in self.blocks], dim=1)
+            forwards_L = torch.full_like(sums_3L[0], self._forwards)
+            sums_KL = sum_over_ranks(torch.stack([*sums_3L, forwards_L, *self._losses.values()])).cpu()
+            edges_L, weight_L, square_L, forwards_L, *losses = sums_KL
             mean_L = weight_L / edges_L.clamp(min=1)
             values["gate_mean"] = mean_L.tolist()
             values["gate_std"] = (square_L / edges_L.clamp(min=1) - mean_L**2).clamp(min=0).sqrt().tolist()
-            values |= {f"loss/{name}": (aux_L / calls_L).tolist() for name, aux_L in zip(self.aux, aux, strict=False)}
+            for name, loss_L in zip(self._losses, losses, strict=True):
+                values[f"loss/{name}"] = (loss_L / forwards_L).tolist()
         if self._prototypes:
             rows = torch.stack([self._prototypes[block] for block in self.blocks]).cpu().T.tolist()
             values |= dict(zip(PROTOTYPE_STATISTICS, rows, strict=True))

@@ -91,7 +91,7 @@ class Trainer:
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
         self.aux_weights = self.objective.aux_weights | router_weights
-        self.experts = ExpertWatch(self.model, list(router_weights), topology.device)
+        self.experts = ExpertWatch(self.model)
         self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
@@ -251,6 +251,7 @@ class Trainer:
             with self._part("backward"):
                 self.engine.backward(terms[0])
             totals[:-1] += torch.stack(terms).detach() / len(batches)
+            self.experts.losses(output.aux)
             loads.append(output.load_LE)
         return totals, sum(loads[1:], loads[0])
 
@@ -289,7 +290,7 @@ class Trainer:
             batch.label_B, null_label, device, engine.all_reduce, engine.all_gather, row_B=batch.rows
         )
         output, losses = self.objective.loss(lambda x, t: self.engine(x, t, ctx), z, eps, gauss)
-        total, aux = losses["diffusion"], losses | output.aux
+        total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux.items()}
         for name, weight in self.aux_weights.items():
             total = total + weight * aux[name]
         return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_weights)]

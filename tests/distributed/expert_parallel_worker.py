@@ -14,8 +14,9 @@ from promoe_ds.config import decode
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.models.recompute import recomputed
+from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
 from promoe_ds.parallel.collectives import all_reduce_sum
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects, leave
@@ -100,9 +101,10 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", reduce)
     x = x[ctx.order_B].requires_grad_()
-    out, aux, _ = recomputed(layer, mode, x, ctx)
+    out, terms, end_E = recomputed(layer, mode, x, ctx)
+    losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)  # type: ignore[arg-type]
     probe = torch.linspace(-1, 1, S * D).view(1, S, D)
-    ((out * probe).sum() + contrastive * aux["routing_contrastive"]).backward()
+    ((out * probe).sum() + contrastive * losses["routing_contrastive"].sum()).backward()
     assert x.grad is not None
     return out.detach()[ctx.restore_B], x.grad[ctx.restore_B]
 
@@ -162,6 +164,23 @@ def traffic(topology: Topology, layer: MoELayer, x: Tensor, labels: list[int], r
     }
 
 
+def reductions(topology: Topology, mode: str) -> list[int]:
+    """Sizes of all that is all-reduced in a forward and backward of a whole model, which has two MoE layers."""
+    tree = {"model": {"width": D, "heads": 4, "depth": 3, "image_size": 8, "num_classes": NULL},
+            "moe": {"layers": [0, 2], "router": {"balance_weight": 0.1}},
+            "train": {"activation_checkpointing": mode}}  # fmt: skip
+    model = materialize(parallelize(build(decode(tree)), topology), seed=5)
+    for block in model.blocks:
+        if topology.ep > 1 and block.is_moe:
+            block.mlp.routed.set_deepspeed_parallelism()  # type: ignore[operator, union-attr]
+    labels = torch.tensor(MIXES["one rank all null"][topology.rank])
+    ctx = RoutingContext.build(labels, NULL, "cpu", all_reduce_sum)
+    with Recorder(topology) as record:
+        out = model(torch.randn(3, 4, 8, 8), torch.rand(3), ctx)
+        (out.prediction.sum() + sum(loss_L.sum() for loss_L in out.aux.values())).backward()
+    return [n for kind, n, _ in record.calls if kind == "all_reduce"]
+
+
 def arrives_twice(topology: Topology) -> bool:
     """Whether rows can be waited for twice: their gradients would travel twice, and those of one way be lost."""
     swap_rows = make(topology, 1, skewed=False).routed.dispatcher.swap_rows  # type: ignore[union-attr]
@@ -187,7 +206,8 @@ def main() -> None:
     results["selective checkpointing"] = compare(topology, MIXES["mixed"], 3, skewed=False, mode="selective")
     results["everything to one expert"] = compare(topology, MIXES["mixed"], 1, skewed=True)
     assert not arrives_twice(topology)
-    everyone = gather_objects(results, topology)
+    reduced = {mode: reductions(topology, mode) for mode in ("none", "block", "selective")}
+    everyone = gather_objects({"cases": results, "reductions": reduced}, topology)
     if topology.rank == 0:
         print("RESULT " + json.dumps(everyone), flush=True)
     disconnect()

@@ -12,13 +12,19 @@ D, FP32, BF16 = 16, 4, 2
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["world 2, ep 2", "world 4, ep 2"])
-def results(request: pytest.FixtureRequest) -> list[dict]:
+def launched(request: pytest.FixtureRequest) -> list[dict]:
+    """What each rank found."""
     world, ep = request.param
     done = run(torchrun(world, "tests/distributed/expert_parallel_worker.py", str(ep)))
     (line,) = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
     everyone = json.loads(line.removeprefix("RESULT "))
     assert len(everyone) == world
     return everyone
+
+
+@pytest.fixture
+def results(launched: list[dict]) -> list[dict]:
+    return [rank["cases"] for rank in launched]
 
 
 def test_sharded_equals_one_device(results: list[dict]) -> None:
@@ -39,6 +45,12 @@ def test_exactly_the_rows_that_belong_elsewhere_travel(results: list[dict]) -> N
             assert case["all-reduces"] == [12 * (D + 1)] * 2, name  # centroids of the contrastive loss
         assert cases["all null, top-1"]["rows sent"] == [0, 0, 0, 0]
     assert any(sum(cases["mixed, top-1"]["rows sent"]) for cases in results)
+
+
+def test_one_all_reduce_serves_the_losses_of_all_layers(launched: list[dict]) -> None:
+    """Two layers and two losses: one in the forward pass, one in the backward pass, however blocks are recomputed."""
+    for rank in launched:
+        assert rank["reductions"] == dict.fromkeys(("none", "block", "selective"), [2 * 12 * (D + 2)] * 2)
 
 
 def test_experts_that_do_not_travel_work_while_rows_do(results: list[dict]) -> None:

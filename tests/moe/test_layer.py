@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from promoe_ds.config import decode
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
 
 D, S, NULL = 16, 5, 10
 MIXES = {
@@ -73,14 +73,20 @@ def contrastive(P: Tensor, assigned: list[tuple[int, Tensor]], temperature: floa
     return -torch.stack(terms).mean()
 
 
+def losses_of(layer: MoELayer, terms: dict[str, Tensor], end_E: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+    """The auxiliary losses of one layer alone, scalars."""
+    losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)  # type: ignore[arg-type]
+    return {name: loss_L.squeeze(0) for name, loss_L in losses.items()}
+
+
 def run(layer: MoELayer, x: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
     """The layer as the model calls it: images reordered, restored after."""
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu")
-    out, aux, end_E = layer(x[ctx.order_B], ctx)
+    out, terms, end_E = layer(x[ctx.order_B], ctx)
     count_E = segment_sizes(end_E)
     conditional = sum(label != NULL for label in labels)
     assert count_E.sum() == conditional * S * layer.router.config.top_k  # type: ignore[union-attr]
-    return out[ctx.restore_B], aux["routing_contrastive"]
+    return out[ctx.restore_B], losses_of(layer, terms, end_E, ctx)["routing_contrastive"]
 
 
 def gradients(layer: MoELayer, x: Tensor, out: Tensor, aux: Tensor) -> list[Tensor]:
@@ -110,10 +116,10 @@ def test_empty_experts_are_exercised() -> None:
     layer = make_layer(torch.float32, backend="grouped_mm")
     x = torch.randn(1, S, D, requires_grad=True)
     ctx = RoutingContext.build(torch.tensor([4]), NULL, "cpu")
-    out, aux, end_E = layer(x, ctx)
+    out, terms, end_E = layer(x, ctx)
     count_E = segment_sizes(end_E)
     assert (count_E == 0).any()
-    (out.sum() + aux["routing_contrastive"]).backward()
+    (out.sum() + losses_of(layer, terms, end_E, ctx)["routing_contrastive"]).backward()
     weights = layer.routed.experts.w1  # type: ignore[union-attr]
     assert weights.grad is not None and (weights.grad[count_E == 0] == 0).all()
     assert all(p.grad is not None for p in layer.parameters())
@@ -138,12 +144,13 @@ def test_autocast_computes_experts_in_bf16_and_routes_in_fp32(backend: str) -> N
     x = torch.randn(4, S, D)
     ctx = RoutingContext.build(torch.tensor([1, 2, 3, NULL]), NULL, "cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, aux, end_E = layer(x, ctx)
+        out, terms, end_E = layer(x, ctx)
         count_E = segment_sizes(end_E)
+        loss = losses_of(layer, terms, end_E, ctx)["routing_contrastive"]
         routing = layer.router(x[:3], ctx)
     reference, _, reference_end_E = layer(x, ctx)
     reference_count_E = segment_sizes(reference_end_E)
-    assert routing.weight_N.dtype == torch.float32 and aux["routing_contrastive"].dtype == torch.float32
+    assert routing.weight_N.dtype == torch.float32 and loss.dtype == torch.float32
     assert torch.equal(count_E, reference_count_E)  # bf16 scores would flip some
     assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()
 
@@ -159,8 +166,9 @@ def test_without_the_conditional_split_every_image_is_routed() -> None:
 
 def test_no_auxiliary_loss_outside_training() -> None:
     layer = make_layer(torch.float32).eval()
-    _, aux, _ = layer(torch.randn(2, S, D), RoutingContext.build(torch.tensor([1, 2]), NULL, "cpu"))
-    assert aux == {}
+    ctx = RoutingContext.build(torch.tensor([1, 2]), NULL, "cpu")
+    _, terms, end_E = layer(torch.randn(2, S, D), ctx)
+    assert terms == {} and losses_of(layer, terms, end_E, ctx) == {}
 
 
 class Operations(TorchDispatchMode):
@@ -181,8 +189,8 @@ def test_no_host_synchronisation_and_no_collective_at_ep_1() -> None:
     ctx = RoutingContext.build(torch.tensor([3, 1, NULL]), NULL, "cpu")
     x = torch.randn(3, S, D, requires_grad=True)
     with Operations() as operations:
-        out, aux, _ = layer(x, ctx)
-        (out.sum() + aux["routing_contrastive"]).backward()
+        out, terms, end_E = layer(x, ctx)
+        (out.sum() + losses_of(layer, terms, end_E, ctx)["routing_contrastive"]).backward()
     assert any("grouped_mm" in name for name in operations.names)
     waiting = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "c10d", "_c10d")
     found = [name for name in operations.names if any(word in name for word in waiting)]

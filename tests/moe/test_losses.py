@@ -1,52 +1,76 @@
-"""Routing contrastive loss: closed forms, invariances, additivity over ranks."""
+"""Losses of all layers at once: closed forms, invariances, additivity over ranks, and the slow loop a layer."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from promoe_ds.moe.losses import centroid_sums, routing_contrastive, unit
+from promoe_ds.moe.losses import (
+    centroid_sums,
+    load_balance,
+    mean_over_scope,
+    routing_contrastive,
+    sum_and_number,
+    unit,
+)
+from tests.moe.test_layer import contrastive
 
 
 def test_orthogonal_prototypes_at_their_centroids() -> None:
     """cos = 1 on the diagonal and 0 off it: every row's loss is log(1 + (n-1) exp(-1/tau))."""
-    p = torch.eye(4, dtype=torch.float64)
-    sums = torch.cat([3 * p, torch.full((4, 1), 3.0, dtype=torch.float64)], dim=1)
+    p = torch.eye(4, dtype=torch.float64)[None]
     expected = math.log(1 + 3 * math.exp(-1 / 0.5))
-    assert math.isclose(routing_contrastive(unit(p), sums, 0.5).item(), expected, rel_tol=1e-12)
+    loss_L = routing_contrastive(unit(p), 3 * p, torch.full((1, 4), 3.0, dtype=torch.float64), 0.5)
+    assert loss_L.shape == (1,) and math.isclose(loss_L.item(), expected, rel_tol=1e-12)
 
 
-def test_absent_experts_change_nothing() -> None:
+def test_layers_at_once_are_the_slow_loop_over_each() -> None:
+    """Layers with all experts, some absent, one, and none: losses and gradients of Eq. (6) in float64."""
+    E, D, T, tau = 5, 8, 12, 0.3
     generator = torch.Generator().manual_seed(0)
-    p, m = (torch.randn(5, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    present = torch.tensor([0, 2, 3])
-    sums = torch.zeros(5, 9, dtype=torch.float64)
-    sums[present] = torch.cat([m[present], torch.ones(3, 1, dtype=torch.float64)], dim=1)
-    p.requires_grad_()
-    full = routing_contrastive(unit(p), sums, 0.07)
-    torch.testing.assert_close(full, routing_contrastive(unit(p[present]), sums[present], 0.07))
-    (grad,) = torch.autograd.grad(full, p)
-    assert torch.isfinite(grad).all() and (grad[[1, 4]] == 0).all() and (grad[present] != 0).any()
-
-
-def test_zero_with_fewer_than_two_experts() -> None:
-    p = torch.randn(3, 4, requires_grad=True)
-    for rows in ([], [1]):
-        sums = torch.zeros(3, 5)
-        sums[rows] = 1.0
-        loss = routing_contrastive(unit(p), sums, 0.07)
-        (grad,) = torch.autograd.grad(loss, p)
-        assert loss.item() == 0 and (grad == 0).all()
+    p_LED = torch.randn(4, E, D, generator=generator, dtype=torch.float64).requires_grad_()
+    x_LTD = torch.randn(4, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    chosen = torch.randint(0, E, (T,), generator=generator)
+    experts = [torch.cat([torch.arange(E), chosen[E:]]), chosen % 3, torch.full((T,), 4), chosen[:0]]
+    sums = [centroid_sums(x_TD[: len(e)], e, E) for x_TD, e in zip(x_LTD, experts, strict=True)]
+    count_LE = torch.stack([torch.bincount(e, minlength=E) for e in experts]).double()
+    ours = routing_contrastive(unit(p_LED), torch.stack(sums), count_LE, tau)
+    assigned = [[(i, x) for i, x in zip(e.tolist(), xs, strict=False)] for e, xs in zip(experts, x_LTD, strict=True)]
+    slow = torch.stack([contrastive(P, tokens, tau) for P, tokens in zip(p_LED, assigned, strict=True)])
+    torch.testing.assert_close(ours, slow)
+    assert (ours[:2] > 0).all() and (ours[2:] == 0).all()
+    weight_L = torch.tensor([1.0, -2.0, 3.0, 4.0])
+    for a, b in zip(
+        *(torch.autograd.grad((loss * weight_L).sum(), [p_LED, x_LTD]) for loss in (ours, slow)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+        assert (a[2:] == 0).all()
 
 
 def test_sums_are_additive_over_ranks_and_count_every_expert_of_a_token() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(10, 3, generator=generator, dtype=torch.float64)
     expert_TK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(10)])
-    whole = centroid_sums(x, expert_TK, 4)
-    parts = centroid_sums(x[:4], expert_TK[:4], 4) + centroid_sums(x[4:], expert_TK[4:], 4)
+    whole = centroid_sums(x, expert_TK.view(-1), 4, 2)
+    parts = centroid_sums(x[:4], expert_TK[:4].view(-1), 4, 2) + centroid_sums(x[4:], expert_TK[4:].view(-1), 4, 2)
     torch.testing.assert_close(whole, parts)
-    assert whole[:, -1].sum() == 20
     slow = sum(x[t] for t in range(10) if 2 in expert_TK[t])
-    torch.testing.assert_close(whole[2, :-1], slow)
+    torch.testing.assert_close(whole[2], slow)
+    assert (centroid_sums(x[:0], expert_TK[:0].view(-1), 4, 2) == 0).all()
+
+
+def test_balance_and_means_are_those_of_each_layer_and_0_without_tokens() -> None:
+    generator = torch.Generator().manual_seed(2)
+    load_LE = torch.tensor([[4, 1, 1], [2, 2, 2], [0, 0, 0]]).double()
+    score_LE = torch.rand(3, 3, generator=generator, dtype=torch.float64) * (load_LE > 0)
+    tokens, top_k = 3, 2
+    slow = [
+        3 * sum(f / (tokens * top_k) * s / tokens for f, s in zip(*rows, strict=True))
+        for rows in zip(load_LE, score_LE, strict=True)
+    ]
+    torch.testing.assert_close(load_balance(score_LE, load_LE, top_k), torch.stack(slow))
+    pair_L2 = torch.stack([sum_and_number(torch.tensor(6.0), n) for n in (3, torch.tensor(4), 0)])
+    assert mean_over_scope(pair_L2, "rank", lambda v: v * math.nan).tolist() == [2.0, 1.5, 6.0]
+    assert mean_over_scope(pair_L2, "global", lambda v: v + pair_L2[0]).tolist() == pytest.approx([2.0, 12 / 7, 4.0])

@@ -14,9 +14,9 @@ from promoe_ds.config import Config, decode
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import Router, Routing, RoutingContext
+from promoe_ds.moe.routing import Router, Routing, RoutingContext, auxiliary_losses
 from tests.moe import example_router
-from tests.moe.test_layer import MIXES, Operations
+from tests.moe.test_layer import MIXES, Operations, losses_of
 
 D, S, E, NULL = 16, 16, 4, 10
 NAMES = sorted(ROUTERS)
@@ -56,8 +56,8 @@ def context(labels: list[int]) -> RoutingContext:
 def step(layer: MoELayer, labels: list[int], seed: int = 1) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One training step without an optimizer: forward, backward, after_step."""
     ctx, x = context(labels), images(labels, seed)
-    out, aux, end_E = layer(x[ctx.order_B], ctx)
-    count_E = segment_sizes(end_E)
+    out, terms, end_E = layer(x[ctx.order_B], ctx)
+    aux, count_E = losses_of(layer, terms, end_E, ctx), segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
     router_of(layer).after_step(lambda v: v)
     return out[ctx.restore_B].detach(), aux, count_E
@@ -85,10 +85,10 @@ def test_edges_losses_and_gradients(name: str, conditional: bool, labels: list[i
     for mode in (True, False):
         routing = layer.train(mode).router(x_ISD, ctx)  # type: ignore[operator]
         check_edges(routing, routed * S)
-        expected = set(type(router).aux_weights(router_config(layer))) if mode else set()
-        assert routing.aux.keys() == expected
-        assert all(loss.shape == () and loss.isfinite() for loss in routing.aux.values())
+        assert mode or routing.terms == {}
     _, aux, count_E = step(layer.train(), labels)
+    assert aux.keys() == type(router).aux_weights(router_config(layer)).keys()
+    assert all(loss.shape == () and loss.isfinite() for loss in aux.values())
     assert count_E.sum() > 0 or routed == 0
     for key, p in layer.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), key
@@ -105,8 +105,8 @@ def test_equal_tokens_leave_experts_empty(name: str, conditional: bool) -> None:
     """All tokens alike: whoever chooses by token sends all to one expert, and the others do no harm."""
     layer, labels = make_layer(name, conditional=conditional), [1, 1, 1]
     x = torch.linspace(-1, 1, D).expand(len(labels), S, D)
-    out, aux, end_E = layer(x, context(labels))
-    count_E = segment_sizes(end_E)
+    out, terms, end_E = layer(x, context(labels))
+    aux, count_E = losses_of(layer, terms, end_E, context(labels)), segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
     assert out.isfinite().all() and all(loss.isfinite() for loss in aux.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
@@ -169,7 +169,9 @@ def test_scores_are_fp32_under_autocast_and_buffers_in_a_bf16_model(name: str) -
     before = {key: b.clone() for key, b in layer.named_buffers()}
     layer.bfloat16()
     assert all(torch.equal(b, before[key]) and b.dtype == torch.float32 for key, b in layer.named_buffers())
-    _, aux, _ = layer(images(labels).bfloat16(), context(labels))
+    _, terms, end_E = layer(images(labels).bfloat16(), context(labels))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        aux = losses_of(layer, terms, end_E, context(labels))
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in aux.values())
 
 
@@ -181,11 +183,32 @@ def test_training_on_one_device_waits_for_nothing(name: str) -> None:
         step(layer, MIXES["mixed"])
     ctx, x = context(MIXES["mixed"]), images(MIXES["mixed"])
     with Operations() as operations:
-        out, aux, _ = layer(x, ctx)
-        (out.sum() + sum(aux.values())).backward()
+        out, terms, end_E = layer(x, ctx)
+        (out.sum() + sum(losses_of(layer, terms, end_E, ctx).values())).backward()
         router_of(layer).after_step(lambda v: v)
     waiting = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "c10d")
     assert not [op for op in operations.names if any(word in op for word in waiting)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_of_several_layers_are_those_of_each(name: str) -> None:
+    """With one all-reduce for all of them, none where there is no loss, and the gradients of each alone."""
+    layers, labels = [make_layer(name, seed) for seed in (1, 2, 3)], MIXES["mixed"]
+    reduced: list[Tensor] = []
+    ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", lambda v: reduced.append(v) or v)
+    seen = [layer(images(labels, seed)[ctx.order_B], ctx) for seed, layer in enumerate(layers)]
+    load_LE = segment_sizes(torch.stack([end_E for *_, end_E in seen]))
+    losses = auxiliary_losses(router_of(layers[0]), [terms for _, terms, _ in seen], load_LE, ctx)
+    assert len(reduced) == bool(losses) and all(loss_L.shape == (3,) for loss_L in losses.values())
+    parameters = [p for layer in layers for p in layer.router.parameters()]
+    for key, loss_L in losses.items():
+        alone = [losses_of(layer, terms, end, ctx)[key] for layer, (_, terms, end) in zip(layers, seen, strict=True)]
+        torch.testing.assert_close(loss_L, torch.stack(alone))
+        grads = (
+            torch.autograd.grad(loss.prod(), parameters, retain_graph=True, materialize_grads=True)
+            for loss in (loss_L, torch.stack(alone))
+        )
+        torch.testing.assert_close(*map(list, grads))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,30 +15,32 @@ from promoe_ds.train.experts import LAYERS_SHOWN, ExpertWatch, shown
 
 def test_report_is_what_the_routers_did() -> None:
     model = materialize(build(load_config("tiny")), 0)
-    watch, cpu = ExpertWatch(model, ["routing_contrastive"], torch.device("cpu")), torch.device("cpu")
+    watch, cpu = ExpertWatch(model), torch.device("cpu")
     label_B = torch.tensor([1, 2, 10, 3])
     ctx, t_B = RoutingContext.build(label_B, 10, cpu), torch.full((4,), 300.0)
-    images, seen, load = torch.randn(2, 4, 1, 8, 8), [], []
+    images, seen, outputs = torch.randn(2, 4, 1, 8, 8), [], []
     with watch.step(logged=True), watching(model, lambda block, router, x, routing: seen.append((block, routing))):
         for x_BCHW in images:  # two micro-batches
-            load.append(model(x_BCHW, t_B, ctx).load_LE)
+            outputs.append(model(x_BCHW, t_B, ctx))
+            watch.losses(outputs[-1].aux)
+    load = [output.load_LE for output in outputs]
     layers = watch.report(load[0] + load[1], lambda x: 2 * x)  # as if a second rank had the same
     assert layers["block"] == [1, 3] and len(seen) == 4
     for row, block in enumerate(layers["block"]):
         weight_N = torch.cat([routing.weight_N.detach() for b, routing in seen if b == block]).double()
-        losses = [float(routing.aux["routing_contrastive"].detach()) for b, routing in seen if b == block]
+        losses = [float(output.aux["routing_contrastive"][row].detach()) for output in outputs]
         assert math.isclose(layers["gate_mean"][row], weight_N.mean(), rel_tol=1e-5)
         assert math.isclose(layers["gate_std"][row], weight_N.std(unbiased=False), rel_tol=1e-4)
         assert math.isclose(layers["loss/routing_contrastive"][row], sum(losses) / 2, rel_tol=1e-5)
         norms = model.blocks[block].mlp.router.prototypes.detach().norm(dim=1)
         assert math.isclose(layers["prototype_norm"][row], norms.mean(), rel_tol=1e-5)
     with watch.step(logged=False):
-        model(images[0], t_B, ctx)
+        watch.losses(model(images[0], t_B, ctx).aux)
     assert watch.report(load[0], lambda x: x).keys() == {"block", "load_max_over_mean", "load_entropy", "dead_experts"}
 
 
 def test_a_dense_model_has_nothing_to_report() -> None:
-    watch = ExpertWatch(build(load_config("tiny", ["moe=null"])), [], torch.device("cpu"))
+    watch = ExpertWatch(build(load_config("tiny", ["moe=null"])))
     with watch.step(logged=True):
         pass
     assert watch.report(torch.zeros(0, 0), lambda x: x) == {} == shown({})

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
-from promoe_ds.moe.losses import mean_over_scope
+from promoe_ds.moe.losses import mean_over_scope, sum_and_number
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -89,14 +89,17 @@ class ClassificationRouter(Router):
             mean_BD = at_least_fp32(x_BSD).mean(dim=1)
             logit_BE = F.linear(mean_BD, at_least_fp32(self.weight), at_least_fp32(self.bias))
             weight_B, expert_B = logit_BE.softmax(dim=-1).max(dim=-1)
-            aux = {}
+            terms = {}
             if self.training:
                 target_B = self.superclasses(x_BSD.device).index_select(0, ctx.label_B[:B])
                 total = F.cross_entropy(logit_BE, target_B, ignore_index=-1, reduction="sum")
-                number = (target_B >= 0).sum()
-                aux["superclass"] = mean_over_scope((total, number), self.config.class_scope, ctx.all_reduce)
+                terms["superclass"] = sum_and_number(total, (target_B >= 0).sum())
         token_T = torch.arange(B * S, device=x_BSD.device)
-        return Routing(token_T, expert_B.repeat_interleave(S), weight_B.repeat_interleave(S), 1, aux)
+        return Routing(token_T, expert_B.repeat_interleave(S), weight_B.repeat_interleave(S), 1, terms)
+
+    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+        """The cross-entropy: its mean over the conditional images of the scope."""
+        return {"superclass": mean_over_scope(terms["superclass"], self.config.class_scope, ctx.all_reduce)}
 
     def superclasses(self, device: torch.device) -> Tensor:
         """int64 [classes + 1] on the device; the last is the null label's, -1. Reads the file once."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
-from promoe_ds.moe.losses import mean_over_scope
+from promoe_ds.moe.losses import mean_over_scope, sum_and_number
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -152,7 +152,7 @@ class DiffMoERouter(Router):
 
     def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
         """Each expert takes k tokens of the pool (training) or those above its threshold. x_BSD [B, S, D]."""
-        x_TD, aux = x_BSD.reshape(-1, x_BSD.shape[-1]), {}
+        x_TD, terms = x_BSD.reshape(-1, x_BSD.shape[-1]), {}
         logit_TE = self.predict(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
@@ -161,11 +161,15 @@ class DiffMoERouter(Router):
                 token_N, expert_N, taken_TE, kth_E1 = choice
                 self.kth_E1 = kth_E1 if self.kth_E1 is None else self.kth_E1 + kth_E1
                 total = F.binary_cross_entropy_with_logits(logit_TE, taken_TE, reduction="sum")
-                aux["capacity"] = mean_over_scope((total, taken_TE.numel()), self.config.scope, ctx.all_reduce)
+                terms["capacity"] = sum_and_number(total, taken_TE.numel())
             else:
                 token_N, expert_N = self._above_threshold(score_TE, logit_TE.sigmoid())
             weight_N = score_TE.reshape(-1).index_select(0, token_N * len(self.gate) + expert_N)
-        return Routing(token_N, expert_N, weight_N, 0, aux)
+        return Routing(token_N, expert_N, weight_N, 0, terms)
+
+    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+        """The capacity predictor's loss: its mean over the tokens of the pool and the experts."""
+        return {"capacity": mean_over_scope(terms["capacity"], self.config.scope, ctx.all_reduce)}
 
     def _choose(self, score_TE: Tensor, likely_TE: Tensor, tokens: int, ctx: RoutingContext) -> Choice:
         quota = len(score_TE) * self.config.top_k // len(self.gate)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
@@ -65,7 +66,7 @@ class KMeansRouter(Router):
         """whether `placed` is known, on the host, to be full; alike on every rank"""
         self.shift = 0
         self.sums_ED1: Tensor | None = None
-        """of this rank's tokens since the last step, `losses.centroid_sums`"""
+        """of this rank's tokens since the last step: `losses.centroid_sums`, and their number in the last column"""
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
         """Small random centroids, until the first training batch; and the seed of the draw from that batch."""
@@ -93,7 +94,7 @@ class KMeansRouter(Router):
             # argmin |x - c|^2 = argmax x.c - |c|^2 / 2
             expert_T = (x_TD @ c_ED.T - c_ED.square().sum(1) / 2).argmax(dim=1)
             if self.training:
-                sums_ED1 = centroid_sums(x_TD, expert_T[:, None], len(c_ED))
+                sums_ED1 = centroid_sums(F.pad(x_TD, (0, 1), value=1.0), expert_T, len(c_ED))
                 self.sums_ED1 = sums_ED1 if self.sums_ED1 is None else self.sums_ED1 + sums_ED1
         token_T = torch.arange(len(x_TD), device=x_TD.device)
         return Routing(token_T, expert_T, x_TD.new_ones(len(x_TD)), 1, {})

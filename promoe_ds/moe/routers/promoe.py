@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.losses import centroid_sums, length, load_balance, load_balance_sums, routing_contrastive, unit
+from promoe_ds.moe.losses import centroid_sums, length, load_balance, routing_contrastive, unit
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -25,6 +25,7 @@ from promoe_ds.moe.routing import (
     check_top_k,
     identity,
     register_router,
+    top_experts,
 )
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,21 +99,27 @@ class ProMoERouter(PrototypicalRouter):
             x_TD, unit_ED = at_least_fp32(x_TD), unit(at_least_fp32(self.prototypes))
             z_TE = x_TD @ unit_ED.T / length(x_TD)  # Eq. (4), without a normalised copy of the tokens
             score_TE = ACTIVATIONS[cfg.activation](z_TE if cfg.alpha == 1 else cfg.alpha * z_TE)  # Eq. (2)
-            weight_TK, expert_TK = score_TE.topk(cfg.top_k, dim=-1)  # Eq. (3)
-            expert_N, weight_N = expert_TK.view(-1), weight_TK.view(-1)
-            aux = self.losses(x_TD, unit_ED, score_TE, expert_TK, ctx) if self.training else {}
-        return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, aux)
+            weight_N, expert_N = top_experts(score_TE, cfg.top_k)  # Eq. (3)
+            terms = {}
+            if self.training:
+                terms = {"unit": unit_ED, "sum": centroid_sums(x_TD, expert_N, len(unit_ED), cfg.top_k)}
+                if cfg.balance_weight:
+                    # It needs shares that sum to 1 over the experts, which cosines and sigmoids do not.
+                    share_TE = score_TE if cfg.activation == "softmax" else score_TE.softmax(dim=-1)
+                    terms["share"] = share_TE.sum(0)
+        return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, terms)
 
-    def losses(
-        self, x_TD: Tensor, unit_ED: Tensor, score_TE: Tensor, expert_TK: Tensor, ctx: RoutingContext
-    ) -> dict[str, Tensor]:
-        """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; unweighted scalars."""
-        cfg = self.config
-        reduce = ctx.all_reduce if cfg.contrastive_scope == "global" else identity
-        sums_ED1 = reduce(centroid_sums(x_TD, expert_TK, len(unit_ED)))
-        aux = {"routing_contrastive": routing_contrastive(unit_ED, sums_ED1, cfg.temperature)}
+    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+        """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
+        cfg, sum_LED = self.config, terms["sum"]
+        columns = [sum_LED, load_LE[..., None].to(sum_LED.dtype)]
         if cfg.balance_weight:
-            # It needs shares that sum to 1 over the experts, which cosines and sigmoids do not.
-            share_TE = score_TE if cfg.activation == "softmax" else score_TE.softmax(dim=-1)
-            aux["load_balance"] = load_balance(reduce(load_balance_sums(share_TE, expert_TK)), cfg.top_k)
-        return aux
+            columns.append(terms["share"][..., None])
+        reduce = ctx.all_reduce if cfg.contrastive_scope == "global" else identity
+        sum_LED, *parts = reduce(torch.cat(columns, dim=2)).split([c.shape[2] for c in columns], dim=2)
+        count_LE, *share_LE = (part.squeeze(2) for part in parts)
+        count_LE = count_LE.detach()
+        losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, count_LE, cfg.temperature)}
+        if cfg.balance_weight:
+            losses["load_balance"] = load_balance(share_LE[0], count_LE, cfg.top_k)
+        return losses

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.config import RouterConfig, reject
-from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image
+from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
 from promoe_ds.moe.routers.promoe import PrototypicalRouter
 from promoe_ds.moe.routing import (
     Routing,
@@ -61,9 +61,13 @@ class ProMoEECRouter(PrototypicalRouter):
             x_BSD, prototype_ED = at_least_fp32(x_BSD), at_least_fp32(self.prototypes)
             z_BSE = F.normalize(x_BSD, dim=-1) @ F.normalize(prototype_ED, dim=-1).T  # Eq. (4), alpha = 1
             token_N, expert_N, weight_N = top_tokens_per_image(z_BSE, quota)
-            aux = {}
+            terms = {}
             if self.training:
                 total = routing_contrastive_per_image(prototype_ED, x_BSD, token_N, quota, cfg.temperature)
-                mean = mean_over_scope((total, len(x_BSD)), cfg.contrastive_scope, ctx.all_reduce)
-                aux["routing_contrastive"] = mean
-        return Routing(token_N, expert_N, weight_N, 0, aux)
+                terms["contrastive"] = sum_and_number(total, len(x_BSD))
+        return Routing(token_N, expert_N, weight_N, 0, terms)
+
+    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+        """The contrastive loss: its mean over the conditional images of the scope."""
+        mean_L = mean_over_scope(terms["contrastive"], self.config.contrastive_scope, ctx.all_reduce)
+        return {"routing_contrastive": mean_L}

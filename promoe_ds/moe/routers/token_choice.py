@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.losses import load_balance, load_balance_sums
+from promoe_ds.moe.losses import load_balance
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -25,6 +25,7 @@ from promoe_ds.moe.routing import (
     check_not_negative,
     check_top_k,
     register_router,
+    top_experts,
 )
 
 
@@ -70,12 +71,13 @@ class TokenChoiceRouter(Router):
         cfg, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
             score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
-            weight_TK, expert_TK = score_TE.topk(cfg.top_k, dim=-1)
-            aux = {}
-            if self.training:
-                sums_3E = load_balance_sums(score_TE, expert_TK)
-                if cfg.balance_scope == "global":
-                    sums_3E = ctx.all_reduce(sums_3E)
-                aux["load_balance"] = load_balance(sums_3E, cfg.top_k)
-        token_N = counting(len(x_TD), x_TD.device, cfg.top_k)
-        return Routing(token_N, expert_TK.reshape(-1), weight_TK.reshape(-1), cfg.top_k, aux)
+            weight_N, expert_N = top_experts(score_TE, cfg.top_k)
+            terms = {"score": score_TE.sum(0)} if self.training else {}
+        return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, terms)
+
+    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+        """The load-balance loss."""
+        score_LE = terms["score"]
+        pair_2LE = torch.stack([score_LE, load_LE.to(score_LE.dtype)])
+        score_LE, load = (ctx.all_reduce(pair_2LE) if self.config.balance_scope == "global" else pair_2LE).unbind()
+        return {"load_balance": load_balance(score_LE, load.detach(), self.config.top_k)}
