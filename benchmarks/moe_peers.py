@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from promoe_ds.models.layers import Mlp
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.experts import _grouped_mm
-from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.experts import grouped_mm
+from promoe_ds.moe.layer import LayerFacts, MoELayer
 from promoe_ds.moe.routing import Router, Routing, RoutingContext
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -69,7 +69,7 @@ def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, experts.w1[i], b1), approximate="tanh"), experts.w2[i], b2)
 
 
-def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts]:
     """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`, but for the
     terms of the losses: the loss itself."""
     router: Any = layer.router
@@ -94,7 +94,8 @@ def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Ten
     out_TD[null_T] = layer.unconditional[0](null_TD).float()
     out_TD = out_TD + layer.shared[0](x_TD)
     ends = torch.tensor(count_E).cumsum(0).int().to(x_BSD.device)
-    return out_TD.view_as(x_BSD), {"routing_contrastive": _loop_loss(prototype_ED, known_TD, expert_TK)}, ends
+    losses = {"routing_contrastive": _loop_loss(prototype_ED, known_TD, expert_TK)}
+    return out_TD.view_as(x_BSD), LayerFacts(losses, ends, weight_TK.view(-1))
 
 
 def _loop_loss(prototype_ED: Tensor, x_TD: Tensor, expert_TK: Tensor) -> Tensor:
@@ -146,12 +147,12 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], 
     leaf = {name: x.clone().requires_grad_() for name, x in leaf.items()}
     grads: list[Tensor] = []
     with torch.no_grad():
-        ends = layer(x_BSD, ctx)[2]
+        ends = layer(x_BSD, ctx)[1].end_E
 
     def run() -> None:
         w1, w2 = experts.w1.to(dtype), experts.w2.to(dtype)
-        outs = [_grouped_mm(leaf["known"], w1.transpose(1, 2), offs=ends),
-                _grouped_mm(leaf["h_known"], w2.transpose(1, 2), offs=ends)]  # fmt: skip
+        outs = [grouped_mm(leaf["known"], w1.transpose(1, 2), offs=ends),
+                grouped_mm(leaf["h_known"], w2.transpose(1, 2), offs=ends)]  # fmt: skip
         for name, mlps in (("null", layer.unconditional), ("all", layer.shared)):
             for mlp in mlps:
                 outs += [F.linear(leaf[name], mlp.fc1.weight.to(dtype)),

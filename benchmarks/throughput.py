@@ -40,7 +40,7 @@ from benchmarks.provenance import provenance
 from promoe_ds import accounting
 from promoe_ds.config import Config, load_config
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.models.compiled import compile_gelus, compile_model
+from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
@@ -132,7 +132,7 @@ def layer_step(module: nn.Module, step: moe_peers.Step, x: Tensor, precision: st
 def with_backend(layer: Any, backend: str) -> moe_peers.Step:
     def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
         layer.routed.experts.backend = backend
-        y, terms, end_E = layer(x, ctx)
+        y, (terms, end_E, _) = layer(x, ctx)
         return y, auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)["routing_contrastive"].sum()
 
     ctx = layer.bench_context
@@ -146,13 +146,13 @@ def layer_systems(config: Config, images: int, precision: str, routing: str, dev
     ctx = layer.bench_context = context(images, device)
 
     def loop(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y, losses, _ = moe_peers.loop_layer(layer, x, ctx)
+        y, (losses, _, _) = moe_peers.loop_layer(layer, x, ctx)
         return y, losses["routing_contrastive"]
 
     systems = {
         f"promoe {name}": layer_step(layer, with_backend(layer, name), x, precision) for name in backends(device)
     }
-    compiled: Any = compile_gelus(copy.deepcopy(layer))
+    compiled: Any = compile_whole(copy.deepcopy(layer))
     systems["promoe compiled"] = layer_step(compiled, with_backend(compiled, "grouped_mm"), x, precision)
     systems["paper loop"] = layer_step(layer, loop, x, precision)
     with autocast(device, precision):

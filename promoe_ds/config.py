@@ -158,7 +158,7 @@ class TrainConfig:
     """recomputed in the backward pass: nothing, each block, or each block but choices of experts, attention and what
     other ranks sent; false and true mean none and block"""
     compile: bool = False
-    """torch.compile of the dense parts of each block, and of the GELUs of experts"""
+    """torch.compile of the blocks: whole where experts are all on this rank, else in parts (docs/performance.md)"""
     profile: str | None = None
     """A:B, the steps of which rank 0 writes a trace and a table of costs"""
     log_every: int = 100

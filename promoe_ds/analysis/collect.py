@@ -210,7 +210,7 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
         class_N=label_I[watcher.place_N // m.tokens],
         pictures=_pictures(torch.cat(shown), codec),
         prototype_LED=[
-            p.float().cpu().numpy() for r in routers_of(model).values() if (p := prototypes_of(r)) is not None
+            p.detach().float().cpu().numpy() for r in routers_of(model).values() if (p := prototypes_of(r)) is not None
         ],
         experts=_expert_weights(model),
     )

@@ -1,33 +1,98 @@
-"""`torch.compile` of the parts of a block whose shapes do not depend on the data, and of the GELUs of those that do.
+"""`torch.compile` of a model's blocks.
 
-adaLN, norms and attention are one graph, the dense MLP another. An MoE layer stays eager but for the GELUs of its
-experts: products are libraries' work anyway, and the GELUs are most of the rest. `fullgraph=True` makes a graph break
-an error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
+A block is one graph wherever it can be: a dense block, and an MoE block whose experts are all here and whose router
+can be one (`Router.one_graph`). Of another MoE block (rows travel, or counts are read on the host) adaLN, norms and
+attention are one graph and the experts' GELUs another; the rest stays eager. `fullgraph=True` makes a graph break an
+error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
+
+A compiled block calls no hooks of its parts: whoever watches from outside runs the model eagerly (`moe/trace.py`).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.config import Config, reject
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.layers import Mlp, gelu
-from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.moe import traceable
+from promoe_ds.moe.experts import BACKENDS, StackedExperts
+from promoe_ds.moe.layer import MoELayer, RoutedExperts
+from promoe_ds.moe.routing import RoutingContext
+
+GRAPHS = 64
+"""of one function; torch stops at 8. An MoE block needs one each for none, one, some and all but one without label"""
 
 
-def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor") -> DiT:
-    """Compile in place at the first forward; returns the same object."""
+def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor", whole: bool = True) -> DiT:
+    """Compile in place at the first forward; returns the same object.
+
+    Args:
+        model: on its device, sharded or not.
+        backend: of torch.compile.
+        whole: whether an MoE block may become one graph; if not, its experts can be timed.
+    """
     for block in model.blocks:
         compiled: Any = block
-        compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
-        if compiled.is_moe:
-            compile_gelus(compiled.mlp, backend)
+        if not compiled.is_moe or (whole and one_graph(compiled.mlp)):
+            compile_whole(compiled, backend)
         else:
-            compiled.feed = torch.compile(compiled.feed, fullgraph=True, backend=backend)
+            compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
+            compile_gelus(compiled.mlp, backend)
     return model
+
+
+def check_compiler(config: Config, device: str) -> None:
+    """Raise ConfigError if the model is to be compiled for a CPU, and there is no C++ compiler."""
+    command = os.environ.get("CXX", "g++")
+    if config.train.compile and device == "cpu" and shutil.which(command) is None:
+        conflict = f"on a CPU torch.compile calls a C++ compiler, and there is no {command}"
+        reject("train.compile", "true", conflict, "install g++, name another in CXX, or set train.compile=false")
+
+
+def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
+    """Make the forward of a block, or of an MoE layer, one graph, in place; returns the same object.
+
+    Without conditional images it stays eager: the compiler knows no empty index.
+    """
+    _settings()
+    plain, compiled = module.forward, torch.compile(module.forward, fullgraph=True, backend=backend)
+    for experts in module.modules():
+        if isinstance(experts, StackedExperts):
+            experts.backends = BACKENDS | {"grouped_mm": traceable.grouped}
+
+    def forward(*args: Any) -> Any:
+        ctx: RoutingContext = args[-1]
+        return (compiled if ctx.num_conditional else plain)(*args)
+
+    module.forward = forward
+    return module
+
+
+def _settings() -> None:
+    """Of the compiler, for the whole process. The last two keep gradients right (torch 2.13.0)."""
+    import torch._dynamo.config as dynamo  # half a second, for those who compile
+    import torch._functorch.config as autograd
+    import torch._inductor.config as inductor
+
+    dynamo.recompile_limit = max(GRAPHS, dynamo.recompile_limit)
+    # Else memory of a tensor kept for the backward pass is written to while another view of it is still to be read.
+    autograd.donated_buffer = False
+    # Loses gradients of adaLN's chunks on CUDA: https://github.com/pytorch/pytorch/pull/193103
+    if hasattr(inductor.triton, "mix_order_reduction"):
+        inductor.triton.mix_order_reduction = False
+
+
+def one_graph(layer: MoELayer) -> bool:
+    """Whether nothing in the layer's forward communicates or waits for the device."""
+    routed = layer.routed
+    return layer.router.one_graph and isinstance(routed, RoutedExperts) and routed.experts.backend == "grouped_mm"
 
 
 def compile_gelus(layer: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:

@@ -15,7 +15,7 @@ from promoe_ds.config import Config
 from promoe_ds.models.layers import Attention, Mlp, Modulation, TimestepEmbedder, layer_norm, modulate
 from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
-from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.layer import LayerFacts, MoELayer
 from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
 
 
@@ -26,6 +26,8 @@ class DiTOutput(NamedTuple):
     """auxiliary losses by name, [L], one for each MoE layer, unweighted; empty outside training"""
     load_LE: Tensor
     """int64 [L, E], edges of this rank per MoE layer and expert"""
+    weights: list[Tensor]
+    """float32 [N], gate weights of this rank's edges, by MoE layer"""
 
 
 class PatchProjection(nn.Conv2d):
@@ -60,15 +62,13 @@ class DiTBlock(nn.Module):
         self.is_moe = is_moe
         self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
 
-    def forward(
-        self, x_BSD: Tensor, c_BD: Tensor, ctx: RoutingContext
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """-> (x_BSD, `Routing.terms`, edges up to each expert, `segment_ends`, or None in a dense block)."""
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts | None]:
+        """-> (x_BSD, what its MoE layer tells)."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not self.is_moe:  # not isinstance: diffusers runs an exported copy of this file again at every load
-            return self.feed(x_BSD, h_BSD, gate_B1D), {}, None
-        out_BSD, terms, end_E = self.mlp(h_BSD, ctx)
-        return x_BSD + gate_B1D * out_BSD, terms, end_E
+            return self.feed(x_BSD, h_BSD, gate_B1D), None
+        out_BSD, facts = self.mlp(h_BSD, ctx)
+        return x_BSD + gate_B1D * out_BSD, facts
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
@@ -123,19 +123,18 @@ class DiT(nn.Module):
         x_BSD = self.x_embedder(x_BCHW)
         x_BSD = x_BSD + self.pos_embed
         c_BD = self.t_embedder(t_B) + self.y_embedder(ctx.label_B)
-        layers: list[dict[str, Tensor]] = []
-        ends: list[Tensor] = []
+        layers: list[LayerFacts] = []
         for block in self.blocks:
-            x_BSD, terms, end_E = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, ctx)
-            if end_E is not None:
-                layers.append(terms)
-                ends.append(end_E)
+            x_BSD, facts = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, ctx)
+            if facts is not None:
+                layers.append(facts)
         out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, ctx.restore_B)
         if not layers:
-            return DiTOutput(out_BCHW, {}, torch.zeros(0, 0, dtype=torch.int64, device=t_B.device))
-        load_LE = segment_sizes(torch.stack(ends))
+            return DiTOutput(out_BCHW, {}, torch.zeros(0, 0, dtype=torch.int64, device=t_B.device), [])
+        load_LE = segment_sizes(torch.stack([facts.end_E for facts in layers]))
         first: Any = self.blocks[self.config.moe_layers()[0]]
-        return DiTOutput(out_BCHW, auxiliary_losses(first.mlp.router, layers, load_LE, ctx), load_LE)
+        aux = auxiliary_losses(first.mlp.router, [facts.terms for facts in layers], load_LE, ctx)
+        return DiTOutput(out_BCHW, aux, load_LE, [facts.weight_N for facts in layers])
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:
         """[B, S, P*P*C] -> [B, C, H, W]."""

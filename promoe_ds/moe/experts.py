@@ -23,7 +23,10 @@ from promoe_ds.models.layers import gelu
 from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.dispatch import ExpertRows, segment_sizes
 
-_grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
+grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [N, K], weights [E, M, K], biases [E, M]) -> [N, M]: to each row the linear layer of its expert"""
 
 
 class StackedExperts(nn.Module):
@@ -39,7 +42,8 @@ class StackedExperts(nn.Module):
 
     def __init__(self, num_experts: int, width: int, hidden: int, backend: str, expert_ids: range | None = None):
         super().__init__()
-        self.backend, self.width, self.hidden, self.activation = backend, width, hidden, gelu
+        self.backend, self.width, self.hidden = backend, width, hidden
+        self.backends, self.activation = BACKENDS, gelu  # a compiler is given others
         self.expert_ids = expert_ids if expert_ids is not None else range(num_experts)
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.w2 = nn.Parameter(torch.empty(num_experts, width, hidden))
@@ -62,36 +66,44 @@ class StackedExperts(nn.Module):
         """Rows [N, D] sorted by expert -> [N, D], in `compute_dtype`."""
         device = rows.x_ND.device.type
         dtype = self.compute_dtype(device)
-        x_ND, w1, w2, w3 = (t.to(dtype) for t in (rows.x_ND, self.w1, self.w2, self.w3))
+        rows = rows._replace(x_ND=rows.x_ND.to(dtype))
+        w1, w2, w3 = (w.to(dtype) for w in (self.w1, self.w2, self.w3))
         b1_EF, b2_ED = w3.squeeze(1).split([self.hidden, self.width], dim=1)
         with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours
-            if self.backend == "loop":
-                sizes = segment_sizes(rows.end_E).tolist()
-                parts = [
-                    F.linear(self.activation(F.linear(x, w1[i], b1_EF[i])), w2[i], b2_ED[i])
-                    for i, x in enumerate(x_ND.split(sizes))
-                ]
-                return torch.cat(parts)
-            gmm = _megablocks_gmm(rows) if self.backend == "megablocks" else _torch_gmm(rows)
-            # The bias of each row's expert as a product with the 0/1 membership matrix, added in place: its gradient is
-            # a small GEMM instead of a scatter with N-fold contention.
-            member_NE = unit_rows(len(w1), dtype, x_ND.device).index_select(0, rows.expert_N)
-            h_NF = self.activation(gmm(x_ND, w1).addmm_(member_NE, b1_EF))
-            return gmm(h_NF, w2).addmm_(member_NE, b2_ED)
+            linear = self.backends[self.backend](rows)
+            return linear(self.activation(linear(rows.x_ND, w1, b1_EF)), w2, b2_ED)
 
 
-Gmm = Callable[[Tensor, Tensor], Tensor]
-"""(rows [N, K], weights [E, M, K]) -> [N, M]: each row times the transposed weight of its expert"""
+def _loop(rows: ExpertRows) -> Linear:
+    sizes = segment_sizes(rows.end_E).tolist()
+
+    def linear(x_NK: Tensor, w_EMK: Tensor, b_EM: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, w_EMK[i], b_EM[i]) for i, x in enumerate(x_NK.split(sizes))])
+
+    return linear
 
 
-def _torch_gmm(rows: ExpertRows) -> Gmm:
-    return lambda x, w: _grouped_mm(x, w.transpose(1, 2), offs=rows.end_E)
+def _grouped(rows: ExpertRows) -> Linear:
+    member_NE = membership(rows.expert_N, len(rows.end_E), rows.x_ND.dtype)
+    return lambda x_NK, w_EMK, b_EM: grouped_mm(x_NK, w_EMK.mT, offs=rows.end_E).addmm_(member_NE, b_EM)
 
 
-def _megablocks_gmm(rows: ExpertRows) -> Gmm:
+def _megablocks(rows: ExpertRows) -> Linear:
     gmm = importlib.import_module("grouped_gemm.ops").gmm  # what megablocks' grouped MLP calls
-    sizes = segment_sizes(rows.end_E).cpu()
-    return lambda x, w: gmm(x, w, sizes, trans_b=True)
+    sizes, member_NE = segment_sizes(rows.end_E).cpu(), membership(rows.expert_N, len(rows.end_E), rows.x_ND.dtype)
+    return lambda x_NK, w_EMK, b_EM: gmm(x_NK, w_EMK, sizes, trans_b=True).addmm_(member_NE, b_EM)
+
+
+def membership(expert_N: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """[N, E]: 1 where the row is the expert's, else 0.
+
+    Biases are added as its product with them, in place: the gradient of a bias is then a small GEMM, where indexing
+    would scatter with N-fold contention.
+    """
+    return unit_rows(num_experts, dtype, expert_N.device).index_select(0, expert_N)
+
+
+BACKENDS: dict[str, Callable[[ExpertRows], Linear]] = {"loop": _loop, "grouped_mm": _grouped, "megablocks": _megablocks}
 
 
 def backend_problem(backend: str, device: str) -> str | None:

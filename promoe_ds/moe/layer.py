@@ -55,6 +55,17 @@ class RoutedOutput(NamedTuple):
     combine_work: list[Tensor]
 
 
+class LayerFacts(NamedTuple):
+    """What an MoE layer tells besides its output."""
+
+    terms: dict[str, Tensor]
+    """`Routing.terms`"""
+    end_E: Tensor
+    """int32, this rank's edges up to each expert, `segment_ends`"""
+    weight_N: Tensor
+    """float32, gate weights of this rank's edges"""
+
+
 def through_experts(
     dispatcher: LocalDispatcher,
     experts: StackedExperts,
@@ -85,12 +96,8 @@ class MoELayer(nn.Module):
         unconditional = moe.num_unconditional if moe.conditional else 0
         self.unconditional = nn.ModuleList(Mlp(width, hidden) for _ in range(unconditional))
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """x_BSD [B, S, D], conditional images first.
-
-        Returns:
-            (output [B, S, D] in x's dtype, `Routing.terms`, edges up to each expert [E] int32: `segment_ends`)
-        """
+    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts]:
+        """x_BSD [B, S, D], conditional images first -> (output [B, S, D] in x's dtype, facts)."""
         B, S, D = x_BSD.shape
         x_TD, images = x_BSD.reshape(-1, D), ctx.num_conditional if self.conditional else B
         known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
@@ -101,7 +108,7 @@ class MoELayer(nn.Module):
         if self.conditional:
             out_TD = torch.cat([out_TD, reduce(torch.add, nulls or [torch.zeros_like(null_TD)])])
         out_TD = reduce(torch.add, shared, out_TD)
-        return out_TD.view(B, S, D).to(x_BSD.dtype), routing.terms, end_E
+        return out_TD.view(B, S, D).to(x_BSD.dtype), LayerFacts(routing.terms, end_E, routing.weight_N)
 
 
 def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:

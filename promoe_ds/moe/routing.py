@@ -101,6 +101,8 @@ class Router(nn.Module):
     """
 
     Config: ClassVar[type[RouterConfig]] = RouterConfig
+    one_graph: ClassVar[bool] = False
+    """whether `forward` can be a compiled graph: it neither waits for the device nor keeps anything between calls"""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """As in nn.Module (to, bfloat16 ...), but a running state is not rounded to half precision."""

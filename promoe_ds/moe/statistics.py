@@ -32,10 +32,13 @@ def dead_experts(load_LE: Tensor) -> Tensor:
 
 
 def prototypes_of(router: Router) -> Tensor | None:
-    """What stands for each expert among the tokens: float [E, D] prototypes or k-means centroids; None without any."""
+    """What stands for each expert among the tokens: float [E, D] prototypes or k-means centroids; None without any.
+
+    The parameter or buffer itself: under ZeRO-3 a rank holds a piece of it.
+    """
     for name in ("prototypes", "centroids"):
         if isinstance(found := getattr(router, name, None), Tensor):
-            return found.detach()
+            return found
     return None
 
 

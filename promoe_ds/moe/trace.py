@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from promoe_ds.moe.layer import MoELayer
@@ -27,7 +28,10 @@ def routers_of(model: nn.Module) -> dict[int, Router]:
 
 @contextmanager
 def watching(model: nn.Module, see: See) -> Iterator[None]:
-    """Calls `see` after every forward of every router. Recomputation (activation checkpointing) calls it again."""
+    """Calls `see` after every forward of every router. Recomputation (activation checkpointing) calls it again.
+
+    A compiled model runs eagerly meanwhile: its graphs call no hooks.
+    """
 
     def hook(block: int) -> Callable[[Any, Any, Any], None]:
         def call(router: Any, args: Any, routing: Any) -> None:
@@ -38,7 +42,8 @@ def watching(model: nn.Module, see: See) -> Iterator[None]:
     # First among the hooks: ZeRO-3 lets go of the router's parameters in one of its own.
     handles = [r.register_forward_hook(hook(i), prepend=True) for i, r in routers_of(model).items()]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for handle in handles:
             handle.remove()

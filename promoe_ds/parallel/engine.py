@@ -143,6 +143,12 @@ class Engine:
         dist.all_gather(parts, full.contiguous(), group=self._ep_group())
         return torch.cat(parts)
 
+    def whole(self, x: Tensor) -> Tensor:
+        """All values of a parameter or buffer that is not an expert's; collective at stage 3."""
+        full = safe_get_full_fp32_param(x) if self.stage == 3 and isinstance(x, torch.nn.Parameter) else x
+        assert full is not None
+        return full.detach()
+
     def write(self, name: str, state: str, full: Tensor) -> None:
         """Set a parameter's state from its full tensor; local."""
         p = self.params[name]

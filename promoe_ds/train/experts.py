@@ -1,7 +1,7 @@
 """What the log says of the experts, layer by layer.
 
-The routers are watched in steps that are logged only; the sums stay on the device until they are reduced over the
-ranks, so no step waits for them.
+Sums are taken in steps that are logged only, of what the model returns: nothing is hooked into it, so a compiled model
+stays compiled.
 
 Legend: L MoE layers, E routed experts, K numbers a layer.
 """
@@ -9,15 +9,13 @@ Legend: L MoE layers, E routed experts, K numbers a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from promoe_ds.models.dit import DiT
-from promoe_ds.moe.routing import Router, Routing
+from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.statistics import (
     PROTOTYPE_STATISTICS,
     dead_experts,
@@ -26,79 +24,66 @@ from promoe_ds.moe.statistics import (
     prototype_statistics,
     prototypes_of,
 )
-from promoe_ds.moe.trace import routers_of, watching
+from promoe_ds.moe.trace import routers_of
 
 LAYERS_SHOWN = 8
 """MoE layers with TensorBoard tags of their own; metrics.jsonl has all"""
 
 
 class ExpertWatch:
-    """Sums over the forwards of one optimizer step, on this rank."""
+    """Sums over the forwards of one optimizer step, on this rank; they stay on the device until a report."""
 
     def __init__(self, model: DiT):
-        self.model, self.blocks = model, list(routers_of(model))
-        self._start(watched=False)
+        self.routers = routers_of(model)
+        self.start()
 
-    def _start(self, watched: bool) -> None:
-        self._watched, self._forwards = watched, 0
-        self._sums: dict[int, Tensor] = {}
-        self._losses: dict[str, Tensor] = {}
-        self._prototypes: dict[int, Tensor] = {}
-
-    @contextmanager
-    def step(self, logged: bool) -> Iterator[None]:
-        """Watch what happens inside, if the step is to be logged."""
-        self._start(watched=logged and bool(self.blocks))
-        with watching(self.model, self._see) if self._watched else nullcontext():
-            yield
-        self._watched = False
+    def start(self) -> None:
+        """A new step."""
+        self._losses: list[str] = []
+        self._sums_KL: Tensor | None = None
 
     @torch.no_grad()
-    def _see(self, block: int, router: Router, _: Tensor, routing: Routing) -> None:
-        weight_N = routing.weight_N.detach().float()
-        edges = weight_N.new_full((), len(weight_N))
-        sums_K = torch.stack([edges, weight_N.sum(), weight_N.square().sum()]).double()
-        self._sums[block] = self._sums[block] + sums_K if block in self._sums else sums_K
-        prototype_ED = prototypes_of(router)
-        if prototype_ED is not None:  # equal on every rank
-            self._prototypes[block] = prototype_statistics(prototype_ED)
+    def see(self, output: DiTOutput) -> None:
+        """Add a forward of the step."""
+        if not self.routers:
+            return
+        gates_L3 = [torch.stack([w.new_ones(len(w)).sum(), w.sum(), w.square().sum()]) for w in output.weights]
+        self._losses, edges_L, *gates = list(output.aux), *torch.stack(gates_L3).unbind(1)
+        sums_KL = torch.stack([torch.ones_like(edges_L), edges_L, *gates, *output.aux.values()]).double()
+        self._sums_KL = sums_KL if self._sums_KL is None else self._sums_KL + sums_KL
 
-    @torch.no_grad()
-    def losses(self, aux: dict[str, Tensor]) -> None:
-        """Add the auxiliary losses of a forward, `DiTOutput.aux`, if the step is watched."""
-        if self._watched:
-            self._forwards += 1
-            for name, loss_L in aux.items():
-                self._losses[name] = loss_L.double() + self._losses.get(name, 0.0)
-
-    def report(self, load_LE: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, list[Any]]:
-        """Numbers by name, a list with one for each MoE layer; collective if the step was watched.
+    def report(
+        self,
+        load_LE: Tensor,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        whole: Callable[[Tensor], Tensor] = Tensor.detach,
+    ) -> dict[str, list[Any]]:
+        """Numbers by name, a list with one for each MoE layer; collective if a forward was seen.
 
         Args:
             load_LE: int64 [L, E], over all ranks.
+            whole: all values of a parameter or buffer of which this rank may hold a piece.
         """
-        if not self.blocks:
+        if not self.routers:
             return {}
         load_LE = load_LE.cpu()
         values: dict[str, list[Any]] = {
-            "block": self.blocks,
+            "block": list(self.routers),
             "load_max_over_mean": max_over_mean(load_LE).tolist(),
             "load_entropy": load_entropy(load_LE).tolist(),
             "dead_experts": dead_experts(load_LE).tolist(),
         }
-        if self._sums:
-            sums_3L = torch.stack([self._sums[block] for block in self.blocks], dim=1)
-            forwards_L = torch.full_like(sums_3L[0], self._forwards)
-            sums_KL = sum_over_ranks(torch.stack([*sums_3L, forwards_L, *self._losses.values()])).cpu()
-            edges_L, weight_L, square_L, forwards_L, *losses = sums_KL
+        if self._sums_KL is not None:
+            forwards_L, edges_L, weight_L, square_L, *losses = sum_over_ranks(self._sums_KL).cpu()
             mean_L = weight_L / edges_L.clamp(min=1)
             values["gate_mean"] = mean_L.tolist()
             values["gate_std"] = (square_L / edges_L.clamp(min=1) - mean_L**2).clamp(min=0).sqrt().tolist()
             for name, loss_L in zip(self._losses, losses, strict=True):
                 values[f"loss/{name}"] = (loss_L / forwards_L).tolist()
-        if self._prototypes:
-            rows = torch.stack([self._prototypes[block] for block in self.blocks]).cpu().T.tolist()
-            values |= dict(zip(PROTOTYPE_STATISTICS, rows, strict=True))
+            prototypes = [p for router in self.routers.values() if (p := prototypes_of(router)) is not None]
+            if prototypes:  # equal on every rank
+                rows_LK = torch.stack([prototype_statistics(whole(p)) for p in prototypes])
+                values |= dict(zip(PROTOTYPE_STATISTICS, rows_LK.T.tolist(), strict=True))
         return {name: [_short(value) for value in row] for name, row in values.items()}
 
 

@@ -25,7 +25,7 @@ from promoe_ds.data.batches import Batch, BatchStream
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.files import write_text
-from promoe_ds.models.compiled import compile_model
+from promoe_ds.models.compiled import check_compiler, compile_model
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
@@ -78,6 +78,7 @@ class Trainer:
             signals.remove_marker(run)
         self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
         check_backend(config, topology.device.type)
+        check_compiler(config, topology.device.type)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
         found = checkpoint.find_whole(run, self.ranks)
         if found:
@@ -144,7 +145,7 @@ class Trainer:
             resuming.load_fixed(source, untrained | dict(model.named_buffers()))
         self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
         if self.config.train.compile:
-            compile_model(model)
+            compile_model(model, whole=not self.config.train.measure)
         engine = Engine(model, self.config, ds, topology)
         if reader:
             resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
@@ -213,8 +214,8 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step; returns the losses, gradient norm, expert load and whether to stop."""
-        with self.experts.step(self._logged(self.step + 1)):
-            totals, load_LE = self._accumulate(batches)
+        self.experts.start()
+        totals, load_LE = self._accumulate(batches, self._logged(self.step + 1))
         mine = totals.clone()
         totals[-1] = float(signals.requested() is not None)  # every rank learns of it with the losses of the step
         with self._part("optimizer"):
@@ -241,7 +242,7 @@ class Trainer:
         self.throughput.images += self.config.train.global_batch_size
         return record | {"grad_norm": norm}
 
-    def _accumulate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, batches: list[Batch], logged: bool = False) -> tuple[Tensor, Tensor]:
         """Forwards and backwards of a step -> (this rank's mean losses and one place more, tokens per expert)."""
         totals = torch.zeros(len(self.terms) + 1, device=self.topology.device)
         loads = []
@@ -251,7 +252,8 @@ class Trainer:
             with self._part("backward"):
                 self.engine.backward(terms[0])
             totals[:-1] += torch.stack(terms).detach() / len(batches)
-            self.experts.losses(output.aux)
+            if logged:
+                self.experts.see(output)
             loads.append(output.load_LE)
         return totals, sum(loads[1:], loads[0])
 
@@ -313,7 +315,7 @@ class Trainer:
         """Collective: sum the expert loads over ranks; rank 0 writes the record."""
         measured = self._measured()
         load_LE = sum_over_ranks(record.pop("load").clone())
-        layers = self.experts.report(load_LE, sum_over_ranks)
+        layers = self.experts.report(load_LE, sum_over_ranks, self.engine.whole)
         if self.log:
             rate = self.throughput.rate()
             ratio, dead = expert_load(load_LE.cpu())

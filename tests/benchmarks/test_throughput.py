@@ -32,8 +32,8 @@ def layer() -> tuple[MoELayer, torch.Tensor, Any]:
 def test_the_loop_computes_what_the_layer_computes(routing: str) -> None:
     made, x, ctx = layer()
     moe_peers.force_routing(made, routing)
-    out, terms, end_E = made(x, ctx)
-    loop, losses, loop_end_E = moe_peers.loop_layer(made, x, ctx)
+    out, (terms, end_E, _) = made(x, ctx)
+    loop, (losses, loop_end_E, _) = moe_peers.loop_layer(made, x, ctx)
     torch.testing.assert_close(out, loop, rtol=1e-4, atol=1e-5)
     assert torch.equal(end_E, loop_end_E)
     if routing == "learned":  # a forced choice comes after the layer's terms, and before the loop's loss

@@ -101,7 +101,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", reduce)
     x = x[ctx.order_B].requires_grad_()
-    out, terms, end_E = recomputed(layer, mode, x, ctx)
+    out, (terms, end_E, _) = recomputed(layer, mode, x, ctx)
     losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)  # type: ignore[arg-type]
     probe = torch.linspace(-1, 1, S * D).view(1, S, D)
     ((out * probe).sum() + contrastive * losses["routing_contrastive"].sum()).backward()

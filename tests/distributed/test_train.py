@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks import topology_invariance
 from promoe_ds.train import checkpoint
-from tests.launch import ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
+from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
 
 ZERO2_EP2 = ("--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "parallel.expert_parallel=2")
 STEPS = ("train.steps=60", "train.checkpoint_every=20")
@@ -207,7 +207,7 @@ def test_topology_invariance(tmp_path: Path) -> None:
 
 
 def test_precisions_and_offload(tmp_path: Path) -> None:
-    """bf16 autocast, bf16 with fp32 masters, optimizer offload, activation checkpointing: all near the fp32 curve."""
+    """bf16 autocast, bf16 with fp32 masters, offload, activation checkpointing, compiled: all near the fp32 curve."""
     cases = {
         "fp32": ("zero1", "train.precision=fp32"),
         "offload": ("zero2_offload", "train.precision=fp32"),
@@ -222,6 +222,9 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
         "bf16": ("zero1", "train.precision=bf16"),
         "bf16_3": ("zero3", "train.precision=bf16"),
     }
+    if CXX:
+        compiled = "train.precision=fp32", "train.compile=true"
+        cases |= {"parts": ("zero2", *compiled), "blocks": ("zero1", *compiled, "parallel.expert_parallel=1")}
     for bf16 in (False, True):  # DeepSpeed never takes back a process-wide autocast switch: bf16 has its own launch
         work = [(name, *case) for name, case in cases.items() if name.startswith("bf16") == bf16]
         run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(work)))

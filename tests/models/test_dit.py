@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch._dynamo.backends.debugging import aot_eager
 
 from benchmarks.op_counting import OperatorCount
 from promoe_ds.config import Config, decode, encode, load_config
-from promoe_ds.models.compiled import compile_gelus, compile_model
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.models.layers import Mlp
 from promoe_ds.moe.routing import RoutingContext
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology
@@ -105,44 +100,6 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     # 2 MoE layers and 4 attentions; a block decides and attends again, selective does not
     assert chosen["false"] == chosen["none"] == chosen["selective"] == [2, 4]
     assert chosen["true"] == chosen["block"] == [4, 8]
-
-
-def test_compiled_parts_break_no_graph_and_change_nothing() -> None:
-    """By a backend that only traces: what a compiler then does with a graph is torch's own matter."""
-    plain = gradients(awake(tiny()))
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
-        graphs.append([node.name for node in graph.graph.nodes if node.name.startswith(("scaled_dot", "sigmoid"))])
-        return aot_eager(graph, example)
-
-    found = gradients(compile_model(awake(tiny()), backend))
-    for a, b in zip(found, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    kinds = [["scaled_dot_product_attention"], ["sigmoid"], ["sigmoid"]]
-    assert sorted(graphs) == kinds, "a graph for all attentions, one for the dense MLPs, one for all GELUs of experts"
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def test_compiled_gelus_are_few_graphs_whatever_the_rows() -> None:
-    """All layers and ranks share torch's limit of graphs a function, and reaching it would end the training."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, example)
-
-    layer = compile_gelus(Mlp(4, 8), backend)
-    for grad in (True, False):
-        for mixed in (False, True):
-            for rows in (5, 0, 1, 9):
-                with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                    x = torch.randn(rows, 8, requires_grad=grad)
-                    found = layer.activation(x * 1)  # type: ignore[operator]
-                torch.testing.assert_close(found, torch.nn.functional.gelu(x, approximate="tanh"))
-    assert len(graphs) == 4, "a graph with and without gradients, with and without autocast"
 
 
 def test_learn_sigma_doubles_the_output() -> None:

@@ -82,7 +82,7 @@ def losses_of(layer: MoELayer, terms: dict[str, Tensor], end_E: Tensor, ctx: Rou
 def run(layer: MoELayer, x: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
     """The layer as the model calls it: images reordered, restored after."""
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu")
-    out, terms, end_E = layer(x[ctx.order_B], ctx)
+    out, (terms, end_E, _) = layer(x[ctx.order_B], ctx)
     count_E = segment_sizes(end_E)
     conditional = sum(label != NULL for label in labels)
     assert count_E.sum() == conditional * S * layer.router.config.top_k  # type: ignore[union-attr]
@@ -116,7 +116,7 @@ def test_empty_experts_are_exercised() -> None:
     layer = make_layer(torch.float32, backend="grouped_mm")
     x = torch.randn(1, S, D, requires_grad=True)
     ctx = RoutingContext.build(torch.tensor([4]), NULL, "cpu")
-    out, terms, end_E = layer(x, ctx)
+    out, (terms, end_E, _) = layer(x, ctx)
     count_E = segment_sizes(end_E)
     assert (count_E == 0).any()
     (out.sum() + losses_of(layer, terms, end_E, ctx)["routing_contrastive"]).backward()
@@ -144,11 +144,11 @@ def test_autocast_computes_experts_in_bf16_and_routes_in_fp32(backend: str) -> N
     x = torch.randn(4, S, D)
     ctx = RoutingContext.build(torch.tensor([1, 2, 3, NULL]), NULL, "cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, terms, end_E = layer(x, ctx)
+        out, (terms, end_E, _) = layer(x, ctx)
         count_E = segment_sizes(end_E)
         loss = losses_of(layer, terms, end_E, ctx)["routing_contrastive"]
         routing = layer.router(x[:3], ctx)
-    reference, _, reference_end_E = layer(x, ctx)
+    reference, (_, reference_end_E, _) = layer(x, ctx)
     reference_count_E = segment_sizes(reference_end_E)
     assert routing.weight_N.dtype == torch.float32 and loss.dtype == torch.float32
     assert torch.equal(count_E, reference_count_E)  # bf16 scores would flip some
@@ -159,7 +159,7 @@ def test_without_the_conditional_split_every_image_is_routed() -> None:
     layer = make_layer(torch.float32, conditional=False)
     assert len(layer.unconditional) == 0
     ctx = RoutingContext.build(torch.tensor([1, NULL, NULL]), NULL, "cpu")
-    _, _, end_E = layer(torch.randn(3, S, D), ctx)
+    _, (_, end_E, _) = layer(torch.randn(3, S, D), ctx)
     count_E = segment_sizes(end_E)
     assert count_E.sum() == 3 * S
 
@@ -167,7 +167,7 @@ def test_without_the_conditional_split_every_image_is_routed() -> None:
 def test_no_auxiliary_loss_outside_training() -> None:
     layer = make_layer(torch.float32).eval()
     ctx = RoutingContext.build(torch.tensor([1, 2]), NULL, "cpu")
-    _, terms, end_E = layer(torch.randn(2, S, D), ctx)
+    _, (terms, end_E, _) = layer(torch.randn(2, S, D), ctx)
     assert terms == {} and losses_of(layer, terms, end_E, ctx) == {}
 
 
@@ -189,7 +189,7 @@ def test_no_host_synchronisation_and_no_collective_at_ep_1() -> None:
     ctx = RoutingContext.build(torch.tensor([3, 1, NULL]), NULL, "cpu")
     x = torch.randn(3, S, D, requires_grad=True)
     with Operations() as operations:
-        out, terms, end_E = layer(x, ctx)
+        out, (terms, end_E, _) = layer(x, ctx)
         (out.sum() + losses_of(layer, terms, end_E, ctx)["routing_contrastive"]).backward()
     assert any("grouped_mm" in name for name in operations.names)
     waiting = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "c10d", "_c10d")

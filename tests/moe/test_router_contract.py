@@ -56,7 +56,7 @@ def context(labels: list[int]) -> RoutingContext:
 def step(layer: MoELayer, labels: list[int], seed: int = 1) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One training step without an optimizer: forward, backward, after_step."""
     ctx, x = context(labels), images(labels, seed)
-    out, terms, end_E = layer(x[ctx.order_B], ctx)
+    out, (terms, end_E, _) = layer(x[ctx.order_B], ctx)
     aux, count_E = losses_of(layer, terms, end_E, ctx), segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
     router_of(layer).after_step(lambda v: v)
@@ -105,7 +105,7 @@ def test_equal_tokens_leave_experts_empty(name: str, conditional: bool) -> None:
     """All tokens alike: whoever chooses by token sends all to one expert, and the others do no harm."""
     layer, labels = make_layer(name, conditional=conditional), [1, 1, 1]
     x = torch.linspace(-1, 1, D).expand(len(labels), S, D)
-    out, terms, end_E = layer(x, context(labels))
+    out, (terms, end_E, _) = layer(x, context(labels))
     aux, count_E = losses_of(layer, terms, end_E, context(labels)), segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
     assert out.isfinite().all() and all(loss.isfinite() for loss in aux.values())
@@ -169,7 +169,7 @@ def test_scores_are_fp32_under_autocast_and_buffers_in_a_bf16_model(name: str) -
     before = {key: b.clone() for key, b in layer.named_buffers()}
     layer.bfloat16()
     assert all(torch.equal(b, before[key]) and b.dtype == torch.float32 for key, b in layer.named_buffers())
-    _, terms, end_E = layer(images(labels).bfloat16(), context(labels))
+    _, (terms, end_E, _) = layer(images(labels).bfloat16(), context(labels))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         aux = losses_of(layer, terms, end_E, context(labels))
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in aux.values())
@@ -183,7 +183,7 @@ def test_training_on_one_device_waits_for_nothing(name: str) -> None:
         step(layer, MIXES["mixed"])
     ctx, x = context(MIXES["mixed"]), images(MIXES["mixed"])
     with Operations() as operations:
-        out, terms, end_E = layer(x, ctx)
+        out, (terms, end_E, _) = layer(x, ctx)
         (out.sum() + sum(losses_of(layer, terms, end_E, ctx).values())).backward()
         router_of(layer).after_step(lambda v: v)
     waiting = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "c10d")
@@ -197,12 +197,14 @@ def test_losses_of_several_layers_are_those_of_each(name: str) -> None:
     reduced: list[Tensor] = []
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", lambda v: reduced.append(v) or v)
     seen = [layer(images(labels, seed)[ctx.order_B], ctx) for seed, layer in enumerate(layers)]
-    load_LE = segment_sizes(torch.stack([end_E for *_, end_E in seen]))
-    losses = auxiliary_losses(router_of(layers[0]), [terms for _, terms, _ in seen], load_LE, ctx)
+    load_LE = segment_sizes(torch.stack([facts.end_E for _, facts in seen]))
+    losses = auxiliary_losses(router_of(layers[0]), [facts.terms for _, facts in seen], load_LE, ctx)
     assert len(reduced) == bool(losses) and all(loss_L.shape == (3,) for loss_L in losses.values())
     parameters = [p for layer in layers for p in layer.router.parameters()]
     for key, loss_L in losses.items():
-        alone = [losses_of(layer, terms, end, ctx)[key] for layer, (_, terms, end) in zip(layers, seen, strict=True)]
+        alone = [
+            losses_of(layer, terms, end, ctx)[key] for layer, (_, (terms, end, _)) in zip(layers, seen, strict=True)
+        ]
         torch.testing.assert_close(loss_L, torch.stack(alone))
         grads = (
             torch.autograd.grad(loss.prod(), parameters, retain_graph=True, materialize_grads=True)

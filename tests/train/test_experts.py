@@ -19,10 +19,10 @@ def test_report_is_what_the_routers_did() -> None:
     label_B = torch.tensor([1, 2, 10, 3])
     ctx, t_B = RoutingContext.build(label_B, 10, cpu), torch.full((4,), 300.0)
     images, seen, outputs = torch.randn(2, 4, 1, 8, 8), [], []
-    with watch.step(logged=True), watching(model, lambda block, router, x, routing: seen.append((block, routing))):
+    with watching(model, lambda block, router, x, routing: seen.append((block, routing))):
         for x_BCHW in images:  # two micro-batches
             outputs.append(model(x_BCHW, t_B, ctx))
-            watch.losses(outputs[-1].aux)
+            watch.see(outputs[-1])
     load = [output.load_LE for output in outputs]
     layers = watch.report(load[0] + load[1], lambda x: 2 * x)  # as if a second rank had the same
     assert layers["block"] == [1, 3] and len(seen) == 4
@@ -34,15 +34,14 @@ def test_report_is_what_the_routers_did() -> None:
         assert math.isclose(layers["loss/routing_contrastive"][row], sum(losses) / 2, rel_tol=1e-5)
         norms = model.blocks[block].mlp.router.prototypes.detach().norm(dim=1)
         assert math.isclose(layers["prototype_norm"][row], norms.mean(), rel_tol=1e-5)
-    with watch.step(logged=False):
-        watch.losses(model(images[0], t_B, ctx).aux)
+    watch.start()
     assert watch.report(load[0], lambda x: x).keys() == {"block", "load_max_over_mean", "load_entropy", "dead_experts"}
 
 
 def test_a_dense_model_has_nothing_to_report() -> None:
-    watch = ExpertWatch(build(load_config("tiny", ["moe=null"])))
-    with watch.step(logged=True):
-        pass
+    model = materialize(build(load_config("tiny", ["moe=null"])), 0)
+    watch = ExpertWatch(model)
+    watch.see(model(torch.randn(1, 1, 8, 8), torch.ones(1), RoutingContext.build(torch.tensor([1]), 10, "cpu")))
     assert watch.report(torch.zeros(0, 0), lambda x: x) == {} == shown({})
 
 

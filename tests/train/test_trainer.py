@@ -24,7 +24,7 @@ class Captured:
     def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, ctx: Any) -> DiTOutput:
         self.x, self.t, self.ctx = x_BCHW, t_B, ctx
         self.prediction = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(0))
-        return DiTOutput(self.prediction, {"routing_contrastive": torch.tensor([1.0, 2.0])}, torch.zeros(1, 12))
+        return DiTOutput(self.prediction, {"routing_contrastive": torch.tensor([1.0, 2.0])}, torch.zeros(1, 12), [])
 
 
 def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:

@@ -41,6 +41,7 @@ class ExpertChoiceConfig(RouterConfig):
 @register_router("expert_choice")
 class ExpertChoiceRouter(Router):
     Config = ExpertChoiceConfig
+    one_graph = True
 
     def __init__(self, config: ExpertChoiceConfig, num_experts: int, width: int):
         super().__init__()

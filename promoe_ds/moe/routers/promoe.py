@@ -86,6 +86,7 @@ class PrototypicalRouter(Router):
 @register_router("promoe")
 class ProMoERouter(PrototypicalRouter):
     Config = ProMoEConfig
+    one_graph = True
 
     @staticmethod
     def aux_weights(config: Any) -> dict[str, float]:

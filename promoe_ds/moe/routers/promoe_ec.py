@@ -52,6 +52,7 @@ class ProMoEECConfig(RouterConfig):
 @register_router("promoe_ec")
 class ProMoEECRouter(PrototypicalRouter):
     Config = ProMoEECConfig
+    one_graph = True
 
     def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
         """Each expert takes k tokens of each image. x_BSD [B, S, D] -> Routing with N = B*E*k, expert by expert."""

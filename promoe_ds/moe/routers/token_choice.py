@@ -47,6 +47,7 @@ class TokenChoiceConfig(RouterConfig):
 @register_router("token_choice")
 class TokenChoiceRouter(Router):
     Config = TokenChoiceConfig
+    one_graph = True
 
     def __init__(self, config: TokenChoiceConfig, num_experts: int, width: int):
         super().__init__()

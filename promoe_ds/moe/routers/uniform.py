@@ -31,6 +31,7 @@ class UniformConfig(RouterConfig):
 @register_router("uniform")
 class UniformRouter(Router):
     Config = UniformConfig
+    one_graph = True
 
     def __init__(self, config: UniformConfig, num_experts: int, width: int):
         super().__init__()

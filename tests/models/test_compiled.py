@@ -1,0 +1,159 @@
+"""torch.compile of the blocks: how many graphs, and that they compute what the plain model does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
+
+from promoe_ds.config import ConfigError, load_config
+from promoe_ds.models.compiled import GRAPHS, check_compiler, compile_gelus, compile_model, one_graph
+from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.models.layers import Mlp
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.routing import Routing, RoutingContext
+from promoe_ds.moe.trace import watching
+from tests.launch import CXX
+from tests.models.test_dit import awake
+
+NULL = 10
+BATCHES = (
+    [1, 3, 5, 7, 9],
+    [NULL, 3, 5, 7, 9],
+    [NULL, NULL, 5, 7, 9],
+    [NULL] * 4 + [9],
+    [NULL] * 5,
+    [1, 2, NULL, 4, 5, 6],
+)
+"""labels: none without one, one, some, all but one, all; and another size"""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def model_of(*overrides: str) -> DiT:
+    return awake(load_config("tiny", ["model.depth=2", *overrides]))
+
+
+def step(model: DiT, labels: list[int], mixed: bool = False) -> tuple[DiTOutput, dict[str, Tensor]]:
+    """Output and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(len(labels), 1, 8, 8, generator=generator), torch.rand(len(labels), generator=generator) * 1000
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        out = model(x, t, RoutingContext.build(torch.tensor(labels), NULL, "cpu"))
+    (out.prediction.float().square().mean() + sum(v.sum() for v in out.aux.values())).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return out, grads
+
+
+def same(model: DiT, compiled: DiT, labels: list[int], mixed: bool = False) -> None:
+    (want, want_grads), (found, found_grads) = step(model, labels, mixed), step(compiled, labels, mixed)
+    assert found_grads.keys() == want_grads.keys()
+    if mixed:  # bf16 rounds elsewhere, after which a token may go elsewhere
+        torch.testing.assert_close(found.prediction, want.prediction, rtol=0.05, atol=0.01)
+        return
+    torch.testing.assert_close(found.prediction, want.prediction, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.load_LE, want.load_LE)
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(found_grads[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Counting:
+    """A backend that counts the graphs and runs them as they are, or as a compiler would get them (`lowered`)."""
+
+    def __init__(self, lowered: bool = False) -> None:
+        self.lowered = lowered
+        self.attentions: list[int] = []
+        """in each graph"""
+
+    def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
+        self.attentions.append(sum(n.name.startswith("scaled_dot_product") for n in graph.graph.nodes))
+        return aot_eager(graph, example) if self.lowered else graph.forward
+
+
+@pytest.mark.parametrize("router", sorted(name for name, router in ROUTERS.items() if router.one_graph))
+def test_a_block_is_one_graph(router: str) -> None:
+    """Blocks share graphs; other numbers of labelled images need few more, and the model stays the same."""
+    overrides = (f"moe.router.name={router}", "model.depth=4" if router == "promoe" else "model.depth=2")
+    backend = Counting()
+    plain, compiled = model_of(*overrides), compile_model(model_of(*overrides), backend)
+    same(plain, compiled, BATCHES[1])
+    assert backend.attentions == [1, 1], "one for the dense blocks, one for the MoE blocks"
+    for labels in BATCHES:
+        same(plain, compiled, labels)
+    assert set(backend.attentions) == {1} and len(backend.attentions) < GRAPHS // 4, "whole blocks, and few"
+
+
+@pytest.mark.parametrize(
+    "override", ["moe.router.name=kmeans", "moe.router.name=diffmoe", "moe.experts_backend=loop", "parts", "moe=null"]
+)
+def test_other_blocks_are_compiled_in_parts(override: str) -> None:
+    overrides = () if override == "parts" else (override,)
+    backend = Counting()
+    plain, compiled = model_of(*overrides), compile_model(model_of(*overrides), backend, whole=override != "parts")
+    for labels in BATCHES[1:4]:
+        same(plain, compiled, labels)
+    whole = [not block.is_moe or (override != "parts" and one_graph(block.mlp)) for block in compiled.blocks]  # type: ignore[arg-type]
+    assert whole == ([True, True] if override == "moe=null" else [True, False])
+
+
+def test_lowered_graphs_compute_the_same() -> None:
+    """Forward and backward as a compiler gets them; with autocast, and with blocks computed again."""
+    plain, compiled = model_of(), compile_model(model_of(), Counting(lowered=True))
+    for labels in BATCHES[1:3]:
+        same(plain, compiled, labels)
+    same(plain, compiled, BATCHES[1], mixed=True)
+    same(plain, compile_model(model_of("train.activation_checkpointing=block"), Counting(lowered=True)), BATCHES[1])
+
+
+def test_whoever_watches_sees_the_routers_of_a_compiled_model() -> None:
+    model = compile_model(model_of(), Counting())
+    step(model, BATCHES[1])
+    seen: list[int] = []
+
+    def see(block: int, router: Any, x_ISD: Tensor, routing: Routing) -> None:
+        seen.append(len(routing.expert_N))
+
+    with watching(model, see):
+        step(model, BATCHES[1])
+    assert seen == [4 * 16]
+
+
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+def test_a_real_compiler_computes_the_same() -> None:
+    """inductor, whose generated code is where memory is reused: that has cost a gradient before (`_settings`)."""
+    overrides = "model.depth=1", "moe.layers=all"
+    same(model_of(*overrides), compile_model(model_of(*overrides)), BATCHES[1])
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = load_config("tiny", ["train.compile=true"])
+    with pytest.raises(ConfigError, match=r"compile=true: on a CPU .* no no-such-compiler; install g\+\+"):
+        check_compiler(config, "cpu")
+    check_compiler(config, "cuda")
+    check_compiler(load_config("tiny"), "cpu")
+
+
+def test_compiled_gelus_are_few_graphs_whatever_the_rows() -> None:
+    """All layers and ranks share torch's limit of graphs a function, and reaching it would end the training."""
+    backend = Counting()
+    layer = compile_gelus(Mlp(4, 8), backend)
+    for grad in (True, False):
+        for mixed in (False, True):
+            for rows in (5, 0, 1, 9):
+                with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                    x = torch.randn(rows, 8, requires_grad=grad)
+                    found = layer.activation(x * 1)  # type: ignore[operator]
+                torch.testing.assert_close(found, torch.nn.functional.gelu(x, approximate="tanh"))
+    assert len(backend.attentions) == 4, "a graph with and without gradients, with and without autocast"
