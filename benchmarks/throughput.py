@@ -65,6 +65,17 @@ def make_model(config: Config, device: torch.device) -> Any:
     return model.train()
 
 
+def twin(model: Any) -> Any:
+    """Another model on the same parameters: it takes no memory."""
+    other = build(model.config)
+    other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return other.train()
+
+
+def optimizer(model: Any) -> AdamWithEMA:
+    return AdamWithEMA([p for p in model.parameters() if p.requires_grad], model.config.optimizer)
+
+
 def labels(images: int) -> Tensor:
     """A tenth of the images without label, at least one."""
     label_B = torch.arange(images) % NULL
@@ -80,13 +91,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def train_step(model: Any, images: int, device: torch.device, precision: str) -> Work:
+def train_step(model: Any, adam: AdamWithEMA, images: int, device: torch.device, precision: str) -> Work:
     """Forward, backward and update of a whole model; the state of the optimizer is made at the first call."""
-    config = model.config
-    objective = make_objective(config.diffusion, device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adam = AdamWithEMA(trained, config.optimizer)
-    m = config.model
+    objective, m = make_objective(model.config.diffusion, device), model.config.model
     z, eps = (torch.randn(images, m.channels, m.image_size, m.image_size, device=device) for _ in range(2))
     gauss, host = torch.randn(images, device=device), labels(images)
 
@@ -99,7 +106,7 @@ def train_step(model: Any, images: int, device: torch.device, precision: str) ->
         clock.mark()
         total.backward()
         clock.mark()
-        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 0.5)
         adam.step()
         adam.zero_grad(set_to_none=True)
         clock.mark()
@@ -152,8 +159,9 @@ def layer_systems(config: Config, images: int, precision: str, routing: str, dev
     systems = {
         f"promoe {name}": layer_step(layer, with_backend(layer, name), x, precision) for name in backends(device)
     }
-    compiled: Any = compile_whole(copy.deepcopy(layer))
-    systems["promoe compiled"] = layer_step(compiled, with_backend(compiled, "grouped_mm"), x, precision)
+    if routing == "learned":
+        compiled: Any = compile_whole(copy.deepcopy(layer))
+        systems["promoe compiled"] = layer_step(compiled, with_backend(compiled, "grouped_mm"), x, precision)
     systems["paper loop"] = layer_step(layer, loop, x, precision)
     with autocast(device, precision):
         gemms = moe_peers.gemms_alone(layer, x, ctx)
@@ -212,9 +220,9 @@ def points(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 
 
 def step_systems(size: str, images: int, precision: str, device: torch.device) -> dict[str, Work]:
-    promoe: Any = make_model(load_config(f"imagenet256_promoe_{size}"), device)
-    dense = make_model(load_config(f"imagenet256_dense_{size}"), device)
-    step = train_step(promoe, images, device, precision)
+    dense, promoe = (make_model(load_config(f"imagenet256_{name}_{size}"), device) for name in ("dense", "promoe"))
+    adams = {"dense": optimizer(dense), "promoe": optimizer(promoe)}
+    step = train_step(promoe, adams["promoe"], images, device, precision)
 
     def variant(backend: str, loop: bool) -> Work:
         def work(clock: Clock) -> None:
@@ -226,11 +234,10 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
 
         return work
 
-    systems = {"dense": train_step(dense, images, device, precision)}
+    systems = {"dense": train_step(dense, adams["dense"], images, device, precision)}
     systems |= {f"promoe {name}": variant(name, False) for name in backends(device)}
-    for name in ("dense", "promoe"):
-        model = compile_model(make_model(load_config(f"imagenet256_{name}_{size}"), device))
-        systems[f"{name} compiled"] = train_step(model, images, device, precision)
+    for name, model in (("dense", dense), ("promoe", promoe)):
+        systems[f"{name} compiled"] = train_step(compile_model(twin(model)), adams[name], images, device, precision)
     return systems | {"promoe paper loop": variant("loop", True)}
 
 
