@@ -38,6 +38,7 @@ def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor", wh
         backend: of torch.compile.
         whole: whether an MoE block may become one graph; if not, its experts can be timed.
     """
+    _settings()
     for block in model.blocks:
         compiled: Any = block
         if not compiled.is_moe or (whole and one_graph(compiled.mlp)):
