@@ -60,19 +60,20 @@ def check_compiler(config: Config, device: str) -> None:
 def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
     """Make the forward of a block, or of an MoE layer, one graph, in place; returns the same object.
 
-    Without conditional images it stays eager: the compiler knows no empty index.
+    Without conditional images an MoE layer's graph is run as it was traced, because the compiler knows no empty index.
+    Not eagerly: gradients would arrive in another order than on the other ranks, and ZeRO-2 fills its buckets by it.
     """
     _settings()
-    plain, compiled = module.forward, torch.compile(module.forward, fullgraph=True, backend=backend)
-    for experts in module.modules():
-        if isinstance(experts, StackedExperts):
-            experts.backends = BACKENDS | {"grouped_mm": traceable.grouped}
+    compiled, traced = (torch.compile(module.forward, fullgraph=True, backend=b) for b in (backend, "aot_eager"))
+    stacks = [m for m in module.modules() if isinstance(m, StackedExperts)]
+    for experts in stacks:
+        experts.backends = BACKENDS | {"grouped_mm": traceable.grouped}
 
     def forward(*args: Any) -> Any:
         ctx: RoutingContext = args[-1]
-        return (compiled if ctx.num_conditional else plain)(*args)
+        return (compiled if ctx.num_conditional else traced)(*args)
 
-    module.forward = forward
+    module.forward = forward if stacks else compiled
     return module
 
 

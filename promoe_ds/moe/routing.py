@@ -214,7 +214,8 @@ def top_tokens_per_image(score_BSE: Tensor, quota: int) -> tuple[Tensor, Tensor,
         (token_N int64, expert_N int64, score_N), N = E*B*quota, expert by expert.
     """
     B, S, E = score_BSE.shape
-    score_EBk, position_EBk = score_BSE.permute(2, 0, 1).topk(quota, dim=-1)
+    # Permuted after the choice: before it, torch 2.13's compiler computes wrong gradients of a softmax (on CPU).
+    score_EBk, position_EBk = (x_BkE.permute(2, 0, 1) for x_BkE in score_BSE.topk(quota, dim=1))
     first_B = torch.arange(B, device=score_BSE.device) * S
     token_N, expert_N = expert_major((position_EBk + first_B[:, None]).reshape(E, B * quota))
     return token_N, expert_N, score_EBk.reshape(-1)

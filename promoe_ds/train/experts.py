@@ -47,9 +47,10 @@ class ExpertWatch:
         """Add a forward of the step."""
         if not self.routers:
             return
-        gates_L3 = [torch.stack([w.new_ones(len(w)).sum(), w.sum(), w.square().sum()]) for w in output.weights]
-        self._losses, edges_L, *gates = list(output.aux), *torch.stack(gates_L3).unbind(1)
-        sums_KL = torch.stack([torch.ones_like(edges_L), edges_L, *gates, *output.aux.values()]).double()
+        sums_L2 = torch.stack([torch.stack([w_N.sum(), w_N.square().sum()]) for w_N in output.weights])
+        edges_L = sums_L2.new_tensor([len(w_N) for w_N in output.weights])
+        self._losses = list(output.aux)
+        sums_KL = torch.stack([torch.ones_like(edges_L), edges_L, *sums_L2.T, *output.aux.values()]).double()
         self._sums_KL = sums_KL if self._sums_KL is None else self._sums_KL + sums_KL
 
     def report(

@@ -294,6 +294,8 @@ class Trainer:
         output, losses = self.objective.loss(lambda x, t: self.engine(x, t, ctx), z, eps, gauss)
         total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux.items()}
         for name, weight in self.aux_weights.items():
+            if name not in aux:
+                raise RankFailed(f"the router's aux_weights name a loss {name!r}, which its losses() does not return")
             total = total + weight * aux[name]
         return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_weights)]
 

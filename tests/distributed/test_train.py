@@ -207,7 +207,7 @@ def test_topology_invariance(tmp_path: Path) -> None:
 
 
 def test_precisions_and_offload(tmp_path: Path) -> None:
-    """bf16 autocast, bf16 with fp32 masters, offload, activation checkpointing, compiled: all near the fp32 curve."""
+    """bf16 autocast, bf16 with fp32 masters, optimizer offload, activation checkpointing: all near the fp32 curve."""
     cases = {
         "fp32": ("zero1", "train.precision=fp32"),
         "offload": ("zero2_offload", "train.precision=fp32"),
@@ -222,9 +222,6 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
         "bf16": ("zero1", "train.precision=bf16"),
         "bf16_3": ("zero3", "train.precision=bf16"),
     }
-    if CXX:
-        compiled = "train.precision=fp32", "train.compile=true"
-        cases |= {"parts": ("zero2", *compiled), "blocks": ("zero1", *compiled, "parallel.expert_parallel=1")}
     for bf16 in (False, True):  # DeepSpeed never takes back a process-wide autocast switch: bf16 has its own launch
         work = [(name, *case) for name, case in cases.items() if name.startswith("bf16") == bf16]
         run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(work)))
@@ -235,6 +232,27 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
             assert curve[step] == pytest.approx(loss, rel=tolerance), (name, step)
     for name in ("autocast", "bf16"):
         assert results[name] != results["fp32"], name
+
+
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+def test_compiled_models_train_alike(tmp_path: Path) -> None:
+    """In parts (ep 2) and as whole blocks; the last with one image a forward: ranks without labels run other graphs."""
+    few = "train.micro_batch_size=1", "train.global_batch_size=4", "diffusion.label_drop=0.4", "model.depth=2"
+    cases = {
+        "parts": ("zero2", "train.steps=3"),
+        "blocks": ("zero1", "train.steps=3", "parallel.expert_parallel=1"),
+        "few": ("zero2", "train.steps=6", "parallel.expert_parallel=1", *few),
+    }
+    runs = {name: (*case, "train.precision=fp32") for name, case in cases.items()}
+    runs |= {f"{name} compiled": (*case, "train.compile=true") for name, case in runs.items()}
+    run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), json.dumps([(n, *r) for n, r in runs.items()])))
+    for name in cases:
+        plain, compiled = (
+            [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (name, f"{name} compiled")
+        )
+        for key in ("loss", "grad_norm"):
+            assert [r[key] for r in compiled] == pytest.approx([r[key] for r in plain], rel=1e-5), (name, key)
 
 
 def test_bf16_masters_survive_a_resume(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ BATCHES = (
 )
 """labels: none without one, one, some, all but one, all; and another size"""
 
+ONE_GRAPH = sorted(name for name, router in ROUTERS.items() if router.one_graph)
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
@@ -64,8 +66,9 @@ def same(model: DiT, compiled: DiT, labels: list[int], mixed: bool = False) -> N
         return
     torch.testing.assert_close(found.prediction, want.prediction, rtol=1e-4, atol=1e-5)
     assert torch.equal(found.load_LE, want.load_LE)
+    scale = max(float(grad.norm()) for grad in want_grads.values())
     for name, grad in want_grads.items():
-        torch.testing.assert_close(found_grads[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert float((found_grads[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7 * scale, name
 
 
 class Counting:
@@ -81,7 +84,7 @@ class Counting:
         return aot_eager(graph, example) if self.lowered else graph.forward
 
 
-@pytest.mark.parametrize("router", sorted(name for name, router in ROUTERS.items() if router.one_graph))
+@pytest.mark.parametrize("router", ONE_GRAPH)
 def test_a_block_is_one_graph(router: str) -> None:
     """Blocks share graphs; other numbers of labelled images need few more, and the model stays the same."""
     overrides = (f"moe.router.name={router}", "model.depth=4" if router == "promoe" else "model.depth=2")
@@ -100,11 +103,13 @@ def test_a_block_is_one_graph(router: str) -> None:
 def test_other_blocks_are_compiled_in_parts(override: str) -> None:
     overrides = () if override == "parts" else (override,)
     backend = Counting()
+    torch._functorch.config.donated_buffer = True
     plain, compiled = model_of(*overrides), compile_model(model_of(*overrides), backend, whole=override != "parts")
     for labels in BATCHES[1:4]:
         same(plain, compiled, labels)
     whole = [not block.is_moe or (override != "parts" and one_graph(block.mlp)) for block in compiled.blocks]  # type: ignore[arg-type]
     assert whole == ([True, True] if override == "moe=null" else [True, False])
+    assert not torch._functorch.config.donated_buffer, "the settings hold for parts too"
 
 
 def test_lowered_graphs_compute_the_same() -> None:
@@ -129,10 +134,25 @@ def test_whoever_watches_sees_the_routers_of_a_compiled_model() -> None:
     assert seen == [4 * 16]
 
 
+def test_gradients_arrive_in_one_order() -> None:
+    """Whatever the labels: ZeRO-2 fills buckets in this order, and ranks with other orders would add up strangers."""
+    model, orders = compile_model(model_of(), Counting(lowered=True)), []
+    order: list[str] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    for labels in BATCHES:
+        order.clear()
+        step(model, labels)
+        orders.append(order[:])
+    assert all(found == orders[0] for found in orders)
+
+
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-def test_a_real_compiler_computes_the_same() -> None:
-    """inductor, whose generated code is where memory is reused: that has cost a gradient before (`_settings`)."""
-    overrides = "model.depth=1", "moe.layers=all"
+@pytest.mark.parametrize("router", ONE_GRAPH)
+def test_a_real_compiler_computes_the_same(router: str) -> None:
+    """inductor, whose generated code has cost gradients before (`_settings`, `top_tokens_per_image`)."""
+    overrides = f"moe.router.name={router}", "model.depth=1", "moe.layers=all"
     same(model_of(*overrides), compile_model(model_of(*overrides)), BATCHES[1])
 
 
