@@ -13,7 +13,7 @@ from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
-from promoe_ds.train.trainer import Trainer, claim
+from promoe_ds.train.trainer import RankFailed, Trainer, claim
 
 
 class Captured:
@@ -52,6 +52,9 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     assert contrastive == 3.0
     assert torch.equal(seen.ctx.label_B[seen.ctx.restore_B], batch.label_B)
     assert seen.ctx.num_conditional == int((batch.label_B != 10).sum())
+    trainer.aux_weights = {"surprise": 1.0}  # a router that was written for other names
+    with pytest.raises(RankFailed, match=r"aux_weights name a loss 'surprise', which its losses\(\) does not return"):
+        trainer._forward(batch)
 
 
 def test_a_claimed_folder_is_free_again_when_its_owner_ends(tmp_path: Path) -> None:
