@@ -51,7 +51,7 @@ def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor", wh
 
 def check_compiler(config: Config, device: str) -> None:
     """Raise ConfigError if the model is to be compiled for a CPU, and there is no C++ compiler."""
-    command = os.environ.get("CXX", "g++")
+    command = (os.environ.get("CXX") or "g++").split()[0]
     if config.train.compile and device == "cpu" and shutil.which(command) is None:
         conflict = f"on a CPU torch.compile calls a C++ compiler, and there is no {command}"
         reject("train.compile", "true", conflict, "install g++, name another in CXX, or set train.compile=false")

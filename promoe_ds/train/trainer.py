@@ -73,12 +73,12 @@ class Trainer:
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset = self._connect()
         data = fingerprint(self.dataset)
+        check_backend(config, topology.device.type)
+        check_compiler(config, topology.device.type)
         self.lock = claim(run) if topology.rank == 0 else None
         if self.lock:
             signals.remove_marker(run)
         self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
-        check_backend(config, topology.device.type)
-        check_compiler(config, topology.device.type)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
         found = checkpoint.find_whole(run, self.ranks)
         if found:
@@ -294,8 +294,11 @@ class Trainer:
         output, losses = self.objective.loss(lambda x, t: self.engine(x, t, ctx), z, eps, gauss)
         total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux.items()}
         for name, weight in self.aux_weights.items():
-            if name not in aux:
-                raise RankFailed(f"the router's aux_weights name a loss {name!r}, which its losses() does not return")
+            if name not in losses and (name not in output.aux or output.aux[name].shape != output.load_LE.shape[:1]):
+                raise RankFailed(
+                    f"the router's aux_weights name a loss {name!r}: its losses() must return it with one value for "
+                    "each MoE layer, and its forward the terms of it"
+                )
             total = total + weight * aux[name]
         return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_weights)]
 

@@ -24,7 +24,7 @@ class Captured:
     def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, ctx: Any) -> DiTOutput:
         self.x, self.t, self.ctx = x_BCHW, t_B, ctx
         self.prediction = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(0))
-        return DiTOutput(self.prediction, {"routing_contrastive": torch.tensor([1.0, 2.0])}, torch.zeros(1, 12), [])
+        return DiTOutput(self.prediction, {"routing_contrastive": torch.tensor([1.0, 2.0])}, torch.zeros(2, 12), [])
 
 
 def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
@@ -53,7 +53,7 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     assert torch.equal(seen.ctx.label_B[seen.ctx.restore_B], batch.label_B)
     assert seen.ctx.num_conditional == int((batch.label_B != 10).sum())
     trainer.aux_weights = {"surprise": 1.0}  # a router that was written for other names
-    with pytest.raises(RankFailed, match=r"aux_weights name a loss 'surprise', which its losses\(\) does not return"):
+    with pytest.raises(RankFailed, match=r"aux_weights name a loss 'surprise': its losses\(\) must return it with one"):
         trainer._forward(batch)
 
 
