@@ -52,7 +52,7 @@ def _step(points: dict[str, Any], peak: float | None) -> str:
             if "failed" in found:
                 rows.append([point, name, found["failed"], *[""] * 6])
                 continue
-            config = load_config(f"imagenet256_{'dense' if name == 'dense' else 'promoe'}_{size}")
+            config = load_config(f"imagenet256_{'dense' if name.startswith('dense') else 'promoe'}_{size}")
             rate = [int(micro) / sum(r) for r in found["rounds"]]
             mfu = statistics.median(rate) * accounting.train_flops(config, 0.1) / peak if peak else None
             by_part = " / ".join(f"{1e3 * statistics.median(p):.3g}" for p in zip(*found["rounds"], strict=True))
