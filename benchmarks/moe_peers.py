@@ -41,8 +41,8 @@ class ForcedRouter(nn.Module):
     def config(self) -> Any:
         return self.router.config
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        routing = self.router(x_BSD, ctx)
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        routing = self.router(x_TD, S, ctx)
         return routing._replace(expert_N=self.choice(routing.expert_N))
 
     def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:

@@ -277,13 +277,12 @@ def counts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[st
                 (output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())).backward()
 
             both()
-            train = count_operators(forward)
             output = forward()
             total = output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())
             backward = count_operators(total.backward)
-            model.eval()
             with torch.no_grad():
-                forward()
+                train = count_operators(forward)
+                model.eval()
                 infer = count_operators(forward)
             model.train()
             out[name] = {"evaluation": infer.total, "training": train.total, "kernels": train.kernels,

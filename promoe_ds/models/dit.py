@@ -25,7 +25,7 @@ class DiTOutput(NamedTuple):
     aux: dict[str, Tensor]
     """auxiliary losses by name, [L], one for each MoE layer, unweighted; empty outside training"""
     load_LE: Tensor
-    """int64 [L, E], edges of this rank per MoE layer and expert"""
+    """int32 [L, E], edges of this rank per MoE layer and expert"""
     weights: list[Tensor]
     """float32 [N], gate weights of this rank's edges, by MoE layer"""
 
@@ -130,7 +130,7 @@ class DiT(nn.Module):
                 layers.append(facts)
         out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, ctx.restore_B)
         if not layers:
-            return DiTOutput(out_BCHW, {}, torch.zeros(0, 0, dtype=torch.int64, device=t_B.device), [])
+            return DiTOutput(out_BCHW, {}, torch.zeros(0, 0, dtype=torch.int32, device=t_B.device), [])
         load_LE = segment_sizes(torch.stack([facts.end_E for facts in layers]))
         first: Any = self.blocks[self.config.moe_layers()[0]]
         aux = auxiliary_losses(first.mlp.router, [facts.terms for facts in layers], load_LE, ctx)

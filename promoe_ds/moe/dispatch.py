@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.moe.constants import counting
@@ -71,8 +72,8 @@ def segment_ends(sorted_N: Tensor, segments: int) -> Tensor:
 
 
 def segment_sizes(end_E: Tensor) -> Tensor:
-    """How often each value is there, from `segment_ends`; any leading shape; int64."""
-    return torch.diff(end_E, prepend=end_E.new_zeros(*end_E.shape[:-1], 1)).long()
+    """How often each value is there, from `segment_ends`; any leading shape; int32."""
+    return F.pad(end_E, (1, 0)).diff()
 
 
 class Plan(NamedTuple):
@@ -167,7 +168,7 @@ class AllToAllDispatcher(LocalDispatcher):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Callable[[], ExpertRows], Plan]:
         rows, plan = self._sorted(x_TD, routing)
-        sent = segment_sizes(plan.end_E).view(self.ep, self.num_local)
+        sent = segment_sizes(plan.end_E).long().view(self.ep, self.num_local)
         got = self.swap_counts(sent)
         send, receive = torch.stack([sent.sum(1), got.sum(1)]).tolist()  # the one device-to-host copy of the layer
         arriving_MD = self.swap_rows(rows.x_ND, send, receive)

@@ -90,7 +90,8 @@ def _grouped(rows: ExpertRows) -> Linear:
 
 def _megablocks(rows: ExpertRows) -> Linear:
     gmm = importlib.import_module("grouped_gemm.ops").gmm  # what megablocks' grouped MLP calls
-    sizes, member_NE = segment_sizes(rows.end_E).cpu(), membership(rows.expert_N, len(rows.end_E), rows.x_ND.dtype)
+    sizes = segment_sizes(rows.end_E).long().cpu()
+    member_NE = membership(rows.expert_N, len(rows.end_E), rows.x_ND.dtype)
     return lambda x_NK, w_EMK, b_EM: gmm(x_NK, w_EMK, sizes, trans_b=True).addmm_(member_NE, b_EM)
 
 

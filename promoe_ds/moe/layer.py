@@ -101,7 +101,7 @@ class MoELayer(nn.Module):
         B, S, D = x_BSD.shape
         x_TD, images = x_BSD.reshape(-1, D), ctx.num_conditional if self.conditional else B
         known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
-        routing = self.router(known_TD.view(images, S, D), ctx)
+        routing = self.router(known_TD, S, ctx)
         out_TD, end_E, shared, nulls = self.routed(
             known_TD, routing, lambda: _each(self.shared, x_TD), lambda: _each(self.unconditional, null_TD)
         )

@@ -6,26 +6,18 @@ Legend: L MoE layers, T tokens, N edges, D width, E experts. Equation numbers ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.moe.constants import unit_rows
+from promoe_ds.moe.cosine import unit
+from promoe_ds.moe.routing import identity
 
 ABSENT = 1e30
 """subtracted from the logits of experts without tokens; finite, because 0 times infinity is not a number"""
-
-
-def length(x: Tensor) -> Tensor:
-    """Euclidean length along the last dimension, which is kept; at least 1e-12, to divide by."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors along the last dimension, scaled to length 1; zero stays zero."""
-    return x / length(x)
 
 
 def centroid_sums(x_TD: Tensor, expert_N: Tensor, num_experts: int, top_k: int = 1) -> Tensor:
@@ -45,7 +37,7 @@ def centroid_sums(x_TD: Tensor, expert_N: Tensor, num_experts: int, top_k: int =
     return member_ET @ x_TD
 
 
-def routing_contrastive(unit_LED: Tensor, sum_LED: Tensor, count_LE: Tensor, temperature: float) -> Tensor:
+def routing_contrastive(unit_LDE: Tensor, sum_LED: Tensor, load_LE: Tensor, temperature: float) -> Tensor:
     """Routing contrastive loss, Eq. (6): cross-entropy between prototypes p_i and token centroids m_j, i matching i.
 
     Only experts that received tokens take part, as rows and as columns; with fewer than two of them the loss is 0.
@@ -53,19 +45,39 @@ def routing_contrastive(unit_LED: Tensor, sum_LED: Tensor, count_LE: Tensor, tem
     alone, so the sum of its tokens stands for their mean; alone in its row, it has a softmax of exactly 1, loss 0.
 
     Args:
-        unit_LED: float32 [L, E, D], prototypes of length 1.
+        unit_LDE: float32 [L, D, E], prototypes of length 1.
         sum_LED: float32 [L, E, D] from `centroid_sums`, summed over the ranks for the global scope.
-        count_LE: float32 [L, E], the tokens in each sum.
+        load_LE: [L, E] of any dtype, the tokens in each sum.
         temperature: tau.
 
     Returns:
         float32 [L].
     """
-    present_LE = count_LE.clamp(max=1)  # 1.0 or 0.0
-    mask_L1E = (present_LE - 1)[:, None]
-    logits_LEE = torch.baddbmm(mask_L1E, unit_LED, unit(sum_LED).mT, beta=ABSENT, alpha=1 / temperature)
-    log_p_LE = logits_LEE.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)
-    return -(log_p_LE * present_LE).sum(1) / present_LE.sum(1).clamp(min=1)
+    absent_LE = (load_LE == 0).to(sum_LED.dtype)
+    logits_LEE = torch.baddbmm(absent_LE[..., None], unit(sum_LED), unit_LDE, beta=-ABSENT, alpha=1 / temperature)
+    log_p_LE = logits_LEE.log_softmax(dim=1).diagonal(dim1=1, dim2=2)  # [l, j, i] is m_j . p_i / tau
+    return (log_p_LE * (absent_LE - 1)).sum(1) / load_LE.count_nonzero(dim=1).clamp(min=1)
+
+
+def sums_over_scope(scope: str, all_reduce: Callable[[Tensor], Tensor], *parts: Tensor) -> Sequence[Tensor]:
+    """Parts that are additive over ranks, summed over those of the scope by a single all-reduce.
+
+    Args:
+        scope: "global" or "rank".
+        all_reduce: differentiable sum over ranks.
+        parts: of any shapes; the first floating point.
+
+    Returns:
+        The sums, in the first one's dtype; where nothing is to be summed the parts themselves. A part that needs no
+        gradient gets none.
+    """
+    if scope != "global" or all_reduce is identity:
+        return parts
+    packed = all_reduce(torch.cat([part.flatten().to(parts[0].dtype) for part in parts]))
+    sums = packed.split([part.numel() for part in parts])
+    return [
+        (total if part.requires_grad else total.detach()).view_as(part) for total, part in zip(sums, parts, strict=True)
+    ]
 
 
 def sum_and_number(total: Tensor, number: Tensor | int) -> Tensor:
@@ -81,7 +93,8 @@ def mean_over_scope(pair_L2: Tensor, scope: str, all_reduce: Callable[[Tensor], 
         scope: "global" or "rank".
         all_reduce: differentiable sum over ranks.
     """
-    total_L, number_L = (all_reduce(pair_L2) if scope == "global" else pair_L2).unbind(1)
+    (pair_L2,) = sums_over_scope(scope, all_reduce, pair_L2)
+    total_L, number_L = pair_L2.unbind(1)
     return total_L / number_L.detach().clamp(min=1)
 
 
@@ -92,13 +105,13 @@ def load_balance(score_LE: Tensor, load_LE: Tensor, top_k: int) -> Tensor:
 
     Args:
         score_LE: float32 [L, E], scores summed over the tokens.
-        load_LE: float32 [L, E], edges: K a token.
+        load_LE: [L, E] of any dtype, edges: K a token.
 
     Returns:
         float32 [L].
     """
-    edges_L1 = load_LE.sum(1, keepdim=True).clamp(min=1)  # T*K
-    return load_LE.shape[1] * (load_LE / edges_L1 * score_LE / edges_L1 * top_k).sum(1)
+    edges_L = load_LE.sum(1).clamp(min=1)  # T*K
+    return load_LE.shape[1] * top_k * (load_LE * score_LE).sum(1) / edges_L / edges_L
 
 
 def routing_contrastive_per_image(

@@ -114,8 +114,14 @@ class Router(nn.Module):
                 self._buffers[name] = buffer.to(now.device)
         return self
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Choose experts for the tokens of `x_BSD` (conditional images only, where the layer splits)."""
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Choose experts for tokens.
+
+        Args:
+            x_TD: [T, D], image by image; of conditional images only, where the layer splits.
+            S: tokens an image, so these are T // S images.
+            ctx: of the whole batch; these images are its first.
+        """
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
@@ -126,7 +132,7 @@ class Router(nn.Module):
 
         Args:
             terms: `Routing.terms` of the layers, [L, ...] by name.
-            load_LE: int64 [L, E], edges of this rank.
+            load_LE: int32 [L, E], edges of this rank.
 
         Returns:
             float32 [L] by name, unweighted, for the names of `aux_weights`.

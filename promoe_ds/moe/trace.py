@@ -35,7 +35,8 @@ def watching(model: nn.Module, see: See) -> Iterator[None]:
 
     def hook(block: int) -> Callable[[Any, Any, Any], None]:
         def call(router: Any, args: Any, routing: Any) -> None:
-            see(block, router, args[0], routing)
+            x_TD, S, _ = args
+            see(block, router, x_TD.unflatten(0, (-1, S)), routing)
 
         return call
 

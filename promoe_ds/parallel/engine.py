@@ -32,7 +32,7 @@ from torch import Tensor
 
 from promoe_ds.config import Config
 from promoe_ds.models.dit import DiT, DiTOutput
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.routing import RoutingContext, identity
 from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum, sum_in_place
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.expert_parallel import is_sharded, local_part
@@ -59,8 +59,8 @@ class Engine:
         param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
         self.adam = AdamWithEMA(param_groups, config.optimizer)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
-        self.all_reduce = all_reduce_sum if topology.world > 1 else _same
-        self.all_gather = all_gather_rows if topology.world > 1 else _same
+        self.all_reduce = all_reduce_sum if topology.world > 1 else identity
+        self.all_gather = all_gather_rows if topology.world > 1 else identity
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -188,10 +188,6 @@ class Engine:
         if self.stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _square_sum(tensors: list[Any]) -> Tensor:

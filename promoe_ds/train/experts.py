@@ -62,7 +62,7 @@ class ExpertWatch:
         """Numbers by name, a list with one for each MoE layer; collective if a forward was seen.
 
         Args:
-            load_LE: int64 [L, E], over all ranks.
+            load_LE: int32 [L, E], over all ranks.
             whole: all values of a parameter or buffer of which this rank may hold a piece.
         """
         if not self.routers:

@@ -23,7 +23,7 @@ def expert_load(load_LE: Tensor) -> tuple[float, int]:
     """(mean over the MoE layers of max/mean expert load, experts without a token over all layers).
 
     Args:
-        load_LE: int64 [L, E], tokens per layer and expert over all ranks. A dense model gives (1.0, 0).
+        load_LE: int32 [L, E], tokens per layer and expert over all ranks. A dense model gives (1.0, 0).
     """
     if load_LE.numel() == 0:
         return 1.0, 0

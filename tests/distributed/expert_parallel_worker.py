@@ -146,7 +146,7 @@ def compare(
 def traffic(topology: Topology, layer: MoELayer, x: Tensor, labels: list[int], record: Recorder) -> dict[str, Any]:
     """Rows this rank sent away in the four exchanges, and how many the routing says it must."""
     ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu")
-    routing = layer.router(x[ctx.order_B][: ctx.num_conditional], ctx)
+    routing = layer.router(x[ctx.order_B][: ctx.num_conditional].flatten(0, 1), x.shape[1], ctx)
     local = 12 // topology.ep
     away = int((routing.expert_N // local != topology.ep_rank).sum())
     group = topology.ep_groups()[topology.rank // topology.ep]

@@ -32,9 +32,8 @@ class HashRouter(Router):
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
         return 0
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        B, S, _ = x_BSD.shape
-        token_N = torch.arange(B * S, device=x_BSD.device)
-        key_N = (token_N % S + 1) * 2654435761 + ctx.label_B[:B].repeat_interleave(S) * 40503
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        token_N = torch.arange(len(x_TD), device=x_TD.device)
+        key_N = (token_N % S + 1) * 2654435761 + ctx.label_B[: len(x_TD) // S].repeat_interleave(S) * 40503
         expert_N = (key_N >> 7) % self.num_experts
-        return Routing(token_N, expert_N, torch.ones(B * S, device=x_BSD.device), 1, {})
+        return Routing(token_N, expert_N, torch.ones(len(x_TD), device=x_TD.device), 1, {})

@@ -42,6 +42,10 @@ def losses_of(router: Router, routing: Routing, ctx: RoutingContext) -> dict[str
     return {name: loss_L.squeeze(0) for name, loss_L in auxiliary_losses(router, [routing.terms], load_1E, ctx).items()}
 
 
+def route(router: Router, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
+    return router(x_BSD.flatten(0, 1), x_BSD.shape[1], ctx)
+
+
 def edges(routing: Routing) -> dict[tuple[int, int], Tensor]:
     pairs = zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True)
     return dict(zip(pairs, routing.weight_N, strict=True))
@@ -75,7 +79,7 @@ def test_token_choice(top_k: int) -> None:
             expected[t, i] = p[i]
             share[i] += 1 / (len(x_TD) * top_k)
         mean = [m + q / len(x_TD) for m, q in zip(mean, p, strict=True)]
-    routing = router(x, context())
+    routing = route(router, x, context())
     check(routing, expected)
     loss = E * sum(f * P for f, P in zip(share, mean, strict=True))
     ours = losses_of(router, routing, context())["load_balance"]
@@ -96,12 +100,12 @@ def test_load_balance_of_prototypes(activation: str, top_k: int) -> None:
         for i in sorted(range(E), key=lambda i: -s[i].item())[:top_k]:  # noqa: B023
             share[i] += 1 / (len(x_TD) * top_k)
         mean = [m + v / len(x_TD) for m, v in zip(mean, q, strict=True)]
-    aux = losses_of(router, router(x, context()), context())
+    aux = losses_of(router, route(router, x, context()), context())
     loss = E * sum(f * v for f, v in zip(share, mean, strict=True))
     torch.testing.assert_close(aux["load_balance"], loss)
     same_gradients(aux["load_balance"], loss, [x, P])  # type: ignore[arg-type]
     other = make("promoe", activation=activation, top_k=top_k)
-    plain = losses_of(other, other(x, context()), context())
+    plain = losses_of(other, route(other, x, context()), context())
     assert plain.keys() == {"routing_contrastive"}
     assert torch.equal(plain["routing_contrastive"], aux["routing_contrastive"])
 
@@ -112,7 +116,7 @@ def test_the_load_balance_loss_follows_the_scope_and_costs_nothing_at_0(scope: s
         calls: list[int] = []
         router = make("promoe", contrastive_scope=scope, **options)
         ctx = context(all_reduce=lambda v: calls.append(v.numel()) or v)
-        losses_of(router, router(tokens(), ctx), ctx)
+        losses_of(router, route(router, tokens(), ctx), ctx)
         return sum(calls)
 
     kind = ROUTERS["promoe"]
@@ -130,7 +134,7 @@ def test_perfect_balance_costs_one() -> None:
     x = torch.zeros(1, 2, D, dtype=torch.float64)
     x[0, 0, 0] = x[0, 1, 1] = 1.0
     load_2 = torch.tensor([[1, 1]])
-    loss_1 = auxiliary_losses(router, [router(x, context([1])).terms], load_2, context([1]))["load_balance"]
+    loss_1 = auxiliary_losses(router, [route(router, x, context([1])).terms], load_2, context([1]))["load_balance"]
     torch.testing.assert_close(loss_1, torch.ones(1).double())
 
 
@@ -152,7 +156,7 @@ def per_image_choice(x: Tensor, score: Any, quota: int) -> dict[tuple[int, int],
 def test_expert_choice(top_k: int) -> None:
     router, x = make("expert_choice", top_k=top_k), tokens()
     softmax = lambda token, i: (router.gate @ token).softmax(0)[i]  # noqa: E731
-    check(router(x, context()), per_image_choice(x, softmax, S * top_k // E))
+    check(route(router, x, context()), per_image_choice(x, softmax, S * top_k // E))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -161,7 +165,7 @@ def test_promoe_expert_choice(top_k: int) -> None:
     P: Any = router.prototypes
     cosine = lambda token, i: token @ P[i] / (token.norm() * P[i].norm())  # noqa: E731, Eq. (4)
     expected = per_image_choice(x, cosine, S * top_k // E)
-    routing = router(x, context())
+    routing = route(router, x, context())
     check(routing, expected)
     loss = torch.zeros(()).double()
     for b in range(len(x)):  # Eq. (6) within the image
@@ -178,7 +182,7 @@ def test_the_paper_takes_21_of_256_tokens() -> None:
     kind = ROUTERS["promoe_ec"]
     router = kind(kind.Config(), 12, D)  # type: ignore[call-arg]
     torch.nn.init.normal_(router.prototypes)  # type: ignore[arg-type]
-    assert len(router(torch.randn(1, 256, D), context([0])).token_N) == 12 * 21
+    assert len(route(router, torch.randn(1, 256, D), context([0])).token_N) == 12 * 21
 
 
 # -------------------------------------------------------------------------------------------------------------- k-means
@@ -190,7 +194,7 @@ def test_kmeans_nearest_centroid_and_its_update() -> None:
     for seed in range(4):
         x = tokens(seed=seed)
         before = router.centroids.clone()
-        routing = router(x, context())
+        routing = route(router, x, context())
         if seed == 0:  # E distinct tokens of the first batch
             before = router.centroids.clone()
             places = [int((x.reshape(-1, D) - c).norm(dim=1).argmin()) for c in before]
@@ -206,21 +210,21 @@ def test_kmeans_nearest_centroid_and_its_update() -> None:
 
 def test_kmeans_empty_centroid_keeps_its_place() -> None:
     router: Any = make("kmeans")
-    router(tokens(), context())
+    route(router, tokens(), context())
     router.centroids[2] = 1e3
     router.sums_ED1 = None
-    router(tokens(), context())
+    route(router, tokens(), context())
     router.after_step(lambda v: v)
     assert (router.centroids[2] == 1e3).all() and (router.centroids[[0, 1, 3]].abs() < 10).all()
 
 
 def test_kmeans_forgets_centroids_placed_on_tokens_that_are_not_finite() -> None:
     router: Any = make("kmeans")
-    router(tokens() * float("nan"), context())
+    route(router, tokens() * float("nan"), context())
     assert not router.centroids.isfinite().any()
     router.drop_step()
     assert not router.placed.any() and router.centroids.isfinite().all()
-    router(tokens(), context())
+    route(router, tokens(), context())
     assert router.placed.all() and router.centroids.isfinite().all()
 
 
@@ -228,19 +232,19 @@ def test_kmeans_starts_the_same_however_the_batch_is_split() -> None:
     """Two ranks that gather each other's candidates, and a batch too small to place every centroid."""
     whole: Any = make("kmeans")
     x = tokens(4)
-    whole(x, context(LABELS[:4]))
+    route(whole, x, context(LABELS[:4]))
     halves, mine = [make("kmeans") for _ in range(2)], []
     parts = [(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2, 3]))]
     for router, (part, rows) in zip(halves, parts, strict=True):  # first pass: see what each rank offers
-        router(part, context(LABELS[:2], row_B=rows, all_gather=lambda v: mine.append(v) or v))
+        route(router, part, context(LABELS[:2], row_B=rows, all_gather=lambda v: mine.append(v) or v))
     for part, rows in parts:
         router: Any = make("kmeans")
-        router(part, context(LABELS[:2], row_B=rows, all_gather=lambda v: torch.cat(mine)))
+        route(router, part, context(LABELS[:2], row_B=rows, all_gather=lambda v: torch.cat(mine)))
         assert torch.equal(router.centroids, whole.centroids)
     few: Any = make("kmeans", experts=S + 3)
-    few(tokens(1), context([1]))
+    route(few, tokens(1), context([1]))
     assert few.placed.sum() == S
-    few(tokens(2, seed=3), context([1, 2]))
+    route(few, tokens(2, seed=3), context([1, 2]))
     assert few.placed.sum() == S + 3
 
 
@@ -262,7 +266,7 @@ def test_diffmoe_training(scope: str, top_k: int) -> None:
             for t in x_TD
         ])  # fmt: skip
         taken = {(t, i) for i in range(E) for t in sorted(range(len(x_TD)), key=lambda t: -score[t, i].item())[:k]}  # noqa: B023
-        routing = router(x, context())
+        routing = route(router, x, context())
         check(routing, {(t, i): score[t, i] for t, i in taken})
         terms = [
             -F.logsigmoid(logit[t, i] if (t, i) in taken else -logit[t, i]) for t in range(len(x_TD)) for i in range(E)
@@ -294,7 +298,7 @@ def test_diffmoe_inference(inference: str) -> None:
         above = {
             (t, i) for i in range(E) for t in sorted(range(len(x_TD)), key=lambda t: -score[t, i].item())[: number[i]]
         }
-    routing = router(x, context())
+    routing = route(router, x, context())
     check(routing, {(t, i): score[t, i] for t, i in above})
     assert routing.terms == {} and 3 not in routing.expert_N and 0 < len(above) < len(x_TD) * E
 
@@ -337,7 +341,7 @@ def test_classification(labels: list[int]) -> None:
         expected |= {(j * S + s, best): p[best] for s in range(S)}
         if labels[j] != NULL:
             losses.append(-p[group[labels[j]]].log())
-    routing = router(x, context(labels))
+    routing = route(router, x, context(labels))
     check(routing, expected)
     ours = losses_of(router, routing, context(labels))["superclass"]
     torch.testing.assert_close(ours, torch.stack(losses).mean())
@@ -346,7 +350,7 @@ def test_classification(labels: list[int]) -> None:
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_uniform(top_k: int) -> None:
-    routing = make("uniform", experts=5, top_k=top_k)(tokens(), context())
+    routing = route(make("uniform", experts=5, top_k=top_k), tokens(), context())
     expected = {}
     for b, label in enumerate(LABELS):
         for s in range(S):

@@ -82,19 +82,18 @@ class ClassificationRouter(Router):
         assert isinstance(config, ClassificationConfig)
         return {"superclass": config.class_weight}
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Route each image as a whole. x_BSD [B, S, D] -> Routing with N = B*S."""
-        B, S, _ = x_BSD.shape
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            mean_BD = at_least_fp32(x_BSD).mean(dim=1)
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Route each image as a whole. x_TD [T, D], S tokens an image -> Routing with N = T."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            mean_BD = at_least_fp32(x_TD).unflatten(0, (-1, S)).mean(dim=1)
             logit_BE = F.linear(mean_BD, at_least_fp32(self.weight), at_least_fp32(self.bias))
             weight_B, expert_B = logit_BE.softmax(dim=-1).max(dim=-1)
             terms = {}
             if self.training:
-                target_B = self.superclasses(x_BSD.device).index_select(0, ctx.label_B[:B])
+                target_B = self.superclasses(x_TD.device).index_select(0, ctx.label_B[: len(mean_BD)])
                 total = F.cross_entropy(logit_BE, target_B, ignore_index=-1, reduction="sum")
                 terms["superclass"] = sum_and_number(total, (target_B >= 0).sum())
-        token_T = torch.arange(B * S, device=x_BSD.device)
+        token_T = torch.arange(len(x_TD), device=x_TD.device)
         return Routing(token_T, expert_B.repeat_interleave(S), weight_B.repeat_interleave(S), 1, terms)
 
     def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:

@@ -150,14 +150,14 @@ class DiffMoERouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(at_least_fp32(h_TD), at_least_fp32(self.out_weight), at_least_fp32(self.out_bias))
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Each expert takes k tokens of the pool (training) or those above its threshold. x_BSD [B, S, D]."""
-        x_TD, terms = x_BSD.reshape(-1, x_BSD.shape[-1]), {}
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Each expert takes k tokens of the pool (training) or those above its threshold. x_TD [T, D]."""
+        terms = {}
         logit_TE = self.predict(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
             if self.training:
-                choice = self._choose(score_TE.detach(), logit_TE.detach().sigmoid(), x_BSD.shape[1], ctx)
+                choice = self._choose(score_TE.detach(), logit_TE.detach().sigmoid(), S, ctx)
                 token_N, expert_N, taken_TE, kth_E1 = choice
                 self.kth_E1 = kth_E1 if self.kth_E1 is None else self.kth_E1 + kth_E1
                 total = F.binary_cross_entropy_with_logits(logit_TE, taken_TE, reduction="sum")

@@ -55,10 +55,10 @@ class ExpertChoiceRouter(Router):
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
         return num_experts * width
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Each expert takes k tokens of each image. x_BSD [B, S, D] -> Routing with N = B*E*k, expert by expert."""
-        quota = x_BSD.shape[1] * self.config.top_k // len(self.gate)
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            score_BSE = (at_least_fp32(x_BSD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
-            token_N, expert_N, weight_N = top_tokens_per_image(score_BSE, quota)
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Each expert takes k tokens of each of B images. x_TD [T, D] -> Routing with N = B*E*k, expert by expert."""
+        quota = S * self.config.top_k // len(self.gate)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
+            token_N, expert_N, weight_N = top_tokens_per_image(score_TE.unflatten(0, (-1, S)), quota)
         return Routing(token_N, expert_N, weight_N, 0, {})

@@ -84,12 +84,12 @@ class KMeansRouter(Router):
         return num_experts * width
 
     @torch.no_grad()
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Route each token to its nearest centroid. x_BSD [B, S, D] -> Routing with N = B*S, weights 1."""
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            x_TD = at_least_fp32(x_BSD.reshape(-1, x_BSD.shape[-1]))
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Route each token to its nearest centroid. x_TD [T, D] -> Routing with N = T, weights 1."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = at_least_fp32(x_TD)
             if self.training:
-                self.place(x_TD, x_BSD.shape[1], ctx)
+                self.place(x_TD, S, ctx)
             c_ED = self.centroids.to(x_TD.dtype)
             # argmin |x - c|^2 = argmax x.c - |c|^2 / 2
             expert_T = (x_TD @ c_ED.T - c_ED.square().sum(1) / 2).argmax(dim=1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig, reject
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.losses import centroid_sums, length, load_balance, routing_contrastive, unit
+from promoe_ds.moe.cosine import cosine, unit
+from promoe_ds.moe.losses import centroid_sums, load_balance, routing_contrastive, sums_over_scope
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -23,7 +24,6 @@ from promoe_ds.moe.routing import (
     at_least_fp32,
     check_not_negative,
     check_top_k,
-    identity,
     register_router,
     top_experts,
 )
@@ -93,17 +93,17 @@ class ProMoERouter(PrototypicalRouter):
         weights = PrototypicalRouter.aux_weights(config)
         return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Route each token to the K prototypes nearest in cosine. x_BSD [B, S, D] -> Routing with N = B*S*K."""
-        cfg, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Route each token to the K prototypes nearest in cosine. x_TD [T, D] -> Routing with N = T*K."""
+        cfg = self.config
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
-            x_TD, unit_ED = at_least_fp32(x_TD), unit(at_least_fp32(self.prototypes))
-            z_TE = x_TD @ unit_ED.T / length(x_TD)  # Eq. (4), without a normalised copy of the tokens
+            x_TD, unit_DE = at_least_fp32(x_TD), unit(at_least_fp32(self.prototypes)).T
+            z_TE = cosine(x_TD, unit_DE)  # Eq. (4)
             score_TE = ACTIVATIONS[cfg.activation](z_TE if cfg.alpha == 1 else cfg.alpha * z_TE)  # Eq. (2)
             weight_N, expert_N = top_experts(score_TE, cfg.top_k)  # Eq. (3)
             terms = {}
             if self.training:
-                terms = {"unit": unit_ED, "sum": centroid_sums(x_TD, expert_N, len(unit_ED), cfg.top_k)}
+                terms = {"unit": unit_DE, "sum": centroid_sums(x_TD, expert_N, len(self.prototypes), cfg.top_k)}
                 if cfg.balance_weight:
                     # It needs shares that sum to 1 over the experts, which cosines and sigmoids do not.
                     share_TE = score_TE if cfg.activation == "softmax" else score_TE.softmax(dim=-1)
@@ -112,15 +112,9 @@ class ProMoERouter(PrototypicalRouter):
 
     def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
-        cfg, sum_LED = self.config, terms["sum"]
-        columns = [sum_LED, load_LE[..., None].to(sum_LED.dtype)]
-        if cfg.balance_weight:
-            columns.append(terms["share"][..., None])
-        reduce = ctx.all_reduce if cfg.contrastive_scope == "global" else identity
-        sum_LED, *parts = reduce(torch.cat(columns, dim=2)).split([c.shape[2] for c in columns], dim=2)
-        count_LE, *share_LE = (part.squeeze(2) for part in parts)
-        count_LE = count_LE.detach()
-        losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, count_LE, cfg.temperature)}
-        if cfg.balance_weight:
-            losses["load_balance"] = load_balance(share_LE[0], count_LE, cfg.top_k)
+        cfg, parts = self.config, (terms["sum"], load_LE, *((terms["share"],) if self.config.balance_weight else ()))
+        sum_LED, load_LE, *share = sums_over_scope(cfg.contrastive_scope, ctx.all_reduce, *parts)
+        losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, load_LE, cfg.temperature)}
+        if share:
+            losses["load_balance"] = load_balance(share[0], load_LE, cfg.top_k)
         return losses

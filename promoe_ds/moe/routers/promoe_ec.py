@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.config import RouterConfig, reject
+from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
 from promoe_ds.moe.routers.promoe import PrototypicalRouter
 from promoe_ds.moe.routing import (
@@ -54,16 +54,17 @@ class ProMoEECRouter(PrototypicalRouter):
     Config = ProMoEECConfig
     one_graph = True
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Each expert takes k tokens of each image. x_BSD [B, S, D] -> Routing with N = B*E*k, expert by expert."""
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Each expert takes k tokens of each of B images. x_TD [T, D] -> Routing with N = B*E*k, expert by expert."""
         cfg = self.config
-        quota = x_BSD.shape[1] * cfg.top_k // len(self.prototypes)
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            x_BSD, prototype_ED = at_least_fp32(x_BSD), at_least_fp32(self.prototypes)
-            z_BSE = F.normalize(x_BSD, dim=-1) @ F.normalize(prototype_ED, dim=-1).T  # Eq. (4), alpha = 1
-            token_N, expert_N, weight_N = top_tokens_per_image(z_BSE, quota)
+        quota = S * cfg.top_k // len(self.prototypes)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
+            z_TE = cosine(x_TD, unit(prototype_ED).T)  # Eq. (4), alpha = 1
+            token_N, expert_N, weight_N = top_tokens_per_image(z_TE.unflatten(0, (-1, S)), quota)
             terms = {}
             if self.training:
+                x_BSD = x_TD.unflatten(0, (-1, S))
                 total = routing_contrastive_per_image(prototype_ED, x_BSD, token_N, quota, cfg.temperature)
                 terms["contrastive"] = sum_and_number(total, len(x_BSD))
         return Routing(token_N, expert_N, weight_N, 0, terms)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config import RouterConfig
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.losses import load_balance
+from promoe_ds.moe.losses import load_balance, sums_over_scope
 from promoe_ds.moe.routing import (
     Router,
     Routing,
@@ -67,9 +67,9 @@ class TokenChoiceRouter(Router):
         assert isinstance(config, TokenChoiceConfig)
         return {"load_balance": config.balance_weight}
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Route each token to its K best experts. x_BSD [B, S, D] -> Routing with N = B*S*K."""
-        cfg, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Route each token to its K best experts. x_TD [T, D] -> Routing with N = T*K."""
+        cfg = self.config
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
             score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
             weight_N, expert_N = top_experts(score_TE, cfg.top_k)
@@ -78,7 +78,5 @@ class TokenChoiceRouter(Router):
 
     def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
         """The load-balance loss."""
-        score_LE = terms["score"]
-        pair_2LE = torch.stack([score_LE, load_LE.to(score_LE.dtype)])
-        score_LE, load = (ctx.all_reduce(pair_2LE) if self.config.balance_scope == "global" else pair_2LE).unbind()
-        return {"load_balance": load_balance(score_LE, load.detach(), self.config.top_k)}
+        score_LE, load_LE = sums_over_scope(self.config.balance_scope, ctx.all_reduce, terms["score"], load_LE)
+        return {"load_balance": load_balance(score_LE, load_LE, self.config.top_k)}

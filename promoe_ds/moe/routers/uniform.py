@@ -44,11 +44,11 @@ class UniformRouter(Router):
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
         return 0
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-        """Deal the tokens out. x_BSD [B, S, D] -> Routing with N = B*S*K."""
-        (B, S, _), K = x_BSD.shape, self.config.top_k
-        start_B = ctx.label_B[:B] * S * K
-        expert_N = (start_B[:, None] + counting(S * K, x_BSD.device)).reshape(-1) % self.num_experts
-        token_N = counting(B * S, x_BSD.device, K)
-        weight_N = at_least_fp32(x_BSD.new_full((B * S * K,), 1 / K))
+    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+        """Deal the tokens out. x_TD [T, D] -> Routing with N = T*K."""
+        T, K = len(x_TD), self.config.top_k
+        start_B = ctx.label_B[: T // S] * S * K
+        expert_N = (start_B[:, None] + counting(S * K, x_TD.device)).reshape(-1) % self.num_experts
+        token_N = counting(T, x_TD.device, K)
+        weight_N = at_least_fp32(x_TD.new_full((T * K,), 1 / K))
         return Routing(token_N, expert_N, weight_N, K, {})

@@ -1,0 +1,54 @@
+"""Cosines between tokens and prototypes, Eq. (4) with alpha = 1.
+
+Legend: T tokens, D width, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHORTEST = 1e-12
+
+
+def length(x: Tensor) -> Tensor:
+    """Euclidean length along the last dimension, which is kept; at least 1e-12, to divide by."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors along the last dimension, scaled to length 1; zero stays zero."""
+    return x / length(x)
+
+
+class _Cosine(torch.autograd.Function):
+    """z = x u / |x|. Its gradient in two passes over the tokens, where autograd makes five."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, unit_DE: Tensor) -> Tensor:
+        length_T1 = length(x_TD)
+        z_TE = x_TD @ unit_DE / length_T1
+        ctx.save_for_backward(x_TD, unit_DE, length_T1, z_TE)
+        return z_TE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, unit_DE, length_T1, z_TE = ctx.saved_tensors
+        grad_TE = grads[0] / length_T1
+        along_T1 = (grad_TE * z_TE).sum(1, keepdim=True) / length_T1
+        return (x_TD * along_T1).addmm_(grad_TE, unit_DE.T, beta=-1), x_TD.T @ grad_TE
+
+
+def cosine(x_TD: Tensor, unit_DE: Tensor) -> Tensor:
+    """Cosine of each token with each prototype, without a normalised copy of the tokens.
+
+    Args:
+        x_TD: float32 or float64 [T, D].
+        unit_DE: as x, [D, E], prototypes of length 1.
+
+    Returns:
+        As x, [T, E]; 0 for a token that is 0.
+    """
+    return _Cosine.apply(x_TD, unit_DE)  # type: ignore[no-any-return]
