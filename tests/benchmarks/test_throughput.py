@@ -90,6 +90,14 @@ def test_sections_resume_and_the_page_is_made(tmp_path: Path) -> None:
     )
 
 
+def test_the_mfu_of_a_system_is_that_of_its_own_model() -> None:
+    ticks = {"rounds": [[1.0, 2.0, 1.0]], "gib": None}
+    names = ("dense", "dense compiled", "promoe grouped_mm", "promoe compiled")
+    rows = throughput_table._step({"s fp32 micro 8": dict.fromkeys(names, ticks)}, 1e9).splitlines()[4:]
+    dense, dense_compiled, promoe, promoe_compiled = [row.split("|")[5] for row in rows]
+    assert dense == dense_compiled != promoe == promoe_compiled
+
+
 def test_megablocks_agrees_with_the_loop() -> None:
     problem = backend_problem("megablocks", "cuda" if torch.cuda.is_available() else "cpu")
     if problem:
