@@ -33,8 +33,9 @@ test-slurm: setup
 	$(BIN)/python -m pytest -m slurm -s tests/slurm
 
 bench-gpu:
+	@test -x $(BIN)/python || { echo "make bench-gpu needs an environment: run make setup, or name one with VENV="; exit 2; }
 	@$(BIN)/python -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make bench-gpu needs a CUDA GPU")'
-	$(BIN)/python benchmarks/throughput.py --minutes 7
+	$(BIN)/python benchmarks/throughput.py --minutes 7 --page benchmarks/results/throughput_gpu.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@
 
 Systems take turns, a window each, several rounds; a figure is the median over the rounds, with the lowest and the
 highest. Weights and inputs are random, so no files are needed. Points already measured are skipped (`--fresh` forgets
-them), and none is begun after `--minutes`. The table is printed last, and written to benchmarks/results/.
+them), and none is begun after `--minutes`. The table is printed last.
 
 The training step here is forward, backward, gradient norm with clipping, fused AdamW and the EMA, without DeepSpeed's
 engine and without data loading: the same for every system. `promoe paper loop` is Algorithm 1 of the paper on the
@@ -36,10 +36,13 @@ from torch import Tensor, nn
 from benchmarks import moe_peers, throughput_table
 from benchmarks.interleaved import Clock, Work, interleaved
 from benchmarks.op_counting import count_operators, host_syncs
-from benchmarks.provenance import provenance
+from benchmarks.provenance import facts, provenance
+from benchmarks.throughput_options import arguments
 from promoe_ds import accounting
-from promoe_ds.config import Config, load_config
+from promoe_ds.command_line import guarded, leave
+from promoe_ds.config import Config, load_config, reject
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.files import write_text
 from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
 from promoe_ds.moe.dispatch import segment_sizes
@@ -50,6 +53,8 @@ from promoe_ds.sampling import How, draw_pixels
 
 NULL, DROP = moe_peers.NULL_LABEL, 0.1
 PARTS = ("forward", "backward", "optimizer")
+FACTS = "facts.json"
+"""commit, versions, device and rounds of each point"""
 
 
 # ---------------------------------------------------------------------------------------------------------- material
@@ -323,10 +328,10 @@ SECTIONS = {"counts": counts, "step": steps, "layer": layers, "sampling": sample
 
 def measure(args: argparse.Namespace) -> None:
     """Every point of the chosen sections that has no result yet, until the time is over."""
-    end = time.monotonic() + 60 * args.minutes
+    end, here = time.monotonic() + 60 * args.minutes, facts() | {"rounds": str(args.rounds)}
     for section in args.section:
         path = args.out / f"{section}.json"
-        done = {} if args.fresh or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+        done = {} if args.fresh else load_json(path)
         for name, work in SECTIONS[section](args):
             if name in done:
                 continue
@@ -336,54 +341,43 @@ def measure(args: argparse.Namespace) -> None:
             start = time.monotonic()
             done[name] = work()
             print(f"{section} {name}: {time.monotonic() - start:.0f} s", flush=True)
-            path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(done, indent=1) + "\n")
+            write_text(args.out / FACTS, json.dumps(load_json(args.out / FACTS) | {f"{section} {name}": here}) + "\n")
             if args.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = lambda text: text.split(",")  # noqa: E731
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--section", type=words, default=list(SECTIONS), help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--sizes", type=words, default=["s", "b", "l", "xl"] if gpu else ["s"])
-    parser.add_argument(
-        "--micro", type=lambda s: [int(n) for n in s.split(",")], default=[64, 8, 32, 128] if gpu else [8]
-    )
-    parser.add_argument("--precision", type=words, default=["bf16"] if gpu else ["fp32"])
-    parser.add_argument("--routing", type=words, default=["learned", "uniform", "skewed"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=1e9)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--sample-batch", type=int, default=64 if gpu else 2)
-    parser.add_argument("--sample-steps", type=int, default=4 if gpu else 1)
-    parser.add_argument("--out", type=Path, help="folder of the figures; default runs/throughput_cpu or _gpu")
-    parser.add_argument("--page", type=Path, help="default benchmarks/results/throughput_cpu.md or _gpu.md")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier figures")
-    parser.add_argument("--table", action="store_true", help="measure nothing")
-    args = parser.parse_args()
-    args.device, kind = torch.device("cuda", 0) if gpu else torch.device("cpu"), "gpu" if gpu else "cpu"
-    args.out = args.out or Path(f"runs/throughput_{kind}")
-    args.page = args.page or Path(__file__).parent / f"results/throughput_{kind}.md"
-    unknown = [name for name in args.section if name not in SECTIONS]
-    if unknown:
-        parser.error(f"--section {unknown[0]}: choose of {', '.join(SECTIONS)}")
-    return args
+def load_json(path: Path) -> dict[str, Any]:
+    """What the file holds, nothing if it is not there. Raises `ConfigError` for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        reject("--out", path, f"is damaged ({error})", "remove the file, or measure again with --fresh")
 
 
-def main() -> None:
-    args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
+def head(folder: Path, words: list[str]) -> str:
+    """Where the figures in the folder come from: one row a kind of fact, of all points that are there now."""
+    points = {f"{name} {point}" for name in SECTIONS for point in load_json(folder / f"{name}.json")}
+    if not points:
+        reject("--out", folder, "holds no figures", "run without --table")
+    known, unknown = load_json(folder / FACTS), dict.fromkeys(("commit", "versions", "device", "rounds"), "unknown")
+    return provenance("benchmarks/throughput.py", words, [known.get(point, unknown) for point in sorted(points)])
+
+
+def run(words: list[str]) -> None:
+    args = arguments(str(__doc__), words)
     torch.manual_seed(0)
     if args.device.type == "cpu":
         torch.set_num_threads(args.threads)
     if not args.table:
+        args.out.mkdir(parents=True, exist_ok=True)
         measure(args)
-        (args.out / "head.md").write_text(provenance("benchmarks/throughput.py", sys.argv[1:]), encoding="utf-8")
-    page = throughput_table.page(args.out, args.device)
-    args.page.write_text(page + "\n", encoding="utf-8")
+    page = throughput_table.page(args.out, head(args.out, words), args.device)
+    write_text(args.page, page + "\n")
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    leave(lambda: guarded(run, sys.argv[1:]))

@@ -13,16 +13,15 @@ from promoe_ds import accounting
 from promoe_ds.config import load_config
 
 
-def page(folder: Path, device: torch.device) -> str:
-    """Markdown of everything found in `folder`."""
+def page(folder: Path, head: str, device: torch.device) -> str:
+    """Markdown of everything found in `folder`, below where it comes from."""
     peak = accounting.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    head = folder / "head.md"
-    parts = ["# Throughput", head.read_text(encoding="utf-8") if head.is_file() else ""]
+    parts = ["# Throughput", head]
     for name, table in (("step", _step), ("layer", _layer), ("counts", _counts), ("sampling", _sampling)):
         path = folder / f"{name}.json"
         if path.is_file():
             parts.append(table(json.loads(path.read_text(encoding="utf-8")), peak))
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
 
 
 def _rows(header: str, rows: list[list[str]]) -> str:

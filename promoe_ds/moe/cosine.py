@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SHORTEST = 1e-12
 
@@ -34,6 +35,7 @@ class _Cosine(torch.autograd.Function):
         return z_TE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, unit_DE, length_T1, z_TE = ctx.saved_tensors
         grad_TE = grads[0] / length_T1
@@ -42,7 +44,7 @@ class _Cosine(torch.autograd.Function):
 
 
 def cosine(x_TD: Tensor, unit_DE: Tensor) -> Tensor:
-    """Cosine of each token with each prototype, without a normalised copy of the tokens.
+    """Cosine of each token with each prototype, without a normalised copy of the tokens. Differentiable once.
 
     Args:
         x_TD: float32 or float64 [T, D].

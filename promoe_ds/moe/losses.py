@@ -1,4 +1,4 @@
-"""Auxiliary losses of routing: pure functions of tensors, no parameters, no communication.
+"""Auxiliary losses of routing: functions of tensors, without parameters; how to sum over ranks they are told.
 
 What one layer gives to a loss is additive over ranks; the losses are of all MoE layers at once.
 Legend: L MoE layers, T tokens, N edges, D width, E experts. Equation numbers are those of the paper (arXiv:2510.24711).

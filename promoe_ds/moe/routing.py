@@ -8,6 +8,7 @@ A router is one file in `routers/`: a subclass of `Router` with a nested `Config
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -182,11 +183,19 @@ ROUTERS: dict[str, type[Router]] = {}
 
 
 def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
-    """Class decorator: make a router known to configurations as `moe.router.name: NAME`."""
+    """Class decorator: make a router known to configurations as `moe.router.name: NAME`.
+
+    Raises ValueError if the name is taken or is not its Config's, TypeError if `forward` takes other arguments.
+    """
 
     def add(cls: type[Router]) -> type[Router]:
         if name in ROUTERS:
             raise ValueError(f"two routers are named {name!r}: {ROUTERS[name]} and {cls}")
+        if cls.Config.__dataclass_fields__["name"].default != name:
+            raise ValueError(f"router {name!r}: set Config to a class of its own, with name: str = {name!r}")
+        found = [*inspect.signature(cls.forward).parameters][1:]
+        if len(found) != 3:
+            raise TypeError(f"router {name!r}: forward takes (x_TD, S, ctx), not ({', '.join(found)})")
         ROUTERS[name] = cls
         return cls
 

@@ -146,6 +146,7 @@ class Trainer:
         self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
         if self.config.train.compile:
             compile_model(model, whole=not self.config.train.measure)
+            self._say("train.compile: the first steps take a minute or more")
         engine = Engine(model, self.config, ds, topology)
         if reader:
             resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
@@ -293,6 +294,10 @@ class Trainer:
         )
         output, losses = self.objective.loss(lambda x, t: self.engine(x, t, ctx), z, eps, gauss)
         total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux.items()}
+        if extra := sorted(output.aux.keys() - self.aux_weights.keys()):
+            raise RankFailed(
+                f"the router's losses() return {extra[0]!r}: name it in aux_weights, with 0 only to log it"
+            )
         for name, weight in self.aux_weights.items():
             if name not in losses and (name not in output.aux or output.aux[name].shape != output.load_LE.shape[:1]):
                 raise RankFailed(

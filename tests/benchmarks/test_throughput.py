@@ -11,6 +11,8 @@ import torch
 
 from benchmarks import moe_peers, throughput, throughput_table
 from benchmarks.op_counting import count_operators, host_syncs
+from benchmarks.throughput_options import arguments
+from promoe_ds.command_line import guarded
 from promoe_ds.config import load_config
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.experts import backend_problem
@@ -77,17 +79,53 @@ def test_sections_resume_and_the_page_is_made(tmp_path: Path) -> None:
         for name in ("s fp32 micro 8", "b fp32 micro 8"):
             yield name, lambda name=name: calls.append(name) or step
 
-    args = type("A", (), {"minutes": 1, "out": tmp_path, "section": ["step"], "fresh": False, "device": CPU})()
+    args = arguments("", ["--section", "step", "--out", str(tmp_path), "--rounds", "3"])
     before, throughput.SECTIONS["step"] = throughput.SECTIONS["step"], section
     try:
         throughput.measure(args)
     finally:
         throughput.SECTIONS["step"] = before
     assert calls == ["b fp32 micro 8"]
-    page = throughput_table.page(tmp_path, CPU)
+    words = throughput.head(tmp_path, ["--rounds", "3"])
+    assert "| rounds | 3; unknown |" in words, "the head tells of every point, not of the last command"
+    page = throughput_table.page(tmp_path, words, CPU)
     assert (
         "| s fp32 micro 8 | promoe grouped_mm |" in page and "2.00 (2.00 to 2.00)" in page and "out of memory" in page
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--section x", "argument --section: 'x' is none of counts, step, layer, sampling; see --help"),
+        ("--sizes s,q", "argument --sizes: 'q' is none of s, b, l, xl"),
+        ("--precision fp8", "argument --precision: 'fp8' is none of fp32, bf16"),
+        ("--routing foo", "argument --routing: 'foo' is none of learned, uniform, skewed"),
+        ("--micro 8,0", "argument --micro: '8,0' is not a list of numbers of 1 or more"),
+        ("--micro x", "argument --micro: 'x' is not a list"),
+        ("--rounds 0", "--rounds=0: must be positive; choose 1 or more"),
+        ("--threads 0", "--threads=0: must be positive"),
+        ("--sample-batch 0", "--sample-batch=0: must be positive"),
+        ("--sample-steps -1", "--sample-steps=-1: must be positive"),
+        ("--out {file}", "is not a folder; choose another"),
+        ("--page {folder}", "is a folder, or lies in none; name a file in a folder that is there"),
+        ("--page {folder}/nowhere/page.md", "is a folder, or lies in none"),
+        ("--table --out {folder}/empty", "holds no figures; run without --table"),
+        ("--table --out {folder}/cut", "is damaged"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_measured(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "layer.json").write_text('{"s fp32')
+    before = sorted(tmp_path.rglob("*"))
+    line = words.format(file=tmp_path / "file", folder=tmp_path).split()
+    assert guarded(throughput.run, line) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_mfu_of_a_system_is_that_of_its_own_model() -> None:

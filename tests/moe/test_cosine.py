@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +19,9 @@ def test_cosine_and_its_gradients_are_those_of_pytorch() -> None:
     for a, b in zip(*(torch.autograd.grad(z, [x_TD, p_ED], grad_TE) for z in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b)
     assert torch.autograd.gradcheck(lambda x, p: cosine(x, unit(p).T), (x_TD, p_ED))
+    (slope,) = torch.autograd.grad(cosine(x_TD, unit(p_ED).T).square().sum(), x_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # not a wrong second derivative
+        slope.sum().backward()
 
 
 def test_a_token_that_is_0_has_score_0_and_the_gradient_of_the_quotient() -> None:

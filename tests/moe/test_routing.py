@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from promoe_ds.moe.routing import ROUTERS, Router, RoutingContext, register_router
+from promoe_ds.config import RouterConfig
+from promoe_ds.moe.routing import ROUTERS, Router, Routing, RoutingContext, register_router
 
 
 def test_conditional_images_come_first_and_order_is_restored() -> None:
@@ -21,3 +24,25 @@ def test_two_routers_cannot_share_a_name() -> None:
     with pytest.raises(ValueError, match="two routers are named 'promoe'"):
         register_router("promoe")(Router)
     assert ROUTERS["promoe"] is not Router
+
+
+def test_a_router_with_a_mistake_is_not_registered() -> None:
+    class Mine(Router):
+        pass
+
+    with pytest.raises(ValueError, match="router 'mine': set Config to a class of its own, with name: str = 'mine'"):
+        register_router("mine")(Mine)
+
+    @dataclass(frozen=True, kw_only=True)
+    class MyConfig(RouterConfig):
+        name: str = "mine"
+
+    class Old(Router):
+        Config = MyConfig
+
+        def forward(self, x_BSD: torch.Tensor, ctx: RoutingContext) -> Routing:  # type: ignore[override]
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"router 'mine': forward takes \(x_TD, S, ctx\), not \(x_BSD, ctx\)"):
+        register_router("mine")(Old)
+    assert "mine" not in ROUTERS

@@ -52,7 +52,10 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     assert contrastive == 3.0
     assert torch.equal(seen.ctx.label_B[seen.ctx.restore_B], batch.label_B)
     assert seen.ctx.num_conditional == int((batch.label_B != 10).sum())
-    trainer.aux_weights = {"surprise": 1.0}  # a router that was written for other names
+    trainer.aux_weights = {}
+    with pytest.raises(RankFailed, match=r"losses\(\) return 'routing_contrastive': name it in aux_weights"):
+        trainer._forward(batch)
+    trainer.aux_weights = {"routing_contrastive": 0.5, "surprise": 1.0}  # a router that was written for other names
     with pytest.raises(RankFailed, match=r"aux_weights name a loss 'surprise': its losses\(\) must return it with one"):
         trainer._forward(batch)
 

@@ -112,7 +112,8 @@ class ProMoERouter(PrototypicalRouter):
 
     def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
-        cfg, parts = self.config, (terms["sum"], load_LE, *((terms["share"],) if self.config.balance_weight else ()))
+        cfg = self.config
+        parts = [terms["sum"], load_LE, *([terms["share"]] if cfg.balance_weight else [])]
         sum_LED, load_LE, *share = sums_over_scope(cfg.contrastive_scope, ctx.all_reduce, *parts)
         losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, load_LE, cfg.temperature)}
         if share:
