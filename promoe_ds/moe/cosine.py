@@ -51,6 +51,6 @@ def cosine(x_TD: Tensor, unit_DE: Tensor) -> Tensor:
         unit_DE: as x, [D, E], prototypes of length 1.
 
     Returns:
-        As x, [T, E]; 0 for a token that is 0.
+        As x, [T, E]; 0 for a token that is 0. For tokens shorter than 1e-12, but not 0, the gradient is not exact.
     """
     return _Cosine.apply(x_TD, unit_DE)  # type: ignore[no-any-return]
