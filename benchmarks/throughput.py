@@ -329,9 +329,11 @@ SECTIONS = {"counts": counts, "step": steps, "layer": layers, "sampling": sample
 def measure(args: argparse.Namespace) -> None:
     """Every point of the chosen sections that has no result yet, until the time is over."""
     end, here = time.monotonic() + 60 * args.minutes, facts() | {"rounds": str(args.rounds)}
+    forget = args.section if args.fresh else []
+    figures = {name: {} if name in forget else load_json(args.out / f"{name}.json") for name in SECTIONS}
+    known = load_json(args.out / FACTS)
     for section in args.section:
-        path = args.out / f"{section}.json"
-        done = {} if args.fresh else load_json(path)
+        done = figures[section]
         for name, work in SECTIONS[section](args):
             if name in done:
                 continue
@@ -341,8 +343,9 @@ def measure(args: argparse.Namespace) -> None:
             start = time.monotonic()
             done[name] = work()
             print(f"{section} {name}: {time.monotonic() - start:.0f} s", flush=True)
-            write_text(path, json.dumps(done, indent=1) + "\n")
-            write_text(args.out / FACTS, json.dumps(load_json(args.out / FACTS) | {f"{section} {name}": here}) + "\n")
+            known[f"{section} {name}"] = here
+            write_text(args.out / f"{section}.json", json.dumps(done, indent=1) + "\n")
+            write_text(args.out / FACTS, json.dumps(known, indent=1) + "\n")
             if args.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -354,7 +357,7 @@ def load_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        reject("--out", path, f"is damaged ({error})", "remove the file, or measure again with --fresh")
+        reject("--out", path, f"is damaged ({error})", "remove the file, or forget its section with --fresh")
 
 
 def head(folder: Path, words: list[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import moe_peers, throughput, throughput_table
 from benchmarks.op_counting import count_operators, host_syncs
-from benchmarks.throughput_options import arguments
+from benchmarks.throughput_options import CHOICES, arguments
 from promoe_ds.command_line import guarded
 from promoe_ds.config import load_config
 from promoe_ds.moe.dispatch import segment_sizes
@@ -112,6 +112,7 @@ def test_sections_resume_and_the_page_is_made(tmp_path: Path) -> None:
         ("--page {folder}/nowhere/page.md", "is a folder, or lies in none"),
         ("--table --out {folder}/empty", "holds no figures; run without --table"),
         ("--table --out {folder}/cut", "is damaged"),
+        ("--section counts --out {folder}/cut", "is damaged"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_measured(
@@ -126,6 +127,10 @@ def test_a_mistake_is_one_line_before_anything_is_measured(
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and not out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_options_know_every_section() -> None:
+    assert tuple(throughput.SECTIONS) == CHOICES["section"]
 
 
 def test_the_mfu_of_a_system_is_that_of_its_own_model() -> None:
