@@ -268,7 +268,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         return _decode_union(kind, value, path)
     if origin is Literal:
         choices = typing.get_args(kind)
-        if value in choices:
+        if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is no True
             return value
         listed = ", ".join(map(str, choices))
         reject(path, repr(value), f"must be one of {listed}", _did_you_mean(value, map(str, choices)))

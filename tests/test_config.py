@@ -329,3 +329,9 @@ def test_recipes_in_subfolders_are_named_by_their_path(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "RECIPES", tmp_path)
     assert recipe_names() == ["paper/tab1"]
     assert load_config("paper/tab1").train.steps == 3
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_a_number_is_not_a_boolean_among_choices(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.activation_checkpointing={value}: must be one of none, block"):
+        load_config("tiny", [f"train.activation_checkpointing={value}"])

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import Config, RouterConfig, reject
+from promoe_ds.config import Config, ConfigError, RouterConfig, reject
 
 
 class Routing(NamedTuple):
@@ -185,17 +185,20 @@ ROUTERS: dict[str, type[Router]] = {}
 def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
     """Class decorator: make a router known to configurations as `moe.router.name: NAME`.
 
-    Raises ValueError if the name is taken or is not its Config's, TypeError if `forward` takes other arguments.
+    Raises ConfigError if the name is taken or is not its Config's, or if `forward` takes other arguments.
     """
 
     def add(cls: type[Router]) -> type[Router]:
         if name in ROUTERS:
-            raise ValueError(f"two routers are named {name!r}: {ROUTERS[name]} and {cls}")
+            raise ConfigError(f"two routers are named {name!r}: {ROUTERS[name]} and {cls}")
         if cls.Config.__dataclass_fields__["name"].default != name:
-            raise ValueError(f"router {name!r}: set Config to a class of its own, with name: str = {name!r}")
-        found = [*inspect.signature(cls.forward).parameters][1:]
-        if len(found) != 3:
-            raise TypeError(f"router {name!r}: forward takes (x_TD, S, ctx), not ({', '.join(found)})")
+            conflict = f"set Config to a class of its own, with name: str = {name!r}"
+            raise ConfigError(f"router {name!r} of {cls.__module__}: {conflict}")
+        try:
+            inspect.signature(cls.forward).bind("self", "x_TD", "S", "ctx")
+        except TypeError as error:
+            wanted = "forward must take (self, x_TD, S, ctx)"
+            raise ConfigError(f"router {name!r} of {cls.__module__}: {wanted}; {error}") from None
         ROUTERS[name] = cls
         return cls
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from promoe_ds.config import RouterConfig
-from promoe_ds.moe.routing import ROUTERS, Router, Routing, RoutingContext, register_router
+from promoe_ds.config import ConfigError, RouterConfig
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.routing import Router, Routing, RoutingContext, register_router
 
 
 def test_conditional_images_come_first_and_order_is_restored() -> None:
@@ -21,16 +22,21 @@ def test_conditional_images_come_first_and_order_is_restored() -> None:
 
 
 def test_two_routers_cannot_share_a_name() -> None:
-    with pytest.raises(ValueError, match="two routers are named 'promoe'"):
+    with pytest.raises(ConfigError, match="two routers are named 'promoe'"):
         register_router("promoe")(Router)
     assert ROUTERS["promoe"] is not Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideConfig(RouterConfig):
+    name: str = "wide"
 
 
 def test_a_router_with_a_mistake_is_not_registered() -> None:
     class Mine(Router):
         pass
 
-    with pytest.raises(ValueError, match="router 'mine': set Config to a class of its own, with name: str = 'mine'"):
+    with pytest.raises(ConfigError, match="router 'mine' of tests.*: set Config to a class of its own"):
         register_router("mine")(Mine)
 
     @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,26 @@ def test_a_router_with_a_mistake_is_not_registered() -> None:
         def forward(self, x_BSD: torch.Tensor, ctx: RoutingContext) -> Routing:  # type: ignore[override]
             raise AssertionError
 
-    with pytest.raises(TypeError, match=r"router 'mine': forward takes \(x_TD, S, ctx\), not \(x_BSD, ctx\)"):
-        register_router("mine")(Old)
+    class Keywords(Router):
+        Config = MyConfig
+
+        def forward(self, x_TD: torch.Tensor, S: int, *, ctx: RoutingContext) -> Routing:  # type: ignore[override]
+            raise AssertionError
+
+    for wrong in (Old, Keywords):
+        with pytest.raises(ConfigError, match=r"router 'mine' of tests.*: forward must take \(self, x_TD, S, ctx\); "):
+            register_router("mine")(wrong)
     assert "mine" not in ROUTERS
+
+
+def test_a_router_may_take_more_than_it_is_given() -> None:
+    class Wide(Router):
+        Config = WideConfig
+
+        def forward(self, *args: object, scale: float = 1.0) -> Routing:  # type: ignore[override]
+            raise AssertionError
+
+    try:
+        assert register_router("wide")(Wide) is ROUTERS["wide"]
+    finally:
+        ROUTERS.pop("wide", None)
