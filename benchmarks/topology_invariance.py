@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.processes import run_to_end  # noqa: E402
 
 TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-4, "ema": 1e-5}
 
@@ -95,7 +96,7 @@ def launch(folder: Path, steps: int, world: int, cases: list[Case]) -> None:
     work = json.dumps([asdict(case) for case in cases])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__,
                "--worker", work, "--keep", str(folder), "--steps", str(steps)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = run_to_end(command)
     if done.returncode:
         raise RuntimeError(f"world {world} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
 

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.processes import PATIENCE
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 OWN = re.compile(r"(update|optimizationguide-pa|content-autofill|safebrowsing\w*)\.googleapis\.com|"
                  r"(clients\d|accounts|redirector|www)\.(google|gvt1)\.com")  # fmt: skip
@@ -52,7 +54,7 @@ def open_page(html: bytes, folder: Path, size: tuple[int, int]) -> Opened:
         command = [str(CHROMIUM), *FLAGS, f"--proxy-server=http://127.0.0.1:{server.server_address[1]}",
                    f"--user-data-dir={folder / 'profile'}", f"--window-size={size[0]},{size[1]}",
                    f"--screenshot={picture}", "http://report.test/"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     finally:
         server.shutdown()
         server.server_close()

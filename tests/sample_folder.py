@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.processes import PATIENCE, free_port
 from launchers import sample
 from promoe_ds.config import decode, dump
 from promoe_ds.models.init import build, materialize
 from promoe_ds.train import checkpoint
-from tests.launch import ENVIRONMENT, ROOT, free_port
+from tests.launch import ENVIRONMENT, ROOT
 
 LAUNCHER = ROOT / "launchers/sample.py"
 Command = Callable[..., int]
@@ -78,7 +79,7 @@ def start_two(*words: object, cwd: Path) -> None:
         )
         for rank in range(2)
     ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    errors = [worker.communicate(timeout=PATIENCE)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
 
 

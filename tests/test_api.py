@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import promoe_ds
 from promoe_ds.formats.weights import write
 from promoe_ds.sampling import How, draw_pixels, to_pixels
 from tests.formats.test_diffusers import model, weights
-from tests.launch import ENVIRONMENT, ROOT
+from tests.launch import run
 
 LIGHT = """
 import sys
@@ -58,8 +57,7 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
             promoe_ds.generate(loaded, **({"labels": [1]} | options))  # type: ignore[arg-type]
     with pytest.raises(promoe_ds.ConfigError, match="no such file or folder"):
         promoe_ds.load_model(tmp_path / "no")
-    done = subprocess.run([sys.executable, "-c", LIGHT, tmp_path / "model"], env=ENVIRONMENT, cwd=ROOT, timeout=120)
-    assert done.returncode == 0
+    run([sys.executable, "-c", LIGHT, str(tmp_path / "model")])
 
 
 def test_damaged_indices_are_one_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from benchmarks.processes import PATIENCE, wait_until
 from launchers import encode_latents
 from promoe_ds.config import ConfigError
 from promoe_ds.data.codecs import open_codec
@@ -71,6 +72,10 @@ def start(tree: Path, vae: str, out: Path, world: int, pause: float) -> list[mul
     return workers
 
 
+def shards(folder: Path) -> int:
+    return len(list(folder.glob("shard-*")))
+
+
 def test_three_processes_killed_twice_write_the_bytes_of_one(tree: Path, vae: Path, tmp_path: Path) -> None:
     alone, shared, threads = tmp_path / "alone", tmp_path / "shared", torch.get_num_threads()
     torch.set_num_threads(1)
@@ -79,17 +84,15 @@ def test_three_processes_killed_twice_write_the_bytes_of_one(tree: Path, vae: Pa
     assert index is not None and index.items == 30 and len(index.shards) == 8
     for kill_at in (2, 4):
         workers = start(tree, str(vae), shared, 3, 0.05)
-        deadline = time.monotonic() + 60
-        while len(list(shared.glob("shard-*"))) < kill_at and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda n=kill_at: shards(shared) >= n, lambda: shards(shared))
         for worker in workers:
             os.kill(worker.pid or 0, signal.SIGKILL)
         for worker in workers:
             worker.join()
-        assert kill_at <= len(list(shared.glob("shard-*"))) < 8 and not (shared / "index.json").exists()
+        assert kill_at <= shards(shared) < 8 and not (shared / "index.json").exists()
     times = {path: path.stat().st_mtime_ns for path in shared.glob("shard-*")}
     for worker in start(tree, str(vae), shared, 3, 0.0):
-        worker.join(60)
+        worker.join(PATIENCE)
         assert worker.exitcode == 0
     assert all(path.stat().st_mtime_ns == time for path, time in list(times.items())[:1])
     assert files(shared) == files(alone)

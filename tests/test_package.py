@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tomllib
@@ -15,7 +14,7 @@ import pytest
 
 from promoe_ds.config import ConfigError
 from promoe_ds.parallel.ds_config import find
-from tests.launch import ENVIRONMENT, ROOT
+from tests.launch import ENVIRONMENT, ROOT, run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PARTS = ("promoe_ds", "evaluation", "launchers", "ds_configs", "pyproject.toml", "requirements.txt", "README.md")
@@ -38,13 +37,10 @@ def test_every_command_exists(command: str) -> None:
     assert f'def {function}() -> None:\n    """The command {command}' in text
 
 
-def shell(*command: object, timeout: float = 240, cwd: Path | None = None) -> str:
+def shell(*command: object, cwd: Path = ROOT) -> str:
     """Output of a command that has neither the checkout nor PYTHONPATH."""
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
-    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    return run([str(word) for word in command], env=environment, cwd=cwd).stdout
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.processes import wait_until
 from promoe_ds.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import Batch, BatchMaker, BatchStream, share_of
@@ -193,21 +194,25 @@ def test_the_queue_is_bounded():
     config = replace(make_config(), data=DataConfig(prefetch=3))
     with BatchStream(config, DIGITS, 0, 1) as stream:
         next(stream)
+        wait_until(lambda: stream._ready.qsize() == 3)
         time.sleep(0.2)
         assert stream._ready.qsize() == 3
 
 
 def test_speed_of_the_noise():
-    """64 images of latent size; the limit is generous because machines are shared (pytest -s shows the figure)."""
+    """64 images of latent size cost a few times what NumPy's own generator takes, which is not keyed by image."""
     config = replace(make_config(64), model=ModelConfig(image_size=32, channels=4))
-    maker = BatchMaker(config, DIGITS, share_of(config, 0, 1))
-    took = []
-    for step in range(10):
+    maker, generator = BatchMaker(config, DIGITS, share_of(config, 0, 1)), np.random.default_rng(0)
+    ours, numpys = [], []
+    for step in range(20):
         start = time.perf_counter()
         maker._normal(step, np.arange(64), Purpose.NOISE, (4, 32, 32))
-        took.append(time.perf_counter() - start)
-    print(f"noise of 64 x 4x32x32: {1e3 * min(took):.2f} ms")
-    assert min(took) < 0.1
+        between = time.perf_counter()
+        generator.standard_normal((64, 4, 32, 32))
+        ours.append(between - start)
+        numpys.append(time.perf_counter() - between)
+    print(f"noise of 64 x 4x32x32: {1e3 * min(ours):.2f} ms, NumPy's: {1e3 * min(numpys):.2f} ms")
+    assert min(ours) < 10 * min(numpys)
 
 
 def test_a_pack_streams(tmp_path: Path):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import chaos
+from benchmarks.processes import PATIENCE
 from promoe_ds.train import checkpoint
 from tests.launch import ROOT
 
@@ -63,22 +64,21 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> N
         time.sleep(5.5)
         assert job.codes() == [None] * 3
         job.send(signal.SIGTERM, [2])
-        assert job.ranks[2].wait(60) == 128 + signal.SIGTERM
-        assert job.ranks[0].wait(60) == 1
+        assert job.ranks[2].wait(PATIENCE) == 128 + signal.SIGTERM
+        assert job.ranks[0].wait(PATIENCE) == 1
         assert f"error: rank 2 ({os.uname().nodename}, pid {job.ranks[2].pid}) died without a word" in job.output()
         assert "SIGTERM again: leaving at once" in job.output()
 
 
 def test_a_run_folder_in_use_ends_all_ranks_at_once(tmp_path: Path) -> None:
-    """Only rank 0 sees the lock; the others must not wait for it."""
+    """Only rank 0 sees the lock; the others must not wait for it, which would take `parallel.timeout_minutes`, 30."""
     lock = checkpoint.claim(tmp_path / "run")
-    start = time.monotonic()
     with chaos.job([*COMMON, *LONG, "--run", str(tmp_path / "run")], 2, tmp_path / "out") as job:
         assert job.wait() == [2, 2], job.output()
     lock.close()
     errors = re.findall(r"^error: .*", job.output(), re.MULTILINE)
     assert len(errors) == 1 and "another process is training in it" in errors[0]
-    assert time.monotonic() - start < 90 and not (tmp_path / "run/config.yaml").exists()
+    assert not (tmp_path / "run/config.yaml").exists()
 
 
 def test_an_error_of_one_rank_ends_the_others_by_name(tmp_path: Path) -> None:

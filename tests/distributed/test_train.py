@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import topology_invariance
+from benchmarks.processes import PATIENCE, kill, wait_until
 from promoe_ds.train import checkpoint
 from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
 
@@ -33,30 +33,20 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{f.name[:3]}/{k}": v for f in sorted(where.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the launcher and every rank: they share a session."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if (folder / "metrics.jsonl").exists() and max(losses_so_far(folder), default=0) >= step:
-            return
-        assert process.poll() is None, f"ended early with {process.returncode}"
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} not reached in {seconds} s")
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    last = lambda: max(losses_so_far(folder), default=0)  # noqa: E731
+    wait_until(lambda: last() >= step or process.poll() is not None, last)
+    assert process.poll() is None, f"ended early with {process.returncode}"
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
-    while not checkpoint.candidates(folder):
-        assert process.poll() is None, f"ended early with {process.returncode}"
-        time.sleep(0.01)
+    wait_until(lambda: checkpoint.candidates(folder) or process.poll() is not None, lambda: losses_so_far(folder))
+    assert process.poll() is None, f"ended early with {process.returncode}"
 
 
 def losses_so_far(folder: Path) -> list[int]:
-    return [json.loads(t)["step"] for t in (folder / "metrics.jsonl").read_text().splitlines() if t.endswith("}")]
+    log = folder / "metrics.jsonl"
+    return [json.loads(t)["step"] for t in log.read_text().splitlines() if t.endswith("}")] if log.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +76,7 @@ def test_kill_9_of_all_ranks_then_the_same_command_is_bit_exact(uninterrupted: P
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, text=True)
     wait_for_step(tmp_path / "run", 27, process)
     wait_for_checkpoint(tmp_path / "run", process)  # written behind the steps that follow its own
-    kill_all(process)
+    kill(process)
     assert checkpoint.step_of(checkpoint.candidates(tmp_path / "run")[-1]) == 20
     resumed = run(command)
     assert "resuming at step 20 of 60" in resumed.stdout
@@ -152,7 +142,7 @@ def test_sigterm_to_the_process_group_of_the_deepspeed_launcher(uninterrupted: P
     )
     wait_for_step(folder, 25, process)
     os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)  # ends when the last rank closes the pipe
+    out, _ = process.communicate(timeout=PATIENCE)  # ends when the last rank closes the pipe
     assert "stopped by a signal at step" in out
     assert 25 <= checkpoint.step_of(checkpoint.candidates(folder)[-1]) < 60
     run(command)
@@ -171,7 +161,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
         wait_for_step(folder, 3, process)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(children[-1]) if world == 2 else process.pid, signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=PATIENCE)
         assert "stopped by a signal at step" in out
         assert process.returncode == (85 if world == 1 else 1), "torchrun makes every failure 1"
         (saved,) = checkpoint.candidates(folder)

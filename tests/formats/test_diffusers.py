@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.sampling import image_noise, to_pixels
 from promoe_ds.train.checkpoint import damage
-from tests.launch import ENVIRONMENT
+from tests.launch import ENVIRONMENT, run
 
 LABELS, SCALE, STEPS, SEED = [0, 3, 10], 2.0, 5, 4
 LATENTS = ["model.channels=4", "diffusion.shift=1.5", "guidance.channels=3"]
@@ -100,8 +99,7 @@ def test_a_stranger_draws_our_images(tmp_path: Path) -> None:
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
     paths = [str(tmp_path / name) for name in ("flow", "ddpm", "vae", "out.npz")]
     command = [sys.executable, "-c", STRANGER, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(command, env=environment, cwd=tmp_path)
     with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
         theirs = {name: torch.from_numpy(found[name]) for name in found.files}
     write(weights(flow), tmp_path / "plain")

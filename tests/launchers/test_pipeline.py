@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.processes import PATIENCE
 from evaluation.metrics import frechet_distance, gaussian_statistics
 from launchers import pipeline as launcher
 from promoe_ds.config import dump, load_config
@@ -104,7 +105,7 @@ def test_a_stop_lets_the_training_save(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert any(line.startswith("step ") for line in process.stdout)
     process.terminate()
-    assert "stopped by a signal at step" in process.communicate(timeout=60)[0]
+    assert "stopped by a signal at step" in process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 85 and (tmp_path / "run" / "requeue").is_file()
     assert newest(tmp_path / "run") is not None
 

@@ -18,11 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from benchmarks.processes import wait_until  # noqa: E402
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", "setpriv")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 SUBNET = "10.99.77"
@@ -87,14 +89,6 @@ def search_path() -> str:
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
-def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll; raises AssertionError when the time is over."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.1)
-
-
 class Machine:
     """Namespaces with a first process; switched off by killing it."""
 
@@ -110,7 +104,7 @@ class Machine:
                  "bash", str(HERE / "machine.sh"), self.name, self.address, str(self.folder)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=clean, cwd="/", start_new_session=True,
             )  # fmt: skip
-        wait_until(self._children, 20, f"first process of {self.name}")
+        wait_until(self._children, what=lambda: f"first process of {self.name}")
         self.pid = int(self._children()[0])
 
     def _children(self) -> list[str]:
@@ -141,10 +135,10 @@ class Cluster:
             self._write_files()
             self.machines["login"] = Machine("login", f"{SUBNET}.1", self.folder)
             # nodes that register before slurmctld listens would try again only seconds later
-            wait_until(lambda: "is UP" in self.run("scontrol", "ping").stdout, 60, "slurmctld")
+            wait_until(lambda: "is UP" in self.run("scontrol", "ping").stdout, what=lambda: "slurmctld")
             for name in self.nodes:
                 self._boot(name)
-            wait_until(lambda: self.idle() == len(self.nodes), 60, "idle nodes")
+            wait_until(lambda: self.idle() == len(self.nodes), what=lambda: "idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -204,9 +198,13 @@ class Cluster:
     def states(self, job: str) -> list[str]:
         return [entry["JobState"] for entry in self.fields(job)]
 
-    def wait(self, job: str, seconds: float) -> list[str]:
+    def wait(self, job: str) -> list[str]:
         """Until the job (or every task of an array) has ended; its states."""
-        wait_until(lambda: all(state in ENDED for state in self.states(job)), seconds, f"end of job {job}")
+        wait_until(
+            lambda: all(state in ENDED for state in self.states(job)),
+            lambda: self.states(job),
+            lambda: f"end of job {job}",
+        )
         return self.states(job)
 
     def crash(self, name: str) -> None:
@@ -222,9 +220,9 @@ class Cluster:
             found = re.search(r"State=(\S+)", self.run("scontrol", "-o", "show", "node", name).stdout)
             return found[1] if found else "DOWN"
 
-        wait_until(lambda: "DOWN" in state(), 120, f"Slurm notices that {name} is gone")
+        wait_until(lambda: "DOWN" in state(), what=lambda: f"Slurm notices that {name} is gone")
         self._boot(name)
-        wait_until(lambda: not re.search(r"DOWN|\*", state()), 120, f"{name} is back")
+        wait_until(lambda: not re.search(r"DOWN|\*", state()), what=lambda: f"{name} is back")
 
 
 def main() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from benchmarks.processes import wait_until
 from promoe_ds.train import checkpoint
 from tests.launch import ROOT, train
-from tests.slurm.cluster import Cluster, missing, wait_until
+from tests.slurm.cluster import Cluster, missing
 
 pytestmark = pytest.mark.slurm
-PATIENCE = 400.0
-"""seconds for whatever takes a few on a quiet machine"""
 CPU = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -96,11 +94,10 @@ class Training:
 
     def wait(self, true: Any, what: str) -> None:
         """Until it is true, or show the job's output."""
-        end = time.monotonic() + PATIENCE
-        while not true():
-            if time.monotonic() > end or self.state() in ("FAILED", "CANCELLED", "COMPLETED"):
-                raise AssertionError(f"{what}: job is {self.state()}\n{output(self.folder, self.job)[-6000:]}")
-            time.sleep(0.1)
+        text = lambda: f"{what}: job is {self.state()}\n{output(self.folder, self.job)[-6000:]}"  # noqa: E731
+        over = lambda: self.state() in ("FAILED", "CANCELLED", "COMPLETED")  # noqa: E731
+        found = wait_until(lambda: "true" if true() else over(), lambda: output(self.folder, self.job), text)
+        assert found == "true", text()
 
     def first_step(self, number: int) -> int:
         """The step that start NUMBER went on from."""
@@ -152,7 +149,8 @@ def interrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> d
     job.wait(lambda: job.state() == "PENDING", "requeue after USR2")
     steps = last_step(run) + 10
     write_recipe(folder / "recipe.yaml", **{**endless, "steps": steps})
-    wait_until(lambda: job.state() == "COMPLETED", PATIENCE, output(folder, jobs["train"])[-3000:])
+    told = lambda: output(folder, jobs["train"])[-3000:]  # noqa: E731
+    wait_until(lambda: job.state() == "COMPLETED", told, told)
     resumed.append(job.first_step(4))
     return {"folder": folder, "run": run, "jobs": jobs, "job": job, "resumed": resumed, "steps": steps}
 
@@ -180,7 +178,7 @@ def test_a_job_outlives_preemption_a_lost_node_and_the_warning(cluster: Cluster,
 
 def test_the_curve_is_that_of_one_process(interrupted: dict[str, Any], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", steps=interrupted["steps"], checkpoint_every=1000)
-    train("--config", recipe, "--run", str(tmp_path / "one"), timeout=PATIENCE)
+    train("--config", recipe, "--run", str(tmp_path / "one"))
     one, many = losses(tmp_path / "one"), losses(interrupted["run"])
     assert one.keys() == many.keys() and len(one) == interrupted["steps"]
     worst = max(abs(many[step] / one[step] - 1) for step in one)
@@ -191,7 +189,7 @@ def test_the_curve_is_that_of_one_process(interrupted: dict[str, Any], tmp_path:
 def test_the_pipeline_ends_with_scores(cluster: Cluster, interrupted: dict[str, Any]) -> None:
     jobs, folder = interrupted["jobs"], interrupted["folder"]
     for stage in ("sample", "evaluate"):
-        assert cluster.wait(jobs[stage], PATIENCE) == ["COMPLETED"], output(folder, jobs[stage])[-4000:]
+        assert cluster.wait(jobs[stage]) == ["COMPLETED"], output(folder, jobs[stage])[-4000:]
     scores = json.loads((interrupted["run"] / "metrics.json").read_text(encoding="utf-8"))
     text = json.dumps(scores)
     assert "cfg1.0" in text and "cfg1.5" in text
@@ -218,14 +216,14 @@ def test_wrong_submissions_end_before_the_ranks_start(cluster: Cluster, tmp_path
     env = settings(tmp_path, RECIPE="tiny", RUN=tmp_path / "run", OVERRIDES="moe.num_expert=3", NODES=1)
     chain = dict(line.split() for line in cluster.run("slurm/pipeline.sh", "--chain", "2", env=env).stdout.splitlines())
     for name, (_, _, expected) in cases.items():
-        assert cluster.wait(jobs[name], PATIENCE) == ["FAILED"], name
+        assert cluster.wait(jobs[name]) == ["FAILED"], name
         assert cluster.fields(jobs[name])[0]["ExitCode"] == "2:0", name
         text = output(tmp_path, jobs[name])
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and re.search(expected, errors[0]) and "Traceback" not in text, (name, text)
     assert not (tmp_path / "run").exists() and not (tmp_path / "out" / "runs").exists()
     assert list(chain) == ["train-1", "train-2", "sample", "evaluate"]
-    states = {stage: cluster.wait(job, PATIENCE)[0] for stage, job in chain.items()}
+    states = {stage: cluster.wait(job)[0] for stage, job in chain.items()}
     assert states == {"train-1": "FAILED", "train-2": "CANCELLED", "sample": "CANCELLED", "evaluate": "CANCELLED"}
 
 
@@ -239,10 +237,10 @@ def test_encoding(cluster: Cluster, tmp_path: Path) -> None:
     env = settings(tmp_path, IMAGES=tmp_path / "images", VAE="identity", OUT=tmp_path / "latents", SIZE=8,
                    ENCODE_OPTIONS="--shard-size 2")  # fmt: skip
     job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", "slurm/encode.sbatch", env=env)
-    assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)[-4000:]
+    assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)[-4000:]
     assert json.loads((tmp_path / "latents" / "index.json").read_text())["classes"] == ["a", "b"]
     words = ["data.name=latents", f"data.path={tmp_path}/latents", "model.num_classes=2", "model.channels=3"]
-    train("--config", "tiny", "--run", str(tmp_path / "run"), "--dry-run", "--check-files", *words, timeout=PATIENCE)
+    train("--config", "tiny", "--run", str(tmp_path / "run"), "--dry-run", "--check-files", *words)
 
 
 RANK = """#!/bin/bash
@@ -262,14 +260,14 @@ def test_a_preempted_rank_is_requeued_and_a_killed_one_fails(cluster: Cluster, t
     (tmp_path / "python").chmod(0o755)
     env = settings(tmp_path, PYTHON=tmp_path / "python", RUN=tmp_path)
     killed = cluster.sbatch("--gpus-per-node=2", "slurm/sample.sbatch", env=env | {"DIES": "1"})
-    assert cluster.wait(killed, PATIENCE) == ["FAILED"]
+    assert cluster.wait(killed) == ["FAILED"]
     assert cluster.fields(killed)[0]["Restarts"] == "0" and output(tmp_path, killed).endswith("exit code 137\n")
     for path in tmp_path.glob("up*"):
         path.unlink()
     job = cluster.sbatch("--gpus-per-node=2", "slurm/evaluate.sbatch", env=env | {"DIES": ""})
-    wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, PATIENCE, "ranks")
+    wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, what=lambda: "ranks")
     cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)
+    assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)
     assert cluster.fields(job)[0]["Restarts"] == "1" and "stopped and saved; requeueing" in output(tmp_path, job)
 
 
@@ -280,7 +278,7 @@ def test_the_array_job_of_the_study_ends_with_its_table(cluster: Cluster, tmp_pa
     assert submitted.returncode == 0, submitted.stderr
     jobs = [line.split()[-1] for line in submitted.stdout.splitlines()]
     for job in jobs:
-        assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)[-4000:]
+        assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)[-4000:]
     assert [cluster.fields(job)[0]["NumNodes"] for job in jobs] == ["1", "2"]
     assert "2 nodes, the first: " in (tmp_path / "study" / "scaling.md").read_text(encoding="utf-8")
     table = (tmp_path / "study" / "scaling.csv").read_text(encoding="utf-8").splitlines()
@@ -306,7 +304,7 @@ def test_the_two_other_ways_in(cluster: Cluster, tmp_path: Path) -> None:
             tmp_path, TRAIN=f"--config tiny --run {run} train.steps=5 parallel.expert_parallel=2", PATH=binaries
         )
         job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", str(path), env=env)
-        assert cluster.wait(job, PATIENCE) == ["COMPLETED"], output(tmp_path, job)[-6000:]
+        assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)[-6000:]
         assert "4 x cpu" in output(tmp_path, job)
         curves.append(losses(run))
     assert curves[0] == pytest.approx(curves[1], rel=1e-5) and len(curves[0]) == 5

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.processes import PATIENCE
 from promoe_ds.config import Config, load_config
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.saving import Saver
@@ -57,7 +58,7 @@ def save(run: Path, step: int, config: Config = CONFIG, rows: int = 3) -> State:
 def on_ranks(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """`work` on `world` threads that gather as ranks do; its results or exceptions, by rank."""
     table: list[Any] = [None] * world
-    barrier = threading.Barrier(world, timeout=30)
+    barrier = threading.Barrier(world, timeout=PATIENCE)
 
     def one(rank: int) -> Any:
         def gather(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from benchmarks.processes import PATIENCE
 from promoe_ds.train import signals
 from tests.launch import ENVIRONMENT, ROOT
 
@@ -29,7 +30,7 @@ def test_a_launcher_listens_before_the_slow_imports() -> None:
     source = (ROOT / "launchers/train.py").read_text()
     assert source.index("signals.listen()") < source.index("from promoe_ds.config")
     process = start("print(sorted(m for m in sys.modules if m in ('torch', 'deepspeed', 'numpy', 'yaml')))")
-    assert process.communicate(timeout=60)[0] == "[]\n"
+    assert process.communicate(timeout=PATIENCE)[0] == "[]\n"
 
 
 def test_first_repeated_and_second_signals() -> None:
@@ -49,7 +50,7 @@ def test_first_repeated_and_second_signals() -> None:
     time.sleep(1.0)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     assert errors == "SIGTERM again: leaving at once; the last checkpoint is unharmed\n"
 
@@ -66,7 +67,7 @@ def test_forked_workers_ignore_both_signals_and_do_not_stop_their_parent() -> No
             os.kill(child, number)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), signals.requested())
     """)
-    assert process.communicate(timeout=60)[0] == "7 None\n"
+    assert process.communicate(timeout=PATIENCE)[0] == "7 None\n"
 
 
 def test_marker(tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""Waiting for jobs: work may take as long as it likes, silence may not."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from benchmarks import processes
+from benchmarks.processes import run_to_end, wait_until
+
+
+def test_a_job_that_speaks_is_waited_for_and_its_outputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 3.0)
+    talk = "for i in 1 2 3 4 5; do sleep 1; echo $i; done; echo end >&2; exit 3"
+    done = run_to_end(["sh", "-c", talk])
+    assert (done.returncode, done.stdout, done.stderr) == (3, "1\n2\n3\n4\n5\n", "end\n")
+
+
+def test_a_silent_job_ends_with_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 2.0)
+    launcher = (
+        "import subprocess; child = subprocess.Popen(['sleep', '3600']); print(child.pid, flush=True); child.wait()"
+    )
+    with pytest.raises(AssertionError, match=r"^2 s without a sign of life: .*\n\d+\n") as error:
+        run_to_end([sys.executable, "-c", launcher])
+    rank = int(str(error.value).splitlines()[1])
+    wait_until(lambda: not alive(rank))
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; killed, it may stay in the table until its new parent has asked for its end."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_sign_of_life_renews_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    start = time.monotonic()
+    assert wait_until(lambda: time.monotonic() - start > 1.5 and "there", lambda: int((time.monotonic() - start) * 10))
+    with pytest.raises(AssertionError, match="0 s without a sign of life: a tale of two ranks"):
+        wait_until(lambda: False, what=lambda: "a tale of two ranks")
