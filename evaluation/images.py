@@ -14,7 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from promoe_ds.config import reject
+from promoe_ds.files import walk
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -33,6 +34,8 @@ LONGEST = 16
 """sides of a picture are to each other as 1 to 16 at most, as in promoe_ds.data.images"""
 SAMPLED = re.compile(r"\d{6,}_class(\d+)\.png")
 """how launchers/sample.py names a picture"""
+SHEETS = re.compile(r"grid(_\d{8,})?\.png|experts\.png")
+"""what training and sampling draw beside samples"""
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, struct.error, zipfile.BadZipFile,
                zlib.error)  # fmt: skip
 """what numpy and zipfile raise for damaged, truncated, encrypted or pickled archives"""
@@ -189,11 +192,34 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def pictures_in(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """Pictures of a folder by name: those of the sampler if there are any, else all but grid.png."""
-    found = sorted(p for p in folder.glob("**/*" if recursive else "*") if p.suffix.lower() in PICTURES)
-    sampled = [p for p in found if SAMPLED.fullmatch(p.name)]
-    return sampled or [p for p in found if p.name != "grid.png"]
+def pictures_in(folder: Path, option: str = "SAMPLES", skip: Callable[[Path], bool] = lambda path: False) -> list[Path]:
+    """Pictures of a folder and of those below it, by name: the sampler's if there are any, else all but `SHEETS`.
+
+    Hidden names are left out, and each real folder is visited once (`promoe_ds.files.walk`).
+
+    Args:
+        skip: whether a folder below is left out, with all that is below it.
+
+    Raises:
+        ConfigError: a folder cannot be listed.
+    """
+    found, skipped = [], set()
+    for path, names, _ in picture_folders(folder, option):
+        if path != folder and (path.parent in skipped or skip(path)):
+            skipped.add(path)
+        else:
+            found += [path / name for name in names if not SHEETS.fullmatch(name)]
+    found.sort()
+    return [path for path in found if SAMPLED.fullmatch(path.name)] or found
+
+
+def picture_folders(folder: Path, option: str) -> Iterator[tuple[Path, list[str], int]]:
+    """`promoe_ds.files.walk` for pictures: folder, names, number of names left out. Raises `ConfigError`."""
+    try:
+        for path, names, left_out in walk(folder, PICTURES):
+            yield Path(path), names, left_out
+    except OSError as error:
+        reject(option, error.filename, f"cannot be listed ({error.strerror})", "check the permissions")
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

@@ -43,7 +43,7 @@ def find_reference(name: str, option: str = "--ref", size: int | None = None) ->
         return Source(name, images=ImageSet(name, *digits_images()), real_pair=digits_split())
     path = Path(name)
     if path.is_dir():
-        paths = pictures_in(path, recursive=True)
+        paths = pictures_in(path, option)
         if not paths:
             reject(option, path, "holds no pictures", "name a folder of .png, .jpg or .webp files")
         check_count(path, len(paths), option)

@@ -25,6 +25,7 @@ from evaluation.images import (
     check_count,
     check_pixels,
     npz_keys,
+    picture_folders,
     pictures_in,
     read_npz,
 )
@@ -39,6 +40,7 @@ class SampleSet(ImageSet):
 
 
 Samples = SampleSet | FeatureSet
+RECORD = "sampling.json"
 
 
 def cfg_of(samples: Samples) -> float | None:
@@ -63,14 +65,19 @@ def _in_folder(folder: Path) -> Path | None:
     for path in (folder / "samples.npz", folder / f"features{SUFFIX}"):
         if path.exists():
             return path
-    return folder if pictures_in(folder) else None
+    return folder if pictures_in(folder, skip=_is_set) else None
+
+
+def _is_set(path: Path) -> bool:
+    """Whether a folder below others is a set by itself, no part of theirs."""
+    return path.name.startswith("cfg") or (path / RECORD).exists()
 
 
 def find_samples(path: Path) -> list[Path]:
     """The sample sets meant by a command-line argument.
 
-    A file is itself; a folder is its samples.npz, features.safetensors or pictures, or else those of every cfg* below
-    it in order of the scale. Raises `ConfigError` for a folder without any.
+    A file is itself; a folder is its samples.npz, features.safetensors or pictures (in folders below it, too), or else
+    those of every cfg* below it in order of the scale. Raises `ConfigError` for a folder without any.
     """
     if not path.is_dir():
         return [path]
@@ -94,9 +101,7 @@ def run_samples(run: Path) -> list[Samples]:
     """Every set below RUN/samples, lowest guidance scale first. Raises `ConfigError` if there is none."""
     if not run.is_dir():
         reject("--run", run, "no such folder", "name a run folder of launchers/train.py")
-    base = run / "samples"
-    folders = [base, *sorted(p for p in base.rglob("*") if p.is_dir())]
-    found = [path for path in map(_finished, folders) if path]
+    found = [path for path in map(_finished, _folders(run)) if path]
     if not found:
         reject(
             "--run", run, "no finished samples below its samples folder", f"run launchers/sample.py --run {run} first"
@@ -107,14 +112,19 @@ def run_samples(run: Path) -> list[Samples]:
 
 def unfinished(run: Path) -> list[Path]:
     """Folders below RUN/samples in which a sampler has begun, and which `run_samples` leaves out."""
-    records = sorted((run / "samples").rglob("sampling.json"))
-    return [record.parent for record in records if _finished(record.parent) is None]
+    return [folder for folder in _folders(run) if (folder / RECORD).exists() and _finished(folder) is None]
+
+
+def _folders(run: Path) -> list[Path]:
+    """RUN/samples and the folders below it that are not hidden. Raises `ConfigError` if one cannot be listed."""
+    base = run / "samples"
+    return sorted(path for path, *_ in picture_folders(base, "--run")) if base.is_dir() else []
 
 
 def _finished(folder: Path) -> Path | None:
     """The set of a folder; pictures count only where the sampler's record lies beside them."""
     path = _in_folder(folder)
-    return path if path and (path.is_file() or (path / "sampling.json").exists()) else None
+    return path if path and (path.is_file() or (path / RECORD).exists()) else None
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -138,7 +148,7 @@ def _load_features(path: Path) -> FeatureSet:
 
 
 def _load_folder(path: Path) -> SampleSet:
-    paths = pictures_in(path)
+    paths = pictures_in(path, skip=_is_set)
     if not paths:
         reject("SAMPLES", path, "holds no pictures", "draw samples first: launchers/sample.py")
     sampling = read_sampling(path)
@@ -171,7 +181,7 @@ def _load_npz(path: Path) -> SampleSet:
 
 def read_sampling(folder: Path) -> dict[str, Any]:
     """The sampler's record in a folder, {} if there is none. Raises `ConfigError` if it is no JSON object."""
-    path = folder / "sampling.json"
+    path = folder / RECORD
     if not path.exists():
         return {}
     try:

@@ -18,6 +18,7 @@ from promoe_ds.data.images import MODES, open_images
 from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import DTYPES, verify
 from promoe_ds.encode_job import ConvertedTree, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
+from promoe_ds.files import left_out_words
 from promoe_ds.workers import Worker, pick_device, worker_from
 
 EXAMPLES = """examples:
@@ -105,6 +106,8 @@ def encode(argv: list[str]) -> None:
     source = open_source(args, worker)
     if worker.rank == 0:
         print(describe(source, args), flush=True)
+        if source.left_out:
+            print(f"{args.images or args.from_latents}: {left_out_words(source.left_out)}", flush=True)
     if args.dry_run:
         return
     job = EncodeJob(args.out, args.shard_size, args.dtype, args.precision, args.skip_damaged)

@@ -14,6 +14,7 @@ if not __package__:
 from evaluation.collect import FeatureSet, collect, save_features
 from evaluation.evaluate import Evaluator, check_shape, score_all
 from evaluation.extractors import BATCH, EXTRACTORS, load_extractor
+from evaluation.images import picture_folders
 from evaluation.inception import find_weights
 from evaluation.reference import KEEP, REFERENCES, find_reference, reference_features
 from evaluation.report import check_output, format_table, notes, write_metrics
@@ -21,6 +22,7 @@ from evaluation.samples import Samples, find_samples, load_samples, run_samples,
 from evaluation.workers import Workers
 from promoe_ds.command_line import DONE, USER_ERROR, Parser, check_positive, leave
 from promoe_ds.config import ConfigError, reject
+from promoe_ds.files import left_out_words
 from promoe_ds.workers import Worker, barrier_of, pick_device, worker_from
 
 EXAMPLES = """examples:
@@ -119,6 +121,15 @@ def _read_sets(args: argparse.Namespace) -> list[Samples]:
     return [load_samples(path) for argument in args.samples for path in find_samples(argument)]
 
 
+def _say_left_out(*sets: str) -> None:
+    """A line on stderr for each folder in which names are left out."""
+    for name in dict.fromkeys(sets):
+        if name not in REFERENCES and Path(name).is_dir():
+            count = sum(left_out for *_, left_out in picture_folders(Path(name), "images"))
+            if count:
+                print(f"note: {name}: {left_out_words(count)}", file=sys.stderr)
+
+
 def score(argv: Sequence[str], worker: Worker) -> None:
     """Parse, check everything, score, print, write. Raises `ConfigError` before the output file is touched."""
     args = _parser().parse_args(argv)
@@ -128,6 +139,8 @@ def score(argv: Sequence[str], worker: Worker) -> None:
     if args.run is not None and worker.rank == 0 and (begun := unfinished(args.run)):
         folders = ", ".join(map(str, begun))
         print(f"note: not finished, and left out: {folders}; launchers/sample.py finishes them", file=sys.stderr)
+    if worker.rank == 0:
+        _say_left_out(*(samples.name for samples in sets), args.ref)
     out = args.run / "metrics.json" if args.run is not None and args.out is None else args.out
     if out is not None:
         check_output(out)
@@ -168,6 +181,8 @@ def make_features(command: str, argv: Sequence[str], worker: Worker) -> None:
         extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
         if source.images is not None:
             check_shape(source.images, extractor, "IMAGES")
+        if worker.rank == 0:
+            _say_left_out(source.name)
         with barrier_of(worker):
             found = reference_features(source, extractor, keep=args.keep, workers=workers, progress=True)
     else:
@@ -179,6 +194,8 @@ def make_features(command: str, argv: Sequence[str], worker: Worker) -> None:
             reject("SAMPLES", args.images, "is a features file already", "name images")
         extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
         check_shape(samples, extractor, "SAMPLES")
+        if worker.rank == 0:
+            _say_left_out(samples.name)
         with barrier_of(worker):
             found = collect(extractor, samples, sampling=samples.sampling, workers=workers, progress=True)
     if found is not None:

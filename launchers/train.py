@@ -90,10 +90,12 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """What a start would meet in the data and the run folder; writes nothing. Raises ConfigError."""
     from promoe_ds.data import build_dataset
+    from promoe_ds.files import left_out_words
     from promoe_ds.train import resuming
 
     validate_data(config)
-    build_dataset(config)
+    if left_out := build_dataset(config).left_out:
+        print(f"data.path={config.data.path}: {left_out_words(left_out)}", file=sys.stderr)
     run = args.run or Path("runs") / config.name
     saved = resuming.saved_config(run)
     if saved is not None:

@@ -62,6 +62,10 @@ class Source(Protocol):
 
     def name(self, item: int) -> str: ...
 
+    def where(self, item: int) -> str:
+        """Option and path, for messages."""
+        ...
+
     def read(self, items: range) -> Iterator[np.ndarray | str]:
         """float32 [2, M, h, w] of each item in turn, or what is wrong with it."""
         ...
@@ -81,12 +85,16 @@ class EncodedImages:
             reject("--size", images.image_size, conflict, "choose another size")
         cells = images.image_size // codec.factor
         self.classes, self.label_N, self.codec = images.classes, images.label_B, codec.record()
+        self.left_out = images.left_out
         self.shape, self.image_size, self.crop = (codec.moments, cells, cells), images.image_size, CROP
         self._images, self._codec, self._batch, self._device = images, codec, batch, device
         self._bf16 = precision == "bf16"
 
     def name(self, item: int) -> str:
         return self._images.name(item)
+
+    def where(self, item: int) -> str:
+        return f"--images={self._images.where(item)}"
 
     def _pixels(self, item: int) -> np.ndarray | str:
         try:
@@ -126,9 +134,13 @@ class ConvertedTree:
     def __init__(self, tree: LatentTree):
         self.classes, self.label_N, self.codec, self.shape = tree.classes, tree.label_B, tree.codec, tree.shape
         self.image_size, self.crop, self._tree = tree.shape[1] * tree.codec["factor"], "as in the tree", tree
+        self.left_out = tree.left_out
 
     def name(self, item: int) -> str:
         return self._tree.names[item]
+
+    def where(self, item: int) -> str:
+        return f"--from-latents={self._tree.where(item)}"
 
     def _both(self, item: int) -> np.ndarray | str:
         try:
@@ -154,7 +166,7 @@ class EncodeJob:
     dtype: str = "float16"
     precision: str = "fp32"
     skip_damaged: bool = False
-    """leave damaged images out and list them in the index, instead of stopping at the end"""
+    """leave damaged items out and list them in the index, instead of stopping at the end"""
 
 
 class Encoder:
@@ -233,11 +245,14 @@ class Encoder:
         moments = np.empty((len(items), 2, *self.source.shape), dtype=DTYPES[self.job.dtype])
         kept = 0
         for item, value in zip(items, self.source.read(items), strict=True):
+            if not isinstance(value, str) and not np.isfinite(value).all():
+                value = f"{self.source.where(item)}: its latent is not finite; replace the file"
             if isinstance(value, str):
                 skipped[item] = value
                 complain(value)
             else:
-                moments[kept] = value
+                with np.errstate(over="ignore"):  # what is too large for float16 is said below
+                    moments[kept] = value
                 if not np.isfinite(moments[kept]).all():
                     conflict = f"the latent of {self.names[item]} is not finite in {self.job.dtype}"
                     reject("--dtype", self.job.dtype, conflict, "use --dtype float32 and --precision fp32")

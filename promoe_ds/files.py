@@ -1,4 +1,7 @@
-"""Files that are whole or not there, whoever reads or writes beside us. Imports the standard library only."""
+"""Files that are whole or not there, whoever reads or writes beside us; and the files of trees.
+
+Imports the standard library only: evaluation/ uses it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 
 @contextlib.contextmanager
@@ -24,3 +28,56 @@ def write_text(path: Path, text: str) -> None:
     """`text` in UTF-8, whole or not there."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------- trees
+
+
+def hidden(name: str) -> bool:
+    """Whether the name of a file or folder is hidden: what notebooks, file managers and macOS leave behind."""
+    return name.startswith(".")
+
+
+def above(folder: str | Path) -> set[str]:
+    """Real paths of the folders that hold `folder`. A link to one of them leads back to where it lies."""
+    return {str(parent) for parent in Path(os.path.realpath(folder)).parents}
+
+
+def walk(folder: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, list[str], int]]:
+    """`folder` and the folders below it, links to folders followed: the one walk of all that is read from trees.
+
+    Hidden names are left out, and each real folder is visited once, under its own name rather than a link's.
+
+    Args:
+        suffixes: lower case; the case of names does not matter.
+
+    Yields:
+        path of a folder, those of its file names that end in a suffix (in no order), and how many names were left out:
+        hidden folders, hidden files with a suffix, links to folders that are visited under another name.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    seen, starts = above(folder), [os.fspath(folder)]
+    for start in starts:  # grows by the links that are met: real folders come first
+        for parent, folders, files in os.walk(start, onerror=fail):
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                yield parent, [], 1
+                continue
+            seen.add(real)
+            files = [name for name in files if name.lower().endswith(suffixes)]
+            left_out = sum(map(hidden, folders)) + sum(map(hidden, files))
+            folders[:] = sorted(name for name in folders if not hidden(name))
+            starts += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            yield parent, [name for name in files if not hidden(name)], left_out
+
+
+def left_out_words(count: int) -> str:
+    """What is said where `walk` has left names out."""
+    names = "1 name is" if count == 1 else f"{count} names are"
+    return f"{names} left out: hidden, or links to folders that are read already"

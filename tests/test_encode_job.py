@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,10 +20,11 @@ from safetensors.numpy import load_file
 from benchmarks.processes import PATIENCE, wait_until
 from launchers import encode_latents
 from promoe_ds.config import ConfigError
-from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.codecs import Identity, open_codec
 from promoe_ds.data.images import FolderImages
-from promoe_ds.data.latents import open_latents
-from promoe_ds.encode_job import EncodedImages, EncodeJob, Encoder, run_encoding
+from promoe_ds.data.latents import LatentTree, open_latents
+from promoe_ds.data.shards import Index
+from promoe_ds.encode_job import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.workers import Worker
 from tests.data.test_codecs import write_taef2
 from tests.photographs import write_tree
@@ -195,6 +197,53 @@ def test_strange_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert float((pictures["flower/alpha.png"] - colour).abs().mean()) < 0.05
 
 
+class Overflows(Identity):
+    """A codec whose latents of bright pictures are not finite, and of brighter ones too large for float16."""
+
+    def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        mean_B = x_BCHW.mean((1, 2, 3)).view(-1, 1, 1, 1)
+        return torch.where(mean_B > 0.9, 1e5, torch.where(mean_B > 0, float("nan"), x_BCHW))
+
+
+def test_a_latent_that_is_not_finite_is_a_damaged_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No `--dtype` can hold it, so none is asked for; one that float16 alone cannot hold is no damage."""
+    tree = tmp_path / "tree"
+    for number, grey in enumerate((0, 180, 60, 90)):
+        (tree / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tree / f"a/{number}.png")
+
+    def encode(out: Path, **job: object) -> Index | None:
+        source = EncodedImages(FolderImages(tree, 3, 8), Overflows(), 4, torch.device("cpu"))
+        return run_encoding(Encoder(source, EncodeJob(out, 2, **job), "", {}), Worker())  # type: ignore[arg-type]
+
+    line = f"--images={tree}/a/1.png: its latent is not finite; replace the file"
+    for dtype in ("float16", "float32"):
+        with pytest.raises(ConfigError, match=r"^--out=.*: 1 damaged image\(s\), named above"):
+            encode(tmp_path / dtype, dtype=dtype)
+        assert f"damaged: {line}" in capsys.readouterr().err.splitlines()
+        index = encode(tmp_path / dtype, dtype=dtype, skip_damaged=True)
+        assert index is not None and index.items == 3 and index.skipped == [{"name": "a/1.png", "reason": line}]
+        assert torch.isfinite(open_latents(str(tmp_path / dtype)).get(np.arange(3))[0]).all()
+    Image.new("RGB", (8, 8), "white").save(tree / "a/2.png")
+    too_large = "^--dtype=float16: the latent of a/2.png is not finite in float16; use --dtype float32"
+    with pytest.raises(ConfigError, match=too_large):
+        encode(tmp_path / "half", skip_damaged=True)
+    index = encode(tmp_path / "full", skip_damaged=True, dtype="float32")
+    assert index is not None and index.items == 3
+
+
+def test_an_official_latent_that_is_not_finite_is_a_damaged_item(tmp_path: Path) -> None:
+    for item in range(4):
+        (tmp_path / "tree/a").mkdir(parents=True, exist_ok=True)
+        moments = np.full((2, 8, 4, 4), [np.nan if item == 2 else item], "f4")
+        moments[0] = item  # the mirror image counts, too
+        np.savez(tmp_path / f"tree/a/{item}.latent.npz", latent=moments[0], latent_flip=moments[1])
+    job = EncodeJob(tmp_path / "out", dtype="float32", skip_damaged=True)
+    index = run_encoding(Encoder(ConvertedTree(LatentTree(tmp_path / "tree")), job, "", {}), Worker())
+    reason = f"--from-latents={tmp_path}/tree/a/2.latent.npz: its latent is not finite; replace the file"
+    assert index is not None and index.skipped == [{"name": "a/2.latent.npz", "reason": reason}]
+
+
 @pytest.mark.parametrize("name", [b"\xe9.png", b"a\nb.png"])
 def test_names_that_the_index_cannot_hold(tmp_path: Path, name: bytes) -> None:
     tree = write_tree(tmp_path / "tree", 1, 8)
@@ -233,7 +282,15 @@ def test_launcher(
         return code, *capsys.readouterr()
 
     words = ["--images", tree, "--vae", vae, "--size", 16, "--out", out, "--batch", 8, "--device", "cpu"]
+    copy = shutil.copytree(tree, tmp_path / "copy")
+    for name in ("china/._000.jpg", ".thumbnails/000.jpg"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tree / "china/000.jpg", copy / name)
+    code, text, _ = call(*words, "--dry-run", "--images", copy)
+    assert "30 items of 2 classes" in text
+    assert f"{copy}: 2 names are left out: hidden, or links to folders that are read already\n" in text
     code, text, _ = call(*words, "--dry-run")
+    assert "left out" not in text
     assert code == 0 and not out.exists()
     assert "30 items of 2 classes, 2 x 32x2x2 each (TAEF2, one point, scale 1.0), float16: 0.00 GB in 1 shards" in text
     code, text, progress = call(*words)

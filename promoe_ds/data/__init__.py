@@ -26,6 +26,8 @@ class ImageDataset(Protocol):
 
     label_B: np.ndarray
     """int64, of every image"""
+    left_out: int
+    """hidden names, and links to folders that are read already, which are no images of it"""
 
     @property
     def num_classes(self) -> int: ...

@@ -81,6 +81,17 @@ def share_of(config: Config, rank: int, world: int) -> Share:
     return Share(rank, world, *batch_plan(config, world))
 
 
+def item_path(config: Config, dataset: ImageDataset, step: int, row: int) -> str:
+    """Path of the latent in a row of the global batch of optimizer step `step` (0-based); "" of pixels.
+
+    Pixels are bytes and always finite; a latent need not be.
+    """
+    if not isinstance(dataset, Latents):
+        return ""
+    train = config.train
+    return dataset.where(int(step_indices(train.seed, step, train.global_batch_size, len(dataset))[row]))
+
+
 class BatchMaker:
     """Pure: optimizer step -> the micro-batches of one rank."""
 

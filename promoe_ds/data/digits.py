@@ -20,6 +20,7 @@ class Digits:
 
     channels = 1
     image_size = 8
+    left_out = 0
 
     def __init__(self) -> None:
         bunch: Any = load_digits()  # a dict with attributes, which its stub does not know

@@ -18,14 +18,15 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 
 from promoe_ds.config import reject
+from promoe_ds.files import above, hidden, walk
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}
@@ -108,7 +109,7 @@ def _workers() -> ThreadPoolExecutor:
 
 
 class _Labelled:
-    """Names, labels and shape: what every data set of this file has.
+    """Names, labels and shape: what every data set of this file has. `left_out` counts names, as in `ClassTree`.
 
     Args:
         classes: names, in the order of the labels.
@@ -116,6 +117,8 @@ class _Labelled:
         channels: 1 or 3.
         image_size: side in pixels.
     """
+
+    left_out = 0
 
     def __init__(self, classes: list[str], label_B: np.ndarray, channels: int, image_size: int) -> None:
         self.classes = classes
@@ -141,6 +144,10 @@ class DecodedImages(_Labelled, ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What tells image `index` from the others, wherever the data set lies."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Path of image `index`, for messages."""
 
     @abstractmethod
     def read(self, index: int) -> tuple[bytes, str]:
@@ -188,50 +195,64 @@ class HeldImages(_Labelled):
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def list_class(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
-    """Sorted paths, relative to the tree, of the files in a class folder and the folders below it."""
+@dataclass(frozen=True, eq=False)
+class ClassTree:
+    """The files of a tree with one folder a class; class ids are the ranks of the sorted folder names."""
 
-    def fail(error: OSError) -> NoReturn:
-        reject("data.path", error.filename, f"cannot be listed ({error.strerror})", "check the permissions")
-
-    found = []
-    for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
-        prefix = os.path.relpath(parent, folder.parent)
-        found += [
-            os.path.join(prefix, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]
-    if not found:
-        reject("data.path", folder, f"a class folder without images ({' '.join(suffixes)})", "fill it or remove it")
-    return sorted(found)
+    classes: list[str]
+    names: list[str]
+    """paths relative to the tree, sorted within a class; strings: a million Paths would take a gigabyte"""
+    label_B: np.ndarray
+    """int64, of every file"""
+    left_out: int
+    """names that are hidden, or links to folders that are read already (`files.walk`)"""
 
 
-def class_folders(root: Path) -> list[Path]:
+def list_tree(root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> ClassTree:
+    """The files of a class-per-folder tree, at any depth in their class.
+
+    Classes may be links, also two to one folder: each has its files. A link to the tree itself is no class.
+
+    Raises:
+        ConfigError: the tree cannot be listed, has no class folders, or one of them has no such files.
+    """
     try:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        found = sorted(p for p in root.iterdir() if p.is_dir())
+        back = {os.path.realpath(root), *above(root)}
+        folders = [p for p in found if not hidden(p.name) and os.path.realpath(p) not in back]
+        by_class, left_out = [], len(found) - len(folders)
+        for folder in folders:
+            names = []
+            for parent, files, count in walk(folder, suffixes):
+                prefix = os.path.relpath(parent, root)
+                names += [os.path.join(prefix, name) for name in files]
+                left_out += count
+            if not names:
+                conflict = f"a class folder without images ({' '.join(suffixes)})"
+                reject("data.path", folder, conflict, "fill it or remove it")
+            by_class.append(sorted(names))
     except OSError as error:
-        reject("data.path", root, f"cannot be listed ({error.strerror})", "check the permissions")
+        reject("data.path", error.filename, f"cannot be listed ({error.strerror})", "check the permissions")
     if not folders:
         reject("data.path", root, "has no class folders", "put the images of each class in a folder of its own")
-    return folders
+    label_B = np.repeat(np.arange(len(folders), dtype=np.int64), [len(names) for names in by_class])
+    names = [name for names in by_class for name in names]
+    return ClassTree([folder.name for folder in folders], names, label_B, left_out)
 
 
 class FolderImages(DecodedImages):
-    """A tree with one folder a class; class ids are the ranks of the sorted folder names.
-
-    Raises:
-        ConfigError: the tree cannot be listed, has no class folders, or one of them has no images.
-    """
+    """A `ClassTree` of image files. Raises `ConfigError` as `list_tree`."""
 
     def __init__(self, root: Path, channels: int, image_size: int) -> None:
-        folders = class_folders(root)
-        by_class = [list_class(folder) for folder in folders]
-        label_B = np.repeat(np.arange(len(folders), dtype=np.int64), [len(names) for names in by_class])
-        super().__init__([folder.name for folder in folders], label_B, channels, image_size)
-        self._root = root
-        self._names = [name for names in by_class for name in names]  # strings: a million Paths would take a gigabyte
+        tree = list_tree(root)
+        super().__init__(tree.classes, tree.label_B, channels, image_size)
+        self.left_out, self._root, self._names = tree.left_out, root, tree.names
 
     def name(self, index: int) -> str:
         return self._names[index]
+
+    def where(self, index: int) -> str:
+        return str(self._root / self._names[index])
 
     def read(self, index: int) -> tuple[bytes, str]:
         path = self._root / self._names[index]
@@ -303,9 +324,12 @@ class PackedImages(DecodedImages):
     def name(self, index: int) -> str:
         return f"{self._split}/{index}"
 
+    def where(self, index: int) -> str:
+        return self._where % index
+
     def read(self, index: int) -> tuple[bytes, str]:
         start, end = self._offset[index : index + 2]
-        return self._jpeg[start:end].tobytes(), self._where % index
+        return self._jpeg[start:end].tobytes(), self.where(index)
 
     def hold(self, memory_limit: int = MEMORY_LIMIT) -> PackedImages | HeldImages:
         """Decode everything now, unless the pixels take more than `memory_limit` bytes.

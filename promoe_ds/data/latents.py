@@ -22,7 +22,7 @@ import torch
 from promoe_ds.config import reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import SD_SCALE
-from promoe_ds.data.images import class_folders, list_class
+from promoe_ds.data.images import list_tree
 
 SUFFIX = ".latent.npz"
 PAIRS = (("latent", "latent_flip"), ("moments", "moments_flip"))
@@ -36,7 +36,9 @@ Gauss = Callable[[tuple[int, ...]], np.ndarray]
 
 
 class Latents(ABC):
-    """Moments by item. `shape` is [M, h, w], `codec` the record of what made them."""
+    """Moments by item. `shape` is [M, h, w], `codec` the record of what made them, `left_out` as in `ClassTree`."""
+
+    left_out = 0
 
     def __init__(self, classes: list[str], label_B: np.ndarray, shape: tuple[int, int, int], codec: dict[str, Any]):
         self.classes, self.label_B, self.shape, self.codec = classes, label_B, shape, codec
@@ -56,6 +58,10 @@ class Latents(ABC):
     def image_size(self) -> int:
         """Side of a latent in cells."""
         return self.shape[1]
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Path of item `index`, for messages."""
 
     @abstractmethod
     def moments(self, index: int, flip: bool) -> np.ndarray:
@@ -103,12 +109,19 @@ class LatentShards(Latents):
         super().__init__(index.classes, label_B, (shape[0], shape[1], shape[2]), index.codec)
         if len(label_B) != index.items or sum(shard.items for shard in index.shards) != index.items:
             reject("data.path", folder, f"{shards.INDEX} and {shards.ITEMS} disagree about items", shards.AGAIN)
-        self.index, self._files = index, [folder / shard.file for shard in index.shards]
+        self.folder, self.index, self._files = folder, index, [folder / shard.file for shard in index.shards]
         self._first = np.cumsum([0, *(shard.items for shard in index.shards)])
         self._mapped: dict[int, Any] = {}
 
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def where(self, index: int) -> str:
+        names = shards.open_tensors(self.folder / shards.ITEMS).get_tensor("names").tobytes().decode().split("\n")
+        return f"{self._files[self._shard(index)]} ({names[index]})"
+
     def moments(self, index: int, flip: bool) -> np.ndarray:
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        number = self._shard(index)
         mapped = self._mapped.get(number)
         if mapped is None:
             mapped = self._map(number)
@@ -134,16 +147,17 @@ class LatentTree(Latents):
     """
 
     def __init__(self, root: Path):
-        folders = class_folders(root)
-        by_class = [list_class(folder, (SUFFIX,)) for folder in folders]
-        self.root, self.names = root, [name for names in by_class for name in names]
-        label_B = np.repeat(np.arange(len(folders), dtype=np.int64), [len(names) for names in by_class])
+        tree = list_tree(root, (SUFFIX,))
+        self.root, self.names, self.left_out = root, tree.names, tree.left_out
         pair = self._read(0)
         shape = pair.shape[1:]
         if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
             conflict = f"holds {list(shape)}, not mean and log-variance [2C, h, h]"
             reject("data.path", root / self.names[0], conflict, "name a tree of VAE moments")
-        super().__init__([folder.name for folder in folders], label_B, shape, SD_CODEC | {"channels": shape[0] // 2})
+        super().__init__(tree.classes, tree.label_B, shape, SD_CODEC | {"channels": shape[0] // 2})
+
+    def where(self, index: int) -> str:
+        return str(self.root / self.names[index])
 
     def _read(self, index: int) -> np.ndarray:
         path = self.root / self.names[index]

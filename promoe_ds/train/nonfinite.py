@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -32,7 +32,7 @@ class Findings:
     order: int | None
     """number of module calls before the first bad output (0: the data themselves are bad); None if all were good"""
     module: str
-    """name of that module"""
+    """name of that module; of bad data, the path of the first bad item, "" where it has none"""
     bad: dict[str, tuple[int, int]] = field(default_factory=dict)
     """parameter -> (values of its gradient that are not finite, values), where there is a bad one"""
 
@@ -57,10 +57,17 @@ class Probe:
         for handle in self.handles:
             handle.remove()
 
-    def data(self, images: Iterable[Tensor]) -> None:
-        """Look at the images themselves, before the first forward."""
-        if not all(bool(torch.isfinite(x).all()) for x in images):
-            self.first = Findings(0, "")
+    def data(self, images: Iterable[Tensor], path: Callable[[int, int], str] = lambda batch, item: "") -> None:
+        """Look at the images themselves, [B, ...] of each micro-batch, before the first forward.
+
+        Args:
+            path: (micro-batch, position in it) -> where that image comes from.
+        """
+        for batch, x in enumerate(images):
+            bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero()
+            if len(bad):
+                self.first = Findings(0, path(batch, int(bad[0])))
+                return
 
     def _output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.calls += 1
@@ -99,8 +106,10 @@ def place(by_rank: list[Findings]) -> str:
     """The worst layer in words: the first module with a bad output, else the gradient with the most bad values."""
     outputs = [(f.order, rank, f.module) for rank, f in enumerate(by_rank) if f.order is not None]
     if outputs:
-        order, rank, module = min(outputs)
-        return f"first seen in {f'the output of {module}' if order else 'the images'} on rank {rank}"
+        order, rank, name = min(outputs)
+        if order == 0:
+            return f"first seen in the images on rank {rank}{name and f': {name}'}"
+        return f"first seen in the output of {name} on rank {rank}"
     bad = Counter({name: 0 for found in by_rank for name in found.bad})
     for found in by_rank:
         bad.update({name: count for name, (count, _) in found.bad.items()})

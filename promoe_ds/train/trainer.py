@@ -21,10 +21,10 @@ from torch import Tensor
 from promoe_ds import accounting
 from promoe_ds.config import Config, ConfigError, dump
 from promoe_ds.data import ImageDataset, build_dataset, fingerprint
-from promoe_ds.data.batches import Batch, BatchStream
+from promoe_ds.data.batches import Batch, BatchStream, item_path
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.files import write_text
+from promoe_ds.files import left_out_words, write_text
 from promoe_ds.models.compiled import check_compiler, compile_model
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
@@ -73,6 +73,8 @@ class Trainer:
         self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset = self._connect()
         data = fingerprint(self.dataset)
+        if self.dataset.left_out:
+            self._say(f"data.path={config.data.path}: {left_out_words(self.dataset.left_out)}")
         check_backend(config, topology.device.type)
         check_compiler(config, topology.device.type)
         self.lock = claim(run) if topology.rank == 0 else None
@@ -265,7 +267,10 @@ class Trainer:
             TrainingStopped: unless `train.on_nonfinite` is skip; on every rank alike.
         """
         with torch.compiler.set_stance("force_eager"), nonfinite.Probe(self.model) as probe:
-            probe.data(batch.x_BCHW for batch in batches)
+            probe.data(
+                (batch.x_BCHW for batch in batches),
+                lambda j, b: item_path(self.config, self.dataset, self.step - 1, int(batches[j].rows[b])),
+            )
             self._accumulate(batches)
         self.engine.drop()
         for router in self.routers:

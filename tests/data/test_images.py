@@ -14,6 +14,7 @@ from PIL import Image
 from evaluation.images import centre_crop
 from promoe_ds.config import ConfigError
 from promoe_ds.data.images import FolderImages, HeldImages, PackedImages, decode, open_images, square
+from promoe_ds.data.latents import LatentTree
 
 PACKS = Path(os.environ.get("PROMOE_DS_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
@@ -152,6 +153,56 @@ def test_folder_classes_are_the_sorted_names(tree: Path):
     png, bmp = (np.asarray(Image.open(tree / name)) for name in ("b_dog/1.PNG", "c_owl/z.bmp"))
     np.testing.assert_allclose(x[3].permute(1, 2, 0).numpy(), png / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(x[4].permute(1, 2, 0).numpy(), bmp / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["images", "latents"])
+def test_hidden_names_and_links_of_a_tree(tmp_path: Path, kind: str):
+    """What notebooks, macOS and links leave in a tree is no data, and moves none: checkpoints resume by index."""
+    root, suffix = tmp_path / "tree", {"images": ".png", "latents": ".latent.npz"}[kind]
+
+    def write(name: str) -> None:
+        path = root / (name + suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "images":
+            return picture(0, 8, 8).save(path)
+        np.savez(path, latent=np.zeros((8, 4, 4)), latent_flip=np.zeros((8, 4, 4)))
+
+    def listed() -> tuple[list[str], list[str], list[int], int]:
+        data = FolderImages(root, 3, 8) if kind == "images" else LatentTree(root)
+        names = [os.path.relpath(data.where(i), root) for i in range(len(data))]
+        return data.classes, [name.removesuffix(suffix) for name in names], data.label_B.tolist(), data.left_out
+
+    for name in ("cat/b", "cat/a-b", "cat/a/x", "cat/z/deep/y", "dog/1", "../far/2"):
+        write(name)
+    (root / "far").symlink_to(tmp_path / "far")  # a class on another disk
+    (root / "dog" / f"linked{suffix}").symlink_to(tmp_path / "far" / f"2{suffix}")
+    names = ["cat/a-b", "cat/a/x", "cat/b", "cat/z/deep/y", "dog/1", "dog/linked", "far/2"]
+    plain = ["cat", "dog", "far"], names, [0, 0, 0, 0, 1, 1, 2]
+    assert listed() == (*plain, 0)
+
+    (root / "cat/.DS_Store").write_bytes(b"")  # would not be read under any name
+    (root / "._cat").write_bytes(b"")
+    for name in (".trash/9", "cat/._b", "cat/.ipynb_checkpoints/b-checkpoint", "cat/z/.cache/8", "dog/__MACOSX/._1"):
+        write(name)
+    assert listed() == (*plain, 5)
+
+    (root / "self").symlink_to(root)
+    (root / "cat/up").symlink_to("..")
+    (root / "cat/a/loop").symlink_to(".")
+    (root / "cat/0").symlink_to("z/deep")  # comes before z, which keeps its name all the same
+    (root / "dog/ring").symlink_to("ring")
+    (tmp_path / "far/top").symlink_to(tmp_path)
+    assert listed() == (*plain, 10)
+
+    (root / "cow").symlink_to("dog")  # each class has its files
+    (root / "cat/more").symlink_to("../dog")
+    more = ["cat/a-b", "cat/a/x", "cat/b", "cat/more/1", "cat/more/linked", "cat/z/deep/y"]
+    classes, found, label, left_out = listed()
+    assert classes == ["cat", "cow", "dog", "far"] and label == [0] * 6 + [1, 1, 2, 2, 3]
+    assert found == [*more, "cow/1", "cow/linked", "dog/1", "dog/linked", "far/2"] and left_out == 12
+
+    write("__MACOSX/cat/._b")  # not hidden: a class, and an empty one
+    assert f"data.path={root}/__MACOSX: a class folder without images" in rejected(listed)
 
 
 def test_folder_in_grey_and_another_size(tree: Path):

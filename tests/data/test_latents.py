@@ -10,8 +10,9 @@ import torch
 
 from promoe_ds.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset, shards
-from promoe_ds.data.batches import BatchMaker, share_of
+from promoe_ds.data.batches import BatchMaker, item_path, share_of
 from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.digits import Digits
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.latents import SD_CODEC, LatentShards, LatentTree, open_latents
 from promoe_ds.data.order import Purpose, row_generator
@@ -166,6 +167,18 @@ def test_damaged_shards_are_one_line(tmp_path: Path) -> None:
     assert "index.json and items.safetensors disagree about items" in rejected(out)
     index.unlink()
     assert "has no index.json: no latents, or not all of them are encoded; run launchers/encode" in rejected(out)
+
+
+def test_items_are_found_again(tmp_path: Path) -> None:
+    """Whichever row of whichever step an item is in; a latent that is not finite is told by it."""
+    tree, packed = open_latents(str(write_official(tmp_path / "a"))), open_latents(str(write_shards(tmp_path)))
+    assert tree.where(4) == f"{tmp_path}/a/dog/4.JPEG.latent.npz"
+    assert packed.where(4) == f"{tmp_path}/shards/shard-00001-of-00003.safetensors (dog/4.JPEG.latent.npz)"
+    config = config_for(tmp_path)
+    labels = BatchMaker(config, packed, share_of(config, 0, 1)).step(3)[0].label_B.tolist()
+    paths = [item_path(config, packed, 3, row) for row in range(8)]
+    assert [path.partition("(")[2].partition("/")[0] for path in paths] == [CLASSES[label] for label in labels]
+    assert item_path(config, Digits(), 3, 0) == ""
 
 
 def test_damaged_official_files_are_one_line(tmp_path: Path) -> None:

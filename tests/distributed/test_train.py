@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from benchmarks.processes import PATIENCE, kill, wait_until
 from promoe_ds.config import load_config
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.data.digits import Digits
+from promoe_ds.data.order import step_indices
 from promoe_ds.train import checkpoint
 from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
 
@@ -271,6 +273,8 @@ def test_losses_and_gradients_that_are_not_finite(tmp_path: Path) -> None:
     """Every rank makes the same decision before any weight is touched; the worst layer is named; a skip is a step."""
     skip = "train.on_nonfinite=skip"
     work = [("stop", "data", "zero2", "train.checkpoint_every=2"), ("stop_gradient", "gradient", "zero3")]
+    path = bad_latent(tmp_path / "tree", step=3, row=20)  # of 32: rank 1 has it
+    work.append(("stop_latent", "none", "zero1", "data.name=latents", f"data.path={tmp_path}/tree"))
     for what in ("data", "gradient"):
         work += [(f"{what}{stage}", what, f"zero{stage}", skip, "train.checkpoint_every=3") for stage in range(4)]
     for stage in (2, 3):  # from the checkpoint right after the skipped step
@@ -282,6 +286,8 @@ def test_losses_and_gradients_that_are_not_finite(tmp_path: Path) -> None:
     images = "step 3, rank 1: loss/diffusion is nan; first seen in the images on rank 1"
     weight = "step 3: the gradient norm is inf; outputs are finite; most of it is in the gradient of "
     assert f"stop: {images}; the last checkpoint is unharmed\n" in done.stdout
+    assert f"stop_latent: {images}: {path}; there is no checkpoint yet\n" in done.stdout
+    assert done.stdout.count(f"data.path={tmp_path}/tree: 1 name is left out: hidden, or links to") == 1
     assert (
         f"stop_gradient: {weight}blocks.2.attn.proj.weight (1024 of 1024 values on rank 1); there is no" in done.stdout
     )
@@ -300,6 +306,20 @@ def test_losses_and_gradients_that_are_not_finite(tmp_path: Path) -> None:
     for stage in (2, 3):
         whole, again = (losses(tmp_path / f"gradient{stage}{end}") for end in ("", "_again"))
         assert list(again) == [4, 5, 6] and all(again[s] == whole[s] for s in again), "Adam counts the step"
+
+
+def bad_latent(tree: Path, step: int, row: int) -> Path:
+    """A tree of latents for `tiny`; the one in this row of this step is not finite, and its path is returned."""
+    config, items = load_config("tiny", []), 100
+    bad = step_indices(config.train.seed, step - 1, config.train.global_batch_size, items)[row]
+    moments = np.random.default_rng(0).standard_normal((items, 2, 2, 8, 8), dtype=np.float32)
+    moments[bad] = np.nan
+    paths = [tree / f"{item // 10}/{item:02d}.latent.npz" for item in range(items)]
+    for path, (latent, flipped) in zip(paths, moments, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, latent=latent, latent_flip=flipped)
+    (tree / "3/._30.latent.npz").write_bytes(b"no latent")
+    return paths[bad]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

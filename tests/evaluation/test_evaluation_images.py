@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.images import Folder, centre_crop, pictures_in, read_npz
+from evaluation.images import Folder, ImageSet, centre_crop, pictures_in, read_npz
+from evaluation.reference import find_reference
 from evaluation.samples import SampleSet, find_samples, load_samples, run_samples
+from launchers import evaluate as launcher
 from promoe_ds.config import ConfigError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
@@ -64,6 +66,45 @@ def test_grey_among_colour_is_expanded_and_faults_are_named(tmp_path: Path):
     deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))  # Pillow would make 255 of it
     deep.save(tmp_path / "000002_class2.png")
     assert "its pixels are of mode I;16, not of 8 bits a channel" in message(tmp_path)
+
+
+def test_trees_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As samples and as a reference: at every depth, without hidden names, each real folder once."""
+    tree = tmp_path / "tree"
+    parts = {"000000": PIXELS[:2], "000001/deep": PIXELS[2:4], "../far": PIXELS[4:]}
+    for name, pixels in parts.items():
+        write(tree / name, pixels, "{:06d}_{}.png")
+    (tree / "000002").symlink_to(tmp_path / "far")  # a folder on another disk
+    (tree / "000000/again").symlink_to(tree)
+    (tree / "000001/alias").symlink_to("deep")
+    for name in (".ipynb_checkpoints/0.png", "000000/._000000_0.png", "000001/.trash/x.PNG", "__MACOSX/._0.png"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_bytes(b"no picture")
+    (tree / "000000/.DS_Store").write_bytes(b"")
+    assert find_samples(tree) == [tree]
+    for found in (load_samples(tree), find_reference(str(tree)).images):
+        assert isinstance(found, ImageSet)
+        assert len(found) == 5 and (found.images_NHWC[0:5] == PIXELS).all()
+    assert launcher.main([str(tree), "--ref", str(tree), "--features", "digits-cnn", "--dry-run"]) == 0
+    words = "6 names are left out: hidden, or links to folders that are read already"
+    assert capsys.readouterr().err == f"note: {tree}: {words}\n"
+
+
+def test_sets_below_others_are_no_part_of_them(tmp_path: Path) -> None:
+    """Sets of two scales are never scored as one; nor are the sheets that training draws."""
+    run = tmp_path / "run"
+    for folder in ("cfg1.0", "cfg2.0", "cfg2.0/.ipynb_checkpoints", "other"):
+        write(run / "samples" / folder)
+        (run / "samples" / folder / "sampling.json").write_text('{"num": 5}')
+    for sheet in ("grid.png", "grid_00000010.png", "grid_00000020.png", "experts.png"):
+        Image.fromarray(PIXELS[0]).save(run / "samples" / sheet)
+    scales = [run / "samples" / name for name in ("cfg1.0", "cfg2.0")]
+    assert find_samples(run / "samples") == scales
+    assert [s.name for s in run_samples(run)] == [str(path) for path in (*scales, run / "samples/other")]
+    with pytest.raises(ConfigError, match=r"holds no samples.npz, pictures nor cfg\* folders"):
+        find_samples(run)
+    write(run / "samples", PIXELS[:3], "mine{}_{}.png")
+    assert find_samples(run / "samples") == [run / "samples"] and len(load_samples(run / "samples").images_NHWC) == 3  # type: ignore[union-attr]
 
 
 def test_empty_and_single(tmp_path: Path):

@@ -15,6 +15,7 @@ from launchers import train as launcher
 from promoe_ds.train import checkpoint
 from tests.disk import resize, tmpfs
 from tests.launch import ROOT, deepspeed, run, train
+from tests.photographs import write_tree
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -148,6 +149,16 @@ def test_dry_run_for_machines(size: str, total: int, activated: int, capsys: pyt
     assert launcher.main(["--config", f"imagenet256_promoe_{size}", "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["params"]["total"] == total and facts["params"]["activated"] == activated
+
+
+def test_dry_run_counts_names_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = write_tree(tmp_path / "tree", 1, 8)
+    (tree / ".thumbnails").mkdir()
+    words = ["data.name=images", f"data.path={tree}", "model.channels=3", "model.num_classes=2"]
+    assert launcher.main(["--config", "tiny", "--dry-run", "--check-files", "--json", *words]) == 0
+    captured = capsys.readouterr()
+    note = f"data.path={tree}: 1 name is left out: hidden, or links to folders that are read already\n"
+    assert captured.err == note and json.loads(captured.out)
 
 
 def test_dry_run_for_people(capsys: pytest.CaptureFixture[str]) -> None:

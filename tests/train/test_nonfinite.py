@@ -29,6 +29,13 @@ def test_the_first_bad_output_is_named_and_not_what_it_spoils() -> None:
     assert place([findings(model, torch.full((3, 4), math.nan))]) == "first seen in the images on rank 0"
 
 
+def test_the_first_bad_image_is_named() -> None:
+    probe, bad = Probe(nn.Identity()), torch.ones(3, 4)
+    bad[1, 2] = bad[2, 0] = math.inf
+    probe.data([torch.ones(3, 4), bad], lambda batch, item: f"{batch}/{item}.png")
+    assert place([probe.findings()]) == "first seen in the images on rank 0: 1/1.png"
+
+
 def test_the_worst_gradient_is_named_if_outputs_are_finite() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[1].weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(1), math.nan))
