@@ -101,14 +101,16 @@ ELASTIC = [  # (world, ep, ZeRO stage) before and after
 ]
 
 
-PAPER_LR = "optimizer.lr=1e-4"
-
-
-def launch_at(topology: tuple[int, int, int], folder: Path, steps: int) -> None:
-    world, ep, stage = topology
-    ds = str(ROOT / f"ds_configs/zero{stage}.json")
-    overrides = (f"parallel.expert_parallel={ep}", f"train.steps={steps}", "train.checkpoint_every=5", PAPER_LR)
-    train("--config", "tiny", "--ds_config", ds, "--run", str(folder), *overrides, processes=world)
+def launch_each(folder: Path, runs: dict[str, tuple[tuple[int, int, int], int]]) -> None:
+    """Train to a number of steps at (world, ep, ZeRO stage), run by name; those of one world share a launch."""
+    shared = "train.checkpoint_every=5", "optimizer.lr=1e-4"
+    for world in {topology[0] for topology, _ in runs.values()}:
+        work = [
+            (name, f"zero{stage}", f"parallel.expert_parallel={ep}", f"train.steps={steps}", *shared)
+            for name, ((size, ep, stage), steps) in runs.items()
+            if size == world
+        ]
+        run(torchrun(world, "tests/distributed/train_worker.py", str(folder), json.dumps(work)))
 
 
 def test_resume_at_another_topology_continues_the_curve(tmp_path: Path) -> None:
@@ -118,18 +120,17 @@ def test_resume_at_another_topology_continues_the_curve(tmp_path: Path) -> None:
     are of that size wherever the gradient is mostly rounding, so weights deviate in proportion to it. A moment lost on
     the way would move them by steps of 1e-4.
     """
-    launch_at((4, 2, 2), tmp_path / "422", 10)
-    expected = losses(tmp_path / "422")
-    whole = load_file(checkpoint.folder(tmp_path / "422", 10) / "ema.safetensors")
+    launch_each(tmp_path, {"whole": ((4, 2, 2), 10), **{str(before): (before, 5) for before, _ in ELASTIC}})
     for before, after in ELASTIC:
-        source = tmp_path / "".join(map(str, before))
-        if not source.exists():
-            launch_at(before, source, 5)
-        folder = tmp_path / f"{source.name}-{''.join(map(str, after))}"
-        checkpoint.folder(folder, 5).parent.mkdir(parents=True)
-        os.symlink(checkpoint.folder(source, 5), checkpoint.folder(folder, 5))
-        launch_at(after, folder, 10)
-        curve = losses(source) | losses(folder)
+        target = checkpoint.folder(tmp_path / f"{before} -> {after}", 5)
+        target.parent.mkdir(parents=True)
+        target.symlink_to(checkpoint.folder(tmp_path / str(before), 5))
+    launch_each(tmp_path, {f"{before} -> {after}": (after, 10) for before, after in ELASTIC})
+    expected = losses(tmp_path / "whole")
+    whole = load_file(checkpoint.folder(tmp_path / "whole", 10) / "ema.safetensors")
+    for before, after in ELASTIC:
+        folder = tmp_path / f"{before} -> {after}"
+        curve = losses(tmp_path / str(before)) | losses(folder)
         assert [step for step in losses(folder)] == [6, 7, 8, 9, 10]
         worst = max(abs(curve[step] / expected[step] - 1) for step in range(6, 11))
         ema = load_file(checkpoint.folder(folder, 10) / "ema.safetensors")
