@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import metrics
-from evaluation.metrics import frechet_distance, gaussian_statistics, label_agreement
+from promoe_ds.evaluation import metrics
+from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, label_agreement
 
 
 def random_gaussian(rng: np.random.Generator, d: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
