@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from evaluation.collect import Collector  # noqa: E402
-from evaluation.inception import Inception, InceptionV3  # noqa: E402
+from promoe_ds.evaluation.collect import Collector  # noqa: E402
+from promoe_ds.evaluation.inception import Inception, InceptionV3  # noqa: E402
 
 
 def main() -> None:

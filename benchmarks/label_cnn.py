@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evaluation.features import Features
-from evaluation.images import Images
-from evaluation.metrics import label_agreement
 from promoe_ds.data import ImageDataset
+from promoe_ds.evaluation.features import Features
+from promoe_ds.evaluation.images import Images
+from promoe_ds.evaluation.metrics import label_agreement
 from promoe_ds.sampling import to_pixels
 
 

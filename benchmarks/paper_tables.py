@@ -124,7 +124,7 @@ def make_judge(args: argparse.Namespace, config: Config) -> Any:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.data == "digits":
-        from evaluation.features import DigitsCNN
+        from promoe_ds.evaluation.features import DigitsCNN
 
         return DigitsCNN(), build_dataset(config), device
     from benchmarks.label_cnn import LabelCNN

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from evaluation.features import Features
-from evaluation.images import Images
-from evaluation.metrics import frechet_distance, gaussian_statistics, label_agreement
 from promoe_ds.config import Config
 from promoe_ds.data import ImageDataset
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.evaluation.features import Features
+from promoe_ds.evaluation.images import Images
+from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, label_agreement
 from promoe_ds.loading import load_ema
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.routing import RoutingContext

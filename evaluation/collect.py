@@ -20,11 +20,11 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
-from evaluation.features import FeatureExtractor, Features
-from evaluation.images import Images, ImageSet, Labels, digests
-from evaluation.metrics import Gaussian, Moments
-from evaluation.workers import Workers
 from promoe_ds.config import reject
+from promoe_ds.evaluation.features import FeatureExtractor, Features
+from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
+from promoe_ds.evaluation.metrics import Gaussian, Moments
+from promoe_ds.evaluation.workers import Workers
 from promoe_ds.files import atomic
 
 FORMAT = "evaluation features 1"

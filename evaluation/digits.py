@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from evaluation.images import Images, ImageSet, Labels
+from promoe_ds.evaluation.images import Images, ImageSet, Labels
 
 HELD_OUT = 450
 """digits kept away from the classifier's training; the other 1347 are its train split"""

@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
-from evaluation.digits import noise_images
-from evaluation.extractors import BATCH, load_extractor
-from evaluation.features import Classifier, FeatureExtractor
-from evaluation.images import Images, ImageSet
-from evaluation.manifold import NEIGHBOURS, Distances, precision_recall
-from evaluation.metrics import IS_SPLIT, Gaussian, frechet_distance, inception_score, label_agreement
-from evaluation.reference import Source, find_reference, reference_features
-from evaluation.samples import Samples, cfg_of
-from evaluation.workers import Workers
 from promoe_ds.config import reject
+from promoe_ds.evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
+from promoe_ds.evaluation.digits import noise_images
+from promoe_ds.evaluation.extractors import BATCH, load_extractor
+from promoe_ds.evaluation.features import Classifier, FeatureExtractor
+from promoe_ds.evaluation.images import Images, ImageSet
+from promoe_ds.evaluation.manifold import NEIGHBOURS, Distances, precision_recall
+from promoe_ds.evaluation.metrics import IS_SPLIT, Gaussian, frechet_distance, inception_score, label_agreement
+from promoe_ds.evaluation.reference import Source, find_reference, reference_features
+from promoe_ds.evaluation.samples import Samples, cfg_of
+from promoe_ds.evaluation.workers import Workers
 
 NOISE_SEED = 0
 """the noise of `fd_over_noise` is the same for every sample set of a size"""

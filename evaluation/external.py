@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.features import Extracted, Features
-from evaluation.images import Images, brief
 from promoe_ds.config import reject
+from promoe_ds.evaluation.features import Extracted, Features
+from promoe_ds.evaluation.images import Images, brief
 
 SUFFIXES = (".onnx", ".pt")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from evaluation.external import SUFFIXES, load_external
-from evaluation.features import DigitsCNN, FeatureExtractor
-from evaluation.inception import Inception, find_weights
 from promoe_ds.config import reject
+from promoe_ds.evaluation.external import SUFFIXES, load_external
+from promoe_ds.evaluation.features import DigitsCNN, FeatureExtractor
+from promoe_ds.evaluation.inception import Inception, find_weights
 
 EXTRACTORS = (DigitsCNN.name, "inception")
 BATCH = 64

@@ -18,10 +18,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from evaluation.collect import FeatureSet, save_features
-from evaluation.features import FeatureExtractor
-from evaluation.images import Images, Labels, digests
-from evaluation.metrics import Moments
+from promoe_ds.evaluation.collect import FeatureSet, save_features
+from promoe_ds.evaluation.features import FeatureExtractor
+from promoe_ds.evaluation.images import Images, Labels, digests
+from promoe_ds.evaluation.metrics import Moments
 from promoe_ds.files import atomic
 
 PACKED = "features.safetensors"

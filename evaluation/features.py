@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.digits import Digits, digits_split
-from evaluation.images import Images
-from evaluation.metrics import label_agreement
+from promoe_ds.evaluation.digits import Digits, digits_split
+from promoe_ds.evaluation.images import Images
+from promoe_ds.evaluation.metrics import label_agreement
 
 Features = npt.NDArray[np.float32]
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.features import Extracted
-from evaluation.images import Images
 from promoe_ds.config import reject
+from promoe_ds.evaluation.features import Extracted
+from promoe_ds.evaluation.images import Images
 
 SIDE = 299
 SPATIAL_CHANNELS = 7

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
-from evaluation.digits import digits_images, digits_split
-from evaluation.features import FeatureExtractor
-from evaluation.images import Folder, ImageSet, check_count, check_pixels, npz_keys, pictures_in, read_npz
-from evaluation.metrics import Gaussian
-from evaluation.workers import Workers
 from promoe_ds.config import reject
+from promoe_ds.evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
+from promoe_ds.evaluation.digits import digits_images, digits_split
+from promoe_ds.evaluation.features import FeatureExtractor
+from promoe_ds.evaluation.images import Folder, ImageSet, check_count, check_pixels, npz_keys, pictures_in, read_npz
+from promoe_ds.evaluation.metrics import Gaussian
+from promoe_ds.evaluation.workers import Workers
 
 REFERENCES = ("digits",)
 KEEP = 10_000

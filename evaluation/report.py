@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from evaluation.images import brief
 from promoe_ds.config import reject
+from promoe_ds.evaluation.images import brief
 from promoe_ds.files import atomic
 
 METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "IS": ".2f",

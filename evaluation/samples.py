@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from evaluation.collect import SUFFIX, FeatureSet, load_features
-from evaluation.images import (
+from promoe_ds.config import reject
+from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, load_features
+from promoe_ds.evaluation.images import (
     SAMPLED,
     Folder,
     ImageSet,
@@ -29,7 +30,6 @@ from evaluation.images import (
     pictures_in,
     read_npz,
 )
-from promoe_ds.config import reject
 
 
 @dataclass(frozen=True, eq=False)

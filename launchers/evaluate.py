@@ -11,17 +11,17 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
 
-from evaluation.collect import FeatureSet, collect, save_features
-from evaluation.evaluate import Evaluator, check_shape, score_all
-from evaluation.extractors import BATCH, EXTRACTORS, load_extractor
-from evaluation.images import picture_folders
-from evaluation.inception import find_weights
-from evaluation.reference import KEEP, REFERENCES, find_reference, reference_features
-from evaluation.report import check_output, format_table, notes, write_metrics
-from evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
-from evaluation.workers import Workers
 from promoe_ds.command_line import DONE, USER_ERROR, Parser, check_positive, leave
 from promoe_ds.config import ConfigError, reject
+from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
+from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
+from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor
+from promoe_ds.evaluation.images import picture_folders
+from promoe_ds.evaluation.inception import find_weights
+from promoe_ds.evaluation.reference import KEEP, REFERENCES, find_reference, reference_features
+from promoe_ds.evaluation.report import check_output, format_table, notes, write_metrics
+from promoe_ds.evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
+from promoe_ds.evaluation.workers import Workers
 from promoe_ds.files import left_out_words
 from promoe_ds.workers import Worker, barrier_of, pick_device, worker_from
 

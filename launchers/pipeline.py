@@ -14,12 +14,12 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.inception import find_weights
 from promoe_ds.command_line import Parser, check_positive, guarded, leave, parse_scales, parse_steps
 from promoe_ds.config import Config, ConfigError, load_config, reject
 from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.sample_job import RECORD, SAMPLES
 from promoe_ds.train.checkpoint import newest, step_of
 from promoe_ds.train.resuming import check_same_run, saved_config

@@ -152,8 +152,8 @@ def choose_pack(
         return None, None
     if args.num < 2:
         reject("--num", args.num, "features of one image have no covariance", "choose 2 or more")
-    from evaluation.extractors import load_extractor  # only here sampling needs evaluation
-    from evaluation.feature_store import FeatureStore
+    from promoe_ds.evaluation.extractors import load_extractor  # only here sampling needs evaluation
+    from promoe_ds.evaluation.feature_store import FeatureStore
 
     extractor = load_extractor(
         args.features or "inception", weights=args.inception_weights, device=device, batch=args.batch

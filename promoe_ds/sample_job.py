@@ -108,7 +108,7 @@ def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
 
 
 class Pack(Store, Protocol):
-    """A store of features, such as `evaluation.feature_store.FeatureStore`."""
+    """A store of features, such as `promoe_ds.evaluation.feature_store.FeatureStore`."""
 
     def pictures(self) -> list[np.ndarray]: ...
     def pack(self, labels_N: np.ndarray, sampling: Mapping[str, Any]) -> None: ...

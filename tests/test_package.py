@@ -1,4 +1,4 @@
-"""What an installed package holds: the launchers as commands, the DeepSpeed files, the recipes."""
+"""The installed package, from a wheel or by `make setup`: its commands, the DeepSpeed files, the recipes."""
 
 from __future__ import annotations
 
@@ -12,22 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import free_port
 from promoe_ds.config import ConfigError
 from promoe_ds.parallel.ds_config import find
 from tests.launch import ENVIRONMENT, ROOT, run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PARTS = ("promoe_ds", "evaluation", "launchers", "ds_configs", "pyproject.toml", "requirements.txt", "README.md")
-
-
-def test_every_package_is_listed() -> None:
-    found = {
-        ".".join(p.parent.relative_to(ROOT).parts)
-        for f in ("promoe_ds", "evaluation")
-        for p in (ROOT / f).rglob("*.py")
-    }
-    mapped = {"promoe_ds.cli", "promoe_ds.ds_configs"}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | mapped
 
 
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
@@ -43,6 +34,25 @@ def shell(*command: object, cwd: Path = ROOT) -> str:
     return run([str(word) for word in command], env=environment, cwd=cwd).stdout
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A working directory whose files are called as our folders are, and end whatever imports them."""
+    for name in ("evaluation", "launchers", "ds_configs", "slurm", "tests"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user was imported')")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
+def test_every_command_works_where_make_setup_put_it(command: str, elsewhere: Path) -> None:
+    help = shell(Path(sys.executable).with_name(command), "--help", cwd=elsewhere)
+    assert help.startswith(f"usage: {command} ")
+
+
+def test_a_command_by_its_module_passes_over_the_files_of_the_working_directory(elsewhere: Path) -> None:
+    """`python -m`, which `torchrun -m` and `deepspeed --module` call, looks there first."""
+    assert "usage: " in shell(sys.executable, "-m", "promoe_ds.cli.evaluate", "--help", cwd=elsewhere)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the sdist, built from the files that a release consists of."""
@@ -50,8 +60,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     source.mkdir()
     for name in PARTS:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, source / name)
     sdist = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
     shell(sys.executable, "-c", sdist, folder, cwd=source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -66,14 +78,16 @@ def test_the_wheel(wheel: Path) -> None:
     expected = {
         p.relative_to(ROOT / "promoe_ds") for p in (ROOT / "promoe_ds").rglob("*.*") if p.suffix in (".py", ".yaml")
     }
+    expected |= {Path(p.relative_to(ROOT)) for p in (ROOT / "evaluation").glob("*.py")}
     expected |= {Path("cli", p.name) for p in (ROOT / "launchers").glob("*.py")}
     expected |= {Path("ds_configs", p.name) for p in (ROOT / "ds_configs").glob("*.json")}
     assert {f"promoe_ds/{path}" for path in expected} <= set(names)
-    assert not [name for name in names if name.startswith(("tests", "launchers", "benchmarks"))]
+    assert not [name for name in names if not name.startswith(("promoe_ds/", "promoe_ds-"))]
     assert "promoe-train = promoe_ds.cli.train:console" in scripts
 
 
-def test_an_installed_wheel_trains_digits_with_one_command(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("elsewhere")
+def test_launchers_start_the_commands_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     """In an environment of its own, which borrows the packages of this one but not its installation of the project."""
     venv.create(tmp_path / "env", with_pip=False)
     own = Path(
@@ -86,15 +100,17 @@ def test_an_installed_wheel_trains_digits_with_one_command(wheel: Path, tmp_path
     where = "import promoe_ds, sys; assert 'torch' not in sys.modules; print(promoe_ds.__file__)"
     assert shell(commands / "python", "-c", where, cwd=tmp_path).startswith(str(own))
     quick = ("train.steps=3", "train.checkpoint_every=3", "train.global_batch_size=16", "model.depth=2")
-    shell(commands / "promoe-train", "--ds_config", "zero2", *quick, cwd=tmp_path)
-    shell(
-        commands / "promoe-sample", "--run", "runs/digits", "--num", "4", "--steps", "2", "--out", "out", cwd=tmp_path
-    )
+    launchers = Path(sys.executable).parent
+    deepspeed = (launchers / "deepspeed", "--num_gpus=2", f"--master_port={free_port()}", "--no_python")
+    shell(*deepspeed, commands / "promoe-train", "--ds_config", "zero2", *quick, cwd=tmp_path)
+    torchrun = (launchers / "torchrun", "--standalone", "--nproc-per-node=2", "--no-python", "--")
+    sample = ("--run", "runs/digits", "--num", "4", "--steps", "2", "--out", "out")
+    shell(*torchrun, commands / "promoe-sample", *sample, cwd=tmp_path)
     assert (tmp_path / "out" / "samples.npz").exists() and (tmp_path / "out" / "000003_class3.png").exists()
 
 
 def test_shipped_files_by_name() -> None:
-    assert find("zero2") == str(ROOT / "ds_configs" / "zero2.json")
+    assert find("zero2") == str(ROOT / "promoe_ds" / "ds_configs" / "zero2.json")
     assert find("ds_configs/zero2.json") == "ds_configs/zero2.json"
     with pytest.raises(ConfigError, match="no such file is shipped .known: zero0, zero1, zero2, "):
         find("zero7")

@@ -11,13 +11,13 @@ import torch
 import yaml
 from PIL import Image
 
-from evaluation.collect import FeatureSet, collect
-from evaluation.feature_store import FeatureStore
-from evaluation.features import DigitsCNN
-from evaluation.samples import load_samples
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.evaluation.collect import FeatureSet, collect
+from promoe_ds.evaluation.feature_store import FeatureStore
+from promoe_ds.evaluation.features import DigitsCNN
+from promoe_ds.evaluation.samples import load_samples
 from promoe_ds.loading import load_ema
 from promoe_ds.sample_store import BatchStore, read_image
 from promoe_ds.sampling import image_noise, to_pixels

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.samples import load_samples
 from promoe_ds.config import ConfigError, load_config
 from promoe_ds.data.images import PackedImages
+from promoe_ds.evaluation.samples import load_samples
 from promoe_ds.loading import load_ema
 from promoe_ds.train import checkpoint, resuming
 from tests.train.state import save

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from promoe_ds.config import Config, reject
 from promoe_ds.validate import batch_plan, check_topology
 
-SHIPPED = (Path(__file__).parents[1] / "ds_configs", Path(__file__).parents[2] / "ds_configs")
-"""the folder of ready-made files: of an installed package, of a checkout"""
+SHIPPED = Path(__file__).parents[1] / "ds_configs"
+"""the folder of ready-made files"""
 OWNERS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -361,13 +361,12 @@ def _check_precision(file: str, config: Config, stage: int) -> None:
 
 
 def find(name_or_path: str) -> str:
-    """A path as it is; the name of a shipped file (`zero2`) as its path, in a checkout and in an installed package."""
+    """A path as it is; the name of a shipped file (`zero2`) as its path."""
     if Path(name_or_path).suffix or "/" in name_or_path:
         return name_or_path
-    folder = next(f for f in SHIPPED if f.is_dir())
-    path = folder / f"{name_or_path}.json"
+    path = SHIPPED / f"{name_or_path}.json"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         reject("--ds_config", name_or_path, f"no such file is shipped (known: {names})", "choose one, or name a path")
     return str(path)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.images import centre_crop
 from promoe_ds.config import ConfigError
 from promoe_ds.data.images import FolderImages, HeldImages, PackedImages, decode, open_images, square
 from promoe_ds.data.latents import LatentTree
+from promoe_ds.evaluation.images import centre_crop
 
 PACKS = Path(os.environ.get("PROMOE_DS_DATA") or Path(__file__).parents[3] / "shared" / "data")
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from evaluation.collect import FeatureSet, load_features
 from launchers import evaluate
+from promoe_ds.evaluation.collect import FeatureSet, load_features
 from tests.evaluation.random_inception import BATCH, pictures, write_weights
 from tests.evaluation.torch_fidelity_oracle import REFERENCE, SAMPLES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.inception import InceptionV3
+from promoe_ds.evaluation.inception import InceptionV3
 
 BATCH = 4
 

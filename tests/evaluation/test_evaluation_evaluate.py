@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.digits import digits_images, noise_images
-from evaluation.evaluate import Evaluator
-from evaluation.report import check_output, format_table, write_metrics
-from evaluation.samples import cfg_of, find_samples, load_samples, run_samples
 from promoe_ds.config import ConfigError
+from promoe_ds.evaluation.digits import digits_images, noise_images
+from promoe_ds.evaluation.evaluate import Evaluator
+from promoe_ds.evaluation.report import check_output, format_table, write_metrics
+from promoe_ds.evaluation.samples import cfg_of, find_samples, load_samples, run_samples
 
 IMAGES = np.zeros((4, 8, 8, 1), np.uint8)
 LABELS = np.arange(4)

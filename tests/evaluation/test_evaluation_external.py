@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation.collect import Collector, FeatureSet, collect, load_features, save_features
-from evaluation.evaluate import Evaluator, score_all
-from evaluation.external import load_external
-from evaluation.extractors import load_extractor
-from evaluation.features import Extracted
-from evaluation.images import Images, ImageSet
-from evaluation.metrics import frechet_distance, gaussian_statistics
-from evaluation.reference import find_reference, reference_features
-from evaluation.samples import load_samples
-from evaluation.workers import Workers
 from promoe_ds.config import ConfigError
+from promoe_ds.evaluation.collect import Collector, FeatureSet, collect, load_features, save_features
+from promoe_ds.evaluation.evaluate import Evaluator, score_all
+from promoe_ds.evaluation.external import load_external
+from promoe_ds.evaluation.extractors import load_extractor
+from promoe_ds.evaluation.features import Extracted
+from promoe_ds.evaluation.images import Images, ImageSet
+from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics
+from promoe_ds.evaluation.reference import find_reference, reference_features
+from promoe_ds.evaluation.samples import load_samples
+from promoe_ds.evaluation.workers import Workers
 from tests.evaluation.random_inception import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the format is still in wide use
@@ -291,7 +291,7 @@ def test_references_that_are_none(tmp_path: Path, arrays: dict[str, np.ndarray],
 
 
 def test_public_weights_give_the_public_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("evaluation.evaluate.load_extractor", lambda name, **options: Everything())
+    monkeypatch.setattr("promoe_ds.evaluation.evaluate.load_extractor", lambda name, **options: Everything())
     np.savez(tmp_path / "a.npz", arr_0=IMAGES)
     score = Evaluator("inception", str(tmp_path / "a.npz")).score(load_samples(tmp_path / "a.npz"))
     assert {"FID", "sFID", "IS", "precision", "recall"} < score.keys()

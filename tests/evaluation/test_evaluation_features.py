@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.digits import digits_split
-from evaluation.extractors import load_extractor
-from evaluation.features import Classifier, DigitsCNN
-from evaluation.metrics import label_agreement
 from promoe_ds.config import ConfigError
+from promoe_ds.evaluation.digits import digits_split
+from promoe_ds.evaluation.extractors import load_extractor
+from promoe_ds.evaluation.features import Classifier, DigitsCNN
+from promoe_ds.evaluation.metrics import label_agreement
 
 
 @pytest.fixture(scope="module")

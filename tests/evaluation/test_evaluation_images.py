@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.images import Folder, ImageSet, centre_crop, pictures_in, read_npz
-from evaluation.reference import find_reference
-from evaluation.samples import SampleSet, find_samples, load_samples, run_samples
 from launchers import evaluate as launcher
 from promoe_ds.config import ConfigError
+from promoe_ds.evaluation.images import Folder, ImageSet, centre_crop, pictures_in, read_npz
+from promoe_ds.evaluation.reference import find_reference
+from promoe_ds.evaluation.samples import SampleSet, find_samples, load_samples, run_samples
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
 

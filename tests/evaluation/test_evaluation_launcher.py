@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from evaluation.digits import digits_images
-from evaluation.report import format_table, notes
 from launchers.evaluate import main
+from promoe_ds.evaluation.digits import digits_images
+from promoe_ds.evaluation.report import format_table, notes
 from tests.evaluation.random_inception import pictures
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "evaluate.py"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.manifold import precision_recall, radii, squared_distances
-from evaluation.metrics import Moments, gaussian_statistics, inception_score
+from promoe_ds.evaluation.manifold import precision_recall, radii, squared_distances
+from promoe_ds.evaluation.metrics import Moments, gaussian_statistics, inception_score
 
 
 @pytest.mark.parametrize("block", [1, 30, 1024])

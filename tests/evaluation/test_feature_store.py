@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.collect import load_features
-from evaluation.feature_store import PACKED, FeatureStore
-from evaluation.features import Extracted
-from evaluation.images import Images
+from promoe_ds.evaluation.collect import load_features
+from promoe_ds.evaluation.feature_store import PACKED, FeatureStore
+from promoe_ds.evaluation.features import Extracted
+from promoe_ds.evaluation.images import Images
 
 
 class Means:

@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from evaluation.collect import load_features
-from evaluation.inception import InceptionV3, find_weights, load_inception, resize_tf1
 from launchers import evaluate
 from promoe_ds.config import ConfigError
+from promoe_ds.evaluation.collect import load_features
+from promoe_ds.evaluation.inception import InceptionV3, find_weights, load_inception, resize_tf1
 from tests.evaluation.conftest import Scored
 from tests.evaluation.random_inception import BATCH, pictures
 from tests.evaluation.torch_fidelity_oracle import GOLDEN, REFERENCE, SAMPLES

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.inception import load_inception, resize_tf1
-from evaluation.manifold import precision_recall
-from evaluation.metrics import frechet_distance, gaussian_statistics, inception_score
+from promoe_ds.evaluation.inception import load_inception, resize_tf1
+from promoe_ds.evaluation.manifold import precision_recall
+from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, inception_score
 from tests.evaluation.conftest import Scored
 from tests.evaluation.random_inception import pictures
 from tests.evaluation.torch_fidelity_oracle import GOLDEN, SAMPLES, available, import_torch_fidelity, oracle

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from benchmarks.processes import PATIENCE
-from evaluation.metrics import frechet_distance, gaussian_statistics
 from launchers import pipeline as launcher
 from promoe_ds.config import dump, load_config
 from promoe_ds.data.codecs import TAEF2_FILES, open_codec
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import open_latents
+from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics
 from promoe_ds.sampling import image_noise, to_pixels
 from promoe_ds.train.checkpoint import newest
 from tests.data.test_codecs import PACKS
