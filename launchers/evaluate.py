@@ -19,7 +19,7 @@ from evaluation.reference import KEEP, REFERENCES, find_reference, reference_fea
 from evaluation.report import check_output, format_table, notes, write_metrics
 from evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
 from evaluation.workers import Workers
-from promoe_ds.command_line import DONE, USER_ERROR, Parser, check_positive, leave
+from promoe_ds.command_line import DONE, Parser, check_positive, leave, mistake
 from promoe_ds.config import ConfigError, reject
 from promoe_ds.workers import Worker, barrier_of, pick_device, worker_from
 
@@ -209,8 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return mistake(error)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

@@ -13,7 +13,7 @@ SOURCES = sorted(p for folder in ("promoe_ds", "evaluation", "launchers") for p 
 LEVELS = (
     {"objective_config", "files", "pictures"},
     {"config"},
-    {"validate", "workers", "superclasses"},
+    {"validate", "rendezvous", "workers", "superclasses"},
     {"data", "models", "moe", "diffusion", "accounting"},
     {"traffic", "sampling"},
     {"parallel"},
