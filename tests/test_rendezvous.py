@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,8 +67,8 @@ def test_who_does_not_come_is_waited_for_until_the_timeout(stranger: int, monkey
     assert f"environment WORLD_SIZE=2: not all came together at 127.0.0.1:{port} (" in text
     assert "1/2 clients joined" in text
     monkeypatch.setattr(rendezvous, "GRACE_SECONDS", 0.0)
-    text = refusal(monkeypatch, "::1", stranger, rank=1, minutes=A_MOMENT)
-    assert f"MASTER_PORT={stranger}: what listens at [::1]:{stranger} is not rank 0 of this job" in text
+    text = refusal(monkeypatch, "127.0.0.1", stranger, rank=1, minutes=A_MOMENT)
+    assert f"MASTER_PORT={stranger}: what listens at 127.0.0.1:{stranger} is not rank 0 of this job" in text
 
 
 @pytest.mark.parametrize("port", ["abc", "0", "-1", "65536", "1e4", "²"])
@@ -79,6 +80,43 @@ def test_no_port(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("host", "port", "missing"), [("", "1", "MASTER_ADDR"), ("x", "", "MASTER_PORT")])
 def test_half_an_address(host: str, port: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"environment {missing}=(not set): WORLD_SIZE=2 processes" in refusal(monkeypatch, host, port)
+
+
+def meet(world: int, host: str, port: int) -> list[str]:
+    """What each process of a job says after a collective."""
+    code = (
+        "import os, torch; from promoe_ds import rendezvous; "
+        f"rendezvous.join('gloo', int(os.environ['RANK']), {world}, minutes=1.0); x = torch.ones(1); "
+        "torch.distributed.all_reduce(x); print(x.item(), flush=True); torch.distributed.barrier(); os._exit(0)"
+    )
+    address = {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=ENVIRONMENT | address | {"RANK": str(r)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(world)
+    ]
+    return [rank.communicate()[0].strip() for rank in ranks]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+def test_processes_meet_by_ipv6() -> None:
+    assert meet(2, "::1", free_port()) == ["2.0", "2.0"]
+
+
+def test_a_process_alone_needs_no_address(stranger: int) -> None:
+    assert meet(1, "no-such-host.invalid", stranger) == ["1.0"]
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
