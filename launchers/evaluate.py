@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
 
-from promoe_ds.command_line import DONE, USER_ERROR, Parser, check_positive, leave
+from promoe_ds.command_line import DONE, Parser, check_positive, leave, mistake
 from promoe_ds.config import ConfigError, reject
 from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
@@ -226,8 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return mistake(error)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

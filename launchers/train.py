@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from promoe_ds.train import signals  # noqa: E402
 if __name__ == "__main__":
     signals.listen()  # before the slow imports
 
-from promoe_ds.command_line import Parser  # noqa: E402
+from promoe_ds.command_line import Parser, mistake  # noqa: E402
 from promoe_ds.config import Config, ConfigError, load_config  # noqa: E402
 from promoe_ds.validate import validate_data  # noqa: E402
 
@@ -132,16 +131,6 @@ def train(args: argparse.Namespace, config: Config) -> int:
     topology.disconnect()
     code = 0 if code == RESUMABLE and args.exit_zero_on_signal else code
     return code if here.world == 1 else topology.leave(code)
-
-
-def mistake(error: ConfigError) -> int:
-    """Tell a mistake that was met before the ranks are connected: most likely by all of them, so rank 0 tells it."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(3)  # let rank 0 speak, and the launcher end the others
-    if rank == "0" or not signals.requested():
-        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-    return 2
 
 
 def main(argv: list[str] | None = None) -> int:

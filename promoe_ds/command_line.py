@@ -8,11 +8,13 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 import promoe_ds
 from promoe_ds.config import ConfigError, reject
+from promoe_ds.train import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
 """exit codes; after 85 the same command continues"""
@@ -50,13 +52,25 @@ def versions() -> dict[str, str]:
     }
 
 
+def mistake(error: ConfigError) -> int:
+    """Tell a mistake that several ranks may have met: most likely all of them, so rank 0 tells it. Returns 2."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        if rank != "0":
+            time.sleep(3)  # let rank 0 speak, and the launcher end the others
+    except KeyboardInterrupt:  # it does
+        return USER_ERROR
+    if rank == "0" or not signals.requested():
+        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
 def guarded(work: Callable[[list[str]], object], argv: list[str]) -> int:
     """Run `work`; a user's mistake and a stop become a line on stderr and an exit code."""
     try:
         work(argv)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return mistake(error)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return STOPPED

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from promoe_ds import rendezvous
 from promoe_ds.config import reject
 
 LAUNCHER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -78,14 +78,15 @@ def pick_device(name: str, worker: Worker) -> torch.device:
 def barrier_of(worker: Worker) -> Iterator[Callable[[], object]]:
     """Yields a barrier of all processes (gloo); for one process it does nothing.
 
-    Processes join at the start, while they are close in time, and may then be a day apart.
+    Processes join at the start, while they are close in time, and may then be a day apart. Raises ConfigError where
+    they cannot meet.
     """
     if worker.world == 1:
         yield lambda: None
         return
     import torch.distributed as dist  # only where several processes work together
 
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    rendezvous.join("gloo", worker.rank, worker.world, minutes=24 * 60)
     try:
         yield dist.barrier
     finally:

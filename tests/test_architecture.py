@@ -14,7 +14,7 @@ OURS = [p for p in SOURCES if p.is_relative_to(ROOT / "promoe_ds")]
 LEVELS = (
     {"objective_config", "files", "pictures"},
     {"config"},
-    {"validate", "workers", "superclasses"},
+    {"validate", "rendezvous", "workers", "superclasses"},
     {"data", "models", "moe", "diffusion", "accounting"},
     {"traffic", "sampling"},
     {"parallel"},

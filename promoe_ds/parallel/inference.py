@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed as dist
+import deepspeed.comm as dist
 
 from promoe_ds.models.dit import DiT
 from promoe_ds.parallel.expert_parallel import ExpertParallelExperts, local_part, parallelize
@@ -16,7 +16,7 @@ from promoe_ds.parallel.topology import Topology, connect, disconnect, gather_ob
 @contextlib.contextmanager
 def connected(topology: Topology) -> Iterator[None]:
     """Inside, the ranks can talk (NCCL on GPUs, gloo on CPUs). They may be a day apart: one may decode for long."""
-    connect(topology, timeout_minutes=24 * 60)
+    connect(topology, timeout_minutes=24 * 60, meeting_minutes=30)
     yield  # after an exception the others may be inside a collective: no farewell
     disconnect()
 

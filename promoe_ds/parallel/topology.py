@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from promoe_ds import rendezvous
 from promoe_ds.config import reject
 from promoe_ds.parallel.watchdog import Watchdog, is_consequence
 
@@ -79,15 +81,15 @@ def from_environment(ep: int) -> Topology:
             "environment RANK", here.rank, f"is not below WORLD_SIZE={here.world}", "start with deepspeed or torchrun"
         )
     if here.world > 1:
-        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                conflict = f"WORLD_SIZE={here.world} processes cannot find each other without it"
-                reject(f"environment {name}", "(not set)", conflict, "start with deepspeed or torchrun, or export it")
+        rendezvous.address(here.world)
     return here
 
 
-def connect(topology: Topology, timeout_minutes: float = 30.0) -> None:
-    """Join the process group through DeepSpeed: gloo on CPU, NCCL on CUDA.
+def connect(topology: Topology, timeout_minutes: float = 30.0, meeting_minutes: float | None = None) -> None:
+    """Make the process group, gloo on CPU, NCCL on CUDA, and give it to DeepSpeed.
+
+    The timeout is that of every group that DeepSpeed or we make from it, and of the first meeting of the ranks unless
+    `meeting_minutes` says otherwise. Raises ConfigError where they cannot meet.
 
     From here on the end of one rank ends all (`watchdog`): within moments if its process or machine is gone, within the
     timeout if it stands still, alone in or out of a collective.
@@ -99,10 +101,8 @@ def connect(topology: Topology, timeout_minutes: float = 30.0) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", topology.rank), ("WORLD_SIZE", topology.world), ("LOCAL_RANK", topology.local_rank)):
         os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if topology.world == 1:
-        os.environ.setdefault("MASTER_PORT", "0")  # any free port: nobody else joins
     import deepspeed
+    from deepspeed.comm import comm
 
     if torch.distributed.is_initialized():
         return
@@ -110,11 +110,18 @@ def connect(topology: Topology, timeout_minutes: float = 30.0) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(topology.device)
-    deepspeed.init_distributed(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        verbose=False,
+    cuda, timeout = topology.device.type == "cuda", datetime.timedelta(minutes=timeout_minutes)
+    rendezvous.join(
+        "nccl" if cuda else "gloo",
+        topology.rank,
+        topology.world,
+        timeout_minutes,
+        timeout_minutes if meeting_minutes is None else meeting_minutes,
+        topology.device if cuda and topology.world > 1 else None,
     )
+    deepspeed.init_distributed(verbose=False)
+    # torch's groups do not inherit the timeout, and DeepSpeed names none
+    comm.cdb.new_group = functools.partial(torch.distributed.new_group, timeout=timeout)
     if topology.world > 1:
         _watch(topology, 60 * timeout_minutes)
 

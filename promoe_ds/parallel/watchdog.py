@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from promoe_ds import rendezvous
+
 BEAT_SECONDS = 5.0
 """between signs of life; less if the timeout is short"""
 SETTLE_SECONDS = 1.0
@@ -136,7 +138,7 @@ class Watchdog:
         self.last_pass = time.monotonic()
         self.wake, self.woken = socket.socketpair()
         self.news: list[Trouble] = []
-        self.server = _listen() if rank == 0 else None
+        self.server = rendezvous.listen(0) if rank == 0 else None
         port, self.token = share((self.server.getsockname()[1], secrets.token_hex(8)) if self.server else None)
         self.hub = None if self.server else self._dial(host, port)
         self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -296,9 +298,3 @@ class Watchdog:
             peer.connection.close()
             if peers.get(peer.rank) is peer and not self.closing.is_set():
                 self._note(Trouble.silent(peer.rank, peer.name, "died without a word (killed, or out of memory)"))
-
-
-def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-    return socket.create_server(("", 0), backlog=4096)

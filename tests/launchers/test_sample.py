@@ -11,7 +11,7 @@ import pytest
 
 from promoe_ds.data.codecs import open_codec
 from tests.data.test_codecs import write_taef2
-from tests.launch import run
+from tests.launch import run, torchrun
 from tests.photographs import tiny_kl
 from tests.sample_folder import LAUNCHER, Command, assert_same_images, read_npz, sample_command, start_two, write_run
 
@@ -47,6 +47,12 @@ def test_sampling_imports_no_deepspeed() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
+
+
+def test_a_mistake_of_several_processes_is_one_line(tmp_path: Path) -> None:
+    done = run(torchrun(2, LAUNCHER, "--model", str(tmp_path / "absent")), check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1 and "no such" in errors[0]
 
 
 def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) -> None:
