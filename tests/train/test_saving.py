@@ -113,15 +113,16 @@ def test_the_order_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         os, "fsync", lambda fd: (events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}"), real_fsync(fd))
     )
+    number = f".{os.uname().nodename}-{os.getpid()}.tmp"  # flushed before it takes its name
     monkeypatch.setattr(Path, "rename", lambda a, b: (events.append(f"{a.name} -> {b.name}"), real_rename(a, b))[1])
     config = load_config("tiny", ["train.keep_last=1"])
     save(tmp_path, 4, config)
     events.clear()
     save(tmp_path, 5, config)
     assert events == [
-        "sync ema.safetensors",
-        "sync state-00000-of-00001.safetensors",
-        "sync manifest.json",
+        f"sync .ema.safetensors{number}",
+        f"sync .state-00000-of-00001.safetensors{number}",
+        f"sync .manifest.json{number}",
         "sync tmp_step_00000005",
         "tmp_step_00000005 -> step_00000005",
         "sync checkpoints",
