@@ -304,7 +304,8 @@ class Saver:
         if job.thread:
             free = self.ranks.gather(_free(self.run))[0]
             problem += f"; it needs {size(job.need)}, the disk has {size(free)} free"
-        conflict = f"cannot be written ({problem}); {_before(self.run)}"
+        before = _before(self.run)
+        conflict = f"cannot be written ({problem}); {before}"
         if fatal:
             reject("checkpoint", job.final, conflict, "free space or mend the folder, then resume")
         if self.ranks.rank == 0:

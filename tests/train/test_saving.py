@@ -17,7 +17,7 @@ from promoe_ds.train import checkpoint, saving
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.resuming import Reader
 from promoe_ds.train.saving import share
-from tests.disk import resize, tmpfs
+from tests.disk import loop, resize, tmpfs
 from tests.train.state import CONFIG, State, on_ranks, save, saver
 
 CONTINUE = load_config("tiny", ["train.on_save_error=continue"])
@@ -185,6 +185,14 @@ def test_a_failure_behind_the_steps_stops_or_warns(
     monkeypatch.undo()
     job.save(13, FIXED, last=True)
     assert names(tmp_path) == ["step_00000005", "step_00000013"]
+
+
+def test_a_save_fails_where_the_others_cannot_be_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 5)
+    job = saver(tmp_path, State(1), CONTINUE)
+    loop(tmp_path / "checkpoints")
+    job.save(10, FIXED)
+    assert "those before it cannot be listed now; training goes on and tries again" in capsys.readouterr().err
 
 
 def test_the_last_save_is_tried_although_the_one_before_failed(
