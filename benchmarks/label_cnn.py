@@ -20,6 +20,7 @@ from promoe_ds.data import ImageDataset
 from promoe_ds.evaluation.features import Features
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import label_agreement
+from promoe_ds.files import atomic
 from promoe_ds.sampling import to_pixels
 
 
@@ -71,7 +72,8 @@ class LabelCNN:
         if not file.is_file():
             self._train(train, steps)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.contiguous().cpu() for name, t in self._net.state_dict().items()}, file)
+            with atomic(file) as temporary:
+                save_file({name: t.contiguous().cpu() for name, t in self._net.state_dict().items()}, temporary)
         self._net.load_state_dict(load_file(file, device=str(device)))
         self._net.eval()
         self.name = judge_name(file)

@@ -25,7 +25,7 @@ from promoe_ds.evaluation.features import FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments
 from promoe_ds.evaluation.workers import Workers
-from promoe_ds.files import atomic
+from promoe_ds.files import NOT_FOUND, atomic, check_readable
 
 FORMAT = "evaluation features 1"
 SUFFIX = ".safetensors"
@@ -194,8 +194,12 @@ def save_features(path: Path, features: FeatureSet) -> None:
 def load_features(path: Path, option: str) -> FeatureSet:
     """Read what `save_features` wrote. Raises `ConfigError` otherwise, naming `option`."""
     way_out = "name a file that launchers/evaluate.py features or ref has written"
-    if not path.exists():
+    try:
+        check_readable(path)
+    except NOT_FOUND:
         reject(option, path, "no such file", way_out)
+    except OSError as error:
+        reject(option, path, f"cannot be read ({error.strerror or error})", "look at its permissions")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             described = file.metadata() or {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from promoe_ds.config import reject
 from promoe_ds.evaluation.images import brief
-from promoe_ds.files import atomic
+from promoe_ds.files import write_text
 
 METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "IS": ".2f",
            "precision": ".4f", "recall": ".4f", "fd_over_noise": ".4f"}  # fmt: skip
@@ -84,7 +84,6 @@ def write_metrics(path: Path, scores: list[dict[str, Any]]) -> None:
     """Write the first set's keys at top level plus `sets`, all of them. The file is complete or untouched."""
     text = json.dumps({**scores[0], "sets": scores}, indent=2, allow_nan=False)
     try:
-        with atomic(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
     except OSError as error:
         reject("--out", path, f"cannot be written ({brief(error)})", "choose another file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def names_of(paths: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [Path(os.path.realpath(path)).parts for path in paths]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):
         names = ["/".join(part[-length:]) for part in parts]

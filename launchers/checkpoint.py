@@ -15,6 +15,7 @@ if not __package__:
 
 from promoe_ds.command_line import DONE, USER_ERROR, Parser
 from promoe_ds.config import Config, ConfigError, decode, reject
+from promoe_ds.files import is_dir
 from promoe_ds.train import checkpoint
 from promoe_ds.train.checkpoint import size
 
@@ -29,7 +30,8 @@ EXAMPLES = """examples:
   python launchers/checkpoint.py prune --run runs/digits --damaged      what training refuses to resume from
 
 A checkpoint resumes at any number of processes, ep and ZeRO stage as it is: nothing is converted for that.
-Exit codes: 0 done; 2 a checkpoint is damaged, or a mistake in the command.
+What cannot be read may be whole: it stops the command, and nothing is deleted.
+Exit codes: 0 done; 2 a checkpoint is damaged or cannot be read, or a mistake in the command.
 """
 
 
@@ -83,9 +85,17 @@ def chosen(args: argparse.Namespace) -> Path:
         raise ConfigError("name either a checkpoint folder or --run DIR; see --help")
     if args.run:
         return checkpoints_of(args.run)[-1]
-    if not args.path.is_dir():
-        reject("PATH", args.path, "no such folder", "name a checkpoint folder, or --run DIR")
-    return args.path.resolve()
+    return named(args.path)
+
+
+def named(path: Path) -> Path:
+    """A checkpoint folder that was named itself; raises ConfigError."""
+    try:
+        if not is_dir(path):
+            reject("PATH", path, "no such folder", "name a checkpoint folder, or --run DIR")
+    except OSError as error:
+        checkpoint.unreadable(path, error, "PATH")
+    return path.resolve()
 
 
 # ------------------------------------------------------------------------------------------------------------ inspect
@@ -159,7 +169,7 @@ def verify(args: argparse.Namespace) -> int:
     """One line a fault, one for each whole checkpoint."""
     if bool(args.path) == (args.run is not None):
         raise ConfigError("name either checkpoint folders or --run DIR; see --help")
-    paths = checkpoints_of(args.run) if args.run else [path.resolve() for path in args.path]
+    paths = checkpoints_of(args.run) if args.run else [named(path) for path in args.path]
     faults = [fault for path in paths for fault in faults_of(path)]
     if args.run:
         for path in checkpoint.leftovers(args.run):

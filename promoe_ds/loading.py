@@ -16,6 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from promoe_ds.config import Config, ConfigError, decode, reject
+from promoe_ds.files import NOT_FOUND, check_readable, is_dir, is_file
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
 from promoe_ds.train.checkpoint import (
@@ -29,6 +30,7 @@ from promoe_ds.train.checkpoint import (
     damages,
     is_checkpoint_name,
     newest,
+    unreadable,
 )
 
 
@@ -37,22 +39,33 @@ def find_weights(path: Path, option: str = "--run") -> Path:
     run folder (its newest complete checkpoint).
 
     Raises:
-        ConfigError: nothing there, or the newest is damaged; `option` is what the message calls the path.
+        ConfigError: nothing there, the newest is damaged, or something cannot be read; `option` is what the message
+            calls the path.
     """
-    if path.is_file():
+    try:
+        file = _find_weights(path, option)
+        check_readable(file)
+    except OSError as error:
+        unreadable(Path(error.filename or path), error, option)
+    return file
+
+
+def _find_weights(path: Path, option: str) -> Path:
+    """As `find_weights`; raises OSError where something cannot be looked at."""
+    if is_file(path):
         return path
-    if not path.is_dir():
+    if not is_dir(path):
         reject(option, path, "no such file or folder", "name a run folder, a checkpoint folder or an ema.safetensors")
     for name in (EMA, WEIGHTS, WEIGHTS_INDEX):
-        if (path / name).is_file():
+        if is_file(path / name):
             problem = damage(path, read_bytes=False) if is_checkpoint_name(path.resolve().name) else None
             if problem:
                 reject(option, path, f"is damaged: {problem}", "name another checkpoint")
-            if name != EMA and (path / MANIFEST).is_file():
+            if name != EMA and is_file(path / MANIFEST):
                 _check_sizes(path, option)
             return path / name
     found = candidates(path)
-    if not found and (path / "model_index.json").is_file():
+    if not found and is_file(path / "model_index.json"):
         reject(
             option, path, "is a diffusers pipeline", "load it with DiffusionPipeline, or export a safetensors folder"
         )
@@ -67,7 +80,7 @@ def find_weights(path: Path, option: str = "--run") -> Path:
             f"is damaged: {problem}",
             f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run",
         )
-    if not (found[-1] / EMA).is_file():
+    if not is_file(found[-1] / EMA):
         reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")
     return found[-1] / EMA
 
@@ -95,14 +108,17 @@ def shard_files(file: Path) -> list[Path]:
 def open_weights(file: Path, device: torch.device | str = "cpu") -> Any:
     """A safetensors file, opened for random access; raises ConfigError."""
     try:
+        check_readable(file)
         return safe_open(str(file), framework="pt", device=str(device))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, *NOT_FOUND) as error:
         reject(
             "weights",
             file,
             f"is damaged or no safetensors file ({' '.join(str(error).split())})",
-            "restore it or name another checkpoint with --model",
+            "restore it or name another checkpoint",
         )
+    except OSError as error:
+        unreadable(file, error, "weights")
 
 
 def read_weights(file: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], Config, int, dict[str, str]]:

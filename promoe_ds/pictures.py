@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import colorsys
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from promoe_ds.files import atomic
 
 IMAGE_MODES = {1: "L", 3: "RGB"}
 """channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
@@ -24,6 +27,12 @@ RAMP = ((0.0, (247, 251, 255)), (1.0, (107, 174, 214)), (2.0, (8, 81, 156)), (4.
 def to_image(pixels_HWC: np.ndarray) -> Image.Image:
     """uint8 [H, W, 1 or 3] to a picture."""
     return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Whole or not there."""
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def grid(images_NHWC: np.ndarray, columns: int, scale: int | None = None) -> Image.Image:

@@ -9,7 +9,6 @@ Legend: N images, H W C pixels; r rank, W world size.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -27,11 +26,11 @@ from promoe_ds.command_line import versions
 from promoe_ds.config import Config, dump, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import choose_sampler
-from promoe_ds.files import atomic, write_text
-from promoe_ds.pictures import grid
+from promoe_ds.files import NOT_FOUND, write_text
+from promoe_ds.pictures import grid, write_png
 from promoe_ds.sample_store import BatchStore, PngStore, Store, read_all, write_npz
 from promoe_ds.sampling import How, Labels, class_labels, draw_batches, pixel_batches, pixel_shape
-from promoe_ds.train.checkpoint import MANIFEST, manifest
+from promoe_ds.train.checkpoint import MANIFEST, file_digest, manifest, unreadable
 from promoe_ds.workers import Worker
 
 RECORD = "sampling.json"
@@ -83,7 +82,9 @@ def codec_of_run(file: Path) -> dict[str, Any] | None:
     """The record of the codec whose latents the run was trained on; None for pixels or where it is not known."""
     run = run_of(file)
     try:
-        return json.loads((run / CODEC).read_text(encoding="utf-8")) if run and (run / CODEC).exists() else None
+        return json.loads((run / CODEC).read_text(encoding="utf-8")) if run else None
+    except NOT_FOUND:
+        return None
     except (OSError, ValueError) as error:
         reject("--run", f"{run}", f"its {CODEC} cannot be read ({error})", "restore it or remove it")
 
@@ -92,11 +93,13 @@ def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
     """The part of the record about the weights: path relative to the run, step, and the digest that names them.
 
     Raises:
-        ConfigError: the digest is not the one in the checkpoint's manifest (if the file lies in a checkpoint).
+        ConfigError: the file cannot be read, or its digest is not the one in the manifest of its checkpoint.
     """
     run = run_of(file)
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "blake2b").hexdigest()
+    try:
+        digest = file_digest(file)
+    except OSError as error:
+        unreadable(file, error, "weights")
     if file.with_name(MANIFEST).is_file():
         expected = manifest(file.parent)["files"].get(file.name, {}).get("blake2b", digest)
         if digest != expected:
@@ -257,8 +260,7 @@ def assemble_features(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> 
     assert sampler.pack is not None
     store, columns = sampler.pack(job.out), min(10, sampler.config.model.num_classes, job.num)
     try:
-        with atomic(job.out / "grid.png") as temporary:
-            grid(np.stack(store.pictures()[: 10 * columns]), columns).save(temporary, format="PNG")
+        write_png(job.out / "grid.png", grid(np.stack(store.pictures()[: 10 * columns]), columns))
         store.pack(sampler.labels(job), record)
     except LookupError as error:
         reject("--out", job.out, str(error), "run the same command again")
@@ -278,8 +280,7 @@ def assemble(sampler: Sampler, job: Job) -> None:
                 reject("--out", job.out, f"image {index} has disappeared", "run the same command again")
             yield pixels
 
-    with atomic(job.out / "grid.png") as temporary:
-        grid(np.stack(list(images(min(job.num, 10 * columns)))), columns).save(temporary, format="PNG")
+    write_png(job.out / "grid.png", grid(np.stack(list(images(min(job.num, 10 * columns)))), columns))
     if "npz" in job.formats:  # last: it is what `complete` looks for
         write_npz(job.out / SAMPLES, images(job.num), (job.num, *sampler.shape), labels)
     store.clear()

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from promoe_ds.files import atomic
-from promoe_ds.pictures import to_image
+from promoe_ds.pictures import to_image, write_png
 
 READ_AT_ONCE = 256
 """images in memory while a folder is packed"""
@@ -65,8 +65,7 @@ class PngStore:
 
     def write(self, indices: np.ndarray, images_NHWC: np.ndarray) -> None:
         for index, pixels in zip(indices.tolist(), images_NHWC, strict=True):
-            with atomic(self.path(index)) as temporary:
-                to_image(pixels).save(temporary, format="PNG")
+            write_png(self.path(index), to_image(pixels))
 
     def clear(self) -> None:
         pass

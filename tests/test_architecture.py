@@ -84,6 +84,23 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not [m for m in imports(path) if m.startswith("promoe_ds.") and level(m) > level(name)]
 
 
+def test_tensors_are_written_by_the_one_writer() -> None:
+    """safetensors makes files of mode 0600; `files.atomic` gives them the mode of any other."""
+    saves = inside = 0
+    for path in (*SOURCES, *(ROOT / "benchmarks").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
+        written = [block for block in blocks if "atomic(" in ast.unparse(block.items[0])]
+        saves += count_saves(tree)
+        inside += sum(map(count_saves, written))
+    assert inside == saves > 0
+
+
+def count_saves(tree: ast.AST) -> int:
+    calls = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return sum(name.rpartition(".")[2] == "save_file" for name in calls)
+
+
 def test_only_the_parallel_package_touches_process_groups() -> None:
     for path in SOURCES:
         name = str(path.relative_to(ROOT))

@@ -24,6 +24,7 @@ from promoe_ds.sampling import (
     to_pixels,
 )
 from promoe_ds.train import checkpoint
+from tests.disk import loop
 
 CPU = torch.device("cpu")
 MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 10}
@@ -112,6 +113,27 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
     complete(tmp_path / "checkpoints/step_00000001", ())
     with pytest.raises(ConfigError, match="has no ema.safetensors"):
         find_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "model.safetensors.index.json"])
+def test_weights_that_cannot_be_read_are_neither_missing_nor_damaged(tmp_path: Path, name: str) -> None:
+    (tmp_path / "weights").mkdir()
+    for path in (tmp_path / "weights" / name, tmp_path / "weights"):
+        loop(path)
+        with pytest.raises(ConfigError, match=r"^--model=.*weights.*: cannot be read \(Too many levels"):
+            find_weights(path, "--model")
+        with pytest.raises(ConfigError, match=r"^--run=.*weights.*: cannot be read \(Too many levels"):
+            load_ema(tmp_path / "weights")
+
+
+def test_a_shard_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "a.safetensors"}}')
+    with pytest.raises(ConfigError, match="a.safetensors: is damaged or no safetensors file"):
+        load_ema(index)
+    loop(tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match=r"^weights=.*a.safetensors: cannot be read \(Too many levels"):
+        load_ema(index)
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:

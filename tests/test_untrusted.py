@@ -93,7 +93,7 @@ def test_in_a_checkpoint_whose_manifest_vouches_for_it(
     entry = {"bytes": (found / victim).stat().st_size, "blake2b": checkpoint.file_digest(found / victim)}
     checkpoint.write_manifest(found, tree | {"files": tree["files"] | {victim: entry}})
     assert checkpoint.find_whole(tmp_path, checkpoint.Ranks()) == found
-    with pytest.raises(ConfigError, match=f"{victim} is no safetensors file"):
+    with pytest.raises(ConfigError, match=f"{victim}: is damaged or no safetensors file"):
         resuming.Reader(found)
     assert not mark.exists()
 

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from promoe_ds.config import reject
-from promoe_ds.files import atomic, write_text
+from promoe_ds.files import atomic, check_readable, write_text
 
 FORMAT = "promoe_ds_latents/1"
 INDEX, ITEMS = "index.json", "items.safetensors"
@@ -73,11 +72,8 @@ def file_digest(path: Path) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A safetensors file, flushed to disk before it takes its name."""
-    with atomic(path) as temporary:
-        with temporary.open("wb") as stream:
-            stream.write(save(tensors))  # save_file would make it unreadable for everybody else
-            stream.flush()
-            os.fsync(stream.fileno())
+    with atomic(path, durable=True) as temporary:
+        save_file(tensors, temporary)
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -118,8 +114,11 @@ def check_length(path: Path, length: int, option: str) -> None:
 def open_tensors(path: Path, option: str = "data.path") -> Any:
     """A safetensors file mapped into memory, arrays as NumPy. Raises `ConfigError` if it is none."""
     try:
+        check_readable(path)
         return safe_open(str(path), framework="np")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        reject(option, path, f"cannot be read ({error.strerror or error})", f"copy it back, or {AGAIN}")
+    except SafetensorError as error:
         reject(option, path, f"cannot be opened ({' '.join(str(error).split())})", f"remove it and {AGAIN}")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from promoe_ds import __version__
 from promoe_ds.config import Config, dump, encode, reject
+from promoe_ds.files import atomic
 from promoe_ds.formats.bundle import bundle
 from promoe_ds.formats.card import model_card
 from promoe_ds.formats.weights import SHARD_BYTES, Weights, cast, write_safetensors, write_text
@@ -117,7 +118,8 @@ def write_diffusers(
         if vae:
             (temporary / "vae").mkdir()
             for name in VAE_FILES:
-                shutil.copyfile(vae / name, temporary / "vae" / name)
+                with atomic(temporary / "vae" / name) as copy:
+                    shutil.copyfile(vae / name, copy)
         files = {f"transformer/{name}": entry for name, entry in parts.items()}
         files |= write_text(temporary / "model_index.json", json.dumps(index, indent=1))
         files |= write_text(temporary / f"{PIPELINE}.py", pipeline_code())

@@ -10,7 +10,6 @@ from promoe_ds.config import Config, reject
 from promoe_ds.files import atomic
 from promoe_ds.formats.official import State, to_official, why_not
 from promoe_ds.formats.weights import Weights
-from promoe_ds.train.saving import fsync
 
 
 def check_layout(config: Config) -> None:
@@ -42,9 +41,8 @@ def write_official(ema: Weights, raw: Weights, out: Path) -> Path:
     tree = {"step": ema.step, "model_state_dict": official_state(raw), "ema_model_state_dict": official_state(ema)}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(out) as temporary:
+        with atomic(out, durable=True) as temporary:
             torch.save(tree, temporary)
-            fsync(temporary)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         reject("--out", out, f"cannot be written ({' '.join(str(error).split())[:200]})", "free space")
     return out

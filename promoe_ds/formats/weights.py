@@ -23,13 +23,14 @@ from torch import Tensor
 
 from promoe_ds import __version__
 from promoe_ds.config import Config, decode, dump, encode, reject
+from promoe_ds.files import atomic
 from promoe_ds.formats.card import model_card
 from promoe_ds.loading import find_weights, open_weights, read_weights, shard_files
 from promoe_ds.models.init import build
-from promoe_ds.train.checkpoint import EMA, FORMAT, MANIFEST, WEIGHTS, file_digest, tree_digest
+from promoe_ds.train.checkpoint import EMA, FORMAT, MANIFEST, WEIGHTS, file_entry, tree_digest
 from promoe_ds.train.conversion import checked, made
 from promoe_ds.train.resuming import Reader
-from promoe_ds.train.saving import complete, fsync, write_tensors
+from promoe_ds.train.saving import complete, write_tensors
 
 Source = Literal["ema", "raw"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -136,9 +137,9 @@ def write_safetensors(
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
     """Write a text file, flushed to disk; returns its entry for the manifest."""
-    path.write_text(text.rstrip() + "\n", encoding="utf-8")
-    fsync(path)
-    return {path.name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}}
+    with atomic(path, durable=True) as temporary:
+        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
+    return file_entry(path)
 
 
 def metadata_of(weights: Weights, dtype: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.config import ConfigError, reject
+from promoe_ds.files import write_text
 from promoe_ds.superclasses import groups_by_nodes, groups_by_size, read_hierarchy, render
 
 
@@ -44,7 +45,7 @@ def build(arguments: argparse.Namespace) -> None:
     else:
         groups = groups_by_nodes(classes, parent, arguments.nodes.split(","))
     try:
-        arguments.out.write_text(render(groups, classes), encoding="utf-8")
+        write_text(arguments.out, render(groups, classes))
     except OSError as error:
         reject("--out", arguments.out, f"cannot be written ({error.strerror or error})", "choose another file")
     for name, numbers in groups.items():

@@ -25,12 +25,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 from torch import Tensor
 from tqdm import tqdm
 
-from promoe_ds.config import reject
+from promoe_ds.config import ConfigError, reject
+from promoe_ds.files import NOT_FOUND, write_text
 
 FORMAT = "promoe_ds/1"
 MANIFEST = "manifest.json"
@@ -68,6 +69,12 @@ class Ranks:
 # --------------------------------------------------------------------------------------------------------- run folder
 
 
+def unreadable(path: Path, error: OSError, option: str = "checkpoint") -> NoReturn:
+    """Stop at what may be whole: it is never called damaged, passed over or deleted. Raises ConfigError."""
+    way_out = "look at its permissions and its file system; it may be whole"
+    reject(option, path, f"cannot be read ({error.strerror or error})", way_out)
+
+
 def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
@@ -81,10 +88,13 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def candidates(run: Path) -> list[Path]:
-    """Every checkpoint folder of a run, whole or damaged, oldest first."""
-    if not (run / "checkpoints").is_dir():
+    """Every checkpoint folder of a run, whole or damaged, oldest first; raises ConfigError if they cannot be listed."""
+    try:
+        return sorted(p for p in (run / "checkpoints").iterdir() if is_checkpoint_name(p.name))
+    except FileNotFoundError:
         return []
-    return sorted(p for p in (run / "checkpoints").iterdir() if is_checkpoint_name(p.name))
+    except OSError as error:
+        unreadable(run / "checkpoints", error)
 
 
 def leftovers(run: Path) -> list[Path]:
@@ -93,7 +103,10 @@ def leftovers(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint folder of a run (its manifest is there and sizes agree), or None."""
+    """The newest complete checkpoint folder of a run (its manifest is there and sizes agree), or None.
+
+    Raises ConfigError if one that is as new cannot be read.
+    """
     return next((p for p in reversed(candidates(run)) if damage(p, read_bytes=False) is None), None)
 
 
@@ -122,13 +135,15 @@ def claim(run: Path) -> IO[str]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError, saying what is wrong with it."""
+    """Raises ValueError, saying what is wrong with it; ConfigError if it cannot be read."""
     try:
         tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except NOT_FOUND as error:
         raise ValueError(f"{MANIFEST} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+    except OSError as error:
+        unreadable(path / MANIFEST, error)
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is not JSON ({error})") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
     if tree.pop("blake2b", None) != tree_digest(tree):
@@ -150,8 +165,8 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, tree: dict[str, Any]) -> None:
-    """Write the manifest of a checkpoint folder, with the checksum of its own content."""
-    (path / MANIFEST).write_text(json.dumps(tree | {"blake2b": tree_digest(tree)}, indent=1), encoding="utf-8")
+    """Write the manifest of a checkpoint folder, with the checksum of its own content, flushed to disk."""
+    write_text(path / MANIFEST, json.dumps(tree | {"blake2b": tree_digest(tree)}, indent=1), durable=True)
 
 
 def tree_digest(tree: dict[str, Any]) -> str:
@@ -167,6 +182,11 @@ def file_digest(path: Path, tick: Callable[[int], object] = lambda read: None) -
             digest.update(block)
             tick(len(block))
     return digest.hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, by its name."""
+    return {path.name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}}
 
 
 # ---------------------------------------------------------------------------------------------------------- integrity
@@ -200,6 +220,9 @@ def damages(
         read_bytes: also read every byte and compare checksums.
         share: which of the files to look at (ranks share the reading).
         tick: told how many bytes were read.
+
+    Raises:
+        ConfigError: a file cannot be read, so nobody knows.
     """
     try:
         files = _read_manifest(path)["files"]
@@ -213,10 +236,10 @@ def damages(
                 yield f"{name} has {found} bytes instead of {entry['bytes']}"
             elif read_bytes and file_digest(path / name, tick) != entry["blake2b"]:
                 yield f"{name} does not match its checksum"
-        except FileNotFoundError:
+        except NOT_FOUND:
             yield f"{name} is missing"
         except OSError as error:
-            yield f"{name} cannot be read ({error.strerror})"
+            unreadable(path / name, error)
 
 
 def damage(path: Path, read_bytes: bool = True, share: slice = slice(None), quiet: bool = True) -> str | None:
@@ -226,9 +249,13 @@ def damage(path: Path, read_bytes: bool = True, share: slice = slice(None), quie
 
 
 def bytes_of(path: Path, share: slice = slice(None)) -> int:
-    """Bytes in the files of a checkpoint folder, of those that are there."""
-    files = [p for p in sorted(path.glob("*")) if p.is_file() and p.name != MANIFEST]
-    return sum(p.stat().st_size for p in files[share])
+    """Bytes in the files of a checkpoint folder, of those that can be seen."""
+    sizes = []
+    for file in sorted(path.glob("*")):
+        with contextlib.suppress(OSError):  # `damages` will name it
+            if file.is_file() and file.name != MANIFEST:
+                sizes.append(file.stat().st_size)
+    return sum(sizes[share])
 
 
 def removal(run: Path) -> str:
@@ -241,17 +268,29 @@ def find_whole(run: Path, ranks: Ranks) -> Path | None:
 
     Raises:
         ConfigError: the newest is damaged. The message names the file and the newest whole one before it; training
-            does not go on from an older state, or from nothing, unless the user removes the damaged one.
+            does not go on from an older state, or from nothing, unless the user removes the damaged one. Or a file
+            cannot be read. On every rank alike, whichever met it.
     """
-    found = candidates(run)
+
+    def gathered(look: Callable[[], Any]) -> list[Any]:
+        try:
+            mine = look()
+        except ConfigError as error:
+            mine = error
+        answers = ranks.gather(mine)
+        for error in answers:
+            if isinstance(error, ConfigError):
+                raise error
+        return answers
+
+    found = gathered(lambda: candidates(run))[0]
     if not found:
         return None
-    last = found[-1]
-    mine = damage(last, share=slice(ranks.rank, None, ranks.world), quiet=ranks.rank > 0)
-    problem = next(filter(None, ranks.gather(mine)), None)
+    last, share = found[-1], slice(ranks.rank, None, ranks.world)
+    problem = next(filter(None, gathered(lambda: damage(last, share=share, quiet=ranks.rank > 0))), None)
     if problem is None:
         return last
-    whole = next((p for p in reversed(found[:-1]) if damage(p, quiet=False) is None), None) if ranks.rank == 0 else None
-    whole = ranks.gather(whole)[0]
+    older = found[-2::-1] if ranks.rank == 0 else []
+    whole = gathered(lambda: next((p for p in older if damage(p, quiet=False) is None), None))[0]
     way_out = f"remove it to continue from {whole.name}: {removal(run)}" if whole else ""
     reject("checkpoint", last, f"is damaged: {problem}", way_out or "no whole one is left: use another --run")

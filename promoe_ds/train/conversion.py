@@ -6,7 +6,6 @@ written by `promoe_ds.formats.weights`.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from promoe_ds.config import Config, decode, dump, reject
+from promoe_ds.config import decode, dump, reject
+from promoe_ds.files import atomic, write_text
 from promoe_ds.train.checkpoint import (
     EMA,
     FORMAT,
@@ -63,11 +63,6 @@ def made(final: Path, need: int) -> Iterator[Path]:
         raise
 
 
-def _write_config(path: Path, config: Config) -> None:
-    if not path.exists():
-        path.write_text(dump(config), encoding="utf-8")
-
-
 def resplit(path: Path, run: Path, count: int) -> Path:
     """Write a checkpoint anew with its state in `count` files, as the start of another run folder.
 
@@ -86,21 +81,17 @@ def resplit(path: Path, run: Path, count: int) -> Path:
         reject("--files", count, f"the state has {len(names)} parameters", f"choose 1 to {len(names)}")
     metadata = _metadata(tree)
     with made(final, bytes_of(path) * 101 // 100) as temporary:
-        shutil.copyfile(path / EMA, temporary / EMA)
+        with atomic(temporary / EMA, durable=True) as copy:
+            shutil.copyfile(path / EMA, copy)
         files = {EMA: tree["files"][EMA]}
         for i in range(count):
             part = {f"{n}/{s}": reader(n, s) for n in names[i::count] for s in RESUMED_STATES}
             files |= write_tensors(temporary / f"state-{i:05d}-of-{count:05d}.safetensors", part, metadata)
-        _flush(temporary / EMA)
-        _write_config(run / "config.yaml", decode(tree["config"]))
+        if not (run / "config.yaml").exists():
+            write_text(run / "config.yaml", dump(decode(tree["config"])))
         complete(temporary, final, tree | {"files": files})
     return final
 
 
 def _metadata(tree: dict[str, Any]) -> dict[str, str]:
     return {"format": FORMAT, "config": dump(decode(tree["config"])), "step": str(tree["step"])}
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

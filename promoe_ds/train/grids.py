@@ -14,7 +14,7 @@ from promoe_ds.config import Config, ConfigError
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.models.init import build
 from promoe_ds.moe.trace import LastChoice
-from promoe_ds.pictures import beside, grid, token_maps
+from promoe_ds.pictures import beside, grid, token_maps, write_png
 from promoe_ds.sampling import How, Precision, check_channels, draw_batches, pixel_batches
 
 
@@ -34,12 +34,12 @@ def keep_grid(folder: Path, weights: dict[str, Tensor], config: Config, step: in
         with LastChoice(model.to(device).eval()) as choice:
             image = draw_grid(model, config, device, choice.keep)
         folder.mkdir(exist_ok=True)
-        image.save(folder / f"grid_{step:08d}.png")
-        image.save(folder / "grid.png")
+        write_png(folder / f"grid_{step:08d}.png", image)
+        write_png(folder / "grid.png", image)
         expert_BS = choice.experts_BS()
         if config.moe and expert_BS is not None:
             image = beside(image, grid(token_maps(expert_BS, config.moe.num_experts), config.sample.per_class))
-            image.save(folder / "experts.png")
+            write_png(folder / "experts.png", image)
         return image
     except (ConfigError, OSError, torch.OutOfMemoryError) as error:
         raise GridFailed(" ".join(str(error).split())[:300]) from error

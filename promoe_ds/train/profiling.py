@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from promoe_ds.files import write_text
+
 ROWS = 40
 """of the table"""
 
@@ -55,7 +57,7 @@ class StepProfiler:
         try:
             self.folder.mkdir(exist_ok=True)
             table = profiler.key_averages().table(sort_by=by, row_limit=ROWS)
-            (self.folder / f"top_{name}.txt").write_text(table + "\n", encoding="utf-8")
+            write_text(self.folder / f"top_{name}.txt", table + "\n")
             profiler.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
         except OSError as error:
             with contextlib.suppress(OSError):

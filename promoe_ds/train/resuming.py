@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from promoe_ds.config import Config, ConfigError, decode, encode, reject
-from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifest, step_of
+from promoe_ds.files import NOT_FOUND
+from promoe_ds.loading import open_weights
+from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 
 FREE_ON_RESUME = {
     *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
@@ -72,14 +73,6 @@ def check_same_data(found: Path, data: str) -> None:
         reject("data.path", data, f"{found} was trained on {saved}", "bring that data back or choose another --run")
 
 
-def _open(path: Path, name: str) -> Any:
-    try:
-        return safe_open(path / name, framework="pt")
-    except (OSError, SafetensorError) as error:
-        text = f"{name} is no safetensors file ({' '.join(str(error).split())})"
-        reject("checkpoint", path, text, "use another checkpoint")
-
-
 class TensorSource(Protocol):
     """A checkpoint (`Reader`), or the weights that a run starts from (`initial.InitialWeights`)."""
 
@@ -95,7 +88,7 @@ class Reader:
         self.path = path
         self.where: dict[str, Any] = {}
         for name in sorted(manifest(path)["files"]):
-            file = _open(path, name)
+            file = open_weights(path / name)
             prefix = "ema/" if name == EMA else ""
             self.where |= {prefix + key: (file, key) for key in file.keys()}
 
@@ -147,12 +140,12 @@ def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) 
 
 
 def saved_config(run: Path) -> dict[str, Any] | None:
-    """The plain configuration tree in RUN/config.yaml, or None."""
+    """The plain configuration tree in RUN/config.yaml, or None; raises ConfigError if it cannot be read."""
     path = run / "config.yaml"
-    if not path.is_file():
-        return None
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except NOT_FOUND:
+        return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reject("--run", path, f"cannot be read ({' '.join(str(error).split())})", "mend it or choose another --run")
     if not isinstance(tree, dict):
@@ -161,9 +154,15 @@ def saved_config(run: Path) -> dict[str, Any] | None:
 
 
 def last_logged_step(run: Path) -> int:
-    """The last step in RUN/metrics.jsonl; 0 without one."""
+    """The last step in RUN/metrics.jsonl; 0 without one. Raises ConfigError if it cannot be read."""
     path, last = run / "metrics.jsonl", 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except NOT_FOUND:
+        return 0
+    except OSError as error:
+        unreadable(path, error, "--run")
+    for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             last = max(last, json.loads(line)["step"])
     return last

@@ -11,7 +11,6 @@ the parent folder, fsynced; only then are older checkpoints deleted.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -29,16 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_ds import __version__
-from promoe_ds.config import Config, dump, encode, reject
+from promoe_ds.config import Config, ConfigError, dump, encode, reject
+from promoe_ds.files import atomic, fsync
 from promoe_ds.train.checkpoint import (
     EMA,
     FORMAT,
-    MANIFEST,
     RESUMED_STATES,
     Ranks,
     StateAccess,
     candidates,
-    file_digest,
+    file_entry,
     folder,
     leftovers,
     size,
@@ -87,25 +86,16 @@ def share(engine: StateAccess, ranks: Ranks) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- the disk
 
 
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     """Write a safetensors file, flushed to disk; returns its entry for the manifest."""
-    save_file(tensors, path, metadata=metadata)
-    fsync(path)
-    return {path.name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}}
+    with atomic(path, durable=True) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return file_entry(path)
 
 
 def complete(temporary: Path, final: Path, tree: dict[str, Any]) -> None:
     """Write the manifest, flush, and give the folder its name: from here on the checkpoint exists."""
     write_manifest(temporary, tree)
-    fsync(temporary / MANIFEST)
     fsync(temporary)
     old = final.with_name(f"tmp_old_{final.name}")
     if final.exists():
@@ -148,6 +138,15 @@ def prune(run: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints, and what interrupted saves left behind."""
     for path in [*candidates(run)[:-keep_last], *leftovers(run)]:
         _trouble(partial(discard, path))
+
+
+def _before(run: Path) -> str:
+    """What a failed save leaves."""
+    try:
+        found = candidates(run)
+    except ConfigError:
+        return "those before it cannot be listed now"
+    return f"{found[-1].name} is unharmed" if found else "it is the first"
 
 
 def _trouble(work: Callable[[], Any]) -> str | None:
@@ -305,8 +304,7 @@ class Saver:
         if job.thread:
             free = self.ranks.gather(_free(self.run))[0]
             problem += f"; it needs {size(job.need)}, the disk has {size(free)} free"
-        found = candidates(self.run)
-        before = f"{found[-1].name} is unharmed" if found else "it is the first"
+        before = _before(self.run)
         conflict = f"cannot be written ({problem}); {before}"
         if fatal:
             reject("checkpoint", job.final, conflict, "free space or mend the folder, then resume")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from promoe_ds.files import atomic
+from promoe_ds.files import write_text
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """preemption, and Slurm's warning before the time limit (NCCL has used SIGUSR1)"""
@@ -75,10 +75,8 @@ def _leave(number: signal.Signals) -> None:
 
 def write_marker(run: Path, step: int) -> None:
     """Leave RUN/requeue, which tells a batch script that the same command continues; the checkpoint must be whole."""
-    with atomic(run / MARKER) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(f"stopped by {requested() or 'a signal to another rank'} at step {step}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = f"stopped by {requested() or 'a signal to another rank'} at step {step}\n"
+    write_text(run / MARKER, text, durable=True)
 
 
 def remove_marker(run: Path) -> None:

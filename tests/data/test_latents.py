@@ -18,6 +18,7 @@ from promoe_ds.data.latents import SD_CODEC, LatentShards, LatentTree, open_late
 from promoe_ds.data.order import Purpose, row_generator
 from promoe_ds.encode_job import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.workers import Worker
+from tests.disk import loop
 from tests.photographs import write_tree
 
 CLASSES, ITEMS, SHAPE = ["cat", "dog", "owl"], 7, (8, 4, 4)
@@ -197,3 +198,11 @@ def test_damaged_official_files_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             data.get(np.array([1]))
         assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_latents_that_cannot_be_read_are_not_to_be_removed(tmp_path: Path) -> None:
+    out = write_shards(tmp_path)
+    for path in (out / "items.safetensors", sorted(out.glob("shard-*"))[0]):
+        loop(path)
+        with pytest.raises(ConfigError, match=rf"={path}: cannot be read \(Too many levels.*\); copy it back, or run"):
+            open_latents(str(out))

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from promoe_ds.config import ConfigError
 from promoe_ds.evaluation.collect import load_features
 from promoe_ds.evaluation.feature_store import PACKED, FeatureStore
 from promoe_ds.evaluation.features import Extracted
 from promoe_ds.evaluation.images import Images
+from tests.disk import loop
 
 
 class Means:
@@ -53,3 +55,12 @@ def test_a_file_that_vanishes_while_it_is_packed_is_missed(tmp_path: Path) -> No
     with pytest.raises(LookupError, match="image 0 has disappeared"):
         store.pictures()
     assert not list(tmp_path.iterdir())
+
+
+def test_features_that_cannot_be_read_are_not_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ConfigError, match="no such file"):
+        load_features(path, "--ref")
+    loop(path)
+    with pytest.raises(ConfigError, match=r"^--ref=.*a.safetensors: cannot be read \(Too many levels"):
+        load_features(path, "--ref")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +19,12 @@ from PIL import Image
 
 from launchers import checkpoint as launcher
 from launchers import sample
-from promoe_ds.config import load_config
-from promoe_ds.loading import load_ema
+from promoe_ds.config import ConfigError, load_config
+from promoe_ds.loading import find_weights, load_ema
 from promoe_ds.models.init import build, materialize
 from promoe_ds.train import checkpoint
 from promoe_ds.train.resuming import Reader
+from tests.disk import as_nobody, loop
 from tests.launch import ENVIRONMENT, ROOT
 from tests.train.state import State, saver
 
@@ -112,6 +118,74 @@ def test_prune_keeps_what_is_whole(run: Path, capsys: pytest.CaptureFixture[str]
     hurt(checkpoint.folder(run, 20) / "ema.safetensors")
     assert "no checkpoint of it is whole" in mistake(capsys, "prune", "--run", run, "--damaged")
     assert steps(run) == [20]
+
+
+def test_what_cannot_be_read_is_neither_called_damaged_nor_deleted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hurt(checkpoint.folder(run, 10) / "ema.safetensors")
+    newest = checkpoint.folder(run, 30)
+    for path in (newest / "ema.safetensors", newest / "manifest.json", newest):
+        loop(path)
+        for words in (
+            ["verify"],
+            ["prune", "--damaged"],
+            ["prune", "--keep", 1],
+            ["convert", "--files", 2, "--out", tmp_path / "out"],
+        ):
+            line = mistake(capsys, *words, "--run", run)
+            assert f"={path}" in line and ": cannot be read (Too many levels" in line and "prune" not in line
+            assert steps(run) == [10, 20, 30]
+        for words in (["verify", newest], ["inspect", newest]):
+            assert "cannot be read (Too many levels" in mistake(capsys, *words)
+    loop(run / "checkpoints")
+    for words in (["verify"], ["inspect"], ["prune", "--damaged"]):
+        assert f"checkpoint={run / 'checkpoints'}: cannot be read (Too many" in mistake(capsys, *words, "--run", run)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder where every user may go; pytest's are their owner's."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def test_another_users_files_are_safe(run: Path, shared: Path) -> None:
+    """As safetensors would leave them: the folder may be written by all, one file be read by its owner alone."""
+    shutil.copytree(run, shared / "run")
+    for path in (shared / "run").rglob("*"):
+        path.chmod(0o777 if path.is_dir() else 0o644)
+    (shared / "run").chmod(0o777)
+    old, new = (checkpoint.folder(shared / "run", step) for step in (20, 30))
+
+    def told(*words: object) -> tuple[int, str]:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = launcher.main([str(word) for word in words])
+        return code, said.getvalue()
+
+    whole = ["--run", shared / "run"]
+    assert as_nobody(lambda: told("verify", *whole))[0] == 0
+    for path, mode in ((new / "ema.safetensors", 0), (new / "manifest.json", 0), (new, 0), (new, 0o444)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        hurt(old / "ema.safetensors")
+        for words in (["verify"], ["prune", "--damaged"], ["prune", "--keep", 1]):
+            code, said = as_nobody(lambda words=words: told(*words, *whole))
+            place = new / "manifest.json" if path == new else path
+            assert code == 2 and f"error: checkpoint={place}: cannot be read (Permission denied)" in said
+            assert f"damaged  {new}" not in said and "prune" not in said
+        with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
+            as_nobody(lambda: find_weights(shared / "run"))
+        path.chmod(before)
+        hurt(old / "ema.safetensors")  # and well again
+    (shared / "run" / "checkpoints").chmod(0)
+    for words in (["verify"], ["inspect"], ["prune", "--damaged"]):
+        code, said = as_nobody(lambda words=words: told(*words, *whole))
+        assert code == 2 and said.startswith(f"error: checkpoint={shared / 'run/checkpoints'}: cannot be read (Perm")
+    (shared / "run" / "checkpoints").chmod(0o755)
+    assert steps(shared / "run") == [10, 20, 30]
 
 
 def test_prune_waits_for_nobody(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 from launchers import train as launcher
 from promoe_ds.train import checkpoint
-from tests.disk import resize, tmpfs
+from tests.disk import loop, resize, tmpfs
 from tests.launch import ROOT, deepspeed, run, train
 from tests.photographs import write_tree
+from tests.train.state import save
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -123,6 +124,15 @@ def test_a_run_folder_of_another_configuration(capsys: pytest.CaptureFixture[str
     line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path), "optimizer.lr=0.5")
     assert "optimizer.lr=0.5" in line and "was made with optimizer.lr=0.001" in line and "another --run" in line
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+
+
+def test_checkpoints_that_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Neither a fresh start nor damage."""
+    save(tmp_path, 5)
+    for path in (checkpoint.folder(tmp_path, 5) / "ema.safetensors", tmp_path / "config.yaml"):
+        loop(path)
+        line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path))
+        assert f"={path}: cannot be read (" in line and "Too many levels" in line and "prune" not in line
 
 
 def test_a_run_folder_in_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

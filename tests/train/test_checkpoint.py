@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from promoe_ds.loading import find_weights
 from promoe_ds.train import checkpoint
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.resuming import Reader
+from tests.disk import loop
 from tests.train.state import on_ranks, save, save_on
 
 FILES = ("state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors", "ema.safetensors", "manifest.json")
@@ -55,6 +57,47 @@ def test_every_damage_to_every_file_is_named_and_nothing_loads(tmp_path: Path, v
             find_weights(found)
     shutil.rmtree(found)  # the way out, followed
     assert checkpoint.find_whole(tmp_path, Ranks()) == checkpoint.folder(tmp_path, 5)
+
+
+@pytest.mark.parametrize("victim", [*FILES, ""])
+def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, victim: str) -> None:
+    """A file of the newest checkpoint, or its whole folder."""
+    save(tmp_path, 5)
+    assert save_on(2, tmp_path, 10) == [None, None]
+    found = checkpoint.folder(tmp_path, 10)
+    loop(found / victim)
+    said = rf"={found / (victim or 'manifest.json')}: cannot be read \(Too many levels of symbolic links\); "
+    for world in (1, 3):  # the ranks share the reading, and all of them hear of it
+        errors = on_ranks(world, lambda ranks: checkpoint.find_whole(tmp_path, ranks))
+        assert len({str(error) for error in errors}) == 1 and isinstance(errors[0], ConfigError)
+        assert re.search(said, str(errors[0])) and "prune" not in str(errors[0])
+    for look in (checkpoint.newest, find_weights, lambda run: list(checkpoint.damages(found))):
+        with pytest.raises(ConfigError, match=said):
+            look(tmp_path)
+    with pytest.raises(ConfigError, match=rf"={found}.*: cannot be read"):
+        find_weights(found)
+
+
+def test_nothing_is_advised_where_the_one_before_cannot_be_read(tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(tmp_path, step)
+    loop(checkpoint.folder(tmp_path, 5) / FILES[2])
+    hurt(checkpoint.folder(tmp_path, 10) / FILES[2], "truncate")
+    for world in (1, 3):
+        for error in on_ranks(world, lambda ranks: checkpoint.find_whole(tmp_path, ranks)):
+            assert isinstance(error, ConfigError) and "step_00000005/ema.safetensors: cannot be read" in str(error)
+    with pytest.raises(ConfigError, match="step_00000005/ema.safetensors: cannot be read"):
+        find_weights(tmp_path)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_a_fresh_start(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    loop(tmp_path / "checkpoints")
+    for look in (checkpoint.candidates, checkpoint.newest, find_weights):
+        with pytest.raises(ConfigError, match=r"checkpoints: cannot be read \(Too many levels"):
+            look(tmp_path)
+    for error in on_ranks(3, lambda ranks: checkpoint.find_whole(tmp_path, ranks)):
+        assert isinstance(error, ConfigError) and "checkpoints: cannot be read" in str(error)
 
 
 def test_every_fault_is_listed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from promoe_ds.train import checkpoint, resuming
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.resuming import Reader
 from promoe_ds.train.saving import Saver
+from tests.disk import loop
 from tests.train.state import CONFIG, State, save, save_on
 
 
@@ -83,6 +84,23 @@ def test_a_damaged_run_configuration_is_named(tmp_path: Path, content: bytes) ->
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match="config.yaml: .*choose another --run"):
         resuming.saved_config(tmp_path)
+
+
+def test_a_run_that_cannot_be_read_is_not_a_fresh_start(tmp_path: Path) -> None:
+    for name, look in (("config.yaml", resuming.saved_config), ("metrics.jsonl", resuming.last_logged_step)):
+        assert not look(tmp_path), "nothing is there"
+        loop(tmp_path / name)
+        with pytest.raises(ConfigError, match=rf"^--run={tmp_path / name}: cannot be read \(.*Too many levels"):
+            look(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state-00000-of-00001.safetensors", "ema.safetensors"])
+def test_a_file_that_cannot_be_opened_is_not_said_to_be_missing(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 5)
+    found = checkpoint.folder(tmp_path, 5)
+    loop(found / name)
+    with pytest.raises(ConfigError, match=rf"={found / name}: cannot be read \(Too many levels"):
+        Reader(found)
 
 
 def test_a_run_configuration_of_another_version_is_named(tmp_path: Path) -> None:

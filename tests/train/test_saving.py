@@ -17,7 +17,7 @@ from promoe_ds.train import checkpoint, saving
 from promoe_ds.train.checkpoint import Ranks
 from promoe_ds.train.resuming import Reader
 from promoe_ds.train.saving import share
-from tests.disk import resize, tmpfs
+from tests.disk import loop, resize, tmpfs
 from tests.train.state import CONFIG, State, on_ranks, save, saver
 
 CONTINUE = load_config("tiny", ["train.on_save_error=continue"])
@@ -113,15 +113,16 @@ def test_the_order_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         os, "fsync", lambda fd: (events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}"), real_fsync(fd))
     )
+    number = f".{os.uname().nodename}-{os.getpid()}.tmp"  # flushed before it takes its name
     monkeypatch.setattr(Path, "rename", lambda a, b: (events.append(f"{a.name} -> {b.name}"), real_rename(a, b))[1])
     config = load_config("tiny", ["train.keep_last=1"])
     save(tmp_path, 4, config)
     events.clear()
     save(tmp_path, 5, config)
     assert events == [
-        "sync ema.safetensors",
-        "sync state-00000-of-00001.safetensors",
-        "sync manifest.json",
+        f"sync .ema.safetensors{number}",
+        f"sync .state-00000-of-00001.safetensors{number}",
+        f"sync .manifest.json{number}",
         "sync tmp_step_00000005",
         "tmp_step_00000005 -> step_00000005",
         "sync checkpoints",
@@ -184,6 +185,14 @@ def test_a_failure_behind_the_steps_stops_or_warns(
     monkeypatch.undo()
     job.save(13, FIXED, last=True)
     assert names(tmp_path) == ["step_00000005", "step_00000013"]
+
+
+def test_a_save_fails_where_the_others_cannot_be_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 5)
+    job = saver(tmp_path, State(1), CONTINUE)
+    loop(tmp_path / "checkpoints")
+    job.save(10, FIXED)
+    assert "those before it cannot be listed now; training goes on and tries again" in capsys.readouterr().err
 
 
 def test_the_last_save_is_tried_although_the_one_before_failed(
