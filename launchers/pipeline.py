@@ -22,7 +22,7 @@ from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.sample_job import RECORD, SAMPLES
 from promoe_ds.train.checkpoint import newest, step_of
-from promoe_ds.train.resuming import check_same_run, saved_config
+from promoe_ds.train.resuming import changed_lr, check_same_run, saved_config
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"
@@ -169,6 +169,7 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     saved = saved_config(run)
     if saved is not None:
         check_same_run(saved, config, run)  # its stages are not those of this command, whatever is there
+        changed_lr(newest(run), config)
     if config.data.name == "latents":
         find_codec(args.vae)
         shards = args.latents or config.data.path

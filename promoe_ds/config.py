@@ -10,6 +10,7 @@ DeepSpeed JSON from them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -209,38 +210,43 @@ def router_config_class(name: str, path: str) -> type[RouterConfig]:
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 
+class Override(str):
+    """What stands after `section.key=`; the type of the field decides how it is read."""
+
+    def yaml(self) -> Any:
+        try:
+            return yaml.safe_load(self)
+        except yaml.YAMLError:
+            return str(self)
+
+
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "choose a known one"
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
 def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         reject(path or "config", repr(value), "expected a mapping", "write it as `key: value` lines")
+    prefix = f"{path}." if path else ""
     if kind is RouterConfig:
-        name_path = _join(path, "name")
-        kind = router_config_class(_decode(str, value.get("name", "promoe"), name_path), name_path)
+        name = _decode(str, value.get("name", "promoe"), f"{prefix}name")
+        kind = router_config_class(name, f"{prefix}name")
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     for key in value:
         if key not in known:
             listed = f"unknown key (known: {', '.join(known)})"
-            reject(_join(path, str(key)), value[key], listed, _did_you_mean(key, known))
-    return kind(**{key: _decode(hints[key], item, _join(path, key)) for key, item in value.items()})
+            reject(f"{prefix}{key}", value[key], listed, _did_you_mean(key, known))
+    return kind(**{key: _decode(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
 
 
 def _decode_union(kind: Any, value: Any, path: str) -> Any:
     members = typing.get_args(kind)
-    if value is None and types.NoneType in members:
+    if types.NoneType in members and (value.yaml() if isinstance(value, Override) else value) is None:
         return None
     errors = []
-    for member in members:
-        if member is types.NoneType:
-            continue
+    for member in [member for member in members if member is not types.NoneType]:
         try:
             return _decode(member, value, path)
         except ConfigError as error:
@@ -262,10 +268,16 @@ def _spell(kind: Any) -> str:
 def _decode(kind: Any, value: Any, path: str) -> Any:
     """Turn plain YAML data into `kind` or raise `ConfigError` naming `path`."""
     origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(typing.cast(type, kind), value, path)
     if origin in (typing.Union, types.UnionType):
         return _decode_union(kind, value, path)
+    if isinstance(value, Override):
+        read = value.yaml()
+        text = read if value[:1] in ("'", '"') and isinstance(read, str) else str(value)  # quotes are YAML's
+        if text and (kind is str or (origin is Literal and text in typing.get_args(kind))):
+            return text
+        value = text if kind in (int, float) and type(read) in (int, float) else read  # YAML reads 0500 as 320
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), value, path)
     if origin is Literal:
         choices = typing.get_args(kind)
         if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is no True
@@ -278,19 +290,20 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         return tuple(_decode(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if type(value) is kind and kind is not float:
         return value
-    number = _number(value) if kind in (int, float) else None
-    if number is not None and (kind is float or number.is_integer()):
+    number = _number(str(value)) if kind in (int, float) else None
+    if number is not None and (kind is float or number == int(number)):
         return kind(number)
-    reject(path, repr(value), f"expected {kind.__name__}, got {type(value).__name__}", "change the value")
+    way_out = "write it in quotes" if kind is str and not isinstance(value, list | dict) else "change the value"
+    reject(path, repr(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
 
 
-def _number(value: Any) -> float | None:
-    """A finite float, also from a string: YAML 1.1 reads 1e-4 and 1e5 as strings. None if it is not one."""
-    try:
-        number = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if number is not None and math.isfinite(number) else None
+def _number(text: str) -> float | None:
+    """A finite number, whole ones exactly (YAML 1.1 reads 1e-4 and 1e5 as text); None if it is not one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := kind(text)):
+                return number
+    return None
 
 
 def decode(tree: dict[str, Any]) -> Config:
@@ -356,20 +369,18 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
         reject("override", repr(text), "is not section.key=value", "write for example train.steps=1000")
-    try:
-        value = raw if key == "train.profile" else yaml.safe_load(raw)  # YAML 1.1 reads 2:5 as 125
-    except yaml.YAMLError:
-        value = raw
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        if parent in node and node[parent] is None:
+        inner = node.setdefault(parent, {})
+        node[parent] = inner = inner.yaml() if isinstance(inner, Override) else inner
+        if inner is None:
             way_out = f"override `{parent}` as a whole or choose another recipe"
             reject(key, raw, f"`{parent}` is null in this recipe", way_out)
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        if not isinstance(inner, dict):
             reject(key, raw, f"`{parent}` is not a section", "remove the last part of the key")
-    node[leaf] = value
+        node = inner
+    node[leaf] = Override(raw)
 
 
 def load_config(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Config:

@@ -45,14 +45,19 @@ def _padded(elements: int, ranks: int) -> int:
     return -(-elements // (2 * ranks)) * 2 * ranks
 
 
-def gradients(config: Config, world: int, ep: int, stage: int = 1) -> int:
+def gradients(config: Config, world: int, ep: int, stage: int = 1, multi_rank: bool = True) -> int:
     """Stages 0 to 2 all-reduce: 2 (W-1) P_d + 2 (W/ep - 1) P_r elements, whatever `reduce_scatter` says (0.19.8).
 
     Once a step at stages 0 and 1; stage 2, which keeps no whole gradients, after every micro-batch.
+
+    Args:
+        multi_rank: DeepSpeed's `use_multi_rank_bucket_allreduce`; without it stages 1 and 2 reduce each gradient to the
+            rank that owns it, which is half the bytes.
     """
     dense, routed = trained(config)
     times = batch_plan(config, world)[1] if stage == 2 else 1
-    return 2 * times * ((world - 1) * dense + (world // ep - 1) * routed) * weight_bytes(config)
+    passes = 2 if multi_rank or stage == 0 else 1
+    return passes * times * ((world - 1) * dense + (world // ep - 1) * routed) * weight_bytes(config)
 
 
 def parameters(config: Config, world: int, ep: int, stage: int) -> int:

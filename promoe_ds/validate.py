@@ -155,7 +155,7 @@ def _validate_speed(config: Config) -> None:
     if text is not None:
         first, colon, last = text.partition(":")
         if not colon or not (first.isdigit() and last.isdigit()) or not 1 <= int(first) <= int(last):
-            reject("train.profile", repr(text), "is not A:B with steps 1 <= A <= B", "write for example 20:23, quoted")
+            reject("train.profile", repr(text), "is not A:B with steps 1 <= A <= B", "write for example 20:23")
         if int(first) > cfg.steps:
             reject("train.profile", text, f"begins after train.steps={cfg.steps}", "choose earlier steps")
     if cfg.compile and cfg.activation_checkpointing == "selective":

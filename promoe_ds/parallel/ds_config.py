@@ -2,7 +2,8 @@
 
 A ds_config holds only what DeepSpeed alone understands (ZeRO stage, buckets, offload, profilers). Batch sizes,
 precision and clipping come from the `Config`; a file that repeats them must agree. DeepSpeed 0.19.8 ignores unknown
-top-level keys without a word, so the known ones are listed here and everything else is an error.
+top-level keys without a word, so the known ones are listed here and everything else is an error; `ds_values.py` asks
+DeepSpeed for the keys below them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ OWNERS = {
 PASSED = frozenset(
     {
         "zero_optimization",
-        "communication_data_type",
         "comms_logger",
         "flops_profiler",
         "wall_clock_breakdown",
@@ -42,7 +42,6 @@ PASSED = frozenset(
         "dump_state",
         "disable_python_gc",
         "timers",
-        "aio",
         "log_level",
     }
 )
@@ -60,6 +59,7 @@ REFUSED = {
     "fp16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
     "bfloat16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
     "data_types": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
+    "communication_data_type": "gradients travel in the precision that train.precision implies",
     "activation_checkpointing": "it lives in train.activation_checkpointing",
     "expert_parallel": _EP,
     "tensor_parallel": "there is no tensor parallelism",
@@ -83,6 +83,7 @@ REFUSED = {
     "autotuning": "DeepSpeed's autotuner writes keys that the recipe owns",
     "hybrid_engine": "it is for language-model generation",
     "weight_quantization": "it is for inference",
+    "aio": "it is for offload to NVMe, which is untested here",
     "disable_allgather": "ZeRO needs the all-gather",
     **dict.fromkeys(
         (
@@ -103,42 +104,6 @@ REFUSED = {
 }
 """Top-level keys that DeepSpeed knows (or knew) and this project cannot honour -> why."""
 
-ZERO_KEYS = frozenset(
-    {
-        "stage",
-        "contiguous_gradients",
-        "reduce_scatter",
-        "reduce_bucket_size",
-        "use_multi_rank_bucket_allreduce",
-        "allgather_partitions",
-        "allgather_bucket_size",
-        "overlap_comm",
-        "load_from_fp32_weights",
-        "offload_param",
-        "offload_optimizer",
-        "sub_group_size",
-        "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold",
-        "stage3_model_persistence_threshold",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_gather_16bit_weights_on_model_save",
-        "stage3_module_granularity_threshold",
-        "stage3_use_all_reduce_for_fetch_params",
-        "stage3_allgather_sequential",
-        "ignore_unused_parameters",
-        "round_robin_gradients",
-        "parameter_alignment",
-        "memory_efficient_linear",
-        "pipeline_loading_checkpoint",
-        "override_module_apply",
-        "log_trace_cache_warnings",
-        "enable_sanity_checks",
-        "leaf_module",
-    }
-)
-"""Keys of `zero_optimization` handed on (the names a JSON uses: DeepSpeed's field aliases)."""
-
 ZERO_REFUSED = {
     "compute_grad_norm": "the gradient norm is logged, and clipped by optimizer.clip_grad_norm",
     "elastic_checkpoint": "the trainer's own checkpoints are elastic",
@@ -153,25 +118,9 @@ ZERO_REFUSED = {
     "zero_quantized_nontrainable_weights": "expert parallelism has no quantised communication",
     "zero_quantized_gradients": "expert parallelism has no quantised communication",
     "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
+    "parameter_alignment": "it pads the parameters that travel by bytes that the formulas of traffic.py do not know",
 }
-
-OFFLOAD_KEYS = {
-    "offload_optimizer": frozenset(
-        {
-            "device",
-            "nvme_path",
-            "buffer_count",
-            "pin_memory",
-            "pipeline_read",
-            "pipeline_write",
-            "fast_init",
-            "ratio",
-            "super_offload",
-            "cpuadam_cores_perc",
-        }
-    ),
-    "offload_param": frozenset({"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"}),
-}
+"""Keys of `zero_optimization` that this project cannot honour -> why."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +157,8 @@ def _read(path: str) -> dict[str, Any]:
     return tree
 
 
-def _unknown(where: str, value: Any, key: str, known: Iterable[str]) -> NoReturn:
+def unknown(where: str, value: Any, key: str, known: Iterable[str]) -> NoReturn:
+    """Reject the key at `where`; names the nearest of the known ones."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     reject(
         where,
@@ -223,24 +173,22 @@ def _check_top_level(file: str, tree: dict[str, Any]) -> None:
         if key in REFUSED:
             reject(f"{file}: {key}", json.dumps(value), REFUSED[key], "remove it from the file")
         if key not in PASSED and key not in OWNERS:
-            _unknown(f"{file}: {key}", value, key, [*PASSED, *OWNERS, *REFUSED])
+            unknown(f"{file}: {key}", value, key, [*PASSED, *OWNERS, *REFUSED])
 
 
 def _check_zero(file: str, zero: dict[str, Any], ep: int) -> None:
     for key, value in zero.items():
-        where = f"{file}: zero_optimization.{key}"
         if key in ZERO_REFUSED:
-            reject(where, json.dumps(value), ZERO_REFUSED[key], "remove it from the file")
-        if key not in ZERO_KEYS:
-            _unknown(where, value, key, [*ZERO_KEYS, *ZERO_REFUSED])
-    for key in ("contiguous_gradients", "reduce_scatter"):
-        if zero.get(key) is False and ep > 1:
-            reject(
-                f"{file}: zero_optimization.{key}",
-                "false",
-                f"DeepSpeed needs it for sharded experts (parallel.expert_parallel={ep})",
-                "write true",
-            )
+            reject(f"{file}: zero_optimization.{key}", json.dumps(value), ZERO_REFUSED[key], "remove it from the file")
+    needed, owner = ("contiguous_gradients", "reduce_scatter"), "use_multi_rank_bucket_allreduce"
+    off = [key for key in (*needed, owner) if zero.get(key, True) not in (True, "auto")]
+    for key in [key for key in needed if key in off]:
+        if ep > 1:
+            conflict = f"DeepSpeed needs it for sharded experts (parallel.expert_parallel={ep})"
+            reject(f"{file}: zero_optimization.{key}", json.dumps(zero[key]), conflict, "write true")
+        if owner in off:
+            conflict = f"DeepSpeed then ignores {owner}={json.dumps(zero[owner])}"
+            reject(f"{file}: zero_optimization.{key}", json.dumps(zero[key]), conflict, "remove one of them")
 
 
 def _stage(file: str, zero: Any) -> int:
@@ -253,16 +201,13 @@ def _stage(file: str, zero: Any) -> int:
 
 
 def _offload_device(file: str, zero: dict[str, Any], key: str) -> str:
-    """`none`, `cpu` or `nvme`; also checks the names inside the block."""
+    """`none`, `cpu` or `nvme`."""
     block = zero.get(key)
     if block is None:
         return "none"
     where = f"{file}: zero_optimization.{key}"
     if not isinstance(block, dict):
         reject(where, json.dumps(block), "expected an object", 'write {"device": "cpu"}')
-    for name, value in block.items():
-        if name not in OFFLOAD_KEYS[key]:
-            _unknown(f"{where}.{name}", value, name, OFFLOAD_KEYS[key])
     device = block.get("device", "none")
     if device not in ("none", "cpu", "nvme"):
         reject(f"{where}.device", json.dumps(device), "is not an offload device", "choose none, cpu or nvme")
@@ -378,8 +323,8 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
         path: a ds_config, or the name of a shipped one; None stands for plain data parallelism at stage 0.
 
     Raises:
-        ConfigError: unreadable file, unknown or refused key, a value that contradicts `config`, or a topology,
-            precision or offload that cannot work.
+        ConfigError: unreadable file, a top-level key that is unknown or refused, a value that contradicts `config`,
+            or a topology, precision or offload that cannot work.
     """
     path = None if path is None else find(path)
     file = path or "no --ds_config"

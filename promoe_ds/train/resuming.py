@@ -29,7 +29,7 @@ FREE_ON_RESUME = {
         "train.keep_last",
         "train.sample_every",
     ),
-    *("train.on_save_error", "train.on_nonfinite", "train.measure"),
+    *("train.on_save_error", "train.on_nonfinite", "train.measure", "optimizer.lr"),
     *(
         "train.micro_batch_size",
         "train.activation_checkpointing",
@@ -39,7 +39,8 @@ FREE_ON_RESUME = {
     ),
 }
 """Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
-shown. Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""
+shown. The learning rate too, after a loss that is not finite: the log says from which step on (`changed_lr`).
+Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
@@ -64,6 +65,21 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
             values = ["a section" if isinstance(value, dict) else value for value in (new, old)]
             reject(path, values[0], f"{where} was made with {values[1]}", "name its recipe or choose another --run")
         reject(path, new, f"{where} was made with {path}={old}", f"set {path}={old} or choose another --run")
+
+
+def changed_lr(found: Path | None, config: Config) -> float | None:
+    """The learning rate that the steps before were made with, where `config` goes on with another; None for the same.
+
+    Raises:
+        ConfigError: there is no step left to make with it.
+    """
+    before = decode(manifest(found)["config"]).optimizer.lr if found else config.optimizer.lr
+    if before == config.optimizer.lr:
+        return None
+    if found and step_of(found) >= config.train.steps:
+        conflict = f"{found} is at the last step, and was made with optimizer.lr={before}"
+        reject("optimizer.lr", config.optimizer.lr, conflict, f"raise train.steps, or set optimizer.lr={before}")
+    return before
 
 
 def check_same_data(found: Path, data: str) -> None:

@@ -87,6 +87,8 @@ class Trainer:
             resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
             resuming.check_same_data(found, data)
         self.step = resuming.check_history(run, found, config)
+        self.lr_before = resuming.changed_lr(found, config)
+        self.renewed = self.step + 1 if self.lr_before else 0
         self.engine = self._make_engine(ds, found)
         facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
                  "data": data}  # fmt: skip
@@ -193,7 +195,7 @@ class Trainer:
 
     def _logged(self, step: int) -> bool:
         cfg = self.config.train
-        return step % cfg.log_every == 0 or step in (1, cfg.steps)
+        return step % cfg.log_every == 0 or step in (1, cfg.steps, self.renewed)
 
     def _stop_early(self, step: int) -> None:
         """Collective: whether a rank was told to stop before the first step. Nothing is lost, so nothing is saved."""
@@ -339,6 +341,7 @@ class Trainer:
             mfu = rate / self.topology.world * self.image_flops / peak if peak else None
             self.log.write({
                 "step": self.step, **{k: _finite(record[k]) for k in (*self.terms, "grad_norm")},
+                "lr": self.config.optimizer.lr,
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
                 "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
             } | measured | ({"skipped": record["skipped"]} if record["skipped"] else {})
@@ -358,10 +361,10 @@ class Trainer:
                 target = self.run_folder / "samples"
                 image = keep_grid(target, weights, self.config, self.step, self.topology.device)
                 self.log.image("samples", image, self.step)
+                self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
             except GridFailed as error:
                 self._say(f"  no sample grid: {error}")
         barrier(self.topology)
-        self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
 
     def _paused(self, work: Callable[..., None], *args: Any) -> None:
         """Do it; its time does not count as time of training."""
@@ -375,8 +378,9 @@ class Trainer:
         t, cfg = self.topology, self.config.train
         fresh = f"starting from {cfg.init}" if cfg.init else "starting"
         where = f"resuming at step {self.step}" if self.step else fresh
+        lr = f", optimizer.lr {self.config.optimizer.lr:g} instead of {self.lr_before:g}" if self.lr_before else ""
         return (
-            f"{self.config.name}: {where} of {cfg.steps}; {self.total_parameters / 1e6:.1f} M parameters, "
+            f"{self.config.name}: {where} of {cfg.steps}{lr}; {self.total_parameters / 1e6:.1f} M parameters, "
             f"{len(self.dataset)} images; {t.world} x {t.device.type}, ep {t.ep}, ZeRO-{self.engine.stage}, "
             f"{cfg.precision}, global batch {cfg.global_batch_size}; run folder {self.run_folder}"
         )

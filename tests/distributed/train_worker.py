@@ -19,12 +19,12 @@ assert example_router.HashRouter, "imported to register CONTRIBUTING's example"
 
 
 def make(folder: Path, ds: str, *overrides: str) -> Trainer:
-    """`ds` names a ds_config and, after a blank, a recipe other than `tiny`."""
+    """`ds` is a ds_config or the name of a shipped one and, after a blank, a recipe other than `tiny`."""
     ds, _, recipe = ds.partition(" ")
     config = load_config(
         recipe or "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
     )
-    resolved = ds_config.resolve(str(ROOT / f"ds_configs/{ds}.json"), config, topology.world_size())
+    resolved = ds_config.resolve(ds, config, topology.world_size())
     return Trainer(config, resolved, folder, topology.from_environment(config.parallel.expert_parallel))
 
 

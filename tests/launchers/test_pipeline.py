@@ -23,6 +23,7 @@ from promoe_ds.train.checkpoint import newest
 from tests.data.test_codecs import PACKS
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import psnr, tiny_kl, write_tree
+from tests.train.state import save
 
 Pipeline = Callable[..., tuple[int, str, str]]
 TINY = {
@@ -94,8 +95,11 @@ def test_what_is_missing_is_told_before_any_work(
 
 def test_a_run_of_another_configuration_is_not_taken_for_done(pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(load_config("tiny")))
-    code, text, error = pipeline("tiny", "--run", tmp_path, "--until", "train", "optimizer.lr=1")
-    assert code == 2 and text == "" and error.startswith("error: optimizer.lr=1.0: ") and error.count("\n") == 1
+    save(tmp_path, 20)
+    assert pipeline("tiny", "--run", tmp_path, "--until", "train")[1].startswith("[1 train: done] ")
+    for key, value in (("eps", "1.0"), ("lr", "1.0")):
+        code, text, error = pipeline("tiny", "--run", tmp_path, "--until", "train", f"optimizer.{key}={value}")
+        assert code == 2 and text == "" and error.startswith(f"error: optimizer.{key}=1.0: ") and error.count("\n") == 1
 
 
 def test_a_stop_lets_the_training_save(tmp_path: Path) -> None:

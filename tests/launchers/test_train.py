@@ -121,8 +121,8 @@ def test_a_run_folder_of_another_configuration(capsys: pytest.CaptureFixture[str
 
     (tmp_path / "config.yaml").write_text(dump(load_config("tiny")))
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
-    line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path), "optimizer.lr=0.5")
-    assert "optimizer.lr=0.5" in line and "was made with optimizer.lr=0.001" in line and "another --run" in line
+    line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path), "optimizer.beta1=0.5")
+    assert "optimizer.beta1=0.5" in line and "was made with optimizer.beta1=0.9" in line and "another --run" in line
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
 
 

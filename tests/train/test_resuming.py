@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,27 @@ def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
     found = checkpoint.folder(tmp_path, 5)
     saved = checkpoint.manifest(found)["config"]
     resuming.check_same_run(saved, load_config("tiny", ["train.steps=99", "parallel.expert_parallel=4"]), found)
-    with pytest.raises(
-        ConfigError, match=r"optimizer.lr=0.5: .*was made with optimizer.lr=0.001; set optimizer.lr=0.001"
-    ):
-        resuming.check_same_run(saved, load_config("tiny", ["optimizer.lr=0.5"]), found)
+    with pytest.raises(ConfigError, match=r"optimizer.eps=0.5: .*was made with optimizer.eps=1e-08; set optimizer"):
+        resuming.check_same_run(saved, load_config("tiny", ["optimizer.eps=0.5"]), found)
     with pytest.raises(ConfigError, match="moe=None: .* was made with a section; name its recipe or choose another"):
         resuming.check_same_run(saved, load_config("tiny", ["moe=null"]), found)
+
+
+def test_another_learning_rate_needs_a_step_to_make_with_it(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    found, other = checkpoint.folder(tmp_path, 5), ["optimizer.lr=0.5"]
+    resuming.check_same_run(checkpoint.manifest(found)["config"], load_config("tiny", other), found)
+    assert resuming.changed_lr(found, load_config("tiny", other)) == 0.001
+    assert resuming.changed_lr(found, CONFIG) is resuming.changed_lr(None, load_config("tiny", other)) is None
+    with pytest.raises(ConfigError, match=r"optimizer.lr=0.5: .*at the last step, .*; raise train.steps, or"):
+        resuming.changed_lr(found, load_config("tiny", [*other, "train.steps=5"]))
+
+
+def test_what_is_advised_after_a_nan_may_change_on_resume() -> None:
+    page = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if "loss/diffusion is nan" in line]
+    advised = re.findall(r"`(\w+\.\w+)", row.rsplit("|", 2)[1])
+    assert len(advised) == 2 and set(advised) <= resuming.FREE_ON_RESUME
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
