@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from evaluation.collect import FeatureSet, collect, save_features
 from evaluation.evaluate import Evaluator, check_shape, score_all
@@ -19,8 +21,8 @@ from evaluation.reference import KEEP, REFERENCES, find_reference, reference_fea
 from evaluation.report import check_output, format_table, notes, write_metrics
 from evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
 from evaluation.workers import Workers
-from promoe_ds.command_line import DONE, USER_ERROR, Parser, check_positive, leave
-from promoe_ds.config import ConfigError, reject
+from promoe_ds.command_line import Parser, check_positive, guarded, leave
+from promoe_ds.config import reject
 from promoe_ds.workers import Worker, barrier_of, pick_device, worker_from
 
 EXAMPLES = """examples:
@@ -204,17 +206,8 @@ def run(argv: Sequence[str]) -> None:
         score(argv, worker)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for a user's mistake, told in one line on stderr."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return DONE
+def main(argv: list[str] | None = None) -> int:
+    return guarded(run, sys.argv[1:] if argv is None else argv)
 
 
 def console() -> None:
