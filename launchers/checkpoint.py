@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import DONE, USER_ERROR, Parser
+from promoe_ds.command_line import DONE, USER_ERROR, Parser, guarded, leave
 from promoe_ds.config import Config, ConfigError, decode, reject
 from promoe_ds.files import is_dir
 from promoe_ds.train import checkpoint
@@ -241,20 +243,18 @@ def delete(path: Path) -> None:
         reject("checkpoint", path, f"cannot be deleted ({error.strerror})", "mend its permissions")
 
 
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    return {"inspect": inspect, "verify": verify, "convert": convert, "prune": prune}[args.command](args)
+
+
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parser().parse_args(argv)
-        return {"inspect": inspect, "verify": verify, "convert": convert, "prune": prune}[args.command](args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return 130
+    return guarded(run, sys.argv[1:] if argv is None else argv)
 
 
 def console() -> None:
     """The command promoe-checkpoint."""
-    sys.exit(main())
+    leave(main)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import DONE, Parser, check_positive, leave, mistake
-from promoe_ds.config import ConfigError, reject
+from promoe_ds.command_line import Parser, check_positive, guarded, leave
+from promoe_ds.config import reject
 from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
 from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor
@@ -221,16 +223,8 @@ def run(argv: Sequence[str]) -> None:
         score(argv, worker)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for a user's mistake, told in one line on stderr."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        return mistake(error)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return DONE
+def main(argv: list[str] | None = None) -> int:
+    return guarded(run, sys.argv[1:] if argv is None else argv)
 
 
 def console() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,15 +14,16 @@ from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import Parser, check_positive, guarded, leave, parse_scales, parse_steps
+from promoe_ds.command_line import DONE, Parser, check_positive, guarded, leave, parse_scales, parse_steps
 from promoe_ds.config import Config, ConfigError, load_config, reject
 from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.sample_job import RECORD, SAMPLES
-from promoe_ds.train.checkpoint import newest, step_of
+from promoe_ds.train.checkpoint import newest, step_of, trained
 from promoe_ds.train.resuming import changed_lr, check_same_run, saved_config
 
 HERE = Path(__file__).resolve().parent
@@ -96,8 +98,9 @@ def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
     out.append(Stage("train", "train.py", words, lambda: trained(run, config.train.steps)))
     words = ["--run", str(run), "--num", str(args.num), "--cfg", args.cfg, "--steps", str(args.steps)]
     words += ["--batch", batch, "--format", "npz", *vae]
-    wanted = {"num": args.num, "steps": args.steps, "checkpoint_step": config.train.steps}
-    out.append(Stage("sample", "sample.py", words, lambda: sampled(run, scales, wanted)))
+    wanted = {"num": args.num, "steps": args.steps}
+    done = lambda: trained(run, config.train.steps) and sampled(run, scales, wanted)  # noqa: E731
+    out.append(Stage("sample", "sample.py", words, done))
     options = {"--ref": args.ref, "--features": args.features, "--inception-weights": args.inception_weights}
     words = ["--run", str(run), *(word for key, value in options.items() if value for word in (key, value))]
     out.append(Stage("evaluate", "evaluate.py", words, lambda: scored(run, scales, args.ref or DIGITS)))
@@ -114,17 +117,14 @@ def encoded(shards: Path, size: int) -> bool:
     return (shards / ITEMS).is_file() and index.image_size == size
 
 
-def trained(run: Path, steps: int) -> bool:
-    found = newest(run)
-    return found is not None and step_of(found) >= steps
-
-
 def packs(run: Path, scales: list[float]) -> list[Path]:
     return [run / "samples" / f"cfg{scale}" / SAMPLES for scale in scales]
 
 
 def sampled(run: Path, scales: list[float], wanted: dict[str, int | str]) -> bool:
-    """Whether every scale has its packed samples, and their record says what is wanted."""
+    """Whether every scale has its packed samples, and their record says what is wanted, of the newest checkpoint."""
+    found = newest(run)
+    wanted = wanted | {"checkpoint_step": step_of(found) if found else 0}
     for pack in packs(run, scales):
         try:
             record = json.loads(pack.with_name(RECORD).read_text(encoding="utf-8"))
@@ -197,16 +197,33 @@ def check_scorer(args: argparse.Namespace, config: Config) -> None:
 
 def follow(command: list[str]) -> int:
     """Run a launcher and return its exit code; a stop is passed on and waited for, so that it can save."""
-    child = subprocess.Popen(command)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
-        raise
+    child, stopped = subprocess.Popen(command), None
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt as stop:  # another one is passed on too
+            stopped = stop
+            child.terminate()
+    if stopped:
+        raise stopped
+    return code
 
 
-def pipeline(argv: list[str]) -> None:
+def run_stage(stage: Stage, command: list[str]) -> int:
+    """Run a launcher to the end; returns the exit code, 0 only if its result is there."""
+    code = follow(command)
+    if code:
+        print(f"stopped: {stage.name} ended with exit code {code}; the same command continues", file=sys.stderr)
+        return code if code > 0 else 128 - code
+    if not stage.done():
+        text = "without its result; its processes may be running still, and the same command continues after them"
+        print(f"stopped: {stage.name} ended with exit code 0, {text}", file=sys.stderr)
+        return 1
+    return DONE
+
+
+def pipeline(argv: list[str]) -> int:
     args = parser().parse_intermixed_args(argv)
     config = load_config(args.recipe, args.overrides)
     check(args, config)
@@ -217,10 +234,9 @@ def pipeline(argv: list[str]) -> None:
         print(f"[{number} {stage.name}{': done' if done else ''}] {shlex.join(command)}", flush=True)
         if done or args.dry_run:
             continue
-        code = follow(command)
-        if code:
-            print(f"stopped: {stage.name} ended with exit code {code}; the same command continues", file=sys.stderr)
-            raise SystemExit(code if code > 0 else 128 - code)
+        if code := run_stage(stage, command):
+            return code
+    return DONE
 
 
 def main() -> int:

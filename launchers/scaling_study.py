@@ -100,6 +100,7 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
     import torch
 
     from benchmarks.provenance import facts
+    from promoe_ds.train.checkpoint import trained
 
     runs = [("all", True)] if not torch.cuda.is_available() else [("speed", False), ("parts", True)]
     records = []
@@ -113,7 +114,7 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
         log = args.out / "points" / f"{point.name}.log"
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-        if code:
+        if code or not trained(folder, config_of(point, args).train.steps):
             return None
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records.append([json.loads(line) for line in lines][-args.windows :])
@@ -211,6 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped; the same command runs what is missing", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ examples:
   deepspeed launchers/train.py --config promoe_b/config.yaml train.init=promoe_b data.path=latents --run runs/tuned
                                   (fine-tuning: promoe_b is what launchers/import_weights.py or export.py made)
 
-exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by SIGTERM or SIGUSR2 after saving
-(the file RUN/requeue says so too: the same command continues), 1 anything else; torchrun makes every failure 1
+exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by SIGTERM or SIGUSR2 after saving, 130
+by Ctrl-C after saving (the file RUN/requeue says so too: the same command continues), 1 anything else; launchers have
+codes of their own (docs/training.md): torchrun makes every failure 1
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ from promoe_ds.command_line import Parser, mistake  # noqa: E402
 from promoe_ds.config import Config, ConfigError, load_config  # noqa: E402
 from promoe_ds.validate import validate_data  # noqa: E402
 
-INTERRUPTED = "interrupted; the same command continues from the last checkpoint"
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON")
     parser.add_argument("--check-files", action="store_true", help="with --dry-run: read data and run folder too")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
-    text = "end with 0, not 85, when a signal stopped the run (for batch scripts, which test RUN/requeue)"
+    text = "end with 0, not 85 or 130, when a signal stopped the run (for batch scripts, which test RUN/requeue)"
     parser.add_argument("--exit-zero-on-signal", action="store_true", help=text)
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: number of GPUs to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -119,17 +118,16 @@ def train(args: argparse.Namespace, config: Config) -> int:
         if isinstance(error, ConfigError) and not topology.watched():
             raise
         return topology.fail(str(error), 1 if isinstance(error, TrainingStopped) else USER_ERROR)
-    except KeyboardInterrupt:
-        if not topology.watched():
-            raise
-        return topology.fail(INTERRUPTED, 130)
     except Exception as error:
         return topology.crash(error, here)
     finally:
         if trainer is not None:
             trainer.close()
     topology.disconnect()
-    code = 0 if code == RESUMABLE and args.exit_zero_on_signal else code
+    if code == RESUMABLE and args.exit_zero_on_signal:
+        code = 0
+    elif code == RESUMABLE and signals.requested() == "SIGINT":
+        code = signals.INTERRUPTED
     return code if here.world == 1 else topology.leave(code)
 
 
@@ -142,10 +140,6 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run(args, config) if args.dry_run else train(args, config)
     except ConfigError as error:
         return mistake(error)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(INTERRUPTED, file=sys.stderr, flush=True)
-        return 130
 
 
 def console() -> None:

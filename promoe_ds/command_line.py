@@ -17,7 +17,7 @@ from promoe_ds.config import ConfigError, reject
 from promoe_ds.train import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
-"""exit codes; after 85 the same command continues"""
+"""exit codes; after 85 the same command continues, as after `signals.INTERRUPTED` (130), Ctrl-C"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,21 +65,31 @@ def mistake(error: ConfigError) -> int:
     return USER_ERROR
 
 
-def guarded(work: Callable[[list[str]], object], argv: list[str]) -> int:
-    """Run `work`; a user's mistake and a stop become a line on stderr and an exit code."""
+def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Run `work`, which may return an exit code; a user's mistake and a stop become a line on stderr and another."""
     try:
-        work(argv)
+        return work(argv) or DONE
     except ConfigError as error:
         return mistake(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return STOPPED
-    return DONE
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped; run the same command again", file=sys.stderr)
+        return stop.args[0] if stop.args else signals.INTERRUPTED
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
     """Body of `if __name__ == "__main__"`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and launchers stop with SIGTERM
+    told = -math.inf
+
+    def stop(number: int, _: object) -> None:
+        """Interrupt the work, not what then clears up: launchers pass on what their process group also got."""
+        nonlocal told
+        if time.monotonic() - told > signals.REPEAT_SECONDS:
+            told = time.monotonic()
+            raise KeyboardInterrupt(signals.INTERRUPTED if number == signal.SIGINT else STOPPED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # people; schedulers and launchers
+        signal.signal(number, stop)
     code = main()
     if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
         sys.stdout.flush()

@@ -121,16 +121,22 @@ nodes_answer() {
     timeout 90 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true >/dev/null 2>&1
 }
 
-# Whether the ranks were stopped from outside and can go on: each has left word (slurm/task.sh) that it is done, or was
-# stopped. Not by the exit code of srun, which ends the others by TERM when one has crashed.
-stopped() {
+# Whether every rank has left word (slurm/task.sh) that matches PATTERN.
+all_said() { # PATTERN
     local late=$((SECONDS + 60))
-    ((code)) && [[ $PROMOE_ENDS ]] && grep -qsx stopped "$PROMOE_ENDS"/* || return
-    while (($(grep -lx 'stopped\|finished' "$PROMOE_ENDS"/* | wc -l) < expected)); do
+    while (($(grep -lsx "$1" "$PROMOE_ENDS"/* | wc -l) < expected)); do
         ((NODES > 1 && SECONDS < late)) || return # NFS may show what another node wrote a minute later
         sleep 5
     done
 }
+
+# Whether the ranks were stopped from outside and can go on: each is done, or was stopped. Not by the exit code of srun,
+# which ends the others by TERM when one has crashed.
+stopped() { ((code)) && [[ $PROMOE_ENDS ]] && grep -qsx stopped "$PROMOE_ENDS"/* && all_said 'stopped\|finished'; }
+
+# Whether the work is done, which an exit code of 0 does not say: launchers may give it when they are killed themselves.
+# Scripts whose ranks leave no words look into their folder.
+finished() { [[ ! $PROMOE_ENDS ]] || all_said finished; }
 
 forget_ends() { [[ ! $PROMOE_ENDS ]] || rm -rf "$PROMOE_ENDS"; }
 
@@ -154,6 +160,10 @@ again() { # WHY
 finish() {
     if stopped; then again "stopped and saved"; fi
     if ((code)) && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
+    if ((!code)) && ! finished; then
+        code=1
+        echo "error: the ranks ended with exit code 0, but not all is done; the same command continues" >&2
+    fi
     ((code != 85)) || code=1 # of a rank that was stopped because another failed
     forget_ends
     say "exit code $code"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,27 @@ def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[
     done = shell(folder, "bash", "-c", script, SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="7", PYTHON="/bin/bash",
                  PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
     assert done.stdout.splitlines()[-1].endswith(expected), done.stdout + done.stderr
+
+
+def test_an_exit_code_of_0_is_not_enough(folder: Path, tmp_path: Path) -> None:
+    """A launcher that is killed may give it: training looks for its last checkpoint, others for the ranks' words."""
+    write_program(tmp_path / "bin/scontrol", "echo node1")
+    for name in ("launchers", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    variables = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "TASKS_PER_NODE": "1"}
+    variables |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "DEVICE": "cpu"}
+    variables |= {"PROMOE_ROOT": str(folder), "RUN": "run", "RECIPE": "tiny", "OVERRIDES": "train.steps=2"}
+    other = "source slurm/common.sh; count_starts run 0; run_ranks 1 -c pass; finish"
+    works = 'shift; RANK=0 WORLD_SIZE=1 SLURM_PROCID=0 exec "$@"'
+    for job, launcher, code in (
+        (["slurm/promoe_xl.sbatch"], "exit 0", 1),
+        (["slurm/promoe_xl.sbatch"], works, 0),
+        (["-c", other], "exit 0", 1),
+    ):
+        write_program(folder / "slurm/launch.sh", launcher)
+        done = shell(folder, "bash", *job, **variables)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert ("error: the ranks ended with exit code 0, but not all is done" in done.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize("hears", ["1", ""])

@@ -110,6 +110,13 @@ def newest(run: Path) -> Path | None:
     return next((p for p in reversed(candidates(run)) if damage(p, read_bytes=False) is None), None)
 
 
+def trained(run: Path, steps: int) -> bool:
+    """Whether a run has reached this step. An exit code of 0 does not say so: the deepspeed launcher ends with 0 where
+    its own launch.py is killed."""
+    found = newest(run)
+    return found is not None and step_of(found) >= steps
+
+
 def claim(run: Path) -> IO[str]:
     """Make the run folder and lock it: it is this process's until the file is closed, or the process dies.
 

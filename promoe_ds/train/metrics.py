@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from promoe_ds.files import write_text
 from promoe_ds.moe.statistics import dead_experts, max_over_mean
 from promoe_ds.train.experts import shown
+
+CLOSE_SECONDS = 10.0
+"""how long the end of a run waits for TensorBoard, whose writer may be lost (an interrupted write, a dead disk)"""
 
 
 def expert_load(load_LE: Tensor) -> tuple[float, int]:
@@ -137,5 +141,11 @@ class MetricsLog:
         return "  ".join([*parts, f"eta {duration(left)}"])
 
     def close(self) -> None:
+        """Waits `CLOSE_SECONDS` for TensorBoard at most: what it has not written by then is in metrics.jsonl."""
         self.file.close()
-        self._show(lambda board: board.close())
+        closing = threading.Thread(target=self._show, args=(lambda board: board.close(),), daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            text = "warning: TensorBoard's last records may be missing (its writer does not end); metrics.jsonl has all"
+            print(text, file=sys.stderr, flush=True)

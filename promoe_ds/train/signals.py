@@ -1,4 +1,4 @@
-"""Requests to stop, by SIGTERM or SIGUSR2: heard from the first moment of a process, obeyed at the end of a step.
+"""Requests to stop, by Ctrl-C, SIGTERM or SIGUSR2: heard from the first moment of a process, obeyed after a step.
 
 Imports nothing heavy, so that a launcher can call `listen` before it imports torch: a scheduler's warning that comes
 while libraries load would otherwise kill the rank. A thread reads the signals' numbers from a pipe, because handlers in
@@ -17,10 +17,14 @@ from pathlib import Path
 
 from promoe_ds.files import write_text
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-"""preemption, and Slurm's warning before the time limit (NCCL has used SIGUSR1)"""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Ctrl-C, preemption, and Slurm's warning before the time limit (NCCL has used SIGUSR1)"""
 REPEAT_SECONDS = 5.0
-"""a launcher forwards a signal that its process group also got: a repeat within this time is the same request"""
+"""launchers pass on what their process group also got, as SIGTERM: a repeat within this time is the same request"""
+CTRL_C_SECONDS = 0.5
+"""the same for Ctrl-C, which nobody passes on as SIGINT but `timeout -s INT`, at the same moment"""
+INTERRUPTED = 128 + signal.SIGINT
+"""exit code after Ctrl-C: a loop that starts again what ended with 85 must not start what a person has stopped"""
 MARKER = "requeue"
 
 _request: signal.Signals | None = None
@@ -32,9 +36,9 @@ def requested() -> str | None:
 
 
 def listen() -> None:
-    """Take SIGTERM and SIGUSR2 as requests to stop from now on; a second request ends the process at once.
+    """Take Ctrl-C, SIGTERM and SIGUSR2 as requests to stop from now on; a second request ends the process at once.
 
-    Forked children (data workers) ignore both: they end with their parent, and must not take it down.
+    Forked children (data workers) ignore them: they end with their parent, and must not take it down.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -57,12 +61,14 @@ def _hear(read_end: int, leave: Callable[[signal.Signals], None]) -> None:
     first = 0.0
     while data := os.read(read_end, 1):
         if data[0] not in STOP_SIGNALS:
-            continue  # Ctrl-C goes its own way
-        now = time.monotonic()
+            continue  # another handler's
+        now, number = time.monotonic(), signal.Signals(data[0])
         if _request is None:
-            first, _request = now, signal.Signals(data[0])
-        elif now - first > REPEAT_SECONDS:
-            leave(signal.Signals(data[0]))
+            first, _request = now, number
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                print("Ctrl-C: stopping once this step is saved; again to leave at once", file=sys.stderr, flush=True)
+        elif now - first > (CTRL_C_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
+            leave(number)
 
 
 def _leave(number: signal.Signals) -> None:

@@ -83,8 +83,9 @@ def test_validation_of_no_study_names_the_option(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: --validate={tmp_path}: holds no finished point")
 
 
-def test_a_failing_point_leaves_its_log(tmp_path, capsys):
-    command = [*SMALL, "--world", "2", "--ep", "1", "--stage", "1", "--out", str(tmp_path), "--launch", "false"]
+@pytest.mark.parametrize("launcher", ["false", "true"])  # the second as deepspeed, when its launch.py is killed
+def test_a_failing_point_leaves_its_log(launcher, tmp_path, capsys):
+    command = [*SMALL, "--world", "2", "--ep", "1", "--stage", "1", "--out", str(tmp_path), "--launch", launcher]
     assert scaling_study.main(command) == scaling_study.FAILED
     assert "failed, see" in capsys.readouterr().out
     assert list((tmp_path / "points").glob("*.log"))

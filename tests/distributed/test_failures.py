@@ -38,10 +38,11 @@ def test_signals_lose_no_step(tmp_path: Path) -> None:
     (saved,) = checkpoint.candidates(run)
     assert checkpoint.damage(saved) is None and checkpoint.step_of(saved) == first.step()
 
-    second = stopped(arguments, tmp_path / "2", signal.SIGTERM, [0, 1], first.step() + 3)
-    assert second.codes() == [85, 85], second.output()
+    second = stopped(arguments, tmp_path / "2", signal.SIGINT, [0, 1], first.step() + 3)
+    assert second.codes() == [130, 130], second.output()
     assert second.resumed_at() == first.step() < second.step()
-    assert marker.read_text() == f"stopped by SIGTERM at step {second.step()}\n"
+    assert marker.read_text() == f"stopped by SIGINT at step {second.step()}\n"
+    assert second.output().count("Ctrl-C: stopping once this step is saved") == 1 and "Traceback" not in second.output()
 
     third = stopped([*arguments, "--exit-zero-on-signal"], tmp_path / "3", signal.SIGUSR2, [0, 1], 0)
     assert third.codes() == [0, 0] and third.step() == 0, third.output()

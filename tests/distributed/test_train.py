@@ -139,18 +139,21 @@ def test_resume_at_another_topology_continues_the_curve(tmp_path: Path) -> None:
         assert worst < 1e-5 and ema_worst < 1e-6, (before, after, worst, ema_worst)
 
 
-def test_sigterm_to_the_process_group_of_the_deepspeed_launcher(uninterrupted: Path, tmp_path: Path) -> None:
-    """As a job scheduler does. Ranks get it twice (the launcher forwards it): they save once, and no step is lost."""
+def test_stops_of_the_process_group_of_the_deepspeed_launcher(uninterrupted: Path, tmp_path: Path) -> None:
+    """Ctrl-C, then SIGTERM by a scheduler. Ranks get it twice (the launcher passes on): they save once, and no step is
+    lost."""
     folder = tmp_path / "run"
     command = deepspeed(2, "launchers/train.py", *ZERO2_EP2, "--run", str(folder), *STEPS)
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
-    )
-    wait_for_step(folder, 25, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=PATIENCE)  # ends when the last rank closes the pipe
-    assert "stopped by a signal at step" in out
-    assert 25 <= checkpoint.step_of(checkpoint.candidates(folder)[-1]) < 60
+    for number, step in ((signal.SIGINT, 8), (signal.SIGTERM, 25)):
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
+        )
+        wait_for_step(folder, step, process)
+        os.killpg(process.pid, number)
+        out, _ = process.communicate(timeout=PATIENCE)  # ends when the last rank closes the pipe
+        assert "stopped by a signal at step" in out and process.returncode == -number
+        assert step <= checkpoint.step_of(checkpoint.candidates(folder)[-1]) < 60
+        assert number.name in (folder / "requeue").read_text()
     run(command)
     assert losses(folder) == losses(uninterrupted)
 

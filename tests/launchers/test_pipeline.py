@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics
 from promoe_ds.sampling import image_noise, to_pixels
 from promoe_ds.train.checkpoint import newest
 from tests.data.test_codecs import PACKS
-from tests.launch import ENVIRONMENT, ROOT
+from tests.launch import ENVIRONMENT, ROOT, deepspeed
 from tests.photographs import psnr, tiny_kl, write_tree
 from tests.train.state import save
 
@@ -102,16 +106,53 @@ def test_a_run_of_another_configuration_is_not_taken_for_done(pipeline: Pipeline
         assert code == 2 and text == "" and error.startswith(f"error: optimizer.{key}=1.0: ") and error.count("\n") == 1
 
 
-def test_a_stop_lets_the_training_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
+def test_a_stop_lets_the_training_save(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """A scheduler's reaches the pipeline alone, Ctrl-C the whole process group."""
     command = [sys.executable, "launchers/pipeline.py", "tiny", "--run", str(tmp_path / "run"), "train.steps=1000000"]
     words = ["train.checkpoint_every=1000000", "train.log_every=10"]
-    process = subprocess.Popen([*command, *words], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *words], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
     assert process.stdout is not None
     assert any(line.startswith("step ") for line in process.stdout)
-    process.terminate()
-    assert "stopped by a signal at step" in process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 85 and (tmp_path / "run" / "requeue").is_file()
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    out, errors = process.communicate(timeout=PATIENCE)
+    assert "stopped by a signal at step" in out and errors.endswith("stopped; run the same command again\n")
+    assert "Traceback" not in errors and process.returncode == code and (tmp_path / "run" / "requeue").is_file()
     assert newest(tmp_path / "run") is not None
+
+
+def children(pid: int) -> list[int]:
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
+
+
+def test_a_launcher_that_died_is_not_taken_for_success(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deepspeed command ends with 0 when its launch.py is killed, and its ranks go on."""
+    run, endless, ranks = tmp_path / "run", "train.steps=1000000", []
+    words = ["--config", "tiny", "--run", str(run), endless, "train.log_every=1"]
+    monkeypatch.setattr(launcher.Stage, "command", lambda *_: deepspeed(2, "launchers/train.py", *words))
+
+    def kill() -> None:
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+            time.sleep(0.1)
+        (command,) = children(os.getpid())
+        (launch,) = children(command)
+        ranks.extend(children(launch))
+        os.kill(launch, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    code, _, errors = pipeline("tiny", "--run", run, "--until", "train", endless)
+    killer.join(60)
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGTERM)
+    end = time.monotonic() + 240
+    while not (run / "requeue").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert (run / "requeue").exists(), "the ranks had gone on"
+    assert code == 1 and "stopped: train ended with exit code 0, without its result" in errors
 
 
 def test_photographs_to_samples_and_nothing_twice(pipeline: Pipeline, tmp_path: Path) -> None:

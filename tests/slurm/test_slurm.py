@@ -300,9 +300,8 @@ def test_the_two_other_ways_in(cluster: Cluster, tmp_path: Path) -> None:
         path, run = tmp_path / f"{name}.sbatch", tmp_path / name
         path.write_text(text, encoding="utf-8")
         binaries = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-        env = settings(
-            tmp_path, TRAIN=f"--config tiny --run {run} train.steps=5 parallel.expert_parallel=2", PATH=binaries
-        )
+        words = f"--config tiny --run {run} train.steps=5 parallel.expert_parallel=2"
+        env = settings(tmp_path, RUN=run, STEPS=5, TRAIN=words, PATH=binaries)
         job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", str(path), env=env)
         assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)[-6000:]
         assert "4 x cpu" in output(tmp_path, job)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.processes import PATIENCE
 from promoe_ds.config import ConfigError, load_config
 from promoe_ds.train import checkpoint, saving
 from promoe_ds.train.checkpoint import Ranks
@@ -40,7 +41,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     real = saving.save_file
 
     def later(*args: Any, **kwargs: Any) -> None:
-        assert event.wait(30)
+        assert event.wait(PATIENCE)
         real(*args, **kwargs)
 
     monkeypatch.setattr(saving, "save_file", later)
@@ -74,7 +75,7 @@ def test_no_rank_is_ahead_of_the_slowest(tmp_path: Path, monkeypatch: pytest.Mon
     event, real = threading.Event(), saving.save_file
 
     def late_on_rank_1(tensors: Any, path: Path, metadata: Any) -> None:
-        assert "00001-of" not in path.name or event.wait(30)
+        assert "00001-of" not in path.name or event.wait(PATIENCE)
         real(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(saving, "save_file", late_on_rank_1)

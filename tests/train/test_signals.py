@@ -55,7 +55,25 @@ def test_first_repeated_and_second_signals() -> None:
     assert errors == "SIGTERM again: leaving at once; the last checkpoint is unharmed\n"
 
 
-def test_forked_workers_ignore_both_signals_and_do_not_stop_their_parent() -> None:
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    """The SIGTERM by which the deepspeed launcher passes the first one on does not, nor `timeout -s INT`."""
+    process = start("signals.listen(); print('ready'); time.sleep(60)")
+    assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "Ctrl-C: stopping once this step is saved; again to leave at once\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert (
+        process.communicate(timeout=PATIENCE)[1] == "SIGINT again: leaving at once; the last checkpoint is unharmed\n"
+    )
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_forked_workers_ignore_the_signals_and_do_not_stop_their_parent() -> None:
     process = start("""
         signals.listen()
         child = os.fork()
