@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 PATIENCE = 600.0
@@ -59,7 +59,7 @@ def run_to_end(
         return subprocess.CompletedProcess(command, job.returncode, read(out), read(err))
 
 
-def kill(job: subprocess.Popen[str]) -> None:
+def kill(job: subprocess.Popen[Any]) -> None:
     """kill -9 of a job that was started in a session of its own, launcher and ranks alike."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
