@@ -137,4 +137,7 @@ def _version() -> str:
 def _model_config(config: Config) -> dict[str, Any]:
     tree = encode(config)
     head = {"_class_name": "ProMoETransformer2DModel", "_diffusers_version": _version()}
-    return head | {"model": tree["model"], "moe": tree["moe"], "guidance_channels": config.guidance.channels}
+    d = config.diffusion
+    ddpm_steps = d.ddpm.num_steps if d.name == "ddpm" else None
+    own = {"model": tree["model"], "moe": tree["moe"]}
+    return head | own | {"guidance_channels": config.guidance.channels, "ddpm_steps": ddpm_steps}

@@ -31,10 +31,17 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         model: the section `model` of a promoe_ds configuration.
         moe: its section `moe`; None for a dense model.
         guidance_channels: "all" or 3, the channels that classifier-free guidance moves.
+        ddpm_steps: T of the DDPM noise schedule; None for rectified flow.
     """
 
     @register_to_config
-    def __init__(self, model: dict[str, Any], moe: dict[str, Any] | None, guidance_channels: Any = "all"):
+    def __init__(
+        self,
+        model: dict[str, Any],
+        moe: dict[str, Any] | None,
+        guidance_channels: Any = "all",
+        ddpm_steps: int | None = None,
+    ):
         super().__init__()
         self.dit = DiT(plain_config(model, moe))
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from promoe_ds.formats.diffusers_sampling import drawn, fitted
 from promoe_ds.sampling import image_noise
 
 
@@ -20,7 +21,8 @@ class ProMoEPipeline(DiffusionPipeline):
 
     Args:
         transformer: ProMoETransformer2DModel.
-        scheduler: FlowMatchEulerDiscreteScheduler for rectified flow, DDPMScheduler (or DDIMScheduler) for DDPM.
+        scheduler: FlowMatchEulerDiscreteScheduler for rectified flow, DDPMScheduler for DDPM, or any of diffusers that
+            draws from such a model, made by `from_config`; others are refused when they are to draw.
         vae: AutoencoderKL or AutoencoderTiny of a model of latents; None for pixels.
     """
 
@@ -49,9 +51,12 @@ class ProMoEPipeline(DiffusionPipeline):
             class_labels: N labels in 0..num_classes; num_classes means "no class".
             guidance_scale: of classifier-free guidance; at 1 or below one conditional forward a step.
             seed: the noise of promoe_ds: image i depends on (seed, i) alone and is the one that promoe_ds draws.
-            generator: noise as other pipelines draw it; DDPMScheduler draws its steps' noise from it in any case.
+            generator: noise as other pipelines draw it; steps that add noise draw it from there in any case.
             latents: the noise itself, [N, C, H, W].
             output_type: pil; np float32 [N, H, W, C] or pt [N, C, H, W] in [0, 1]; latent: the scheduler's result.
+
+        Raises:
+            ValueError: a label is no class; the scheduler does not draw from this model in so many steps.
         """
         m = self.transformer.config.model
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
@@ -63,41 +68,34 @@ class ProMoEPipeline(DiffusionPipeline):
             latents = image_noise(seed, np.arange(len(labels)), shape[1:])
         elif latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        scheduler, learned = fitted(
+            self.scheduler, m["channels"], self.transformer.config.ddpm_steps, num_inference_steps
+        )
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            p = self.predict(x, time, labels, guidance_scale)
+            return p if learned else p[:, : x.shape[1]]
+
         x = latents.to(device, torch.float32)
-        self.start(num_inference_steps)
         progress: Any = self.progress_bar
-        for t in progress(self.scheduler.timesteps):
-            prediction = self.predict(x, t, labels, guidance_scale)
-            extra = {} if generator is None else {"generator": generator}
-            x = self.scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+        x = drawn(scheduler, predict, x, num_inference_steps, generator, progress)
         images = self.finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def start(self, steps: int) -> None:
-        """Set the scheduler's timesteps: for flow from 1 to 1/steps evenly, as promoe_ds steps."""
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            self.scheduler.set_timesteps(
-                sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=self._execution_device
-            )
-        else:
-            self.scheduler.set_timesteps(steps, device=self._execution_device)
-
-    def predict(self, x: Tensor, t: Tensor, labels: list[int], scale: float) -> Tensor:
-        """Guided prediction p_null + scale (p_label - p_null); variance channels where the scheduler learns them."""
+    def predict(self, x: Tensor, time: Tensor, labels: list[int], scale: float) -> Tensor:
+        """Guided prediction p_null + scale (p_label - p_null), with the variance channels where the model has them."""
         m, channels = self.transformer.config.model, self.transformer.config.guidance_channels
         guided = scale > 1
         label = torch.tensor(labels + [m["num_classes"]] * len(labels) if guided else labels)
         x = torch.cat([x, x]) if guided else x
-        time = t.float() * 1000 / self.scheduler.config.num_train_timesteps  # the model counts to 1000
         p = self.transformer(x, time.expand(len(x)).to(x.device), label)
-        if guided:
-            p_label, p_null = p.chunk(2)
-            moved = x.shape[1] if channels == "all" else min(int(channels), x.shape[1])
-            mixed = p_null[:, :moved] + scale * (p_label[:, :moved] - p_null[:, :moved])
-            p = torch.cat([mixed, p_label[:, moved:]], dim=1)
-        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        return p if learned else p[:, : x.shape[1]]
+        if not guided:
+            return p
+        p_label, p_null = p.chunk(2)
+        moved = x.shape[1] if channels == "all" else min(int(channels), x.shape[1])
+        mixed = p_null[:, :moved] + scale * (p_label[:, :moved] - p_null[:, :moved])
+        return torch.cat([mixed, p_label[:, moved:]], dim=1)
 
     def finish(self, x: Tensor, output_type: str) -> Any:
         """Decode latents and give images their form; pixels are clamp(127.5 x + 128, 0, 255), truncated."""

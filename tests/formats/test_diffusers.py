@@ -35,7 +35,7 @@ import sys
 sys.modules["promoe_ds"] = None  # whoever imports it fails
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UniPCMultistepScheduler
 
 flow, ddpm, vae, out = sys.argv[1:]
 kind = dict(class_labels=[0, 3, 10], guidance_scale=2.0, num_inference_steps=5)
@@ -58,6 +58,15 @@ try:
     without(class_labels=11)
 except ValueError as error:
     assert "0..10" in str(error)
+for one in (with_vae, without):
+    one.scheduler = UniPCMultistepScheduler.from_config(one.scheduler.config)
+    one(**kind, generator=torch.Generator())
+try:
+    with_vae.scheduler = LCMScheduler.from_config(without.scheduler.config)
+    with_vae(**kind)
+    raise SystemExit("LCMScheduler was not refused")
+except ValueError as error:
+    assert str(error).startswith("LCMScheduler does not draw from this model in 5 steps"), error
 """
 
 
