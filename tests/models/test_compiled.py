@@ -12,13 +12,21 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from promoe_ds.config import ConfigError, load_config
-from promoe_ds.models.compiled import GRAPHS, check_compiler, compile_gelus, compile_model, one_graph
+from promoe_ds.models.compiled import (
+    GRAPHS,
+    TESTED_TORCH,
+    check_compiler,
+    compile_gelus,
+    compile_model,
+    one_graph,
+    untested_torch,
+)
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.models.layers import Mlp
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Routing, RoutingContext
 from promoe_ds.moe.trace import watching
-from tests.launch import CXX
+from tests.launch import CXX, ROOT
 from tests.models.test_dit import awake
 
 NULL = 10
@@ -168,6 +176,15 @@ def test_a_real_compiler_computes_the_same(router: str) -> None:
     """inductor, whose generated code has cost gradients before (`_settings`, `top_tokens_per_image`)."""
     overrides = f"moe.router.name={router}", "model.depth=1", "moe.layers=all"
     same(model_of(*overrides), compile_model(model_of(*overrides)), BATCHES[1])
+
+
+def test_the_tested_versions_are_those_of_the_page() -> None:
+    page = (ROOT / "benchmarks/results/stacks.md").read_text(encoding="utf-8")
+    assert sorted(set(re.findall(r"^\| torch (\d+\.\d+)\.", page, re.M))) == list(TESTED_TORCH)
+    for version in TESTED_TORCH:
+        assert untested_torch(f"{version}.1+cu130") is None
+    said = untested_torch("2.1.0")  # no prefix of a tested one
+    assert said and "never tested on torch 2.1, but on 2.11" in said and "\n" not in said
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
