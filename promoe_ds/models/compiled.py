@@ -28,6 +28,8 @@ from promoe_ds.moe.routing import RoutingContext
 
 GRAPHS = 64
 """of one function; torch stops at 8. An MoE block needs one each for none, one, some and all but one without label"""
+TESTED_TORCH = "2.11", "2.13", "2.15"
+"""versions whose gradients were compared with those of the plain model: benchmarks/results/stacks.md"""
 
 
 def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor", whole: bool = True) -> DiT:
@@ -55,6 +57,15 @@ def check_compiler(config: Config, device: str) -> None:
     if config.train.compile and device == "cpu" and shutil.which(command) is None:
         conflict = f"on a CPU torch.compile calls a C++ compiler, and there is no {command}"
         reject("train.compile", "true", conflict, "install g++, name another in CXX, or set train.compile=false")
+
+
+def untested_torch(version: str = torch.__version__) -> str | None:
+    """A line to say where this version's compiler was never tested; None where it was."""
+    minor, tested = ".".join(version.split(".")[:2]), ", ".join(TESTED_TORCH)
+    if minor in TESTED_TORCH:
+        return None
+    way_out = "compare the losses with those of train.compile=false"
+    return f"warning: train.compile was never tested on torch {minor}, but on {tested}: {way_out}"
 
 
 def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:

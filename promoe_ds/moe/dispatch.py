@@ -38,7 +38,12 @@ class ExpertRows(NamedTuple):
 
 
 def _move(x: Tensor, order: Tensor, back: bool) -> Tensor:
-    return torch.empty_like(x).index_copy_(0, order, x) if back else x.index_select(0, order)
+    if not back:
+        return x.index_select(0, order)
+    out = torch.empty_like(x)
+    if torch.compiler.is_compiling():  # in place, torch 2.11's compiler would lose the gradient; else a copy is saved
+        return out.index_copy(0, order, x)
+    return out.index_copy_(0, order, x)
 
 
 class _Permute(torch.autograd.Function):

@@ -25,7 +25,7 @@ from promoe_ds.data.batches import Batch, BatchStream, item_path
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.files import left_out_words, write_text
-from promoe_ds.models.compiled import check_compiler, compile_model
+from promoe_ds.models.compiled import check_compiler, compile_model, untested_torch
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
@@ -151,6 +151,8 @@ class Trainer:
         if self.config.train.compile:
             compile_model(model, whole=not self.config.train.measure)
             self._say("train.compile: the first steps take a minute or more")
+            if warning := untested_torch():
+                self._say(warning)
         engine = Engine(model, self.config, ds, topology)
         if reader:
             resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)

@@ -257,6 +257,13 @@ def test_compiled_models_train_alike(tmp_path: Path) -> None:
             assert [r[key] for r in compiled] == pytest.approx([r[key] for r in plain], rel=1e-5), (name, key)
 
 
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+def test_one_line_says_that_this_torch_was_never_compiled_with(tmp_path: Path) -> None:
+    done = run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), "untested torch"))
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert (done.stdout + done.stderr).count(f"train.compile was never tested on torch {minor}, but on 1.13: ") == 1
+
+
 def test_bf16_masters_survive_a_resume(tmp_path: Path) -> None:
     """The fp32 masters, not the bf16 weights, are what a checkpoint restores."""
     shared = ("zero1", "train.precision=bf16", "train.checkpoint_every=4")

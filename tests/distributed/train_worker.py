@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from promoe_ds.config import load_config
+from promoe_ds.models import compiled
 from promoe_ds.parallel import ds_config, topology
 from promoe_ds.train.trainer import Trainer, TrainingStopped
 from tests.moe import example_router
@@ -77,6 +78,9 @@ def main() -> None:
     if work == "bad":
         for name, *case in json.loads(sys.argv[3]):
             train_badly(folder / name, *case)
+    elif work == "untested torch":
+        compiled.TESTED_TORCH = ("1.13",)  # type: ignore[assignment]
+        make(folder, "zero1", "train.compile=true").close()
     else:
         for name, ds, *overrides in json.loads(work):
             trainer = make(folder / name, ds, *overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +12,21 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from promoe_ds.config import ConfigError, load_config
-from promoe_ds.models.compiled import GRAPHS, check_compiler, compile_gelus, compile_model, one_graph
+from promoe_ds.models.compiled import (
+    GRAPHS,
+    TESTED_TORCH,
+    check_compiler,
+    compile_gelus,
+    compile_model,
+    one_graph,
+    untested_torch,
+)
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.models.layers import Mlp
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routing import Routing, RoutingContext
 from promoe_ds.moe.trace import watching
-from tests.launch import CXX
+from tests.launch import CXX, ROOT
 from tests.models.test_dit import awake
 
 NULL = 10
@@ -71,6 +80,14 @@ def same(model: DiT, compiled: DiT, labels: list[int], mixed: bool = False) -> N
         assert float((found_grads[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7 * scale, name
 
 
+def calls_in_forwards(graph: torch.fx.GraphModule) -> dict[str, bool]:
+    """What the forwards of the graph's autograd functions call, and whether it writes to what it is given."""
+    applied = [n for n in graph.graph.nodes if getattr(n.target, "__name__", "") == "autograd_function_apply"]
+    nodes = [n for apply in applied for n in graph.get_submodule(apply.args[0].target).graph.nodes]
+    calls = {getattr(n.target, "__name__", n.target): n for n in nodes if n.op.startswith("call_")}
+    return {name: bool(re.search("[^_]_$", name)) or "out" in n.kwargs for name, n in calls.items()}
+
+
 class Counting:
     """A backend that counts the graphs and runs them as they are, or as a compiler would get them (`lowered`)."""
 
@@ -78,9 +95,11 @@ class Counting:
         self.lowered = lowered
         self.attentions: list[int] = []
         """in each graph"""
+        self.in_forwards: dict[str, bool] = {}
 
     def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
         self.attentions.append(sum(n.name.startswith("scaled_dot_product") for n in graph.graph.nodes))
+        self.in_forwards.update(calls_in_forwards(graph))
         return aot_eager(graph, example) if self.lowered else graph.forward
 
 
@@ -95,6 +114,9 @@ def test_a_block_is_one_graph(router: str) -> None:
     for labels in BATCHES:
         same(plain, compiled, labels)
     assert set(backend.attentions) == {1} and len(backend.attentions) < GRAPHS // 4, "whole blocks, and few"
+    assert "index_select" in backend.in_forwards, "of the permutation"
+    in_place = [name for name, writes in backend.in_forwards.items() if writes]
+    assert not in_place, "torch 2.11 loses the gradients of an autograd function whose forward writes in place"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +176,15 @@ def test_a_real_compiler_computes_the_same(router: str) -> None:
     """inductor, whose generated code has cost gradients before (`_settings`, `top_tokens_per_image`)."""
     overrides = f"moe.router.name={router}", "model.depth=1", "moe.layers=all"
     same(model_of(*overrides), compile_model(model_of(*overrides)), BATCHES[1])
+
+
+def test_the_tested_versions_are_those_of_the_page() -> None:
+    page = (ROOT / "benchmarks/results/stacks.md").read_text(encoding="utf-8")
+    assert sorted(set(re.findall(r"^\| torch (\d+\.\d+)\.", page, re.M))) == list(TESTED_TORCH)
+    for version in TESTED_TORCH:
+        assert untested_torch(f"{version}.1+cu130") is None
+    said = untested_torch("2.1.0")  # no prefix of a tested one
+    assert said and "never tested on torch 2.1, but on 2.11" in said and "\n" not in said
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
