@@ -41,7 +41,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch tests/slurm/*.sh
+	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch tests/slurm/*.sh findings/*.sh
 
 clean:
 	rm -rf $(VENV) runs

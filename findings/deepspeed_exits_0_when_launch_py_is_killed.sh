@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # deepspeed 0.19.8, torch 2.13.0, Python 3.11: the `deepspeed` command starts deepspeed/launcher/launch.py, which starts
 # the ranks. When launch.py dies of a signal (KILL by the kernel when memory is short, USR1, USR2, HUP), `deepspeed` ends
-# with 0, as after success, and the ranks go on as orphans. runner.py ends with
-#     if result.returncode > 0: sys.exit(result.returncode)
-# and the return code of a child that died of a signal is negative. A script that reads only the exit code takes a killed
-# training for a finished one. Output seen:
+# with 0, as after success, and the ranks go on as orphans: the command passes on positive return codes only, and that of
+# a child that died of a signal is negative. A script that reads only the exit code takes a killed training for a finished
+# one. Output seen:
 #     launch.py got KILL: deepspeed ended with 0, ranks running: 2
 # Exit code of this script: 0 while that is so.
 set -euo pipefail
