@@ -25,7 +25,8 @@ EXAMPLES = """examples:
   python launchers/analyze.py --run runs/digits --timesteps 50,500,950 --subspace 32 --dry-run
 
 The report is one file: it opens anywhere, without a network. Written to RUN/analysis; an earlier report there is
-replaced. Without a run, to the folder of --out. Exit codes: 0 done, 2 user error, 85 stopped (run it again).
+replaced. Without a run, to the folder of --out. Exit codes: 0 done, 2 user error, 85 stopped
+(run it again), 130 by Ctrl-C.
 """
 
 

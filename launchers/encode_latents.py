@@ -33,7 +33,7 @@ EXAMPLES = """examples:
 
 Then train with data.name=latents data.path=latents. Each image is encoded once, whatever the number of processes, and
 the shards are the same bytes. Exit codes: 0 done, 2 user error or damaged images, 85 stopped (the same command
-continues).
+continues), 130 by Ctrl-C.
 """
 
 

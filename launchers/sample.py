@@ -41,7 +41,8 @@ EXAMPLES = """examples:
 
 The lone -- keeps torchrun and deepspeed from taking --run and --num for abbreviations of their own options.
 Image i depends on --seed and i alone: not on --batch, not on the number of processes. The same command again finishes
-an interrupted folder. Exit codes: 0 done, 2 user error, 85 stopped (the same command continues).
+an interrupted folder. Exit codes: 0 done, 2 user error, 85 stopped (the
+same command continues), 130 by Ctrl-C.
 """
 
 
