@@ -18,6 +18,8 @@ from promoe_ds.train import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
 """exit codes; after 85 the same command continues, as after `signals.INTERRUPTED` (130), Ctrl-C"""
+_stopped: int | None = None
+"""the exit code of the signal that `leave` has heard"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,12 +71,16 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run `work`, which may return an exit code; a user's mistake and a stop become a line on stderr and another."""
     try:
         return work(argv) or DONE
-    except ConfigError as error:
-        return mistake(error)
-    except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print("stopped; run the same command again", file=sys.stderr)
-        return stop.args[0] if stop.args else signals.INTERRUPTED
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        if _stopped is None:  # else a library may have made it of the interrupt, as torch does
+            if isinstance(error, ConfigError):
+                return mistake(error)
+            raise
+    if os.environ.get("RANK", "0") == "0":
+        print("stopped; run the same command again", file=sys.stderr)
+    return signals.INTERRUPTED if _stopped is None else _stopped
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
@@ -83,10 +89,12 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
     def stop(number: int, _: object) -> None:
         """Interrupt the work, not what then clears up: launchers pass on what their process group also got."""
+        global _stopped
         nonlocal told
         if time.monotonic() - told > signals.REPEAT_SECONDS:
             told = time.monotonic()
-            raise KeyboardInterrupt(signals.INTERRUPTED if number == signal.SIGINT else STOPPED)
+            _stopped = signals.INTERRUPTED if number == signal.SIGINT else STOPPED
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):  # people; schedulers and launchers
         signal.signal(number, stop)

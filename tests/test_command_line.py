@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.processes import PATIENCE
-from evaluation.digits import digits_images
+from promoe_ds.evaluation.digits import digits_images
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import tiny_kl, write_tree
 from tests.sample_folder import write_run
@@ -56,6 +56,29 @@ def test_a_stop_and_the_copy_that_a_launcher_passes_on(
         time.sleep(0.2)
     assert process.communicate(timeout=PATIENCE) == ("cleared up\n", errors)
     assert process.returncode == code
+
+
+def test_a_library_may_make_another_error_of_the_interrupt() -> None:
+    """As torch does in `get_tensor`; or one of ours around it, which would call a file damaged."""
+    body = textwrap.dedent("""
+        import time
+        from promoe_ds.command_line import guarded, leave
+        from promoe_ds.config import ConfigError
+
+        def work(argv):
+            try:
+                print("ready", flush=True)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                raise {error}("could not determine the shape")
+
+        leave(lambda: guarded(work, []))
+    """)
+    for error in ("ValueError", "ConfigError"):
+        process = start("-c", body.format(error=error))
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=PATIENCE) == ("", LINE) and process.returncode == 130
 
 
 def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:

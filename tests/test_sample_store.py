@@ -99,7 +99,7 @@ def test_packs_without_pictures_are_resumed(command: Command, tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(BatchStore, "write", stop_after_two)
-        assert command(*words, "--format", "npz", "--out", out, "--batch", 4) == 85
+        assert command(*words, "--format", "npz", "--out", out, "--batch", 4) == 130
     kept = {path: path.stat().st_mtime_ns for path in out.glob("made-*.npy")}
     assert len(kept) == 2 and not (out / "samples.npz").exists()
     made: list[int] = []
@@ -134,7 +134,7 @@ def test_straight_to_features(command: Command, tmp_path: Path, monkeypatch: pyt
 
     write = FeatureStore.write
     monkeypatch.setattr(FeatureStore, "write", cut)
-    assert command(*features) == 85
+    assert command(*features) == 130
     monkeypatch.setattr(FeatureStore, "write", write)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").glob("made-*")}
     assert len(before) == 2
