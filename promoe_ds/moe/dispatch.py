@@ -41,7 +41,7 @@ def _move(x: Tensor, order: Tensor, back: bool) -> Tensor:
     if not back:
         return x.index_select(0, order)
     out = torch.empty_like(x)
-    if torch.compiler.is_compiling():  # in place, torch 2.11's compiler would lose the gradient; else a copy is saved
+    if torch.compiler.is_compiling():  # in place saves a copy, but loses the gradient in torch 2.11's compiler
         return out.index_copy(0, order, x)
     return out.index_copy_(0, order, x)
 
