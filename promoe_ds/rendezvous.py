@@ -112,18 +112,13 @@ def _reach(host: str, port: int, where: str, minutes: float) -> None:
         try:
             socket.create_connection((host, port), timeout=10).close()
             return
-        except (socket.gaierror, UnicodeError) as error:
+        except (OSError, UnicodeError) as error:
+            known = known or not isinstance(error, socket.gaierror | UnicodeError)
             if not known and seconds > NAME_SECONDS:
                 reject("environment MASTER_ADDR", host, f"the name in {where} has no address ({error})", way_out)
-        except OSError as error:
-            known = True
-            if seconds > 60 * minutes:
-                reject(
-                    "environment MASTER_ADDR",
-                    host,
-                    f"nobody listens at {where} for {minutes:g} minutes ({error})",
-                    way_out,
-                )
+            if known and seconds > 60 * minutes:
+                conflict = f"nobody listens at {where} for {minutes:g} minutes ({error})"
+                reject("environment MASTER_ADDR", host, conflict, way_out)
         time.sleep(RETRY_SECONDS)
 
 

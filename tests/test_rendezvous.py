@@ -119,6 +119,18 @@ def test_a_process_alone_needs_no_address(stranger: int) -> None:
     assert meet(1, "no-such-host.invalid", stranger) == ["1.0"]
 
 
+def test_a_name_that_is_lost_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known at first, when nobody listened yet."""
+    answers: list[OSError] = [ConnectionRefusedError(111, "Connection refused")]
+
+    def connect(*_: object, **__: object) -> None:
+        raise answers.pop() if answers else socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    text = refusal(monkeypatch, "localhost", free_port(), rank=1, minutes=A_MOMENT)
+    assert "nobody listens at localhost" in text
+
+
 def commands(folder: Path) -> dict[str, list[str]]:
     """One of each launcher whose ranks meet."""
     model, samples = write_run(folder / "run"), folder / "samples.npz"
