@@ -77,6 +77,9 @@ def join(
     try:
         store = _store(host, port, world, listener, meeting_minutes)
         store.set_timeout(timeout)
+        if served and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # the store keeps the addresses of ranks that died; several nodes may count their starts differently
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
     except TimeoutError:
         conflict = f"what listens at {where} is not rank 0 of this job: it never answered"
