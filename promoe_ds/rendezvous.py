@@ -77,6 +77,9 @@ def join(
     try:
         store = _store(host, port, world, listener, meeting_minutes)
         store.set_timeout(timeout)
+        if served and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # the store keeps the addresses of ranks that died; several nodes may count their starts differently
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
     except TimeoutError:
         conflict = f"what listens at {where} is not rank 0 of this job: it never answered"
@@ -112,18 +115,13 @@ def _reach(host: str, port: int, where: str, minutes: float) -> None:
         try:
             socket.create_connection((host, port), timeout=10).close()
             return
-        except (socket.gaierror, UnicodeError) as error:
+        except (OSError, UnicodeError) as error:
+            known = known or not isinstance(error, socket.gaierror | UnicodeError)
             if not known and seconds > NAME_SECONDS:
                 reject("environment MASTER_ADDR", host, f"the name in {where} has no address ({error})", way_out)
-        except OSError as error:
-            known = True
-            if seconds > 60 * minutes:
-                reject(
-                    "environment MASTER_ADDR",
-                    host,
-                    f"nobody listens at {where} for {minutes:g} minutes ({error})",
-                    way_out,
-                )
+            if known and seconds > 60 * minutes:
+                conflict = f"nobody listens at {where} for {minutes:g} minutes ({error})"
+                reject("environment MASTER_ADDR", host, conflict, way_out)
         time.sleep(RETRY_SECONDS)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from promoe_ds import rendezvous
 from promoe_ds.config import ConfigError
-from tests.launch import ENVIRONMENT, ROOT, free_port
+from tests.launch import ENVIRONMENT, ROOT, free_port, run
 from tests.sample_folder import write_run
 
 A_DAY = 24 * 60
@@ -117,6 +117,34 @@ def test_processes_meet_by_ipv6() -> None:
 
 def test_a_process_alone_needs_no_address(stranger: int) -> None:
     assert meet(1, "no-such-host.invalid", stranger) == ["1.0"]
+
+
+def test_ranks_that_torchrun_starts_again_meet_again(tmp_path: Path) -> None:
+    """Its store keeps the addresses of the ranks that died. Rank 1 comes late, when rank 0 might have read them."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, time, torch; from promoe_ds import rendezvous\n"
+        "rank, attempt = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "time.sleep(2 * rank * attempt)\n"
+        "rendezvous.join('gloo', rank, 2, minutes=1.0); x = torch.ones(1); torch.distributed.all_reduce(x)\n"
+        "print('attempt', attempt, 'rank', rank, x.item(), flush=True)\n"
+        "torch.distributed.barrier(); os._exit(0 if attempt else 1)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run([*torchrun, "--max-restarts=1", str(script)])
+    assert all(f"attempt {attempt} rank {rank} 2.0" in done.stdout for attempt in (0, 1) for rank in (0, 1))
+
+
+def test_a_name_that_is_lost_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known at first, when nobody listened yet."""
+    answers: list[OSError] = [ConnectionRefusedError(111, "Connection refused")]
+
+    def connect(*_: object, **__: object) -> None:
+        raise answers.pop() if answers else socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    text = refusal(monkeypatch, "localhost", free_port(), rank=1, minutes=A_MOMENT)
+    assert "nobody listens at localhost" in text
 
 
 def commands(folder: Path) -> dict[str, list[str]]:

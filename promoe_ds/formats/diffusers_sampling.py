@@ -43,14 +43,19 @@ def fitted(given: Any, channels: int, T: int | None, steps: int) -> tuple[Any, b
     if name not in DISTILLED:
         try:
             scheduler = copy.deepcopy(given)
-            learned = tell(scheduler, channels, T, steps)
-            if (off := check(scheduler, channels, T, steps, learned)) < TOLERANCE:
+            with torch.random.fork_rng(devices=[]):  # some schedulers draw noise without being given a generator
+                learned = tell(scheduler, channels, T, steps)
+                off = check(scheduler, channels, T, steps, learned)
+            if off < TOLERANCE:
                 return scheduler, learned
             why = f"its noise is {off:.2g} off, and {TOLERANCE} may be"
         except Exception as error:  # of any kind, from a scheduler with other needs
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    spacing = f", timestep_spacing='trailing'), let the steps divide {T}," if T else "), take more steps,"
-    way_out = f"build it by from_config(pipe.scheduler.config{spacing} or take {STOCK[T is not None]}"
+    spacing, stock = ", timestep_spacing='trailing'" if T else "", STOCK[T is not None]
+    ways = [f"build it by from_config(pipe.scheduler.config{spacing})"]
+    ways.append(f"let the steps divide {T}" if T else "take more steps")
+    ways += [f"take {stock}"] * (name != stock)
+    way_out = f"{', '.join(ways[:-1])}, or {ways[-1]}"
     raise ValueError(f"{name} does not draw from this model in {steps} steps ({why}): {way_out}")
 
 
@@ -128,10 +133,9 @@ def check(scheduler: Any, channels: int, T: int | None, steps: int, learned: boo
             return noise - GREY
         return torch.cat([noise, -torch.ones_like(noise)], 1) if learned else noise  # the variance of one picture
 
-    with torch.random.fork_rng(devices=[]):  # some schedulers draw noise without being given a generator
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, channels, 64, 64, generator=generator)
-        x = drawn(scheduler, predict, x, steps, generator)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, channels, 64, 64, generator=generator)
+    x = drawn(scheduler, predict, x, steps, generator)
     off.append(float((x - GREY).square().mean().sqrt()))
     return float(np.max(off))  # NaN, if there is any
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from promoe_ds.config import load_config
 from promoe_ds.formats.diffusers_folder import scheduler_of
 from promoe_ds.formats.diffusers_pipeline import ProMoEPipeline
+from promoe_ds.formats.diffusers_sampling import fitted
 
 MEAN = torch.tensor([0.6, -0.4, 0.2, 0.9]).view(4, 1, 1)
 DEVIATION = torch.tensor([0.5, 0.3, 0.8, 0.4]).view(4, 1, 1)
@@ -217,3 +218,20 @@ def test_noise_of_the_steps_comes_from_the_generator() -> None:
         torch.manual_seed(torch.seed())
         again, _ = draw(by_config(name, True), True, 20)
         assert torch.equal(first, again), name
+
+
+def test_the_check_takes_no_noise_from_the_callers_generator() -> None:
+    """The global one, from which steps draw their noise where no generator is given."""
+    for name in ("DDPMScheduler", "DDIMScheduler", "EulerAncestralDiscreteScheduler"):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        fitted(by_config(name, True), 4, TRAINED, 20)
+        assert torch.equal(torch.get_rng_state(), before), name
+
+
+def test_no_scheduler_is_its_own_way_out() -> None:
+    """One step of DDPM's default spacing takes noise for an image."""
+    with pytest.raises(ValueError, match=r"DDPMScheduler .* in 1 steps .* or let the steps divide 1000$"):
+        draw(stock(True), True, 1)
+    draw(by_config("DDPMScheduler", True, timestep_spacing="trailing"), True, 1)
+    draw(stock(True), True, 2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.processes import PATIENCE
+from benchmarks.processes import PATIENCE, wait_until
 from launchers import pipeline as launcher
 from promoe_ds.config import dump, load_config
 from promoe_ds.data.codecs import TAEF2_FILES, open_codec
@@ -145,13 +145,10 @@ def test_a_launcher_that_died_is_not_taken_for_success(
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     code, _, errors = pipeline("tiny", "--run", run, "--until", "train", endless)
-    killer.join(60)
+    killer.join()
     assert len(ranks) == 2
     os.kill(ranks[0], signal.SIGTERM)
-    end = time.monotonic() + 240
-    while not (run / "requeue").exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert (run / "requeue").exists(), "the ranks had gone on"
+    wait_until((run / "requeue").exists, what=lambda: "the ranks had gone on")
     assert code == 1 and "stopped: train ended with exit code 0, without its result" in errors
 
 
