@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import pytest
@@ -20,11 +19,8 @@ def test_a_job_that_speaks_is_waited_for_and_its_outputs_are_kept(monkeypatch: p
 
 def test_a_silent_job_ends_with_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 2.0)
-    launcher = (
-        "import subprocess; child = subprocess.Popen(['sleep', '3600']); print(child.pid, flush=True); child.wait()"
-    )
     with pytest.raises(AssertionError, match=r"^2 s without a sign of life: .*\n\d+\n") as error:
-        run_to_end([sys.executable, "-c", launcher])
+        run_to_end(["sh", "-c", "sleep 3600 & echo $!; wait"])
     rank = int(str(error.value).splitlines()[1])
     wait_until(lambda: not alive(rank))
 

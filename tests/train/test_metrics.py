@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.processes import PATIENCE
 from promoe_ds.train import metrics
 from promoe_ds.train.metrics import MetricsLog, duration, expert_load
 from tests.disk import tmpfs
@@ -80,7 +81,7 @@ def test_a_lost_tensorboard_writer_does_not_hold_up_the_end(
     log.board.file_writer.event_writer._async_writer._byte_queue.unfinished_tasks += 1
     closing = threading.Thread(target=log.close, daemon=True)
     closing.start()
-    closing.join(60)
+    closing.join(PATIENCE)
     assert not closing.is_alive()
     assert "TensorBoard's last records may be missing" in capsys.readouterr().err
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
