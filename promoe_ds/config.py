@@ -210,14 +210,21 @@ def router_config_class(name: str, path: str) -> type[RouterConfig]:
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 
+BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)
+"""what PyYAML raises: the others for what looks like a date, a number or a tag and is none (2024-02-30, 0x_)"""
+NULLS = ("", "~", "null")
+"""an override of these is nothing; YAML reads comments and anchors (#a, &a) so, too"""
+
+
 class Override(str):
     """What stands after `section.key=`; the type of the field decides how it is read."""
 
     def yaml(self) -> Any:
         try:
-            return yaml.safe_load(self)
-        except yaml.YAMLError:
+            read = yaml.safe_load(self)
+        except BAD_YAML:
             return str(self)
+        return str(self) if read is None and self.strip().lower() not in NULLS else read
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
@@ -328,7 +335,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reject("--config", path, f"cannot be read ({error})", "name a recipe or a YAML file")
-    except yaml.YAMLError as error:
+    except BAD_YAML as error:
         reject("--config", path, f"is not YAML ({' '.join(str(error).split())})", "mend the file")
     if not isinstance(tree, dict):
         reject("--config", path, "is not a mapping", "write `section: {key: value}`")
