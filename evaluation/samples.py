@@ -77,10 +77,12 @@ def find_samples(path: Path) -> list[Path]:
     """The sample sets meant by a command-line argument.
 
     A file is itself; a folder is its samples.npz, features.safetensors or pictures (in folders below it, too), or else
-    those of every cfg* below it in order of the scale. Raises `ConfigError` for a folder without any.
+    those of every cfg* below it in order of the scale. Raises `ConfigError` for a folder without any and a run folder.
     """
     if not path.is_dir():
         return [path]
+    if (path / "checkpoints").is_dir():  # its pictures are figures and grids
+        reject("SAMPLES", path, "is a run folder", f"write --run {path}")
     own = _in_folder(path)
     if own:
         return [own]

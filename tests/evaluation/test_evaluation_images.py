@@ -107,6 +107,13 @@ def test_sets_below_others_are_no_part_of_them(tmp_path: Path) -> None:
     assert find_samples(run / "samples") == [run / "samples"] and len(load_samples(run / "samples").images_NHWC) == 3  # type: ignore[union-attr]
 
 
+def test_the_figures_of_a_run_are_no_samples(tmp_path: Path) -> None:
+    write(tmp_path / "analysis", name="load_{}{}.png")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=f"is a run folder; write --run {tmp_path}"):
+        find_samples(tmp_path)
+
+
 def test_empty_and_single(tmp_path: Path):
     assert "holds no pictures" in message(tmp_path)
     assert "needs at least 2" in message(write(tmp_path / "one", PIXELS[:1]))
