@@ -71,6 +71,8 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return work(argv) or DONE
     except ConfigError as error:
         return mistake(error)
+    except PermissionError as error:  # met where a path was only looked at
+        return mistake(ConfigError(f"{error.filename}: {error.strerror}; look at its permissions, or name another"))
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
             print("stopped; run the same command again", file=sys.stderr)
