@@ -25,6 +25,7 @@ import yaml
 
 from promoe_ds.objective_config import DiffusionConfig, GuidanceConfig, SampleConfig
 
+BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the others for 2024-02-30 or 0x_, no dates or numbers
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -210,21 +211,14 @@ def router_config_class(name: str, path: str) -> type[RouterConfig]:
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 
-BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)
-"""what PyYAML raises: the others for what looks like a date, a number or a tag and is none (2024-02-30, 0x_)"""
-NULLS = ("", "~", "null")
-"""an override of these is nothing; YAML reads comments and anchors (#a, &a) so, too"""
-
-
 class Override(str):
     """What stands after `section.key=`; the type of the field decides how it is read."""
 
     def yaml(self) -> Any:
-        try:
-            read = yaml.safe_load(self)
-        except BAD_YAML:
-            return str(self)
-        return str(self) if read is None and self.strip().lower() not in NULLS else read
+        with contextlib.suppress(*BAD_YAML):
+            if (read := yaml.safe_load(self)) is not None or self.strip().lower() in ("", "~", "null"):
+                return read
+        return str(self)  # YAML reads comments and anchors as null, too
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
@@ -361,8 +355,7 @@ def _recipe_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.is_file():
-            names = recipe_names()
-            listed = f"no such recipe (known: {', '.join(names)})"
+            listed = f"no such recipe (known: {', '.join(names := recipe_names())})"
             reject("--config", name_or_path, listed, _did_you_mean(name_or_path, names))
     if name_or_path in seen:
         reject("base", name_or_path, "the recipe is its own base", "remove the cycle")
