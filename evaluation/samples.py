@@ -65,22 +65,25 @@ def _in_folder(folder: Path) -> Path | None:
     for path in (folder / "samples.npz", folder / f"features{SUFFIX}"):
         if path.exists():
             return path
-    return folder if pictures_in(folder, skip=_is_set) else None
+    return folder if _pictures(folder) else None
 
 
-def _is_set(path: Path) -> bool:
-    """Whether a folder below others is a set by itself, no part of theirs."""
-    return path.name.startswith("cfg") or (path / RECORD).exists()
+def _pictures(folder: Path) -> list[Path]:
+    """Those of one set. launchers/sample.py fills no folders below its own; others' may hold sets by themselves."""
+    alone = (folder / RECORD).exists()
+    return pictures_in(folder, skip=lambda path: alone or path.name.startswith("cfg") or (path / RECORD).exists())
 
 
 def find_samples(path: Path) -> list[Path]:
     """The sample sets meant by a command-line argument.
 
     A file is itself; a folder is its samples.npz, features.safetensors or pictures (in folders below it, too), or else
-    those of every cfg* below it in order of the scale. Raises `ConfigError` for a folder without any.
+    those of every cfg* below it in order of the scale. Raises `ConfigError` for a folder without any and a run folder.
     """
     if not path.is_dir():
         return [path]
+    if (path / "checkpoints").is_dir():  # its pictures are figures and grids
+        reject("SAMPLES", path, "is a run folder", f"write --run {path}")
     own = _in_folder(path)
     if own:
         return [own]
@@ -148,7 +151,7 @@ def _load_features(path: Path) -> FeatureSet:
 
 
 def _load_folder(path: Path) -> SampleSet:
-    paths = pictures_in(path, skip=_is_set)
+    paths = _pictures(path)
     if not paths:
         reject("SAMPLES", path, "holds no pictures", "draw samples first: launchers/sample.py")
     sampling = read_sampling(path)

@@ -77,6 +77,9 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
         if _stopped is None:  # else a library may have made it of the interrupt, as torch does
             if isinstance(error, ConfigError):
                 return mistake(error)
+            if isinstance(error, PermissionError):  # met where a path was only looked at
+                text = f"{error.filename}: {error.strerror}; look at its permissions, or name another"
+                return mistake(ConfigError(text))
             raise
     if os.environ.get("RANK", "0") == "0":
         print("stopped; run the same command again", file=sys.stderr)

@@ -25,6 +25,7 @@ import yaml
 
 from promoe_ds.objective_config import DiffusionConfig, GuidanceConfig, SampleConfig
 
+BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the others for 2024-02-30 or 0x_, no dates or numbers
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -214,10 +215,10 @@ class Override(str):
     """What stands after `section.key=`; the type of the field decides how it is read."""
 
     def yaml(self) -> Any:
-        try:
-            return yaml.safe_load(self)
-        except yaml.YAMLError:
-            return str(self)
+        with contextlib.suppress(*BAD_YAML):
+            if (read := yaml.safe_load(self)) is not None or self.strip().lower() in ("", "~", "null"):
+                return read
+        return str(self)  # YAML reads comments and anchors as null, too
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
@@ -328,7 +329,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reject("--config", path, f"cannot be read ({error})", "name a recipe or a YAML file")
-    except yaml.YAMLError as error:
+    except BAD_YAML as error:
         reject("--config", path, f"is not YAML ({' '.join(str(error).split())})", "mend the file")
     if not isinstance(tree, dict):
         reject("--config", path, "is not a mapping", "write `section: {key: value}`")
@@ -354,8 +355,7 @@ def _recipe_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.is_file():
-            names = recipe_names()
-            listed = f"no such recipe (known: {', '.join(names)})"
+            listed = f"no such recipe (known: {', '.join(names := recipe_names())})"
             reject("--config", name_or_path, listed, _did_you_mean(name_or_path, names))
     if name_or_path in seen:
         reject("base", name_or_path, "the recipe is its own base", "remove the cycle")

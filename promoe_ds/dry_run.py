@@ -45,6 +45,7 @@ def _bucket_elements(zero: dict[str, Any], stage: int) -> int:
     """Elements of the gradient buckets; two of them where reduction overlaps the backward pass."""
     if stage == 0:
         return 0
+    zero = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's own default
     overlap = zero.get("overlap_comm", stage == 3)
     return int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)) * (2 if overlap else 1)
 

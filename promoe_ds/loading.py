@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from promoe_ds.config import Config, ConfigError, decode, reject
+from promoe_ds.config import BAD_YAML, Config, ConfigError, decode, reject
 from promoe_ds.files import NOT_FOUND, check_readable, is_dir, is_file
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
@@ -158,7 +158,7 @@ def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, i
         )
     try:
         return decode(yaml.safe_load(metadata["config"])), int(metadata["step"])
-    except (ConfigError, KeyError, ValueError, yaml.YAMLError) as error:
+    except (ConfigError, KeyError, *BAD_YAML) as error:
         reject(
             "weights",
             file,

@@ -278,6 +278,15 @@ def test_the_report_is_json_and_complete() -> None:
     assert facts["ds_config"]["train_batch_size"] == 256 and facts["config"]["name"] == "imagenet256_promoe_s"
 
 
+def test_auto_is_deepspeeds_default(tmp_path: Path) -> None:
+    """Buckets of 500 million elements, without overlap: as if the keys were not there."""
+    reports = []
+    for keys in ({}, {"reduce_bucket_size": "auto", "overlap_comm": "auto"}):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2, **keys}}))
+        reports.append(dry(load_config("tiny"), 1, str(tmp_path / "ds.json"))["memory_gib"])
+    assert reports[0] == reports[1] and reports[0]["gradient_buckets"] == 4 * 5e8 / 2**30
+
+
 def test_the_largest_model_is_reported_without_building_it() -> None:
     facts = dry(load_config("imagenet256_promoe_xl", ["parallel.expert_parallel=4"]), 64)
     assert (facts["params"]["total"], facts["params"]["activated"]) == PROMOE["xl"][:2]

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from benchmarks.processes import PATIENCE
+from promoe_ds.command_line import guarded
 from promoe_ds.evaluation.digits import digits_images
+from tests.disk import as_nobody
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import tiny_kl, write_tree
 from tests.sample_folder import write_run
@@ -113,3 +115,12 @@ def test_ctrl_c_of_sampling_scoring_and_encoding(tmp_path: Path) -> None:
         working.send_signal(signal.SIGINT)
         errors = working.communicate(timeout=PATIENCE)[1]
         assert errors.endswith(LINE) and "Traceback" not in errors and working.returncode == 130, errors
+
+
+def test_a_path_that_may_not_be_looked_at_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "closed" / "samples").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    path = tmp_path / "closed" / "samples"
+    assert as_nobody(lambda: guarded(lambda argv: path.is_dir() and None, [])) == 2
+    assert capfd.readouterr().err == f"error: {path}: Permission denied; look at its permissions, or name another\n"
+    (tmp_path / "closed").chmod(0o755)

@@ -54,6 +54,11 @@ WORDS = [
     "5.",
     "0x10",
     ".inf",
+    "2024-02-30",
+    "0x_",
+    "!!timestamp a",
+    "#a",
+    "&a",
 ]
 
 
@@ -103,6 +108,13 @@ def test_an_override_of_a_section_may_be_overridden() -> None:
     moe = load_config("imagenet256_dense_s", ["moe={num_experts: 6}", "moe.num_shared=2"]).moe
     assert moe is not None and (moe.num_experts, moe.num_shared) == (6, 2)
     error("`moe` is null in this recipe", "moe=null", "moe.num_shared=2")
+
+
+@pytest.mark.parametrize("text", ["2024-02-30", "0x_", "!!timestamp a"])
+def test_what_yaml_takes_for_a_value_and_cannot_read_is_one_line(tmp_path: Path, text: str) -> None:
+    error(f"train.steps='{text}': expected int, got str", f"train.steps={text}")
+    path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: {text}}}\n")
+    error(f"--config={path}: is not YAML (", base=path)
 
 
 @pytest.mark.parametrize(("text", "read"), [("2012", "2012"), ("no", "False"), ("0500000", "163840"), ("null", "None")])

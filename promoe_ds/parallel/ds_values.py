@@ -12,6 +12,7 @@ from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import BaseModel, ValidationError
 
 from promoe_ds.config import reject
@@ -57,6 +58,8 @@ def check_values(path: str | None, ds: ResolvedDS) -> None:
     tree = {key: value for key, value in ds.json.items() if key != "train_batch_size"}  # ranks are not counted yet
     try:
         DeepSpeedConfig(copy.deepcopy(tree))
+        if (level := tree.get("log_level")) is not None:  # else DeepSpeed reads it when all is built
+            get_log_level_from_string(level)
     except ValidationError as error:
         first = error.errors()[0]
         keys = [str(key) for key in first["loc"]]

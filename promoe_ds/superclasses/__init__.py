@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from promoe_ds.config import reject
+from promoe_ds.config import BAD_YAML, reject
 
 FOLDER = Path(__file__).parent
 OPTION = "moe.router.superclasses"
@@ -50,7 +50,7 @@ def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reject(OPTION, name_or_path, f"cannot be read ({error})", f"name a file or one of {_some(builtin())}")
-    except yaml.YAMLError as error:
+    except BAD_YAML as error:
         reject(OPTION, name_or_path, f"is neither YAML nor JSON ({' '.join(str(error).split())})", "mend the file")
     groups = tree.get("superclasses") if isinstance(tree, dict) else None
     if not isinstance(groups, dict) or not groups or not all(map(_is_class_list, groups.values())):

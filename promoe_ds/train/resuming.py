@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from promoe_ds.config import Config, ConfigError, decode, encode, reject
+from promoe_ds.config import BAD_YAML, Config, ConfigError, decode, encode, reject
 from promoe_ds.files import NOT_FOUND
 from promoe_ds.loading import open_weights
 from promoe_ds.train.checkpoint import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
@@ -162,7 +162,7 @@ def saved_config(run: Path) -> dict[str, Any] | None:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except NOT_FOUND:
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *BAD_YAML) as error:
         reject("--run", path, f"cannot be read ({' '.join(str(error).split())})", "mend it or choose another --run")
     if not isinstance(tree, dict):
         reject("--run", path, "is not a configuration", "mend it or choose another --run")

@@ -103,8 +103,17 @@ def test_sets_below_others_are_no_part_of_them(tmp_path: Path) -> None:
     assert [s.name for s in run_samples(run)] == [str(path) for path in (*scales, run / "samples/other")]
     with pytest.raises(ConfigError, match=r"holds no samples.npz, pictures nor cfg\* folders"):
         find_samples(run)
+    write(scales[0] / "best")
+    assert len(load_samples(scales[0]).images_NHWC) == 5  # type: ignore[union-attr]
     write(run / "samples", PIXELS[:3], "mine{}_{}.png")
     assert find_samples(run / "samples") == [run / "samples"] and len(load_samples(run / "samples").images_NHWC) == 3  # type: ignore[union-attr]
+
+
+def test_the_figures_of_a_run_are_no_samples(tmp_path: Path) -> None:
+    write(tmp_path / "analysis", name="load_{}{}.png")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=f"is a run folder; write --run {tmp_path}"):
+        find_samples(tmp_path)
 
 
 def test_empty_and_single(tmp_path: Path):

@@ -314,6 +314,8 @@ def test_this_file_imports_no_deepspeed() -> None:
         ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "many"}},
          'zero_optimization.stage3_max_live_parameters="many": Input should be a valid integer'),
         ({"wall_clock_breakdown": "maybe"}, "DeepSpeed cannot use it: unsupported operand"),
+        ({"log_level": 5}, "DeepSpeed cannot use it: 'int' object has no attribute 'lower'"),
+        ({"log_level": "loud"}, "DeepSpeed cannot use it: loud is not one of the valid logging levels"),
         ({"comms_logger": {"verbose": "maybe"}}, 'comms_logger.verbose="maybe": Input should be a valid boolean'),
     ],
 )  # fmt: skip
