@@ -18,6 +18,8 @@ from promoe_ds.train import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
 """exit codes; after 85 the same command continues, as after `signals.INTERRUPTED` (130), Ctrl-C"""
+OTHERS_SECONDS = 30.0
+"""how long other ranks let rank 0 speak, and the launcher end them, before they tell the same mistake"""
 _stopped: int | None = None
 """the exit code of the signal that `leave` has heard"""
 
@@ -58,8 +60,9 @@ def mistake(error: ConfigError) -> int:
     """Tell a mistake that several ranks may have met: most likely all of them, so rank 0 tells it. Returns 2."""
     rank = os.environ.get("RANK", "0")
     try:
-        if rank != "0":
-            time.sleep(3)  # let rank 0 speak, and the launcher end the others
+        began = time.monotonic()
+        while rank != "0" and not signals.requested() and time.monotonic() - began < OTHERS_SECONDS:
+            time.sleep(0.1)
     except KeyboardInterrupt:  # it does
         return USER_ERROR
     if rank == "0" or not signals.requested():

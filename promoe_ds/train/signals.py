@@ -67,6 +67,8 @@ def _hear(read_end: int, leave: Callable[[signal.Signals], None]) -> None:
             first, _request = now, number
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
                 print("Ctrl-C: stopping once this step is saved; again to leave at once", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT != _request and now - first < CTRL_C_SECONDS:
+            _request = number  # its copy by a launcher came first: of two that wait, the kernel serves the later one
         elif now - first > (CTRL_C_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
             leave(number)
 
