@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path.insert(0, str(ROOT))
 
-from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
-from promoe_ds.files import write_text  # noqa: E402
+from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
+from promoe_ds.utils.files import write_text  # noqa: E402
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -64,12 +64,15 @@ def overrides(point: Point, args: argparse.Namespace) -> list[str]:
 
 
 def config_of(point: Point, args: argparse.Namespace) -> Config:
+    from promoe_ds.recipes.load import load_config  # late: it imports torch
+
     return load_config(args.recipe, overrides(point, args))
 
 
 def plan(args: argparse.Namespace) -> list[Point]:
     """Every point, in the order in which it is run. Raises ConfigError for what no point can satisfy."""
-    from promoe_ds.validate import check_topology
+    from promoe_ds.config.batching import check_topology
+    from promoe_ds.recipes.load import load_config
 
     for name in ("per", "window", "windows", "repeats"):
         if getattr(args, name) < 1:
@@ -100,7 +103,7 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
     import torch
 
     from benchmarks.provenance import facts
-    from promoe_ds.train.checkpoint import trained
+    from promoe_ds.checkpoint.layout import trained
 
     runs = [("all", True)] if not torch.cuda.is_available() else [("speed", False), ("parts", True)]
     records = []

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from benchmarks.processes import PATIENCE, free_port
 from launchers import sample
-from promoe_ds.config import decode, dump
+from promoe_ds.checkpoint import layout
+from promoe_ds.config.decode import decode, dump
 from promoe_ds.models.init import build, materialize
-from promoe_ds.train import checkpoint
 from tests.launch import ENVIRONMENT, ROOT
 
 LAUNCHER = ROOT / "launchers/sample.py"
@@ -50,7 +50,7 @@ def write_run(run: Path, seed: int = 0, channels: int = 1, objective: str = "rec
 def write_manifest(file: Path) -> None:
     entry = {"bytes": file.stat().st_size, "blake2b": hashlib.blake2b(file.read_bytes()).hexdigest()}
     tree = {"format": "promoe_ds/1", "step": 7, "files": {file.name: entry}}
-    checkpoint.write_manifest(file.parent, tree)
+    layout.write_manifest(file.parent, tree)
 
 
 def sample_command(monkeypatch: pytest.MonkeyPatch) -> Command:

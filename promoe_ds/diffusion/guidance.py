@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from promoe_ds.config.schema import Channels
 from promoe_ds.diffusion.ddpm_samplers import Predict
-from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.objective_config import Channels
+from promoe_ds.moe.router import RoutingContext
 
 
 def guided_prediction(

@@ -9,10 +9,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from promoe_ds.config import Config, ModelConfig, MoEConfig
+from promoe_ds.config.schema import Config, ModelConfig, MoEConfig
 from promoe_ds.models.dit import DiT
+from promoe_ds.moe.router import RoutingContext
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import RoutingContext
 
 
 def plain_config(model: dict[str, Any], moe: dict[str, Any] | None) -> Config:

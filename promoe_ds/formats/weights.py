@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 
 from promoe_ds import __version__
-from promoe_ds.config import Config, decode, dump, encode, reject
-from promoe_ds.files import atomic
+from promoe_ds.checkpoint.convert import checked, made
+from promoe_ds.checkpoint.layout import EMA, FORMAT, MANIFEST, WEIGHTS, file_entry, tree_digest
+from promoe_ds.checkpoint.load_weights import find_weights, open_weights, read_weights, shard_files
+from promoe_ds.checkpoint.resume import Reader
+from promoe_ds.checkpoint.save import complete, write_tensors
+from promoe_ds.config.decode import decode, dump, encode
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.card import model_card
-from promoe_ds.loading import find_weights, open_weights, read_weights, shard_files
 from promoe_ds.models.init import build
-from promoe_ds.train.checkpoint import EMA, FORMAT, MANIFEST, WEIGHTS, file_entry, tree_digest
-from promoe_ds.train.conversion import checked, made
-from promoe_ds.train.resuming import Reader
-from promoe_ds.train.saving import complete, write_tensors
+from promoe_ds.utils.files import atomic
 
 Source = Literal["ema", "raw"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.parallel.ds_config import PASSED, ResolvedDS, unknown
 
 

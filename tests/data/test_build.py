@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promoe_ds.config import Config, ConfigError, DataConfig, ModelConfig
+from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.images import FolderImages, HeldImages
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from promoe_ds.diffusion.guidance import guided_prediction
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.router import RoutingContext
 
 NULL = 9
 CPU = torch.device("cpu")

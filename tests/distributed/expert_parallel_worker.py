@@ -10,13 +10,13 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
-from promoe_ds.config import decode
+from promoe_ds.config.decode import decode
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import RoutingContext, auxiliary_losses
 from promoe_ds.parallel.collectives import all_reduce_sum
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects, leave

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 import promoe_ds
-from promoe_ds.config import load_config
+from promoe_ds.checkpoint.layout import damage
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.formats.bundle import bundle
@@ -22,8 +22,8 @@ from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.sampling import image_noise, to_pixels
-from promoe_ds.train.checkpoint import damage
+from promoe_ds.recipes.load import load_config
+from promoe_ds.sampling.generate import image_noise, to_pixels
 from tests.launch import ENVIRONMENT, run
 
 LABELS, SCALE, STEPS, SEED = [0, 3, 10], 2.0, 5, 4
@@ -151,7 +151,7 @@ def test_the_code_of_every_family_stands_alone(router: str) -> None:
 def test_one_name_from_two_modules_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bundled_a.py").write_text("def size():\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    roots = [("promoe_ds.train.checkpoint", "size"), ("promoe_ds.config", "encode")]
+    roots = [("promoe_ds.checkpoint.layout", "size"), ("promoe_ds.config.decode", "encode")]
     assert "def size(" in bundle("x", "0", roots, CUT)
     with pytest.raises(AssertionError, match="defined in two modules: size"):
         bundle("x", "0", [*roots, ("bundled_a", "size")])

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from benchmarks.op_counting import OperatorCount
-from promoe_ds.config import Config, decode, encode, load_config
+from promoe_ds.config.decode import decode, encode
+from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.router import RoutingContext
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology
+from promoe_ds.recipes.load import load_config
 
 
 def tiny(*overrides: str) -> Config:

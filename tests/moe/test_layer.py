@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from promoe_ds.config import decode
+from promoe_ds.config.decode import decode
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import RoutingContext, auxiliary_losses
 
 D, S, NULL = 16, 5, 10
 MIXES = {

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.config import Config, decode
+from promoe_ds.config.decode import decode
+from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.router import Router, Routing, RoutingContext, auxiliary_losses
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import Router, Routing, RoutingContext, auxiliary_losses
 from tests.moe import example_router
 from tests.moe.test_layer import MIXES, Operations, losses_of
 
