@@ -17,8 +17,8 @@ if not __package__:
 
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.layout import size
-from promoe_ds.config.decode import decode
 from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, guarded, leave
 from promoe_ds.utils.files import is_dir
 
@@ -117,7 +117,7 @@ def facts_of(path: Path) -> dict[str, Any]:
 
     tree = layout.manifest(path)
     problem = layout.damage(path, read_bytes=False)
-    parameters = count_parameters(decode(tree["config"])).total
+    parameters = count_parameters(load_tree(tree["config"])).total
     total = sum(entry["bytes"] for entry in tree["files"].values())
     return tree | {"parameters": parameters, "bytes": total, "problem": problem}
 
@@ -141,7 +141,7 @@ def model_line(config: Config) -> str:
 
 
 def render(path: Path, facts: dict[str, Any]) -> str:
-    config = decode(facts["config"])
+    config = load_tree(facts["config"])
     t = config.train
     saved_by = "weights alone, from {source}: {weights}, {dtype}" if "weights" in facts else (
         "{world} process{plural}, ep {ep}, ZeRO-{stage}; resumes at any"

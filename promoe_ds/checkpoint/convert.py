@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from promoe_ds.checkpoint.layout import EMA, FORMAT, RESUMED_STATES, bytes_of, damage, folder, manifest, size
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import complete, write_tensors
-from promoe_ds.config.decode import decode, dump
+from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import reject
+from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import atomic, write_text
 
 
@@ -80,10 +81,10 @@ def resplit(path: Path, run: Path, count: int) -> Path:
             part = {f"{n}/{s}": reader(n, s) for n in names[i::count] for s in RESUMED_STATES}
             files |= write_tensors(temporary / f"state-{i:05d}-of-{count:05d}.safetensors", part, metadata)
         if not (run / "config.yaml").exists():
-            write_text(run / "config.yaml", dump(decode(tree["config"])))
+            write_text(run / "config.yaml", dump(load_tree(tree["config"])))
         complete(temporary, final, tree | {"files": files})
     return final
 
 
 def _metadata(tree: dict[str, Any]) -> dict[str, str]:
-    return {"format": FORMAT, "config": dump(decode(tree["config"])), "step": str(tree["step"])}
+    return {"format": FORMAT, "config": dump(load_tree(tree["config"])), "step": str(tree["step"])}

@@ -28,10 +28,10 @@ from promoe_ds.checkpoint.layout import (
     newest,
     unreadable,
 )
-from promoe_ds.config.decode import decode
 from promoe_ds.config.schema import Config, ConfigError, reject
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
+from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND, check_readable, is_dir, is_file
 
 
@@ -158,7 +158,7 @@ def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, i
             "name an ema.safetensors written by launchers/train.py",
         )
     try:
-        return decode(yaml.safe_load(metadata["config"])), int(metadata["step"])
+        return load_tree(yaml.safe_load(metadata["config"])), int(metadata["step"])
     except (ConfigError, KeyError, ValueError, yaml.YAMLError) as error:
         reject(
             "weights",

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from promoe_ds.checkpoint.layout import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
-from promoe_ds.config.decode import decode, encode
+from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND
 
 FREE_ON_RESUME = {
@@ -58,7 +59,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, 
 def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
     """Raise ConfigError if a saved configuration computes something else than `config`."""
     try:
-        known = encode(decode(saved))
+        known = encode(load_tree(saved))
     except ConfigError as error:
         reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
     for path, old, new in differences(known, encode(config)):
@@ -74,7 +75,7 @@ def changed_lr(found: Path | None, config: Config) -> float | None:
     Raises:
         ConfigError: there is no step left to make with it.
     """
-    before = decode(manifest(found)["config"]).optimizer.lr if found else config.optimizer.lr
+    before = load_tree(manifest(found)["config"]).optimizer.lr if found else config.optimizer.lr
     if before == config.optimizer.lr:
         return None
     if found and step_of(found) >= config.train.steps:

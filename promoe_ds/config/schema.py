@@ -7,7 +7,6 @@ DeepSpeed JSON from them. `decode.py` reads a tree strictly, `recipes/validate.p
 from __future__ import annotations
 
 import difflib
-import importlib
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -66,6 +65,10 @@ class RouterConfig:
     """Base of every router's own `Config`; `name` picks the class from the registry."""
 
     name: str = "promoe"
+
+
+ROUTER_CONFIGS: dict[str, type[RouterConfig]] = {}
+"""by name; `moe.router.register_router` adds a router's when its class is made"""
 
 
 def _default_router() -> RouterConfig:
@@ -243,8 +246,8 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 
 def router_config_class(name: str, path: str) -> type[RouterConfig]:
-    """The `Config` of a registered router. Imported late: the registry lives with the routers, which import torch."""
-    registry = importlib.import_module("promoe_ds.moe.routers").ROUTERS
-    if name not in registry:
-        reject(path, name, f"no such router (known: {', '.join(sorted(registry))})", did_you_mean(name, registry))
-    return registry[name].Config
+    """The `Config` of a registered router; `path` is what a `ConfigError` calls the name."""
+    if name not in ROUTER_CONFIGS:
+        known = ", ".join(sorted(ROUTER_CONFIGS)) or "none: promoe_ds.recipes.load imports them"
+        reject(path, name, f"no such router (known: {known})", did_you_mean(name, ROUTER_CONFIGS))
+    return ROUTER_CONFIGS[name]

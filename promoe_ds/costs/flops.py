@@ -6,10 +6,10 @@ K experts a token, W world size, ep expert-parallel degree. A MAC is one multipl
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
 from promoe_ds.config.schema import Config
+from promoe_ds.moe.router import ROUTERS
 
 TIMESTEP_FREQUENCIES = 256
 STAGE0_BUCKET = 500_000_000
@@ -103,14 +103,14 @@ def router_parameters(config: Config) -> int:
     """Parameters of one layer's router, stated by its class; 0 in a dense model."""
     if config.moe is None:
         return 0
-    router = importlib.import_module("promoe_ds.moe.routers").ROUTERS[config.moe.router.name]
+    router = ROUTERS[config.moe.router.name]
     return router.num_parameters(config.moe.router, config.moe.num_experts, config.model.width)
 
 
 def router_macs(config: Config) -> int:
     """MACs a token of one layer's router, stated by its class."""
     assert config.moe is not None
-    router = importlib.import_module("promoe_ds.moe.routers").ROUTERS[config.moe.router.name]
+    router = ROUTERS[config.moe.router.name]
     return router.macs_per_token(config.moe.router, config.moe.num_experts, config.model.width)
 
 

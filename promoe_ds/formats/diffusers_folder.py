@@ -27,7 +27,7 @@ from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.bundle import bundle
 from promoe_ds.formats.card import model_card
 from promoe_ds.formats.weights import SHARD_BYTES, Weights, cast, write_safetensors, write_text
-from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.router import ROUTERS
 from promoe_ds.utils.files import atomic
 
 PIPELINE = "pipeline"

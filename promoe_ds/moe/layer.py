@@ -26,8 +26,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import Routing, RoutingContext
-from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.router import ROUTERS, Routing, RoutingContext
 
 Work = Callable[[], list[Tensor]]
 """what can be computed while rows travel"""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import Config, ConfigError, RouterConfig, reject
+from promoe_ds.config.schema import ROUTER_CONFIGS, Config, ConfigError, RouterConfig, reject
 
 
 class Routing(NamedTuple):
@@ -199,7 +199,7 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
         except TypeError as error:
             wanted = "forward must take (self, x_TD, S, ctx)"
             raise ConfigError(f"router {name!r} of {cls.__module__}: {wanted}; {error}") from None
-        ROUTERS[name] = cls
+        ROUTERS[name], ROUTER_CONFIGS[name] = cls, cls.Config
         return cls
 
     return add

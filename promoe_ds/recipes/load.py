@@ -14,6 +14,8 @@ import yaml
 
 from promoe_ds.config.decode import Override, decode
 from promoe_ds.config.schema import Config, did_you_mean, reject
+from promoe_ds.moe import routers as routers  # their classes make them known to `decode`
+from promoe_ds.recipes.validate import validate
 
 RECIPES = Path(__file__).parent
 
@@ -78,6 +80,13 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     node[leaf] = Override(raw)
 
 
+def load_tree(tree: dict[str, Any]) -> Config:
+    """Strictly turn a plain tree into a validated `Config`; raises `ConfigError`."""
+    config = decode(tree)
+    validate(config)
+    return config
+
+
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """Recipe name or YAML path, plus `section.key=value` overrides, to a validated `Config`.
 
@@ -87,4 +96,4 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     tree = _recipe_tree(name_or_path)
     for text in overrides:
         _apply_override(tree, text)
-    return decode(tree)
+    return load_tree(tree)

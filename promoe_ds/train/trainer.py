@@ -34,8 +34,7 @@ from promoe_ds.models.compiled import check_compiler, compile_model, untested_to
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
-from promoe_ds.moe.router import Router, RoutingContext
-from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.router import ROUTERS, Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine
 from promoe_ds.parallel.expert_parallel import local_part, parallelize

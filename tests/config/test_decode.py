@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ import pytest
 import yaml
 
 from promoe_ds.config import decode as module
-from promoe_ds.config.decode import decode, dump, encode
-from promoe_ds.recipes.load import load_config
+from promoe_ds.config.decode import dump, encode
+from promoe_ds.recipes.load import load_config, load_tree
+from tests.launch import run
 from tests.recipes.test_load import error, write
 
 
@@ -62,7 +64,7 @@ WORDS = [
 def test_text_for_string_fields_is_taken_as_written(word: str) -> None:
     config = load_config("tiny", [f"{key}={word}" for key in ("name", "data.path", "data.split", "train.init")])
     assert [config.name, config.data.path, config.data.split, config.train.init] == [word] * 4
-    assert decode(yaml.safe_load(dump(config))) == config
+    assert load_tree(yaml.safe_load(dump(config))) == config
     router = load_config("digits_classification", [f"moe.router.superclasses={word}"]).moe.router  # type: ignore[union-attr]
     assert encode(router)["superclasses"] == word
     error(f"moe.router.name={word}: no such router", f"moe.router.name={word}")
@@ -138,3 +140,24 @@ def test_bad_overrides() -> None:
     error("`steps` is not a section", "train.steps.more=1")
     error("`moe` is null in this recipe", "moe.num_experts=6", base="imagenet256_dense_s")
     error("train.steps='[': expected int, got str", "train.steps=[")
+
+
+def test_decoding_needs_no_torch_and_knows_the_routers_that_were_made() -> None:
+    """Their classes tell the schema; no module is imported by its name in a string."""
+    code = """
+import sys
+from dataclasses import dataclass
+from promoe_ds.config import decode, schema
+assert not {"torch", "numpy", "deepspeed"} & set(sys.modules)
+assert decode.decode({"moe": None, "model": {"depth": 2}}).model.depth == 2
+try:
+    decode.decode({"moe": {"router": {"name": "mine"}}})
+except schema.ConfigError as error:
+    assert str(error).startswith("moe.router.name=mine: no such router (known: none: "), error
+@dataclass(frozen=True, kw_only=True)
+class Mine(schema.RouterConfig):
+    name: str = "mine"
+schema.ROUTER_CONFIGS["mine"] = Mine
+assert decode.decode({"moe": {"router": {"name": "mine"}}}).moe.router == Mine()
+"""
+    run([sys.executable, "-c", code])

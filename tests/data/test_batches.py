@@ -18,6 +18,7 @@ from promoe_ds.data.batches import Batch, BatchMaker, BatchStream, share_of
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.order import Purpose, step_indices
+from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 
 FIELDS = ("x_BCHW", "label_B", "noise_BCHW", "gauss_B", "rows")
 DIGITS = Digits()

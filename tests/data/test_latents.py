@@ -17,6 +17,7 @@ from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encod
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.latents import SD_CODEC, LatentShards, LatentTree, open_latents
 from promoe_ds.data.order import Purpose, row_generator
+from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 from promoe_ds.utils.ranks import Worker
 from tests.disk import loop
 from tests.photographs import write_tree

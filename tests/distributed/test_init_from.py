@@ -11,10 +11,10 @@ from launchers import import_weights
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.resume import Reader
-from promoe_ds.config.decode import decode, encode
+from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.formats.weights import Weights, load, write
-from promoe_ds.recipes.load import load_config
+from promoe_ds.recipes.load import load_config, load_tree
 from tests.formats.official_model import random_state
 from tests.launch import train
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     tensors["y_embedder.weight"] = torch.cat([tensors["y_embedder.weight"], torch.zeros(5, 32)])
     for part in ("weight", "bias"):
         tensors[f"final_layer.linear.{part}"] = tensors[f"final_layer.linear.{part}"][:8].contiguous()
-    return write(Weights(tensors, decode(tree), 9, "ema", "test"), tmp_path / "one", limit=100_000)
+    return write(Weights(tensors, load_tree(tree), 9, "ema", "test"), tmp_path / "one", limit=100_000)
 
 
 def test_fine_tuning_starts_from_imported_weights(folder: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.config.decode import decode
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.moe.dispatch import ExpertRows, segment_ends
 from promoe_ds.moe.experts import StackedExperts, backend_problem, check_backend
+from promoe_ds.recipes.load import load_tree
 
 D, HIDDEN, E = 8, 12, 4
 BF16 = {"train": {"precision": "bf16_autocast"}, "moe": {"experts_backend": "megablocks"}}
@@ -58,13 +58,13 @@ def test_backends_agree(monkeypatch: pytest.MonkeyPatch, expert: list[int]) -> N
 def test_why_megablocks_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend_problem("grouped_mm", "cpu") is None and backend_problem("loop", "cuda") is None
     with pytest.raises(ConfigError) as error:
-        check_backend(decode(BF16), "cpu")
+        check_backend(load_tree(BF16), "cpu")
     assert str(error.value).startswith("moe.experts_backend=megablocks: needs a CUDA device, this is cpu;")
     assert "moe.experts_backend=grouped_mm" in str(error.value)
     monkeypatch.setitem(sys.modules, "grouped_gemm", None)
     with pytest.raises(
         ConfigError, match=r"megablocks: cannot be imported \(ModuleNotFoundError: .*docs/performance.md"
     ):
-        check_backend(decode(BF16), "cuda")
+        check_backend(load_tree(BF16), "cuda")
     with pytest.raises(ConfigError, match=r"megablocks: megablocks computes in bf16 only, and train.precision is fp32"):
-        decode({**BF16, "train": {"precision": "fp32"}})
+        load_tree({**BF16, "train": {"precision": "fp32"}})

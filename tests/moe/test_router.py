@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from promoe_ds.config.schema import ConfigError, RouterConfig
+from promoe_ds.config.schema import ROUTER_CONFIGS, ConfigError, RouterConfig
 from promoe_ds.moe.router import Router, Routing, RoutingContext, register_router
 from promoe_ds.moe.routers import ROUTERS
 
@@ -69,6 +69,7 @@ def test_a_router_may_take_more_than_it_is_given() -> None:
             raise AssertionError
 
     try:
-        assert register_router("wide")(Wide) is ROUTERS["wide"]
+        assert register_router("wide")(Wide) is ROUTERS["wide"] and ROUTER_CONFIGS["wide"] is WideConfig
     finally:
         ROUTERS.pop("wide", None)
+        ROUTER_CONFIGS.pop("wide", None)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from promoe_ds.config.decode import decode, dump, encode
+from promoe_ds.config.decode import dump, encode
 from promoe_ds.config.schema import Config, ConfigError, ModelConfig, MoEConfig
 from promoe_ds.recipes import load as module
-from promoe_ds.recipes.load import load_config, recipe_names
+from promoe_ds.recipes.load import load_config, load_tree, recipe_names
 from promoe_ds.recipes.validate import validate_data
 
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
@@ -34,8 +34,8 @@ def error(text: str, *overrides: str, base: str = "imagenet256_promoe_s") -> Non
 def test_every_recipe_loads_and_survives_a_round_trip(name: str) -> None:
     config = load_config(name)
     assert config.name == name.rsplit("/", 1)[-1]
-    assert decode(encode(config)) == config
-    assert decode(yaml.safe_load(dump(config))) == config
+    assert load_tree(encode(config)) == config
+    assert load_tree(yaml.safe_load(dump(config))) == config
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -71,7 +71,7 @@ def test_moe_layers() -> None:
 def test_a_list_of_layers_survives_a_round_trip() -> None:
     config = load_config("imagenet256_promoe_s", ["moe.layers=[1, 5]"])
     assert config.moe is not None and config.moe.layers == (1, 5)
-    assert decode(yaml.safe_load(dump(config))) == config
+    assert load_tree(yaml.safe_load(dump(config))) == config
 
 
 def test_configurations_cannot_be_changed() -> None:
@@ -120,7 +120,7 @@ def test_wrong_types_and_choices(override: str, text: str) -> None:
 def test_an_error_is_one_line_whatever_the_value() -> None:
     error("train.note=a b: unknown key", "train.note=a\nb")
     with pytest.raises(ConfigError) as caught:
-        decode({"data": {"name": "digits", "nothing": "first\nsecond"}})
+        load_tree({"data": {"name": "digits", "nothing": "first\nsecond"}})
     assert "\n" not in str(caught.value)
 
 

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
-from promoe_ds.config.decode import decode, dump, encode
+from promoe_ds.config.decode import dump, encode
 from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.recipes.load import load_tree
 from promoe_ds.sampling import generate
 from promoe_ds.sampling.generate import (
     How,
@@ -33,7 +34,7 @@ MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "chan
 
 def tiny(diffusion: dict[str, Any] | None = None, **model: Any) -> tuple[DiT, Config]:
     """A small ProMoE whose every parameter is drawn, so that it makes more than zeros."""
-    config = decode(
+    config = load_tree(
         {
             "name": "tiny",
             "model": MODEL | model,
@@ -279,7 +280,7 @@ def test_three_guided_channels_of_four() -> None:
     first = np.arange(4)
     every, three = (draw(dit, config, first, cfg=4.0, sampler="ddim", channels=c) for c in ("all", 3))
     assert (every != three).any()
-    by_config = decode(encode(config) | {"guidance": {"channels": 3}})
+    by_config = load_tree(encode(config) | {"guidance": {"channels": 3}})
     np.testing.assert_array_equal(
         draw(dit, by_config, first, cfg=4.0), draw(dit, config, first, cfg=4.0, sampler="ddpm", channels=3)
     )
@@ -339,4 +340,4 @@ def test_no_images_are_no_work() -> None:
 
 def test_latents_are_no_pictures() -> None:
     with pytest.raises(ConfigError, match="^model.channels=4: the model makes latents"):
-        check_channels(decode({"model": MODEL | {"channels": 4}}))
+        check_channels(load_tree({"model": MODEL | {"channels": 4}}))
