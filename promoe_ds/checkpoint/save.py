@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from promoe_ds import __version__
+from promoe_ds._version import __version__
 from promoe_ds.checkpoint.layout import (
     EMA,
     FORMAT,

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from promoe_ds import __version__
+from promoe_ds._version import __version__
 from promoe_ds.checkpoint.convert import made
 from promoe_ds.checkpoint.layout import FORMAT
 from promoe_ds.checkpoint.save import complete

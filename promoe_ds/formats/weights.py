@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from promoe_ds import __version__
+from promoe_ds._version import __version__
 from promoe_ds.checkpoint.convert import checked, made
 from promoe_ds.checkpoint.layout import EMA, FORMAT, MANIFEST, WEIGHTS, file_entry, tree_digest
 from promoe_ds.checkpoint.load_weights import find_weights, open_weights, read_weights, shard_files

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-import promoe_ds
+from promoe_ds._version import __version__
 from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.utils import signals
 
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
     import torch
 
     return {
-        "promoe_ds": promoe_ds.__version__,
+        "promoe_ds": __version__,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from promoe_ds.formats.diffusers_folder import CUT, model_code, write_diffusers
 from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.router import RoutingContext
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import image_noise, to_pixels
@@ -89,7 +91,15 @@ def weights(made: DiT) -> Weights:
 def ancestral_with_their_noise(made: DiT) -> Tensor:
     """Our DDPM sampler, its steps' noise drawn as DDPMScheduler draws it."""
     config, device, shape = made.config, torch.device("cpu"), (len(LABELS), 1, 8, 8)
-    predict = guided_prediction(made, torch.tensor(LABELS), 10, SCALE, device, config.guidance.channels)
+    predict = guided_prediction(
+        made,
+        partial(RoutingContext.build, null_label=10, device=device),
+        torch.tensor(LABELS),
+        10,
+        SCALE,
+        device,
+        config.guidance.channels,
+    )
     generator = torch.Generator().manual_seed(9)
     noise = image_noise(SEED, np.arange(len(LABELS)), shape[1:])
     objective = make_objective(config.diffusion, device)
