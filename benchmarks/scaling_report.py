@@ -1,4 +1,4 @@
-"""The points of `launchers/scaling_study.py` as CSV, markdown and figures.
+"""The points of `benchmarks/scaling_study.py` as CSV, markdown and figures.
 
 Bytes are compared with the formulas of `promoe_ds/costs/comm_volume.py`, to the byte: gradients, parameters and counts
 always, the all-to-all under uniform routing (under learned routing the tokens decide; its ratio to the expected is
@@ -261,7 +261,7 @@ def write_report(folder: Path, args: argparse.Namespace) -> str:
     first = points[0]
     text = f"""# Scaling study: {first.config.name}, {args.batch} scaling, {first.routing} routing
 
-{provenance("launchers/scaling_study.py", args.command, [fact for p in points for fact in p.facts])}
+{provenance("benchmarks/scaling_study.py", args.command, [fact for p in points for fact in p.facts])}
 
 Median over windows of {first.window} steps, after one window of warm-up; speed-up is over
 {baselines(points)}; communication is the share of the step's measured parts.

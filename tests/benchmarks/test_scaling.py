@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import cost_model
+from benchmarks import cost_model, scaling_study
 from benchmarks.cost_model import (
     Exchanges,
     Hardware,
@@ -17,7 +17,6 @@ from benchmarks.cost_model import (
     reduce_seconds,
 )
 from benchmarks.scaling_report import read_points
-from launchers import scaling_study
 from promoe_ds.costs import comm_volume, flops
 from promoe_ds.recipes.load import load_config
 

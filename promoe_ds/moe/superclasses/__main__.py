@@ -56,7 +56,7 @@ def build(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("promoe_ds.moe.superclasses", description=__doc__, formatter_class=about)
+    parser = argparse.ArgumentParser("python -m promoe_ds.moe.superclasses", description=__doc__, formatter_class=about)
     parser.add_argument("--hierarchy", type=Path, required=True)
     parser.add_argument("--classes", type=Path, required=True)
     how = parser.add_mutually_exclusive_group(required=True)

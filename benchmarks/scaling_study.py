@@ -2,11 +2,11 @@
 """Train one recipe at many topologies and say what each part of a step costs: where expert parallelism pays.
 
 examples:
-  python launchers/scaling_study.py --recipe digits --world 1,2,4 --ep 1,2,4 --stage 1,2 --batch strong
-  python launchers/scaling_study.py --recipe imagenet256_promoe_xl --world 8 --ep 1,2,4 --batch weak data.path=latents
-  python launchers/scaling_study.py --recipe digits --routing uniform --dry-run             the points, nothing is run
-  python launchers/scaling_study.py ... --point 3 --out DIR        one point, for a task of an array job
-  python launchers/scaling_study.py ... --report --out DIR         table and figures of the points that are there
+  python benchmarks/scaling_study.py --recipe digits --world 1,2,4 --ep 1,2,4 --stage 1,2 --batch strong
+  python benchmarks/scaling_study.py --recipe imagenet256_promoe_xl --world 8 --ep 1,2,4 --batch weak data.path=latents
+  python benchmarks/scaling_study.py --recipe digits --routing uniform --dry-run             the points, nothing is run
+  python benchmarks/scaling_study.py ... --point 3 --out DIR        one point, for a task of an array job
+  python benchmarks/scaling_study.py ... --report --out DIR         table and figures of the points that are there
 
 Each point runs through the real launcher (--launch, where {world} is its number of processes). The first window of
 steps is warm-up; images/s is the median of the others, with their range. Parts of the step and bytes by kind are
