@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from promoe_ds.config import load_config  # noqa: E402
+from promoe_ds.recipes.load import load_config  # noqa: E402
 
 LINE = re.compile(r"checkpoint of step (\d+): (.*), ([\d.]+) s on the step, ([\d.]+) s behind")
 

@@ -18,8 +18,8 @@ A step of a rank is compute + exposed all-to-all + exposed gradient reduction + 
   parameters    all-gather after the step, not hidden
   optimizer     32 bytes an element of this rank's share, from memory
 
-Bytes are those of promoe_ds/traffic.py, which a scaling study has compared with counted ones. --validate fits a time
-model to half of the topologies (world, ep) of a study and tests it on the others, which the fit has not seen.
+Bytes are those of promoe_ds/costs/comm_volume.py, which a scaling study has compared with counted ones. --validate fits
+a time model to half of the topologies (world, ep) of a study and tests it on the others, which the fit has not seen.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from promoe_ds import accounting, traffic  # noqa: E402
-from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
-from promoe_ds.validate import batch_plan  # noqa: E402
+from promoe_ds.config.batching import batch_plan  # noqa: E402
+from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
+from promoe_ds.costs import comm_volume, flops  # noqa: E402
+from promoe_ds.recipes.load import load_config  # noqa: E402
 
 GIB, OPTIMIZER_BYTES = 2**30, 32
 """read and written an element: weight, two moments, EMA in fp32"""
@@ -102,13 +103,13 @@ class Prediction:
 
 def compute_seconds(config: Config, hw: Hardware, images: int, ep: int, busiest: float) -> float:
     """Forward and backward of `images` images on one GPU."""
-    flops = accounting.train_flops(config, config.diffusion.label_drop)
+    work = flops.train_flops(config, config.diffusion.label_drop)
     assert config.moe is not None
     tokens = config.model.tokens * (1 - config.diffusion.label_drop if config.moe.conditional else 1)
-    expert = 2 * config.model.width * accounting.expert_hidden(config) * accounting.experts_per_token(config)
+    expert = 2 * config.model.width * flops.expert_hidden(config) * flops.experts_per_token(config)
     routed = 6 * len(config.moe_layers()) * tokens * expert
     extra = (busiest - 1) * routed if ep > 1 else 0.0
-    return images * (flops + extra) / (hw.peak_tflops * 1e12 * hw.efficiency)
+    return images * (work + extra) / (hw.peak_tflops * 1e12 * hw.efficiency)
 
 
 def beside_exchanges(config: Config, images: float) -> tuple[float, float, float, float]:
@@ -119,7 +120,7 @@ def beside_exchanges(config: Config, images: float) -> tuple[float, float, float
     """
     moe = config.moe
     assert moe is not None
-    an_expert = 2 * 2 * config.model.width * accounting.expert_hidden(config) * config.model.tokens * images
+    an_expert = 2 * 2 * config.model.width * flops.expert_hidden(config) * config.model.tokens * images
     shared = moe.num_shared * an_expert
     null = moe.num_unconditional * config.diffusion.label_drop * an_expert if moe.conditional else 0.0
     return shared, null, 2 * null, 2 * shared
@@ -139,20 +140,20 @@ def exchanges(config: Config, hw: Hardware, world: int, ep: int, accumulation: i
     if ep == 1:
         return Exchanges(0.0, 0.0)
     times = accumulation * len(config.moe_layers())
-    sent = traffic.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes a rank and exchange
+    sent = comm_volume.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes a rank and exchange
     far = hw.far(ep, world)
     travel = max((1 - far) * sent / (hw.intra_gbs * 1e9), far * sent / (hw.inter_gbs * 1e9)) + hw.latency_us * 1e-6
     speed = hw.peak_tflops * 1e12 * hw.efficiency
     beside = beside_exchanges(config, config.train.global_batch_size / world / accumulation)
-    hidden = [min(travel, hw.overlap * flops / speed) for flops in beside]
+    hidden = [min(travel, hw.overlap * work / speed) for work in beside]
     fixed = (hw.latency_us + hw.sync_us) * 1e-6
     return Exchanges(times * (4 * travel - sum(hidden) + fixed), times * sum(hidden[2:]))
 
 
 def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
     """All-reduce of dense gradients over all ranks and of experts over their replicas."""
-    dense, routed = traffic.trained(config)
-    size, replicas = traffic.weight_bytes(config), world // ep
+    dense, routed = comm_volume.trained(config)
+    size, replicas = comm_volume.weight_bytes(config), world // ep
     seconds = 2 * (world - 1) / world * dense * size / hw.bandwidth(world, 1)
     return seconds + 2 * (replicas - 1) / replicas * routed / ep * size / hw.bandwidth(replicas, ep)
 
@@ -170,9 +171,9 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, b
     reduce = reduce_seconds(config, hw, world, ep)
     rows = exchanges(config, hw, world, ep, accumulation, busiest)
     hidden = hw.overlap * (compute * 2 / 3 - rows.backward)
-    dense, routed = traffic.trained(config)
+    dense, routed = comm_volume.trained(config)
     held = (dense + routed) / world
-    memory = accounting.memory_per_gpu(config, world, ep, stage, False, 100_000_000)
+    memory = flops.memory_per_gpu(config, world, ep, stage, False, 100_000_000)
     return Prediction(
         compute,
         rows.exposed,
@@ -194,9 +195,9 @@ def crossover_images(config: Config, ratio: float = 1.0) -> float:
     """
     assert config.moe is not None
     kept = 1 - config.diffusion.label_drop if config.moe.conditional else 1.0
-    tokens = config.model.tokens * kept * accounting.experts_per_token(config)
-    an_image = 4 * tokens * config.model.width * traffic.row_bytes(config) * len(config.moe_layers())
-    return ratio * 2 * traffic.weight_bytes(config) * traffic.trained(config)[1] / an_image
+    tokens = config.model.tokens * kept * flops.experts_per_token(config)
+    an_image = 4 * tokens * config.model.width * comm_volume.row_bytes(config) * len(config.moe_layers())
+    return ratio * 2 * comm_volume.weight_bytes(config) * comm_volume.trained(config)[1] / an_image
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -258,11 +259,11 @@ def _parts(p: Prediction) -> str:
 def features(point, cores: int) -> np.ndarray:  # type: ignore[no-untyped-def]
     """[4] of a measured point on one machine: FLOPs a core, bytes, collectives times ranks, 1."""
     config, world = point.config, point.world
-    flops = accounting.train_flops(config, config.diffusion.label_drop) * point.batch / min(world, cores)
+    work = flops.train_flops(config, config.diffusion.label_drop) * point.batch / min(world, cores)
     sent = sum(point.sent(kind) for kind in ("all_to_all", "counts", "router_sums", "gradients", "parameters"))
     layers = len(config.moe_layers())
     calls = layers * 5 * (point.ep > 1) + 4 * (world > 1) + 2 * (world > 1 and point.routing == "learned")
-    return np.array([flops / 1e9, sent / 1e6, calls * world, world])
+    return np.array([work / 1e9, sent / 1e6, calls * world, world])
 
 
 def validate(folders: Iterable[Path], cores: int) -> str:

@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from promoe_ds.config import load_config
 from promoe_ds.data import build_dataset, shards
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import SD_CODEC
 from promoe_ds.models.init import build, materialize
-from promoe_ds.sampling import How, draw_pixels
+from promoe_ds.recipes.load import load_config
+from promoe_ds.sampling.generate import How, draw_pixels
 
 
 def rate(images: int, work: Callable[[], object], repeats: int) -> str:

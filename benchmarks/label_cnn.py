@@ -20,8 +20,8 @@ from promoe_ds.data import ImageDataset
 from promoe_ds.evaluation.features import Features
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import label_agreement
-from promoe_ds.files import atomic
-from promoe_ds.sampling import to_pixels
+from promoe_ds.sampling.generate import to_pixels
+from promoe_ds.utils.files import atomic
 
 
 class _Block(nn.Module):

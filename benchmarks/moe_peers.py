@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.models.layers import Mlp
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.experts import grouped_mm
 from promoe_ds.moe.layer import LayerFacts, MoELayer
-from promoe_ds.moe.routing import Router, Routing, RoutingContext
+from promoe_ds.moe.mlp import Mlp
+from promoe_ds.moe.router import Router, Routing, RoutingContext
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """x [B, S, D] -> (output [B, S, D], auxiliary loss)"""

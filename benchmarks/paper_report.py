@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks.paper_rows import SCALES, Row, history, scores, throughput
 from benchmarks.provenance import ROOT, provenance
-from promoe_ds.accounting import count_parameters
+from promoe_ds.costs.flops import count_parameters
 
 Result = dict[str, Any]
 """what scores.json of a run holds"""

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from promoe_ds.config import Config
+from promoe_ds.config.schema import Config
 
 CHUNKS = 10
 """turns that a row's training is cut into"""
@@ -30,7 +30,7 @@ class Row:
 
 
 def done_steps(run: Path) -> int:
-    from promoe_ds.train.checkpoint import newest, step_of
+    from promoe_ds.checkpoint.layout import newest, step_of
 
     found = newest(run)
     return step_of(found) if found else 0

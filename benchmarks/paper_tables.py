@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import paper_rows  # noqa: E402
 from benchmarks.paper_report import write_report  # noqa: E402
 from benchmarks.paper_rows import SCALES, Row, done_steps, judge_file, scores  # noqa: E402
-from promoe_ds.config import Config, ConfigError, load_config, reject  # noqa: E402
+from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
 
 WINDOWS = 4
 """throughput windows a chunk; the first is warm-up and dropped"""
@@ -39,6 +39,8 @@ DONE, USER_ERROR, RESUMABLE = 0, 2, 85
 
 def plan(args: argparse.Namespace) -> list[Row]:
     """The rows of the table asked for. Raises ConfigError for unknown names and what the recipes reject."""
+    from promoe_ds.recipes.load import load_config  # late: it imports torch
+
     tree = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text(encoding="utf-8"))
     for option, value, known in (("--table", args.table, tree["tables"]), ("--data", args.data, tree["data"])):
         if value not in known:

@@ -1,7 +1,8 @@
-"""The points of `launchers/scaling_study.py` as CSV, markdown and figures.
+"""The points of `benchmarks/scaling_study.py` as CSV, markdown and figures.
 
-Bytes are compared with the formulas of `promoe_ds/traffic.py`, to the byte: gradients, parameters and counts always,
-the all-to-all under uniform routing (under learned routing the tokens decide; its ratio to the expected is given).
+Bytes are compared with the formulas of `promoe_ds/costs/comm_volume.py`, to the byte: gradients, parameters and counts
+always, the all-to-all under uniform routing (under learned routing the tokens decide; its ratio to the expected is
+given).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.provenance import provenance
-from promoe_ds import traffic
-from promoe_ds.config import Config, load_config, reject
-from promoe_ds.traffic import KINDS, PARTS
-from promoe_ds.validate import batch_plan
+from promoe_ds.config.batching import batch_plan
+from promoe_ds.config.schema import Config, reject
+from promoe_ds.costs import comm_volume
+from promoe_ds.costs.comm_volume import KINDS, PARTS
+from promoe_ds.recipes.load import load_config
 
 COMMUNICATION = ("all_to_all", "router_sums", "gradients", "parameters")
 
@@ -77,13 +79,13 @@ class Measured:
         return median(r["load_max_over_mean"] for r in self.parts)
 
     def formula(self, kind: str) -> float | None:
-        """What `traffic.py` says of the same steps; None where it says nothing exact."""
+        """What `comm_volume.py` says of the same steps; None where it says nothing exact."""
         if kind == "gradients":
-            return traffic.gradients(self.config, self.world, self.ep, self.stage)
+            return comm_volume.gradients(self.config, self.world, self.ep, self.stage)
         if kind == "parameters":
-            return traffic.parameters(self.config, self.world, self.ep, self.stage)
+            return comm_volume.parameters(self.config, self.world, self.ep, self.stage)
         if kind == "counts":
-            return traffic.counts(self.config, self.world, self.ep, batch_plan(self.config, self.world)[1])
+            return comm_volume.counts(self.config, self.world, self.ep, batch_plan(self.config, self.world)[1])
         if kind == "all_to_all" and (self.routing == "uniform" or self.ep == 1):
             return 0.0 if self.ep == 1 else float(np.mean([self._window_bytes(r["step"]) for r in self.parts]))
         return None
@@ -91,7 +93,8 @@ class Measured:
     def _window_bytes(self, last: int) -> float:
         labels = labels_of(self.config)
         steps = range(last - self.window, last)
-        return sum(traffic.all_to_all_uniform(self.config, self.world, self.ep, s, labels) for s in steps) / self.window
+        sums = (comm_volume.all_to_all_uniform(self.config, self.world, self.ep, s, labels) for s in steps)
+        return sum(sums) / self.window
 
     def mismatches(self) -> list[str]:
         """Kinds whose counted bytes are not the formula's."""
@@ -185,7 +188,7 @@ def bytes_table(points: list[Measured]) -> str:
     head = ["world", "ep", "ZeRO", *(kind.replace("_", "-") for kind in KINDS), "all-to-all / expected", "formula"]
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
     for p in points:
-        expected = traffic.all_to_all_expected(p.config, p.ep)
+        expected = comm_volume.all_to_all_expected(p.config, p.ep)
         ratio = f"{p.sent('all_to_all') / expected:.3f}" if expected else "-"
         wrong = p.mismatches()
         verdict = f"differs: {', '.join(wrong)}" if wrong else "equal" if p.stage < 3 else "-"
@@ -258,7 +261,7 @@ def write_report(folder: Path, args: argparse.Namespace) -> str:
     first = points[0]
     text = f"""# Scaling study: {first.config.name}, {args.batch} scaling, {first.routing} routing
 
-{provenance("launchers/scaling_study.py", args.command, [fact for p in points for fact in p.facts])}
+{provenance("benchmarks/scaling_study.py", args.command, [fact for p in points for fact in p.facts])}
 
 Median over windows of {first.window} steps, after one window of warm-up; speed-up is over
 {baselines(points)}; communication is the share of the step's measured parts.
@@ -270,7 +273,8 @@ all-to-all):
 
 {parts_table(points)}
 
-Bytes a step that leave a rank, summed over ranks; "formula" compares them with `promoe_ds/traffic.py` to the byte:
+Bytes a step that leave a rank, summed over ranks; "formula" compares them with
+`promoe_ds/costs/comm_volume.py` to the byte:
 
 {bytes_table(points)}
 

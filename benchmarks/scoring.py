@@ -13,16 +13,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from promoe_ds.config import Config
+from promoe_ds.checkpoint.load_weights import load_ema
+from promoe_ds.config.schema import Config
 from promoe_ds.data import ImageDataset
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.evaluation.features import Features
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, label_agreement
-from promoe_ds.loading import load_ema
 from promoe_ds.models.dit import DiT
-from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.sampling import How, class_labels, draw_pixels, image_noise, to_pixels
+from promoe_ds.moe.router import RoutingContext
+from promoe_ds.sampling.generate import How, class_labels, draw_pixels, image_noise, to_pixels
 
 SCORE_SEED = 1234
 """of the noise and the timesteps that every row is scored with"""

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promoe_ds.train import signals  # noqa: E402
+from promoe_ds.utils import signals  # noqa: E402
 
 signals.listen()
 
@@ -22,9 +22,10 @@ from launchers.train import main, prepare_environment  # noqa: E402
 
 prepare_environment()  # before torch, as the launcher does
 
-from promoe_ds.train import saving, trainer  # noqa: E402
+from promoe_ds.checkpoint import save  # noqa: E402
+from promoe_ds.train import trainer  # noqa: E402
 
-write_tensors, connect = saving.write_tensors, trainer.connect
+write_tensors, connect = save.write_tensors, trainer.connect
 
 
 def write_slowly(path: Path, tensors: Any, metadata: dict[str, str]) -> dict[str, Any]:
@@ -39,5 +40,5 @@ def connect_aloud(*arguments: Any) -> None:
     print("connected", flush=True)
 
 
-saving.write_tensors, trainer.connect = write_slowly, connect_aloud
+save.write_tensors, trainer.connect = write_slowly, connect_aloud
 sys.exit(main(sys.argv[1:]))

@@ -38,18 +38,19 @@ from benchmarks.interleaved import Clock, Work, interleaved
 from benchmarks.op_counting import count_operators, host_syncs
 from benchmarks.provenance import facts, provenance
 from benchmarks.throughput_options import arguments
-from promoe_ds import accounting
-from promoe_ds.command_line import guarded, leave
-from promoe_ds.config import Config, load_config, reject
+from promoe_ds.config.schema import Config, reject
+from promoe_ds.costs import flops
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.files import write_text
 from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import RoutingContext, auxiliary_losses
 from promoe_ds.parallel.optimizer import AdamWithEMA
-from promoe_ds.sampling import How, draw_pixels
+from promoe_ds.recipes.load import load_config
+from promoe_ds.sampling.generate import How, draw_pixels
+from promoe_ds.utils.command_line import guarded, leave
+from promoe_ds.utils.files import write_text
 
 NULL, DROP = moe_peers.NULL_LABEL, 0.1
 PARTS = ("forward", "backward", "optimizer")
@@ -179,7 +180,7 @@ def layer_systems(config: Config, images: int, precision: str, routing: str, dev
 
     systems["gemms alone"] = floor
     if routing == "learned":
-        hidden, experts = accounting.expert_hidden(config), config.moe.num_experts  # type: ignore[union-attr]
+        hidden, experts = flops.expert_hidden(config), config.moe.num_experts  # type: ignore[union-attr]
         for name, make in (("deepspeed", moe_peers.deepspeed_layer), ("megablocks", moe_peers.megablocks_layer)):
             try:
                 step, module = make(config.model.width, hidden, experts, device)

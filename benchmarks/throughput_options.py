@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from promoe_ds.command_line import Parser, check_positive
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
+from promoe_ds.utils.command_line import Parser, check_positive
 
 CHOICES = {
     "section": ("counts", "step", "layer", "sampling"),

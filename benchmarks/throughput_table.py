@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from promoe_ds import accounting
-from promoe_ds.config import load_config
+from promoe_ds.costs import flops
+from promoe_ds.recipes.load import load_config
 
 
 def page(folder: Path, head: str, device: torch.device) -> str:
     """Markdown of everything found in `folder`, below where it comes from."""
-    peak = accounting.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak = flops.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     parts = ["# Throughput", head]
     for name, table in (("step", _step), ("layer", _layer), ("counts", _counts), ("sampling", _sampling)):
         path = folder / f"{name}.json"
@@ -53,7 +53,7 @@ def _step(points: dict[str, Any], peak: float | None) -> str:
                 continue
             config = load_config(f"imagenet256_{'dense' if name.startswith('dense') else 'promoe'}_{size}")
             rate = [int(micro) / sum(r) for r in found["rounds"]]
-            mfu = statistics.median(rate) * accounting.train_flops(config, 0.1) / peak if peak else None
+            mfu = statistics.median(rate) * flops.train_flops(config, 0.1) / peak if peak else None
             by_part = " / ".join(f"{1e3 * statistics.median(p):.3g}" for p in zip(*found["rounds"], strict=True))
             rows.append([point, name, _spread(rate), by_part, f"{mfu:.1%}" if mfu else "",
                          f"{found['gib']:.1f}" if found["gib"] else "", _ratio(systems.get("dense"), found),

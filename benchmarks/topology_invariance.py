@@ -75,8 +75,8 @@ CASES = {
 
 def train_cases(folder: Path, steps: int, cases: list[Case]) -> None:
     """Run in every process of a launch: train the cases one after the other."""
-    from promoe_ds.config import load_config
     from promoe_ds.parallel import ds_config, topology
+    from promoe_ds.recipes.load import load_config
     from promoe_ds.train.trainer import Trainer
 
     for case in cases:
@@ -104,7 +104,7 @@ def launch(folder: Path, steps: int, world: int, cases: list[Case]) -> None:
 def read(folder: Path, case: Case) -> tuple[list[dict], dict]:
     from safetensors.torch import load_file
 
-    from promoe_ds.train.checkpoint import newest
+    from promoe_ds.checkpoint.layout import newest
 
     lines = (folder / case.name / "metrics.jsonl").read_text().splitlines()
     last = newest(folder / case.name)

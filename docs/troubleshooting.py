@@ -10,22 +10,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
 STAGES = {
-    "Configuration and recipes": ("promoe_ds/config.py", "promoe_ds/validate.py", "promoe_ds/objective_config.py",
-                                  "promoe_ds/moe/", "promoe_ds/models/", "promoe_ds/superclasses/"),
+    "Configuration and recipes": ("promoe_ds/config/", "promoe_ds/recipes/", "promoe_ds/moe/", "promoe_ds/models/"),
     "Data": ("promoe_ds/data/",),
-    "Encoding latents": ("promoe_ds/encode_job.py", "launchers/encode_latents.py"),
-    "Starting processes, devices and DeepSpeed": ("promoe_ds/parallel/", "promoe_ds/rendezvous.py",
-                                                  "promoe_ds/workers.py"),
-    "Training, resuming and checkpoints": ("promoe_ds/train/", "launchers/train.py", "launchers/checkpoint.py",
-                                           "promoe_ds/dry_run.py", "promoe_ds/accounting.py"),
-    "Import, export and loading": ("promoe_ds/formats/", "promoe_ds/loading.py", "promoe_ds/api.py",
+    "Encoding latents": ("promoe_ds/data/encode.py", "launchers/encode_latents.py"),
+    "Starting processes, devices and DeepSpeed": ("promoe_ds/parallel/", "promoe_ds/utils/ranks.py"),
+    "Training, resuming and checkpoints": ("promoe_ds/train/", "promoe_ds/checkpoint/", "launchers/train.py",
+                                           "launchers/checkpoint.py", "promoe_ds/costs/"),
+    "Import, export and loading": ("promoe_ds/formats/", "promoe_ds/checkpoint/load_weights.py", "promoe_ds/api.py",
                                    "launchers/export.py", "launchers/import_weights.py"),
-    "Sampling": ("promoe_ds/sampl", "promoe_ds/diffusion/", "promoe_ds/command_line.py", "launchers/sample.py"),
+    "Sampling": ("promoe_ds/sampling/", "promoe_ds/diffusion/", "promoe_ds/utils/command_line.py",
+                 "launchers/sample.py"),
     "Evaluation": ("evaluation/", "launchers/evaluate.py"),
     "Analysis": ("promoe_ds/analysis/", "launchers/analyze.py"),
     "Everything else": ("promoe_ds/", "launchers/"),
 }  # fmt: skip
-"""stage -> beginnings of paths; the first that fits"""
+"""stage -> beginnings of paths; the longest that fits"""
 
 
 def words(node: ast.expr) -> str:
@@ -66,7 +65,8 @@ def tables() -> str:
     found: dict[str, dict[tuple[str, str, str], None]] = {stage: {} for stage in STAGES}
     for path in sorted(p for folder in ("promoe_ds", "evaluation", "launchers") for p in (ROOT / folder).rglob("*.py")):
         name = str(path.relative_to(ROOT))
-        stage = next(stage for stage, starts in STAGES.items() if name.startswith(starts))
+        fits = [(len(start), stage) for stage, starts in STAGES.items() for start in starts if name.startswith(start)]
+        stage = max(fits)[1]
         found[stage] |= dict.fromkeys(messages(path))
     parts = []
     for stage, rows in found.items():

@@ -20,12 +20,12 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.features import FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments
 from promoe_ds.evaluation.workers import Workers
-from promoe_ds.files import NOT_FOUND, atomic, check_readable
+from promoe_ds.utils.files import NOT_FOUND, atomic, check_readable
 
 FORMAT = "evaluation features 1"
 SUFFIX = ".safetensors"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.features import Extracted, Features
 from promoe_ds.evaluation.images import Images, brief
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.external import SUFFIXES, load_external
 from promoe_ds.evaluation.features import DigitsCNN, FeatureExtractor
 from promoe_ds.evaluation.inception import Inception, find_weights

@@ -22,7 +22,7 @@ from promoe_ds.evaluation.collect import FeatureSet, save_features
 from promoe_ds.evaluation.features import FeatureExtractor
 from promoe_ds.evaluation.images import Images, Labels, digests
 from promoe_ds.evaluation.metrics import Moments
-from promoe_ds.files import atomic
+from promoe_ds.utils.files import atomic
 
 PACKED = "features.safetensors"
 PICTURES = 100

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from promoe_ds.config import reject
-from promoe_ds.files import walk
+from promoe_ds.config.schema import reject
+from promoe_ds.utils.files import walk
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -195,7 +195,7 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
 def pictures_in(folder: Path, option: str = "SAMPLES", skip: Callable[[Path], bool] = lambda path: False) -> list[Path]:
     """Pictures of a folder and of those below it, by name: the sampler's if there are any, else all but `SHEETS`.
 
-    Hidden names are left out, and each real folder is visited once (`promoe_ds.files.walk`).
+    Hidden names are left out, and each real folder is visited once (`promoe_ds.utils.files.walk`).
 
     Args:
         skip: whether a folder below is left out, with all that is below it.
@@ -214,7 +214,7 @@ def pictures_in(folder: Path, option: str = "SAMPLES", skip: Callable[[Path], bo
 
 
 def picture_folders(folder: Path, option: str) -> Iterator[tuple[Path, list[str], int]]:
-    """`promoe_ds.files.walk` for pictures: folder, names, number of names left out. Raises `ConfigError`."""
+    """`promoe_ds.utils.files.walk` for pictures: folder, names, number of names left out. Raises `ConfigError`."""
     try:
         for path, names, left_out in walk(folder, PICTURES):
             yield Path(path), names, left_out

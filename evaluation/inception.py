@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.features import Extracted
 from promoe_ds.evaluation.images import Images
 

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.images import brief
-from promoe_ds.files import write_text
+from promoe_ds.utils.files import write_text
 
 METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "IS": ".2f",
            "precision": ".4f", "recall": ".4f", "fd_over_noise": ".4f"}  # fmt: skip

@@ -14,9 +14,9 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import Parser, guarded, leave
-from promoe_ds.config import ConfigError, reject
-from promoe_ds.workers import Worker, pick_device
+from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.utils.command_line import Parser, guarded, leave
+from promoe_ds.utils.ranks import Worker, pick_device
 
 EXAMPLES = """examples:
   python launchers/analyze.py --run runs/digits
@@ -90,8 +90,8 @@ def look(args: argparse.Namespace, path: Path, option: str, name: str, plan: Any
     """Load a model, show it the images, and compute its numbers."""
     from promoe_ds.analysis.collect import observe, with_data
     from promoe_ds.analysis.summary import check_rank, summarise
+    from promoe_ds.checkpoint.load_weights import find_weights, load_ema
     from promoe_ds.data.codecs import open_codec
-    from promoe_ds.loading import find_weights, load_ema
 
     device = pick_device(args.device, Worker())
     model, config, step = load_ema(find_weights(path, option), device)
@@ -111,7 +111,7 @@ def analyze(argv: list[str]) -> None:
         raise ConfigError("--out: --model has no run folder to write to; add --out DIR")
     from promoe_ds.analysis.collect import Plan  # late: --help needs no torch
     from promoe_ds.analysis.report import REPORT, check_folder, prepare_folder, write_report
-    from promoe_ds.loading import find_weights
+    from promoe_ds.checkpoint.load_weights import find_weights
 
     plan = Plan(args.images, timesteps, args.tokens, args.maps, args.batch, args.seed)
     out = args.out or args.run / "analysis"

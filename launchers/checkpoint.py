@@ -15,11 +15,12 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import DONE, USER_ERROR, Parser, guarded, leave
-from promoe_ds.config import Config, ConfigError, decode, reject
-from promoe_ds.files import is_dir
-from promoe_ds.train import checkpoint
-from promoe_ds.train.checkpoint import size
+from promoe_ds.checkpoint import layout
+from promoe_ds.checkpoint.layout import size
+from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.recipes.load import load_tree
+from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, guarded, leave
+from promoe_ds.utils.files import is_dir
 
 EXAMPLES = """examples:
   python launchers/checkpoint.py inspect --run runs/digits              step, model, topology, sizes of the newest
@@ -75,7 +76,7 @@ def parser() -> Parser:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    found = checkpoint.candidates(run)
+    found = layout.candidates(run)
     if not found:
         reject("--run", run, "holds no checkpoint", "train first, or name another run folder")
     return found
@@ -96,7 +97,7 @@ def named(path: Path) -> Path:
         if not is_dir(path):
             reject("PATH", path, "no such folder", "name a checkpoint folder, or --run DIR")
     except OSError as error:
-        checkpoint.unreadable(path, error, "PATH")
+        layout.unreadable(path, error, "PATH")
     return path.resolve()
 
 
@@ -112,11 +113,11 @@ def inspect(args: argparse.Namespace) -> int:
 
 def facts_of(path: Path) -> dict[str, Any]:
     """What the manifest says, the number of parameters and whether the files are there; raises ConfigError."""
-    from promoe_ds.accounting import count_parameters
+    from promoe_ds.costs.flops import count_parameters
 
-    tree = checkpoint.manifest(path)
-    problem = checkpoint.damage(path, read_bytes=False)
-    parameters = count_parameters(decode(tree["config"])).total
+    tree = layout.manifest(path)
+    problem = layout.damage(path, read_bytes=False)
+    parameters = count_parameters(load_tree(tree["config"])).total
     total = sum(entry["bytes"] for entry in tree["files"].values())
     return tree | {"parameters": parameters, "bytes": total, "problem": problem}
 
@@ -140,7 +141,7 @@ def model_line(config: Config) -> str:
 
 
 def render(path: Path, facts: dict[str, Any]) -> str:
-    config = decode(facts["config"])
+    config = load_tree(facts["config"])
     t = config.train
     saved_by = "weights alone, from {source}: {weights}, {dtype}" if "weights" in facts else (
         "{world} process{plural}, ep {ep}, ZeRO-{stage}; resumes at any"
@@ -155,7 +156,7 @@ def render(path: Path, facts: dict[str, Any]) -> str:
         f"lr {config.optimizer.lr:g}, EMA {config.optimizer.ema_decay:g}",
         "saved by": saved_by.format_map(facts | {"plural": "es" if facts.get("world", 1) > 1 else ""}),
         "versions": f"promoe_ds {facts['version']}, torch {facts.get('torch', 'unknown')}, format {facts['format']}",
-        "config": f"blake2b {facts.get('config_blake2b', checkpoint.tree_digest(facts['config']))[:16]}",
+        "config": f"blake2b {facts.get('config_blake2b', layout.tree_digest(facts['config']))[:16]}",
         "state": facts["problem"] or "every file has its size (verify reads every byte)",
     }
     lines = [str(path), *(f"  {key:<11} {value}" for key, value in rows.items())]
@@ -174,21 +175,21 @@ def verify(args: argparse.Namespace) -> int:
     paths = checkpoints_of(args.run) if args.run else [named(path) for path in args.path]
     faults = [fault for path in paths for fault in faults_of(path)]
     if args.run:
-        for path in checkpoint.leftovers(args.run):
+        for path in layout.leftovers(args.run):
             print(f"ignored  {path}: left by an interrupted save, or being written")
     if faults and args.run:
-        print(f"remove the damaged ones by: {checkpoint.removal(args.run)}", file=sys.stderr)
+        print(f"remove the damaged ones by: {layout.removal(args.run)}", file=sys.stderr)
     return USER_ERROR if faults else DONE
 
 
 def faults_of(path: Path) -> list[str]:
     """Every fault of a checkpoint, printed as soon as it is known."""
-    with checkpoint.progress(path.name, checkpoint.bytes_of(path)) as tick:
-        found = list(checkpoint.damages(path, tick=tick))
+    with layout.progress(path.name, layout.bytes_of(path)) as tick:
+        found = list(layout.damages(path, tick=tick))
     for fault in found:
         print(f"damaged  {path}: {fault}", flush=True)
     if not found:
-        print(f"whole    {path}: {size(checkpoint.bytes_of(path))}", flush=True)
+        print(f"whole    {path}: {size(layout.bytes_of(path))}", flush=True)
     return found
 
 
@@ -196,18 +197,18 @@ def faults_of(path: Path) -> list[str]:
 
 
 def convert(args: argparse.Namespace) -> int:
+    from promoe_ds.checkpoint.convert import resplit
     from promoe_ds.formats import weights
-    from promoe_ds.train import conversion
 
     path = chosen(args)
     if args.files is not None:
         if args.dtype:
             reject("--dtype", args.dtype, "belongs to --weights; a state is always fp32", "leave it out")
-        made = conversion.resplit(path, args.out, args.files)
-        print(f"{made}: {size(checkpoint.bytes_of(made))}; launchers/train.py --run {args.out} continues from it")
+        made = resplit(path, args.out, args.files)
+        print(f"{made}: {size(layout.bytes_of(made))}; launchers/train.py --run {args.out} continues from it")
     else:
         made = weights.write(weights.load(path, args.weights, "PATH"), args.out, args.dtype or "fp32")
-        print(f"{made}: {size(checkpoint.bytes_of(made))}; launchers/sample.py --model {made} draws from it")
+        print(f"{made}: {size(layout.bytes_of(made))}; launchers/sample.py --model {made} draws from it")
     return DONE
 
 
@@ -220,14 +221,14 @@ def prune(args: argparse.Namespace) -> int:
     if args.keep is not None and args.keep < 1:
         reject("--keep", args.keep, "would leave nothing to resume from", "keep 1 or more")
     found = checkpoints_of(args.run)
-    with checkpoint.claim(args.run):
+    with layout.claim(args.run):
         damaged = [path for path in found if faults_of(path)]
         whole = [path for path in found if path not in damaged]
         if args.damaged and damaged and not whole:
             reject("--damaged", args.run, "no checkpoint of it is whole", "remove the folder yourself to start again")
         doomed = (damaged if args.damaged else []) + (whole[: -args.keep] if args.keep else [])
-        for path in [*doomed, *checkpoint.leftovers(args.run)]:
-            amount = size(checkpoint.bytes_of(path))
+        for path in [*doomed, *layout.leftovers(args.run)]:
+            amount = size(layout.bytes_of(path))
             print(f"{'would delete' if args.dry_run else 'deleted'} {path}: {amount}", flush=True)
             if not args.dry_run:
                 delete(path)
@@ -235,7 +236,7 @@ def prune(args: argparse.Namespace) -> int:
 
 
 def delete(path: Path) -> None:
-    from promoe_ds.train.saving import discard
+    from promoe_ds.checkpoint.save import discard
 
     try:
         discard(path)

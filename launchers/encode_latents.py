@@ -13,15 +13,15 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import Parser, check_positive, guarded, leave, own_words, versions
-from promoe_ds.config import ConfigError, reject
+from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
 from promoe_ds.data.images import MODES, open_images
 from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import DTYPES, verify
-from promoe_ds.encode_job import ConvertedTree, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
-from promoe_ds.files import left_out_words
-from promoe_ds.workers import Worker, pick_device, worker_from
+from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, versions
+from promoe_ds.utils.files import left_out_words
+from promoe_ds.utils.ranks import Worker, pick_device, worker_from
 
 EXAMPLES = """examples:
   python launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents --dry-run

@@ -13,8 +13,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import Parser, check_positive, guarded, leave
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
 from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor
@@ -24,8 +23,10 @@ from promoe_ds.evaluation.reference import KEEP, REFERENCES, find_reference, ref
 from promoe_ds.evaluation.report import check_output, format_table, notes, write_metrics
 from promoe_ds.evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
 from promoe_ds.evaluation.workers import Workers
-from promoe_ds.files import left_out_words
-from promoe_ds.workers import Worker, barrier_of, pick_device, worker_from
+from promoe_ds.parallel.rendezvous import barrier_of
+from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave
+from promoe_ds.utils.files import left_out_words
+from promoe_ds.utils.ranks import Worker, pick_device, worker_from
 
 EXAMPLES = """examples:
   score what launchers/sample.py wrote for a run of the demo; writes runs/digits/metrics.json

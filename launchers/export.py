@@ -15,14 +15,14 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.accounting import count_parameters
-from promoe_ds.command_line import Parser, guarded, leave
-from promoe_ds.config import reject
+from promoe_ds.checkpoint.layout import bytes_of, size
+from promoe_ds.checkpoint.load_weights import find_weights, header
+from promoe_ds.config.schema import reject
+from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats import diffusers_folder, official_file, weights
 from promoe_ds.formats.card import score_rows
-from promoe_ds.loading import find_weights, header
-from promoe_ds.sample_job import run_of
-from promoe_ds.train.checkpoint import bytes_of, size
+from promoe_ds.sampling.job import run_of
+from promoe_ds.utils.command_line import Parser, guarded, leave
 
 EXAMPLES = """examples:
   python launchers/export.py --run runs/digits --out digits_ema                 model.safetensors, config.json, card

@@ -12,13 +12,13 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.accounting import count_parameters
-from promoe_ds.command_line import Parser, guarded, leave
-from promoe_ds.config import reject
+from promoe_ds.checkpoint.layout import bytes_of, size
+from promoe_ds.config.schema import reject
+from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES
 from promoe_ds.formats.weights import write
-from promoe_ds.train.checkpoint import bytes_of, size
+from promoe_ds.utils.command_line import Parser, guarded, leave
 
 EXAMPLES = """examples:
   python launchers/import_weights.py ckpt_step_500000.pth --out promoe_b          ProMoE, Dense, TC-, EC-DiT or DiffMoE

@@ -16,15 +16,16 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import DONE, Parser, check_positive, guarded, leave, parse_scales, parse_steps
-from promoe_ds.config import Config, ConfigError, load_config, reject
+from promoe_ds.checkpoint.layout import newest, step_of, trained
+from promoe_ds.checkpoint.resume import changed_lr, check_same_run, saved_config
+from promoe_ds.config.schema import Config, ConfigError, reject
 from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
-from promoe_ds.sample_job import RECORD, SAMPLES
-from promoe_ds.train.checkpoint import newest, step_of, trained
-from promoe_ds.train.resuming import changed_lr, check_same_run, saved_config
+from promoe_ds.recipes.load import load_config
+from promoe_ds.sampling.job import RECORD, SAMPLES
+from promoe_ds.utils.command_line import DONE, Parser, check_positive, guarded, leave, parse_scales, parse_steps
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"

@@ -17,17 +17,27 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.command_line import Parser, check_positive, guarded, leave, own_words, parse_scales, parse_steps
-from promoe_ds.config import Config, ParallelConfig, reject
+from promoe_ds.checkpoint.load_weights import find_weights, load_ema
+from promoe_ds.config.schema import Channels, Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
-from promoe_ds.loading import find_weights, load_ema
 from promoe_ds.models.dit import DiT
-from promoe_ds.objective_config import Channels
-from promoe_ds.sample_job import Job, Pack, Sampler, check_folder, codec_of_run, provenance, record_of, run_job, run_of
-from promoe_ds.sampling import How, check_channels, pixel_shape
-from promoe_ds.validate import check_guidance, validate
-from promoe_ds.workers import barrier_of, pick_device, worker_from
+from promoe_ds.parallel.rendezvous import barrier_of
+from promoe_ds.recipes.validate import check_guidance, validate
+from promoe_ds.sampling.generate import How, check_channels, pixel_shape
+from promoe_ds.sampling.job import (
+    Job,
+    Pack,
+    Sampler,
+    check_folder,
+    codec_of_run,
+    provenance,
+    record_of,
+    run_job,
+    run_of,
+)
+from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, parse_scales, parse_steps
+from promoe_ds.utils.ranks import pick_device, worker_from
 
 EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
@@ -212,7 +222,7 @@ def joined(sampler: Sampler) -> Iterator[Sampler]:
 @contextlib.contextmanager
 def sharing_experts(sampler: Sampler, args: argparse.Namespace) -> Iterator[Sampler]:
     """Groups of --expert-parallel processes hold one model together. Only here sampling needs DeepSpeed."""
-    from promoe_ds.parallel import inference, topology
+    from promoe_ds.parallel import expert_parallel, topology
 
     ep, worker = args.expert_parallel, sampler.worker
     parallel = ParallelConfig(expert_parallel=ep)
@@ -223,13 +233,13 @@ def sharing_experts(sampler: Sampler, args: argparse.Namespace) -> Iterator[Samp
     here = topology.Topology(worker.rank, worker.world, worker.local, ep)
     if here.device.type != sampler.device.type:
         reject("--device", sampler.device, f"experts are shared on {here.device.type} here", "leave --device out")
-    with inference.connected(here):
+    with expert_parallel.connected(here):
         yield dataclasses.replace(
             sampler,
-            model=inference.share_experts(cast(DiT, sampler.model), here),
+            model=expert_parallel.share_experts(cast(DiT, sampler.model), here),
             device=here.device,
             barrier=lambda: topology.barrier(here),
-            most=lambda count: inference.most_of(here, count),
+            most=lambda count: expert_parallel.most_of(here, count),
         )
 
 

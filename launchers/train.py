@@ -29,14 +29,13 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promoe_ds.train import signals  # noqa: E402
+from promoe_ds.utils import signals  # noqa: E402
 
 if __name__ == "__main__":
     signals.listen()  # before the slow imports
 
-from promoe_ds.command_line import Parser, mistake  # noqa: E402
-from promoe_ds.config import Config, ConfigError, load_config  # noqa: E402
-from promoe_ds.validate import validate_data  # noqa: E402
+from promoe_ds.config.schema import Config, ConfigError  # noqa: E402
+from promoe_ds.utils.command_line import Parser, mistake  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +70,7 @@ def prepare_environment() -> None:
 
 
 def dry_run(args: argparse.Namespace, config: Config) -> int:
-    from promoe_ds.dry_run import render, report
+    from promoe_ds.costs.dry_run import render, report
     from promoe_ds.parallel import ds_config, ds_values
     from promoe_ds.parallel.topology import world_size
 
@@ -87,21 +86,23 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
 
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """What a start would meet in the data and the run folder; writes nothing. Raises ConfigError."""
+    from promoe_ds.checkpoint import resume
     from promoe_ds.data import build_dataset
-    from promoe_ds.files import left_out_words
-    from promoe_ds.train import resuming
+    from promoe_ds.recipes.validate import validate_data
+    from promoe_ds.utils.files import left_out_words
 
     validate_data(config)
     if left_out := build_dataset(config).left_out:
         print(f"data.path={config.data.path}: {left_out_words(left_out)}", file=sys.stderr)
     run = args.run or Path("runs") / config.name
-    saved = resuming.saved_config(run)
+    saved = resume.saved_config(run)
     if saved is not None:
-        resuming.check_same_run(saved, config, run)
+        resume.check_same_run(saved, config, run)
 
 
 def train(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.parallel import ds_config, ds_values, topology
+    from promoe_ds.recipes.validate import validate_data
     from promoe_ds.train.trainer import RESUMABLE, USER_ERROR, RankFailed, StoppedEarly, Trainer, TrainingStopped
 
     validate_data(config)
@@ -136,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about what deepspeed calls
     try:
         args = parse_args(argv)
+        from promoe_ds.recipes.load import load_config  # imports torch
+
         config = load_config(args.config, args.overrides)
         return dry_run(args, config) if args.dry_run else train(args, config)
     except ConfigError as error:

@@ -6,19 +6,25 @@ Importing this package imports nothing else: torch comes with the first use, Dee
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from promoe_ds._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from promoe_ds.api import generate as generate
     from promoe_ds.api import load_model as load_model
-    from promoe_ds.config import ConfigError as ConfigError
+    from promoe_ds.config.schema import ConfigError as ConfigError
 
-__version__ = "0.1.0"
 __all__ = ["ConfigError", "generate", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("promoe_ds.config" if name == "ConfigError" else "promoe_ds.api"), name)
+    if name == "ConfigError":
+        from promoe_ds.config import schema
+
+        return schema.ConfigError
+    from promoe_ds import api
+
+    return getattr(api, name)

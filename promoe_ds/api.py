@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.config import reject
+from promoe_ds.checkpoint.load_weights import load_ema
+from promoe_ds.config.schema import reject
 from promoe_ds.diffusion.objective import choose_sampler
-from promoe_ds.loading import load_ema
 from promoe_ds.models.dit import DiT
-from promoe_ds.sampling import How, Precision, draw_batches
+from promoe_ds.sampling.generate import How, Precision, draw_batches
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:

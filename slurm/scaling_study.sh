@@ -43,7 +43,7 @@ for world in "${worlds[@]}"; do
         echo "error: WORLD=$world: does not fill nodes of $per_node GPUs; choose a multiple, or set GPUS_PER_NODE" >&2
         exit 2
     fi
-    list=$("${PYTHON:-python}" launchers/scaling_study.py --recipe "$RECIPE" --world "$world" --ep "${EP:-1,2,4}" \
+    list=$("${PYTHON:-python}" benchmarks/scaling_study.py --recipe "$RECIPE" --world "$world" --ep "${EP:-1,2,4}" \
         --stage "${STAGE:-1,2}" --batch "${BATCH:-weak}" --dry-run ${DATA:+"data.path=$DATA"} "${study_options[@]}")
     points+=("$(wc -l <<<"$list")")
 done

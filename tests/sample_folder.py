@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from benchmarks.processes import PATIENCE, free_port
 from launchers import sample
-from promoe_ds.config import decode, dump
+from promoe_ds.checkpoint import layout
+from promoe_ds.config.decode import dump
 from promoe_ds.models.init import build, materialize
-from promoe_ds.train import checkpoint
+from promoe_ds.recipes.load import load_tree
 from tests.launch import ENVIRONMENT, ROOT
 
 LAUNCHER = ROOT / "launchers/sample.py"
@@ -26,7 +27,7 @@ Command = Callable[..., int]
 
 def write_run(run: Path, seed: int = 0, channels: int = 1, objective: str = "rectified_flow") -> Path:
     """A run folder with one complete checkpoint of a tiny model whose every parameter is drawn."""
-    config = decode(
+    config = load_tree(
         {
             "name": "tiny",
             "model": {"depth": 2, "width": 32, "heads": 2, "image_size": 8, "channels": channels, "num_classes": 10},
@@ -50,7 +51,7 @@ def write_run(run: Path, seed: int = 0, channels: int = 1, objective: str = "rec
 def write_manifest(file: Path) -> None:
     entry = {"bytes": file.stat().st_size, "blake2b": hashlib.blake2b(file.read_bytes()).hexdigest()}
     tree = {"format": "promoe_ds/1", "step": 7, "files": {file.name: entry}}
-    checkpoint.write_manifest(file.parent, tree)
+    layout.write_manifest(file.parent, tree)
 
 
 def sample_command(monkeypatch: pytest.MonkeyPatch) -> Command:

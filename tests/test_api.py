@@ -12,7 +12,7 @@ import torch
 
 import promoe_ds
 from promoe_ds.formats.weights import write
-from promoe_ds.sampling import How, draw_pixels, to_pixels
+from promoe_ds.sampling.generate import How, draw_pixels, to_pixels
 from tests.formats.test_diffusers import model, weights
 from tests.launch import run
 

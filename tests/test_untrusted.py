@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.config import ConfigError, load_config
+from promoe_ds.checkpoint import layout, resume
+from promoe_ds.checkpoint.load_weights import load_ema
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.data.images import PackedImages
 from promoe_ds.evaluation.samples import load_samples
-from promoe_ds.loading import load_ema
-from promoe_ds.train import checkpoint, resuming
-from tests.train.state import save
+from promoe_ds.recipes.load import load_config
+from tests.checkpoint.state import save
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for folder in ("promoe_ds", "evaluation", "launchers") for p in (ROOT / folder).rglob("*.py"))
@@ -87,14 +88,14 @@ def test_in_a_checkpoint_whose_manifest_vouches_for_it(
 ) -> None:
     """Checksums are no help against somebody who can write the manifest too."""
     save(tmp_path, 5)
-    mark, found = tmp_path / "mark", checkpoint.folder(tmp_path, 5)
-    tree = checkpoint.manifest(found)
+    mark, found = tmp_path / "mark", layout.folder(tmp_path, 5)
+    tree = layout.manifest(found)
     (found / victim).write_bytes(make(mark))
-    entry = {"bytes": (found / victim).stat().st_size, "blake2b": checkpoint.file_digest(found / victim)}
-    checkpoint.write_manifest(found, tree | {"files": tree["files"] | {victim: entry}})
-    assert checkpoint.find_whole(tmp_path, checkpoint.Ranks()) == found
+    entry = {"bytes": (found / victim).stat().st_size, "blake2b": layout.file_digest(found / victim)}
+    layout.write_manifest(found, tree | {"files": tree["files"] | {victim: entry}})
+    assert layout.find_whole(tmp_path, layout.Ranks()) == found
     with pytest.raises(ConfigError, match=f"{victim}: is damaged or no safetensors file"):
-        resuming.Reader(found)
+        resume.Reader(found)
     assert not mark.exists()
 
 
@@ -117,7 +118,7 @@ def test_in_yaml(tmp_path: Path) -> None:
         load_config(str(file), [])
     (tmp_path / "config.yaml").write_text(file.read_text())
     with pytest.raises(ConfigError):
-        resuming.saved_config(tmp_path)
+        resume.saved_config(tmp_path)
     assert not mark.exists()
 
 

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from promoe_ds.config import Config, reject
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.data import ImageDataset, build_dataset
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
-from promoe_ds.moe.routing import Router, Routing, RoutingContext
-from promoe_ds.moe.statistics import prototypes_of
-from promoe_ds.moe.trace import routers_of, top_expert, watching
-from promoe_ds.sampling import image_noise, to_pixels
+from promoe_ds.moe.observe import prototypes_of, routers_of, top_expert, watching
+from promoe_ds.moe.router import Router, Routing, RoutingContext
+from promoe_ds.sampling.generate import image_noise, to_pixels
 
 
 @dataclass(frozen=True)

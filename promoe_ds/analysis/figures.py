@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator
 
 from promoe_ds.analysis.collect import Observed
 from promoe_ds.analysis.summary import Summary
-from promoe_ds.pictures import expert_colours, token_maps
+from promoe_ds.utils.pictures import expert_colours, token_maps
 
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 DPI = 120

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promoe_ds import accounting
 from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
-from promoe_ds.config import reject
-from promoe_ds.files import atomic, write_text
+from promoe_ds.config.schema import reject
+from promoe_ds.costs import flops
+from promoe_ds.utils.files import atomic, write_text
 
 REPORT = "report.html"
 FILES = "files.json"
@@ -129,7 +129,7 @@ def slugs(names: Sequence[str]) -> dict[str, str]:
 
 def _head(s: Summary, command: str, of_run: bool) -> str:
     o, moe = s.observed, s.observed.config.moe
-    sizes = accounting.count_parameters(o.config)
+    sizes = flops.count_parameters(o.config)
     size = f"{sizes.total / 1e6:.1f} M parameters ({sizes.activated / 1e6:.1f} M activated)"
     if moe is None:
         kind = "A dense model: there are no experts to see. Its tokens are shown below, at the middle block."

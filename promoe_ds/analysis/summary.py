@@ -25,8 +25,8 @@ from promoe_ds.analysis.measures import (
     subspace_similarity,
     tsne,
 )
-from promoe_ds.config import Config, reject
-from promoe_ds.moe.statistics import cosines, dead_experts, load_entropy, max_over_mean
+from promoe_ds.config.schema import Config, reject
+from promoe_ds.moe.observe import cosines, dead_experts, load_entropy, max_over_mean
 
 CLUSTERS = 10
 """of k-means, as in Fig. 1a"""

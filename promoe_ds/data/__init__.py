@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from promoe_ds.config import Config, reject
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.images import PackedImages, open_images
 from promoe_ds.data.latents import Latents, open_latents

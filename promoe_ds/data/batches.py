@@ -22,11 +22,11 @@ from typing import Self
 import numpy as np
 import torch
 
-from promoe_ds.config import Config
+from promoe_ds.config.batching import batch_plan
+from promoe_ds.config.schema import Config
 from promoe_ds.data import ImageDataset
 from promoe_ds.data.latents import Latents
 from promoe_ds.data.order import Purpose, row_generator, step_indices
-from promoe_ds.validate import batch_plan
 
 JOIN_SECONDS = 5.0
 """how long `close` waits for the image being read; the thread is a daemon and cannot keep the process alive"""

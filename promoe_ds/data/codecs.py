@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from promoe_ds.config import ConfigError, reject
+from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.data import taef2
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from promoe_ds.config import reject
-from promoe_ds.files import above, hidden, walk
+from promoe_ds.config.schema import reject
+from promoe_ds.utils.files import above, hidden, walk
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}

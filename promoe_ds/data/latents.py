@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import SD_SCALE
 from promoe_ds.data.images import list_tree

@@ -21,8 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from promoe_ds.config import reject
-from promoe_ds.files import atomic, check_readable, write_text
+from promoe_ds.config.schema import reject
+from promoe_ds.utils.files import atomic, check_readable, write_text
 
 FORMAT = "promoe_ds_latents/1"
 INDEX, ITEMS = "index.json", "items.safetensors"

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from promoe_ds.config.schema import Channels
 from promoe_ds.diffusion.ddpm_samplers import Predict
-from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.objective_config import Channels
 
 
 def guided_prediction(
     model: Callable[..., Any],
+    context_of: Callable[[torch.Tensor], Any],
     label_B: torch.Tensor,
     null_label: int,
     scale: float,
@@ -23,11 +23,12 @@ def guided_prediction(
     """The guided model of one batch: p = p_null + scale * (p_label - p_null).
 
     Above scale 1 every evaluation is one forward of 2B images, the labelled half before the null half; at scale 1 or
-    below it is one forward of the B labelled images. The routing context depends on the labels alone, so it is built
-    here, once a batch, and not at every step.
+    below it is one forward of the B labelled images. What the model is told of the labels depends on them alone, so it
+    is made here, once a batch, and not at every step.
 
     Args:
         model: `model(x, t, context).prediction` [2B or B, C or 2C, H, W].
+        context_of: the context of labels, int64 [2B or B] on the CPU.
         label_B: int64 on the CPU.
         null_label: the label that stands for "no class".
         device: where x will lie.
@@ -39,7 +40,7 @@ def guided_prediction(
     """
     guided = scale > 1
     label = torch.cat([label_B, torch.full_like(label_B, null_label)]) if guided else label_B
-    context = RoutingContext.build(label, null_label, device)
+    context = context_of(label)
 
     def predict(x_BCHW: torch.Tensor, time: float) -> torch.Tensor:
         x = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW

@@ -12,13 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from promoe_ds.config import Config, reject
+from promoe_ds.config.schema import Config, DiffusionConfig, reject
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
-from promoe_ds.diffusion.ddpm_samplers import Noise, Predict, ancestral, ddim
-from promoe_ds.diffusion.samplers import Callback, euler, heun, sigma_schedule
-from promoe_ds.diffusion.spacing import spaced_timesteps
-from promoe_ds.objective_config import DiffusionConfig
+from promoe_ds.diffusion.ddpm_samplers import Noise, Predict, ancestral, ddim, spaced_timesteps
+from promoe_ds.diffusion.rectified_flow import Callback, euler, heun, sigma_schedule
 
 Forward = Callable[[Tensor, Tensor], Any]
 """(x [B, C, H, W], t float32 [B] in 0..1000) -> an output whose `prediction` is [B, C or 2C, H, W]"""

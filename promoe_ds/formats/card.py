@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from promoe_ds.accounting import count_parameters
-from promoe_ds.config import Config
+from promoe_ds.config.schema import Config
+from promoe_ds.costs.flops import count_parameters
 
 BASE = "imagenet256"
 """the recipe whose training options an imported model gets; its sizes come from the weights"""

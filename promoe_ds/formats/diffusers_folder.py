@@ -18,16 +18,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from promoe_ds import __version__
-from promoe_ds.config import Config, dump, encode, reject
-from promoe_ds.files import atomic
+from promoe_ds._version import __version__
+from promoe_ds.checkpoint.convert import made
+from promoe_ds.checkpoint.layout import FORMAT
+from promoe_ds.checkpoint.save import complete
+from promoe_ds.config.decode import dump, encode
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.bundle import bundle
 from promoe_ds.formats.card import model_card
 from promoe_ds.formats.weights import SHARD_BYTES, Weights, cast, write_safetensors, write_text
-from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.train.checkpoint import FORMAT
-from promoe_ds.train.conversion import made
-from promoe_ds.train.saving import complete
+from promoe_ds.moe.router import ROUTERS
+from promoe_ds.utils.files import atomic
 
 PIPELINE = "pipeline"
 """diffusers looks for this name"""

@@ -9,10 +9,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from promoe_ds.config import Config, ModelConfig, MoEConfig
+from promoe_ds.config.schema import Config, ModelConfig, MoEConfig
 from promoe_ds.models.dit import DiT
-from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.router import ROUTERS, RoutingContext
 
 
 def plain_config(model: dict[str, Any], moe: dict[str, Any] | None) -> Config:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds.config import Config, load_config, reject
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.card import BASE
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES, State, from_official, problems, to_official, why_not
 from promoe_ds.formats.weights import Source, Weights
 from promoe_ds.models.init import build
+from promoe_ds.recipes.load import load_config
 
 NESTED = {"ema": ("ema_model_state_dict", "ema"), "raw": ("model_state_dict", "model")}
 SIZES = {(12, 384): "s", (12, 768): "b", (24, 1024): "l", (28, 1152): "xl"}

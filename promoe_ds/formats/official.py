@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from promoe_ds.config import Config
+from promoe_ds.config.schema import Config
 from promoe_ds.moe.routers.diffmoe import DiffMoEConfig
 
 State = dict[str, Tensor]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from promoe_ds.config import Config, reject
-from promoe_ds.files import atomic
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.official import State, to_official, why_not
 from promoe_ds.formats.weights import Weights
+from promoe_ds.utils.files import atomic
 
 
 def check_layout(config: Config) -> None:

@@ -21,16 +21,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from promoe_ds import __version__
-from promoe_ds.config import Config, decode, dump, encode, reject
-from promoe_ds.files import atomic
+from promoe_ds._version import __version__
+from promoe_ds.checkpoint.convert import checked, made
+from promoe_ds.checkpoint.layout import EMA, FORMAT, MANIFEST, WEIGHTS, file_entry, tree_digest
+from promoe_ds.checkpoint.load_weights import find_weights, open_weights, read_weights, shard_files
+from promoe_ds.checkpoint.resume import Reader
+from promoe_ds.checkpoint.save import complete, write_tensors
+from promoe_ds.config.decode import dump, encode
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.card import model_card
-from promoe_ds.loading import find_weights, open_weights, read_weights, shard_files
 from promoe_ds.models.init import build
-from promoe_ds.train.checkpoint import EMA, FORMAT, MANIFEST, WEIGHTS, file_entry, tree_digest
-from promoe_ds.train.conversion import checked, made
-from promoe_ds.train.resuming import Reader
-from promoe_ds.train.saving import complete, write_tensors
+from promoe_ds.recipes.load import load_tree
+from promoe_ds.utils.files import atomic
 
 Source = Literal["ema", "raw"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,7 +89,7 @@ def load(path: Path, source: Source = "ema", option: str = "--model") -> Weights
     if file.name == EMA and (file.parent / MANIFEST).is_file():
         tree = checked(file.parent)
         tensors = model_weights(Reader(file.parent), source)
-        return Weights(tensors, decode(tree["config"]), tree["step"], source, file.parent.name)
+        return Weights(tensors, load_tree(tree["config"]), tree["step"], source, file.parent.name)
     tensors, config, step, held = read_weights(file, torch.device("cpu"))
     if held.get("weights", "ema") != source:
         reject("--weights", source, f"{file} holds {held['weights']} weights alone", "choose them, or another source")

@@ -5,7 +5,7 @@ can be one (`Router.one_graph`). Of another MoE block (rows travel, or counts ar
 attention are one graph and the experts' GELUs another; the rest stays eager. `fullgraph=True` makes a graph break an
 error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
 
-A compiled block calls no hooks of its parts: whoever watches from outside runs the model eagerly (`moe/trace.py`).
+A compiled block calls no hooks of its parts: whoever watches from outside runs the model eagerly (`moe/observe.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import Config, reject
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.models.dit import DiT
-from promoe_ds.models.layers import Mlp, gelu
-from promoe_ds.moe import traceable
-from promoe_ds.moe.experts import BACKENDS, StackedExperts
+from promoe_ds.moe.experts import BACKENDS, StackedExperts, grouped
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.mlp import Mlp, gelu
+from promoe_ds.moe.router import RoutingContext
 
 GRAPHS = 64
 """of one function; torch stops at 8. An MoE block needs one each for none, one, some and all but one without label"""
@@ -78,7 +77,7 @@ def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "induct
     compiled, traced = (torch.compile(module.forward, fullgraph=True, backend=b) for b in (backend, "aot_eager"))
     stacks = [m for m in module.modules() if isinstance(m, StackedExperts)]
     for experts in stacks:
-        experts.backends = BACKENDS | {"grouped_mm": traceable.grouped}
+        experts.backends = BACKENDS | {"grouped_mm": grouped}
 
     def forward(*args: Any) -> Any:
         ctx: RoutingContext = args[-1]

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config import Config
-from promoe_ds.models.layers import Attention, Mlp, Modulation, TimestepEmbedder, layer_norm, modulate
+from promoe_ds.config.schema import Config
+from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, layer_norm, modulate
 from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import LayerFacts, MoELayer
-from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
+from promoe_ds.moe.mlp import Mlp
+from promoe_ds.moe.router import RoutingContext, auxiliary_losses
 
 
 class DiTOutput(NamedTuple):

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from promoe_ds.config import Config
+from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT, PatchEmbed
 from promoe_ds.models.layers import Modulation, grid_sinusoids
 

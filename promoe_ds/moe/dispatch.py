@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.routing import Routing
+from promoe_ds.moe.router import Routing
 
 Arriving = Callable[[], Tensor]
 """a tensor on its way; the call waits for it and returns it. Called once"""

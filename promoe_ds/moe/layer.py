@@ -22,12 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import Config
-from promoe_ds.models.layers import Mlp
+from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
-from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import Routing, RoutingContext
+from promoe_ds.moe.mlp import Mlp
+from promoe_ds.moe.router import ROUTERS, Routing, RoutingContext
 
 Work = Callable[[], list[Tensor]]
 """what can be computed while rows travel"""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.cosine import unit
-from promoe_ds.moe.routing import identity
+from promoe_ds.moe.router import identity
 
 ABSENT = 1e30
 """subtracted from the logits of experts without tokens; finite, because 0 times infinity is not a number"""

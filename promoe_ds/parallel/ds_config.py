@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from promoe_ds.config import Config, reject
-from promoe_ds.validate import batch_plan, check_topology
+from promoe_ds.config.batching import batch_plan, check_topology
+from promoe_ds.config.schema import Config, reject
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 """the folder of ready-made files"""
@@ -118,7 +118,7 @@ ZERO_REFUSED = {
     "zero_quantized_nontrainable_weights": "expert parallelism has no quantised communication",
     "zero_quantized_gradients": "expert parallelism has no quantised communication",
     "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
-    "parameter_alignment": "it pads the parameters that travel by bytes that the formulas of traffic.py do not know",
+    "parameter_alignment": "it pads the parameters that travel by bytes that comm_volume.py does not know",
 }
 """Keys of `zero_optimization` that this project cannot honour -> why."""
 

@@ -15,7 +15,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import BaseModel, ValidationError
 
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
 from promoe_ds.parallel.ds_config import PASSED, ResolvedDS, unknown
 
 

@@ -30,9 +30,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from promoe_ds.config import Config
+from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT, DiTOutput
-from promoe_ds.moe.routing import RoutingContext, identity
+from promoe_ds.moe.router import RoutingContext, identity
 from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum, sum_in_place
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.expert_parallel import is_sharded, local_part

@@ -17,8 +17,11 @@ DeepSpeed recognises expert parallelism by the class and attributes of the layer
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
@@ -40,9 +43,9 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.layer import MoELayer, RoutedExperts, RoutedOutput, Work, through_experts
-from promoe_ds.moe.routing import Routing
+from promoe_ds.moe.router import Routing
 from promoe_ds.parallel.collectives import swap_counts, swap_rows
-from promoe_ds.parallel.topology import Topology
+from promoe_ds.parallel.topology import Topology, connect, disconnect, gather_objects
 
 
 class ExpertParallelExperts(AutoEPMoELayer):
@@ -125,3 +128,37 @@ def local_part(parameter: Tensor, full: Tensor, topology: Topology) -> Tensor:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether the parameter holds this rank's experts only (its first dimension is local experts)."""
     return getattr(parameter, "allreduce", True) is False
+
+
+# --------------------------------------------------------------------------------------- sampling, without an engine
+
+
+@contextlib.contextmanager
+def connected(topology: Topology) -> Iterator[None]:
+    """Inside, the ranks can talk (NCCL on GPUs, gloo on CPUs). They may be a day apart: one may decode for long."""
+    connect(topology, timeout_minutes=24 * 60, meeting_minutes=30)
+    yield  # after an exception the others may be inside a collective: no farewell
+    disconnect()
+
+
+def share_experts(model: DiT, topology: Topology) -> DiT:
+    """Keep this rank's share of the routed experts of a whole model, and move it to the rank's device; collective.
+
+    Every rank must then run the model equally often.
+    """
+    whole = model.state_dict()
+    model = parallelize(model, topology).float()  # any pass over the parameters marks the sharded ones
+    parts = model.state_dict(keep_vars=True)
+    model.load_state_dict({name: local_part(part, whole[name], topology) for name, part in parts.items()})
+    groups: list[Any] = [
+        dist.new_group(ranks) for ranks in topology.ep_groups()
+    ]  # deepspeed.initialize makes them in training
+    for module in model.modules():
+        if isinstance(module, ExpertParallelExperts):
+            module.ep_group = groups[topology.rank // topology.ep]
+    return model.to(topology.device).eval().requires_grad_(False)
+
+
+def most_of(topology: Topology, count: int) -> int:
+    """The largest `count` over all ranks; collective."""
+    return max(gather_objects(count, topology))

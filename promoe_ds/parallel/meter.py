@@ -23,9 +23,9 @@ import deepspeed.comm.comm as backend_module
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.costs.comm_volume import KINDS, PARTS
 from promoe_ds.moe.dispatch import ExpertRows
 from promoe_ds.moe.experts import StackedExperts
-from promoe_ds.traffic import KINDS, PARTS
 
 SCALAR_BYTES = 64
 

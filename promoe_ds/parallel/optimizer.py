@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds.config import OptimizerConfig
+from promoe_ds.config.schema import OptimizerConfig
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
 

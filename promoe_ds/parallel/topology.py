@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from promoe_ds import rendezvous
-from promoe_ds.config import reject
+from promoe_ds.config.schema import reject
+from promoe_ds.parallel import rendezvous
 from promoe_ds.parallel.watchdog import Watchdog, is_consequence
 
 _watchdog: Watchdog | None = None

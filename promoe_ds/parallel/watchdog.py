@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from promoe_ds import rendezvous
+from promoe_ds.parallel import rendezvous
 
 BEAT_SECONDS = 5.0
 """between signs of life; less if the timeout is short"""

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from promoe_ds.config import Config, ConfigError
+from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.models.init import build
-from promoe_ds.moe.trace import LastChoice
-from promoe_ds.pictures import beside, grid, token_maps, write_png
-from promoe_ds.sampling import How, Precision, check_channels, draw_batches, pixel_batches
+from promoe_ds.moe.observe import LastChoice
+from promoe_ds.sampling.generate import How, Precision, check_channels, draw_batches, pixel_batches
+from promoe_ds.utils.pictures import beside, grid, token_maps, write_png
 
 
 class GridFailed(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from promoe_ds.files import write_text
+from promoe_ds.utils.files import write_text
 
 ROWS = 40
 """of the table"""

@@ -18,35 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds import accounting
-from promoe_ds.config import Config, ConfigError, dump
+from promoe_ds.checkpoint import layout, resume
+from promoe_ds.checkpoint.init_from import InitialWeights
+from promoe_ds.checkpoint.layout import claim
+from promoe_ds.checkpoint.save import Saver, ema_state_dict
+from promoe_ds.config.decode import dump
+from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.costs import flops
+from promoe_ds.costs.comm_volume import KINDS, PARTS
 from promoe_ds.data import ImageDataset, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream, item_path
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.files import left_out_words, write_text
 from promoe_ds.models.compiled import check_compiler, compile_model, untested_torch
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
-from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import Router, RoutingContext
+from promoe_ds.moe.router import ROUTERS, Router, RoutingContext
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import Meter
 from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
-from promoe_ds.pictures import load_map
-from promoe_ds.traffic import KINDS, PARTS
-from promoe_ds.train import checkpoint, nonfinite, resuming, signals
-from promoe_ds.train.checkpoint import claim
-from promoe_ds.train.experts import ExpertWatch
+from promoe_ds.train import nonfinite
 from promoe_ds.train.grids import GridFailed, keep_grid
-from promoe_ds.train.initial import InitialWeights
-from promoe_ds.train.metrics import MetricsLog, Throughput, expert_load, memory_gib
+from promoe_ds.train.metrics import ExpertWatch, MetricsLog, Throughput, expert_load, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
 from promoe_ds.train.profiling import StepProfiler
-from promoe_ds.train.saving import Saver, ema_state_dict
+from promoe_ds.utils import signals
+from promoe_ds.utils.files import left_out_words, write_text
+from promoe_ds.utils.pictures import load_map
 
 DONE, USER_ERROR, RESUMABLE = 0, 2, 85
 """exit codes"""
@@ -70,7 +71,7 @@ class Trainer:
 
     def __init__(self, config: Config, ds: ResolvedDS, run: Path, topology: Topology):
         self.config, self.run_folder, self.topology = config, run, topology
-        self.ranks = checkpoint.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
+        self.ranks = layout.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset = self._connect()
         data = fingerprint(self.dataset)
         if self.dataset.left_out:
@@ -80,14 +81,14 @@ class Trainer:
         self.lock = claim(run) if topology.rank == 0 else None
         if self.lock:
             signals.remove_marker(run)
-        self._stop_early(checkpoint.step_of(found[-1]) if (found := checkpoint.candidates(run)) else 0)
+        self._stop_early(layout.step_of(found[-1]) if (found := layout.candidates(run)) else 0)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
-        found = checkpoint.find_whole(run, self.ranks)
+        found = layout.find_whole(run, self.ranks)
         if found:
-            resuming.check_same_run(checkpoint.manifest(found)["config"], config, found)
-            resuming.check_same_data(found, data)
-        self.step = resuming.check_history(run, found, config)
-        self.lr_before = resuming.changed_lr(found, config)
+            resume.check_same_run(layout.manifest(found)["config"], config, found)
+            resume.check_same_data(found, data)
+        self.step = resume.check_history(run, found, config)
+        self.lr_before = resume.changed_lr(found, config)
         self.renewed = self.step + 1 if self.lr_before else 0
         self.engine = self._make_engine(ds, found)
         facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
@@ -103,16 +104,16 @@ class Trainer:
         self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
         self.profiler = StepProfiler(None if topology.rank else config.train.profile, run, topology.device, self._say)
         self.skips_in_a_row = 0
-        self.image_flops = accounting.train_flops(config, config.diffusion.label_drop)
+        self.image_flops = flops.train_flops(config, config.diffusion.label_drop)
 
     def _connect(self) -> ImageDataset:
         """Join the other ranks, then raise what was wrong before: a rank that leaves alone would be waited for."""
         problem, dataset = None, None
         try:
             dataset = build_dataset(self.config)
-            saved = resuming.saved_config(self.run_folder)
+            saved = resume.saved_config(self.run_folder)
             if saved is not None:
-                resuming.check_same_run(saved, self.config, self.run_folder)
+                resume.check_same_run(saved, self.config, self.run_folder)
         except ConfigError as error:
             problem = error
         if problem is None or self.topology.world > 1:
@@ -137,16 +138,16 @@ class Trainer:
     def _make_engine(self, ds: ResolvedDS, found: Path | None) -> Engine:
         topology = self.topology
         model = parallelize(build(self.config), topology)
-        self.total_parameters = accounting.count_parameters(self.config).total
+        self.total_parameters = flops.count_parameters(self.config).total
         materialize(model, self.config.train.seed, topology.device)
         self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
-        reader = resuming.Reader(found) if found else None
+        reader = resume.Reader(found) if found else None
         source = InitialWeights(self.config) if self.config.train.init and not reader else reader
         untrained = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         if source:
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            resuming.load_weights(source, trained, lambda p, full: local_part(p, full, topology))
-            resuming.load_fixed(source, untrained | dict(model.named_buffers()))
+            resume.load_weights(source, trained, lambda p, full: local_part(p, full, topology))
+            resume.load_fixed(source, untrained | dict(model.named_buffers()))
         self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
         if self.config.train.compile:
             compile_model(model, whole=not self.config.train.measure)
@@ -155,7 +156,7 @@ class Trainer:
                 self._say(warning)
         engine = Engine(model, self.config, ds, topology)
         if reader:
-            resuming.restore(reader, engine, self.step, quiet=topology.rank > 0)
+            resume.restore(reader, engine, self.step, quiet=topology.rank > 0)
         return engine
 
     def _fixed(self) -> dict[str, Tensor]:
@@ -191,7 +192,7 @@ class Trainer:
                 if record["stop"] and self.step < cfg.steps:
                     return self._leave_marker(self.step)
         self._paused(self._draw_samples)
-        weights = checkpoint.folder(self.run_folder, self.step) / checkpoint.EMA
+        weights = layout.folder(self.run_folder, self.step) / layout.EMA
         self._say(f"done: {self.step} steps; weights in {weights}")
         return DONE
 
@@ -284,7 +285,7 @@ class Trainer:
         text = f"{what or f'the gradient norm is {norm}'}; {nonfinite.place([found for _, found in answers])}"
         text = f"step {self.step}{', ' if what else ': '}{text}"
         self.skips_in_a_row += 1
-        saved = self.saver.job or checkpoint.candidates(self.run_folder)
+        saved = self.saver.job or layout.candidates(self.run_folder)
         fallback = "the last checkpoint is unharmed" if saved else "there is no checkpoint yet"
         if self.config.train.on_nonfinite == "stop":
             raise TrainingStopped(f"{text}; {fallback}")
@@ -339,7 +340,7 @@ class Trainer:
             rate = self.throughput.rate()
             ratio, dead = expert_load(load_LE.cpu())
             device = self.topology.device
-            peak = accounting.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+            peak = flops.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
             mfu = rate / self.topology.world * self.image_flops / peak if peak else None
             self.log.write({
                 "step": self.step, **{k: _finite(record[k]) for k in (*self.terms, "grad_norm")},

@@ -8,15 +8,16 @@ import torch
 
 from promoe_ds.analysis.collect import Plan, choose_images, observe, with_data
 from promoe_ds.analysis.summary import csv_files, summarise
-from promoe_ds.config import ConfigError, load_config
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.observe import top_expert, watching
+from promoe_ds.moe.router import RoutingContext
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import RoutingContext
-from promoe_ds.moe.trace import top_expert, watching
-from promoe_ds.sampling import image_noise
+from promoe_ds.recipes.load import load_config
+from promoe_ds.sampling.generate import image_noise
 
 PLAN = Plan(images=10, timesteps=(200.0, 700.0, 900.0), tokens=50, maps=3, batch=4)
 OPTIONS = {"classification": ["moe.router.superclasses=digits", "moe.num_experts=4"]}

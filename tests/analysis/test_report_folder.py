@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.analysis.report import REPORT, Writer, check_folder, prepare_folder, slugs
-from promoe_ds.config import ConfigError
+from promoe_ds.config.schema import ConfigError
 
 
 def write(out: Path, *names: str) -> None:

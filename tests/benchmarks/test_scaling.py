@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import cost_model
+from benchmarks import cost_model, scaling_study
 from benchmarks.cost_model import (
     Exchanges,
     Hardware,
@@ -17,9 +17,8 @@ from benchmarks.cost_model import (
     reduce_seconds,
 )
 from benchmarks.scaling_report import read_points
-from launchers import scaling_study
-from promoe_ds import accounting, traffic
-from promoe_ds.config import load_config
+from promoe_ds.costs import comm_volume, flops
+from promoe_ds.recipes.load import load_config
 
 SMALL = ["--recipe", "tiny", "--window", "2", "--windows", "2"]
 XL = load_config("imagenet256_promoe_xl")
@@ -45,7 +44,7 @@ def test_counted_bytes_are_those_of_the_formulas(study):
 
 
 def test_a_wrong_formula_would_be_seen(study, monkeypatch):
-    monkeypatch.setattr(traffic, "gradients", lambda config, world, ep, stage: 1)
+    monkeypatch.setattr(comm_volume, "gradients", lambda config, world, ep, stage: 1)
     assert all("gradients" in p.mismatches() for p in read_points(study))
 
 
@@ -121,11 +120,11 @@ def test_dry_run_lists_what_an_array_job_would_run(capsys):
 
 def test_crossover_is_where_bytes_are_equal():
     images = crossover_images(XL)
-    dense, routed = traffic.trained(XL)
+    dense, routed = comm_volume.trained(XL)
     for ep in (2, 4):
         config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=64"])
-        an_image = traffic.all_to_all_expected(config, ep) / 64
-        saved = 2 * routed * (1 - 1 / ep) * traffic.weight_bytes(config)
+        an_image = comm_volume.all_to_all_expected(config, ep) / 64
+        saved = 2 * routed * (1 - 1 / ep) * comm_volume.weight_bytes(config)
         assert images * an_image == pytest.approx(saved)
 
 
@@ -133,7 +132,7 @@ def test_without_communication_time_is_flops_over_speed():
     free = Hardware("free", 8, 1000.0, 0.5, 1e12, 1e12, 1e12, 80.0, 0.0, 0.0, 0.5)
     config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=256"])
     for ep in (1, 4):
-        expected = 32 * accounting.train_flops(config, config.diffusion.label_drop) / 500e12
+        expected = 32 * flops.train_flops(config, config.diffusion.label_drop) / 500e12
         assert predict(config, free, 8, ep).seconds == pytest.approx(expected, rel=1e-6)
 
 
@@ -141,8 +140,8 @@ def test_rows_hide_behind_the_experts_that_do_not_travel():
     """Links so slow that no work hides an exchange whole, and so fast that it all does."""
     config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=256", "diffusion.label_drop=0.5"])
     slow, fast = dataclasses.replace(H100, intra_gbs=1.0), dataclasses.replace(H100, intra_gbs=1e9)
-    layers, tokens, expert = len(config.moe_layers()), 256 * 32, 2 * 2 * 1152 * accounting.expert_hidden(config)
-    travel = traffic.all_to_all_expected(config, 2) / 8 / 1e9
+    layers, tokens, expert = len(config.moe_layers()), 256 * 32, 2 * 2 * 1152 * flops.expert_hidden(config)
+    travel = comm_volume.all_to_all_expected(config, 2) / 8 / 1e9
     bare = exchanges(config, dataclasses.replace(slow, overlap=0.0), 8, 2, 1, 1.0)
     assert bare == Exchanges(pytest.approx(travel), 0.0)
     hidden = 0.5 * layers * (3 * tokens + 3 * tokens / 2) * expert / 500e12
@@ -182,7 +181,7 @@ def test_groups_of_three_on_six_gpus_of_one_node_are_near():
 def test_zero_2_reduces_after_every_micro_batch():
     """Counted on two processes: 4 micro-batches, 2 807 936 bytes at stage 2 and 701 984 at stage 1."""
     config = load_config("tiny", ["train.micro_batch_size=4", "moe.router={name: uniform}"])
-    assert [traffic.gradients(config, 2, 2, stage) for stage in (1, 2)] == [701_984, 2_807_936]
+    assert [comm_volume.gradients(config, 2, 2, stage) for stage in (1, 2)] == [701_984, 2_807_936]
 
 
 def test_points_of_another_study_are_refused(study, capsys):

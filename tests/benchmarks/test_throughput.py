@@ -12,12 +12,12 @@ import torch
 from benchmarks import moe_peers, throughput, throughput_table
 from benchmarks.op_counting import count_operators, host_syncs
 from benchmarks.throughput_options import CHOICES, arguments
-from promoe_ds.command_line import guarded
-from promoe_ds.config import load_config
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.experts import backend_problem
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import auxiliary_losses
+from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.recipes.load import load_config
+from promoe_ds.utils.command_line import guarded
 
 CPU = torch.device("cpu")
 SMALL = ["model.width=48", "model.heads=4", "model.image_size=8"]

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from benchmarks.processes import wait_until
-from promoe_ds.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import Batch, BatchMaker, BatchStream, share_of
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.order import Purpose, step_indices
+from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 
 FIELDS = ("x_BCHW", "label_B", "noise_BCHW", "gauss_B", "rows")
 DIGITS = Digits()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promoe_ds.config import Config, ConfigError, DataConfig, ModelConfig
+from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.images import FolderImages, HeldImages
+from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 
 DIGITS = Config(moe=None, model=ModelConfig(image_size=8, channels=1, num_classes=10))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from promoe_ds.config import ConfigError
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.data.images import FolderImages, HeldImages, PackedImages, decode, open_images, square
 from promoe_ds.data.latents import LatentTree
 from promoe_ds.evaluation.images import centre_crop

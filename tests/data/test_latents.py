@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset, shards
 from promoe_ds.data.batches import BatchMaker, item_path, share_of
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.digits import Digits
+from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.latents import SD_CODEC, LatentShards, LatentTree, open_latents
 from promoe_ds.data.order import Purpose, row_generator
-from promoe_ds.encode_job import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
-from promoe_ds.workers import Worker
+from promoe_ds.moe import routers as routers  # a Config holds the one of a router
+from promoe_ds.utils.ranks import Worker
 from tests.disk import loop
 from tests.photographs import write_tree
 

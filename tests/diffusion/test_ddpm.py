@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from promoe_ds.diffusion import ddpm
-from promoe_ds.diffusion.spacing import spaced_timesteps
+from promoe_ds.diffusion.ddpm_samplers import spaced_timesteps
 
 SCHEDULE = ddpm.Schedule.of(ddpm.linear_betas(1000))
 

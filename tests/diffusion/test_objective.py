@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.config import Config, ConfigError, load_config
+from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
 from promoe_ds.diffusion.objective import OBJECTIVES, choose_sampler, make_objective
-from promoe_ds.diffusion.samplers import euler, heun, sigma_schedule
+from promoe_ds.diffusion.rectified_flow import euler, heun, sigma_schedule
+from promoe_ds.recipes.load import load_config
 
 FLOW = load_config("tiny")
 DDPM = load_config("tiny", ["model.learn_sigma=true", "diffusion.name=ddpm"])

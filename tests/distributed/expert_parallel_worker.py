@@ -10,16 +10,16 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
-from promoe_ds.config import decode
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import RoutingContext, auxiliary_losses
 from promoe_ds.parallel.collectives import all_reduce_sum
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects, leave
+from promoe_ds.recipes.load import load_tree
 
 D, S, NULL, ITEM = 16, 5, 10, 4
 MIXES = {  # labels of each rank; 3 images a rank
@@ -85,7 +85,7 @@ def make(topology: Topology, top_k: int, skewed: bool) -> MoELayer:
     """A MoE layer with random weights, sharded if ep > 1; the same weights for every ep."""
     tree = {"model": {"width": D, "heads": 4, "depth": 1, "image_size": 8, "num_classes": NULL},
             "moe": {"layers": "all", "router": {"top_k": top_k}}}  # fmt: skip
-    model: DiT = materialize(parallelize(build(decode(tree)), topology), seed=5)
+    model: DiT = materialize(parallelize(build(load_tree(tree)), topology), seed=5)
     layer = model.blocks[0].mlp  # type: ignore[union-attr]
     assert isinstance(layer, MoELayer)
     if skewed:  # every token to expert 1, none elsewhere
@@ -169,7 +169,7 @@ def reductions(topology: Topology, mode: str) -> list[int]:
     tree = {"model": {"width": D, "heads": 4, "depth": 3, "image_size": 8, "num_classes": NULL},
             "moe": {"layers": [0, 2], "router": {"balance_weight": 0.1}},
             "train": {"activation_checkpointing": mode}}  # fmt: skip
-    model = materialize(parallelize(build(decode(tree)), topology), seed=5)
+    model = materialize(parallelize(build(load_tree(tree)), topology), seed=5)
     for block in model.blocks:
         if topology.ep > 1 and block.is_moe:
             block.mlp.routed.set_deepspeed_parallelism()  # type: ignore[operator, union-attr]

@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from promoe_ds.train import signals  # noqa: E402
+from promoe_ds.utils import signals  # noqa: E402
 
 signals.listen()
 

@@ -14,8 +14,7 @@ from deepspeed.utils import groups
 
 from promoe_ds.models.init import build, materialize
 from promoe_ds.parallel import topology
-from promoe_ds.parallel.expert_parallel import ExpertParallelExperts
-from promoe_ds.parallel.inference import share_experts
+from promoe_ds.parallel.expert_parallel import ExpertParallelExperts, share_experts
 from tests.distributed.train_worker import make
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from benchmarks import chaos
 from benchmarks.processes import PATIENCE
-from promoe_ds.train import checkpoint
+from promoe_ds.checkpoint import layout
 from tests.launch import ROOT
 
 COMMON = ["--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "parallel.expert_parallel=2"]
@@ -35,8 +35,8 @@ def test_signals_lose_no_step(tmp_path: Path) -> None:
     first = stopped(arguments, tmp_path / "1", signal.SIGUSR2, [1], 3)
     assert first.codes() == [85, 85], first.output()
     assert marker.read_text() == f"stopped by a signal to another rank at step {first.step()}\n"
-    (saved,) = checkpoint.candidates(run)
-    assert checkpoint.damage(saved) is None and checkpoint.step_of(saved) == first.step()
+    (saved,) = layout.candidates(run)
+    assert layout.damage(saved) is None and layout.step_of(saved) == first.step()
 
     second = stopped(arguments, tmp_path / "2", signal.SIGINT, [0, 1], first.step() + 3)
     assert second.codes() == [130, 130], second.output()
@@ -47,7 +47,7 @@ def test_signals_lose_no_step(tmp_path: Path) -> None:
     third = stopped([*arguments, "--exit-zero-on-signal"], tmp_path / "3", signal.SIGUSR2, [0, 1], 0)
     assert third.codes() == [0, 0] and third.step() == 0, third.output()
     assert marker.read_text() == f"stopped by SIGUSR2 at step {second.step()}\n"
-    assert checkpoint.step_of(checkpoint.candidates(run)[-1]) == second.step()
+    assert layout.step_of(layout.candidates(run)[-1]) == second.step()
 
     end = second.step() + 2
     with chaos.job([*COMMON, "--run", str(run), f"train.steps={end}"], 2, tmp_path / "4") as job:
@@ -73,7 +73,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> N
 
 def test_a_run_folder_in_use_ends_all_ranks_at_once(tmp_path: Path) -> None:
     """Only rank 0 sees the lock; the others must not wait for it, which would take `parallel.timeout_minutes`, 30."""
-    lock = checkpoint.claim(tmp_path / "run")
+    lock = layout.claim(tmp_path / "run")
     with chaos.job([*COMMON, *LONG, "--run", str(tmp_path / "run")], 2, tmp_path / "out") as job:
         assert job.wait() == [2, 2], job.output()
     lock.close()
@@ -133,9 +133,9 @@ def test_chaos_finds_what_was_promised_and_did_not_hold() -> None:
 def test_chaos_compares_logs_and_weights(tmp_path: Path) -> None:
     run = chaos.Chaos(kills=1, seed=0, folder=tmp_path, max_world=1)
     for name, steps, weight in (("calm", [1, 2, 3, 4], 1.0), ("run", [1, 3, 3], 1.001)):
-        folder = checkpoint.folder(tmp_path / name, run.steps)
+        folder = layout.folder(tmp_path / name, run.steps)
         folder.mkdir(parents=True)
-        save_file({"w": torch.tensor([0.0, weight])}, folder / checkpoint.EMA)
+        save_file({"w": torch.tensor([0.0, weight])}, folder / layout.EMA)
         (tmp_path / name / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": {weight}}}\n' for s in steps))
     run.compare()
     run.strikes[0].codes, run.strikes[0].half_written = [-9], True

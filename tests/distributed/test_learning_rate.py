@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from promoe_ds.train import checkpoint
+from promoe_ds.checkpoint import layout
 from tests.launch import run, torchrun
 
 OTHER = "optimizer.lr=0.003"
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    files = checkpoint.folder(folder, step).glob("state-*.safetensors")
+    files = layout.folder(folder, step).glob("state-*.safetensors")
     return {key: x for file in files for key, x in load_file(file).items() if key.endswith("/fp32")}
 
 
@@ -33,9 +33,9 @@ def test_another_learning_rate_on_resume(tmp_path: Path) -> None:
     for stage in (0, 2, 3):
         work.append((f"first{stage}", f"zero{stage}", "train.steps=4", "train.checkpoint_every=4"))
         for name in ("same", "other"):
-            target = checkpoint.folder(tmp_path / f"{name}{stage}", 4)
+            target = layout.folder(tmp_path / f"{name}{stage}", 4)
             target.parent.mkdir(parents=True)
-            os.symlink(checkpoint.folder(tmp_path / f"first{stage}", 4), target)
+            os.symlink(layout.folder(tmp_path / f"first{stage}", 4), target)
             work.append((target.parents[1].name, f"zero{stage}", *often, "train.steps=6", *[OTHER] * (name == "other")))
     work.append(("other2", "zero2", *often, "train.steps=7", OTHER))
     work.append(("other2", "zero2", *often, "train.steps=9"))
@@ -55,5 +55,5 @@ def test_another_learning_rate_on_resume(tmp_path: Path) -> None:
     assert done.stdout.count("resuming at step 4 of 6, optimizer.lr 0.003 instead of 0.001; ") == 3
     assert done.stdout.count("resuming at step 6 of 7; ") == 1
     assert done.stdout.count("resuming at step 7 of 9, optimizer.lr 0.001 instead of 0.003; ") == 1
-    assert checkpoint.manifest(checkpoint.folder(tmp_path / "other2", 9))["config"]["optimizer"]["lr"] == 0.001
+    assert layout.manifest(layout.folder(tmp_path / "other2", 9))["config"]["optimizer"]["lr"] == 0.001
     assert done.stdout.count("  no sample grid: ") == 3 and done.stdout.count("  sample grid: ") == len(work) - 3

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from promoe_ds.config import load_config
+from promoe_ds.checkpoint import layout
 from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.train import checkpoint
+from promoe_ds.recipes.load import load_config
 from tests.launch import run, torchrun
 from tests.moe import example_router
 
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == list(range(1, STEPS + 1))
-    return log, load_file(checkpoint.folder(folder, STEPS) / "ema.safetensors")
+    return log, load_file(layout.folder(folder, STEPS) / "ema.safetensors")
 
 
 def same_run(run: Path, reference_run: Path) -> None:

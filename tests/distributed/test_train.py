@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from benchmarks import topology_invariance
 from benchmarks.processes import PATIENCE, kill, wait_until
-from promoe_ds.config import load_config
+from promoe_ds.checkpoint import layout
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.order import step_indices
-from promoe_ds.train import checkpoint
+from promoe_ds.recipes.load import load_config
 from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
 
 ZERO2_EP2 = ("--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "parallel.expert_parallel=2")
@@ -34,7 +34,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, moments and EMA."""
-    where = checkpoint.folder(folder, step)
+    where = layout.folder(folder, step)
     return {f"{f.name[:3]}/{k}": v for f in sorted(where.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
@@ -45,7 +45,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
-    wait_until(lambda: checkpoint.candidates(folder) or process.poll() is not None, lambda: losses_so_far(folder))
+    wait_until(lambda: layout.candidates(folder) or process.poll() is not None, lambda: losses_so_far(folder))
     assert process.poll() is None, f"ended early with {process.returncode}"
 
 
@@ -71,7 +71,7 @@ def test_run_folder_holds_what_other_programs_rely_on(uninterrupted: Path) -> No
     wanted = "loss loss/diffusion loss/routing_contrastive grad_norm images_per_s mfu memory_gib"
     assert {*wanted.split(), "load_max_over_mean", "dead_experts", "step"} <= records[-1].keys()
     assert records[-1]["loss"] < records[0]["loss"]
-    kept = [checkpoint.step_of(p) for p in checkpoint.candidates(uninterrupted)]
+    kept = [layout.step_of(p) for p in layout.candidates(uninterrupted)]
     assert kept == [40, 60]
     assert not list((uninterrupted / "checkpoints").glob("tmp_*"))
 
@@ -82,7 +82,7 @@ def test_kill_9_of_all_ranks_then_the_same_command_is_bit_exact(uninterrupted: P
     wait_for_step(tmp_path / "run", 27, process)
     wait_for_checkpoint(tmp_path / "run", process)  # written behind the steps that follow its own
     kill(process)
-    assert checkpoint.step_of(checkpoint.candidates(tmp_path / "run")[-1]) == 20
+    assert layout.step_of(layout.candidates(tmp_path / "run")[-1]) == 20
     resumed = run(command)
     assert "resuming at step 20 of 60" in resumed.stdout
     assert losses(tmp_path / "run") == losses(uninterrupted)
@@ -122,18 +122,18 @@ def test_resume_at_another_topology_continues_the_curve(tmp_path: Path) -> None:
     """
     launch_each(tmp_path, {"whole": ((4, 2, 2), 10), **{str(before): (before, 5) for before, _ in ELASTIC}})
     for before, after in ELASTIC:
-        target = checkpoint.folder(tmp_path / f"{before} -> {after}", 5)
+        target = layout.folder(tmp_path / f"{before} -> {after}", 5)
         target.parent.mkdir(parents=True)
-        target.symlink_to(checkpoint.folder(tmp_path / str(before), 5))
+        target.symlink_to(layout.folder(tmp_path / str(before), 5))
     launch_each(tmp_path, {f"{before} -> {after}": (after, 10) for before, after in ELASTIC})
     expected = losses(tmp_path / "whole")
-    whole = load_file(checkpoint.folder(tmp_path / "whole", 10) / "ema.safetensors")
+    whole = load_file(layout.folder(tmp_path / "whole", 10) / "ema.safetensors")
     for before, after in ELASTIC:
         folder = tmp_path / f"{before} -> {after}"
         curve = losses(tmp_path / str(before)) | losses(folder)
         assert [step for step in losses(folder)] == [6, 7, 8, 9, 10]
         worst = max(abs(curve[step] / expected[step] - 1) for step in range(6, 11))
-        ema = load_file(checkpoint.folder(folder, 10) / "ema.safetensors")
+        ema = load_file(layout.folder(folder, 10) / "ema.safetensors")
         ema_worst = max(float((whole[k] - ema[k]).abs().max()) for k in whole)
         print(f"{before} -> {after}: loss {worst:.1e}, EMA {ema_worst:.1e}")
         assert worst < 1e-5 and ema_worst < 1e-6, (before, after, worst, ema_worst)
@@ -152,7 +152,7 @@ def test_stops_of_the_process_group_of_the_deepspeed_launcher(uninterrupted: Pat
         os.killpg(process.pid, number)
         out, _ = process.communicate(timeout=PATIENCE)  # ends when the last rank closes the pipe
         assert "stopped by a signal at step" in out and process.returncode == -number
-        assert step <= checkpoint.step_of(checkpoint.candidates(folder)[-1]) < 60
+        assert step <= layout.step_of(layout.candidates(folder)[-1]) < 60
         assert number.name in (folder / "requeue").read_text()
     run(command)
     assert losses(folder) == losses(uninterrupted)
@@ -173,8 +173,8 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
         out, _ = process.communicate(timeout=PATIENCE)
         assert "stopped by a signal at step" in out
         assert process.returncode == (85 if world == 1 else 1), "torchrun makes every failure 1"
-        (saved,) = checkpoint.candidates(folder)
-        assert checkpoint.damage(saved) is None and max(losses(folder)) == checkpoint.step_of(saved)
+        (saved,) = layout.candidates(folder)
+        assert layout.damage(saved) is None and max(losses(folder)) == layout.step_of(saved)
 
 
 def test_a_damaged_image_that_one_rank_reads_is_named(tmp_path: Path) -> None:
@@ -289,9 +289,9 @@ def test_losses_and_gradients_that_are_not_finite(tmp_path: Path) -> None:
     for what in ("data", "gradient"):
         work += [(f"{what}{stage}", what, f"zero{stage}", skip, "train.checkpoint_every=3") for stage in range(4)]
     for stage in (2, 3):  # from the checkpoint right after the skipped step
-        target = checkpoint.folder(tmp_path / f"gradient{stage}_again", 3)
+        target = layout.folder(tmp_path / f"gradient{stage}_again", 3)
         target.parent.mkdir(parents=True)
-        os.symlink(checkpoint.folder(tmp_path / f"gradient{stage}", 3), target)
+        os.symlink(layout.folder(tmp_path / f"gradient{stage}", 3), target)
         work.append((f"gradient{stage}_again", "none", f"zero{stage}", skip))
     done = run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), "bad", json.dumps(work)))
     images = "step 3, rank 1: loss/diffusion is nan; first seen in the images on rank 1"
@@ -303,8 +303,8 @@ def test_losses_and_gradients_that_are_not_finite(tmp_path: Path) -> None:
         f"stop_gradient: {weight}blocks.2.attn.proj.weight (1024 of 1024 values on rank 1); there is no" in done.stdout
     )
     assert losses_so_far(tmp_path / "stop") == losses_so_far(tmp_path / "stop_gradient") == [1, 2]
-    (saved,) = checkpoint.candidates(tmp_path / "stop")  # still being written when the step failed
-    assert checkpoint.step_of(saved) == 2 and checkpoint.damage(saved) is None
+    (saved,) = layout.candidates(tmp_path / "stop")  # still being written when the step failed
+    assert layout.step_of(saved) == 2 and layout.damage(saved) is None
     for what, words in (("data", images), ("gradient", weight)):
         logs = {f"{what}{s}": records(tmp_path / f"{what}{s}") for s in range(4)}
         for name, log in logs.items():

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from promoe_ds.config import load_config
 from promoe_ds.models import compiled
 from promoe_ds.parallel import ds_config, topology
+from promoe_ds.recipes.load import load_config
 from promoe_ds.train.trainer import Trainer, TrainingStopped
 from tests.moe import example_router
 

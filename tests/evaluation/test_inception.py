@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from launchers import evaluate
-from promoe_ds.config import ConfigError
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.evaluation.collect import load_features
 from promoe_ds.evaluation.inception import InceptionV3, find_weights, load_inception, resize_tf1
 from tests.evaluation.conftest import Scored

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from promoe_ds.config import load_config
 from promoe_ds.formats.card import model_card, score_rows
 from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.weights import load, write
+from promoe_ds.recipes.load import load_config
 from tests.formats.official_model import HEADS
 from tests.formats.test_official import save
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 import promoe_ds
-from promoe_ds.config import load_config
+from promoe_ds.checkpoint.layout import damage
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.formats.bundle import bundle
@@ -21,9 +22,10 @@ from promoe_ds.formats.diffusers_folder import CUT, model_code, write_diffusers
 from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.router import RoutingContext
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.sampling import image_noise, to_pixels
-from promoe_ds.train.checkpoint import damage
+from promoe_ds.recipes.load import load_config
+from promoe_ds.sampling.generate import image_noise, to_pixels
 from tests.launch import ENVIRONMENT, run
 
 LABELS, SCALE, STEPS, SEED = [0, 3, 10], 2.0, 5, 4
@@ -89,7 +91,15 @@ def weights(made: DiT) -> Weights:
 def ancestral_with_their_noise(made: DiT) -> Tensor:
     """Our DDPM sampler, its steps' noise drawn as DDPMScheduler draws it."""
     config, device, shape = made.config, torch.device("cpu"), (len(LABELS), 1, 8, 8)
-    predict = guided_prediction(made, torch.tensor(LABELS), 10, SCALE, device, config.guidance.channels)
+    predict = guided_prediction(
+        made,
+        partial(RoutingContext.build, null_label=10, device=device),
+        torch.tensor(LABELS),
+        10,
+        SCALE,
+        device,
+        config.guidance.channels,
+    )
     generator = torch.Generator().manual_seed(9)
     noise = image_noise(SEED, np.arange(len(LABELS)), shape[1:])
     objective = make_objective(config.diffusion, device)
@@ -151,7 +161,7 @@ def test_the_code_of_every_family_stands_alone(router: str) -> None:
 def test_one_name_from_two_modules_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bundled_a.py").write_text("def size():\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    roots = [("promoe_ds.train.checkpoint", "size"), ("promoe_ds.config", "encode")]
+    roots = [("promoe_ds.checkpoint.layout", "size"), ("promoe_ds.config.decode", "encode")]
     assert "def size(" in bundle("x", "0", roots, CUT)
     with pytest.raises(AssertionError, match="defined in two modules: size"):
         bundle("x", "0", [*roots, ("bundled_a", "size")])

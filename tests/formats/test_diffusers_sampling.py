@@ -21,10 +21,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from promoe_ds.config import load_config
 from promoe_ds.formats.diffusers_folder import scheduler_of
 from promoe_ds.formats.diffusers_pipeline import ProMoEPipeline
 from promoe_ds.formats.diffusers_sampling import fitted
+from promoe_ds.recipes.load import load_config
 
 MEAN = torch.tensor([0.6, -0.4, 0.2, 0.9]).view(4, 1, 1)
 DEVIATION = torch.tensor([0.5, 0.3, 0.8, 0.4]).view(4, 1, 1)

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from launchers import export, import_weights
-from promoe_ds.config import ConfigError, load_config
+from promoe_ds.checkpoint.load_weights import find_weights, load_ema
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.formats.importing import describe, import_checkpoint
 from promoe_ds.formats.official import to_official
 from promoe_ds.formats.weights import load, write
-from promoe_ds.loading import find_weights, load_ema
 from promoe_ds.models.init import build
 from promoe_ds.moe.experts import StackedExperts
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.router import RoutingContext
+from promoe_ds.recipes.load import load_config
 from tests.formats.official_model import CHANNELS, CLASSES, FAMILIES, HEADS, SIDE, forward, random_state, shapes
 
 TINY = [f"model.heads={HEADS}", "train.precision=fp32"]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from launchers import analyze
-from promoe_ds.command_line import guarded
+from promoe_ds.utils.command_line import guarded
 from tests.browser import CHROMIUM, open_page
 from tests.launch import run, torchrun
 

@@ -19,14 +19,15 @@ from PIL import Image
 
 from launchers import checkpoint as launcher
 from launchers import sample
-from promoe_ds.config import ConfigError, load_config
-from promoe_ds.loading import find_weights, load_ema
+from promoe_ds.checkpoint import layout
+from promoe_ds.checkpoint.load_weights import find_weights, load_ema
+from promoe_ds.checkpoint.resume import Reader
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.models.init import build, materialize
-from promoe_ds.train import checkpoint
-from promoe_ds.train.resuming import Reader
+from promoe_ds.recipes.load import load_config
+from tests.checkpoint.state import State, saver
 from tests.disk import as_nobody, loop
 from tests.launch import ENVIRONMENT, ROOT
-from tests.train.state import State, saver
 
 CONFIG = load_config("tiny", ["train.keep_last=9"])
 
@@ -59,7 +60,7 @@ def hurt(path: Path) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.candidates(run)]
+    return [layout.step_of(path) for path in layout.candidates(run)]
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -76,46 +77,46 @@ def test_inspect_says_what_it_is(run: Path, capsys: pytest.CaptureFixture[str]) 
     for text in ("step_00000030", "30 of 20", "189,636", "router promoe", "1 process, ep 1, ZeRO-0", "torch 2."):
         assert text in out
     assert "(0 minutes ago)" in out and " KiB  ema.safetensors" in out
-    assert launcher.main(["inspect", str(checkpoint.folder(run, 10)), "--json"]) == 0
+    assert launcher.main(["inspect", str(layout.folder(run, 10)), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["step"] == 10 and facts["parameters"] == 189_636 and facts["problem"] is None
-    assert facts["config_blake2b"] == checkpoint.tree_digest(facts["config"])
-    (checkpoint.folder(run, 10) / "ema.safetensors").unlink()
-    assert launcher.main(["inspect", str(checkpoint.folder(run, 10))]) == 0
+    assert facts["config_blake2b"] == layout.tree_digest(facts["config"])
+    (layout.folder(run, 10) / "ema.safetensors").unlink()
+    assert launcher.main(["inspect", str(layout.folder(run, 10))]) == 0
     assert "state       ema.safetensors is missing" in capsys.readouterr().out
 
 
 def test_verify_names_every_fault(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main(["verify", "--run", str(run)]) == 0
     assert capsys.readouterr().out.count("whole    ") == 3
-    hurt(checkpoint.folder(run, 20) / "ema.safetensors")
-    (checkpoint.folder(run, 30) / "manifest.json").unlink()
+    hurt(layout.folder(run, 20) / "ema.safetensors")
+    (layout.folder(run, 30) / "manifest.json").unlink()
     (run / "checkpoints" / "tmp_step_00000040").mkdir()
     assert launcher.main(["verify", "--run", str(run)]) == 2
     captured = capsys.readouterr()
     whole, first, second, ignored = captured.out.splitlines()
     assert whole.startswith("whole    ") and "step_00000010" in whole and "MiB" in whole
-    assert first == f"damaged  {checkpoint.folder(run, 20)}: ema.safetensors does not match its checksum"
-    assert second == f"damaged  {checkpoint.folder(run, 30)}: manifest.json is missing"
+    assert first == f"damaged  {layout.folder(run, 20)}: ema.safetensors does not match its checksum"
+    assert second == f"damaged  {layout.folder(run, 30)}: manifest.json is missing"
     assert ignored.startswith("ignored  ") and "tmp_step_00000040" in ignored
     assert f"prune --run {run} --damaged" in captured.err
-    assert launcher.main(["verify", str(checkpoint.folder(run, 10))]) == 0
-    assert launcher.main(["verify", *(str(checkpoint.folder(run, step)) for step in (10, 20))]) == 2
+    assert launcher.main(["verify", str(layout.folder(run, 10))]) == 0
+    assert launcher.main(["verify", *(str(layout.folder(run, step)) for step in (10, 20))]) == 2
 
 
 def test_prune_keeps_what_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A damaged newest one does not count as kept, and is deleted on request only."""
-    hurt(checkpoint.folder(run, 30) / "ema.safetensors")
+    hurt(layout.folder(run, 30) / "ema.safetensors")
     (run / "checkpoints" / "tmp_step_00000040").mkdir()
     (run / "checkpoints" / "tmp_step_00000050").touch()
     command = ["prune", "--run", str(run), "--keep", "1"]
     assert launcher.main([*command, "--dry-run"]) == 0
     assert capsys.readouterr().out.count("would delete") == 3 and steps(run) == [10, 20, 30]
     assert launcher.main(command) == 0
-    assert steps(run) == [20, 30] and not checkpoint.leftovers(run)
+    assert steps(run) == [20, 30] and not layout.leftovers(run)
     assert launcher.main(["prune", "--run", str(run), "--damaged"]) == 0
     assert steps(run) == [20]
-    hurt(checkpoint.folder(run, 20) / "ema.safetensors")
+    hurt(layout.folder(run, 20) / "ema.safetensors")
     assert "no checkpoint of it is whole" in mistake(capsys, "prune", "--run", run, "--damaged")
     assert steps(run) == [20]
 
@@ -123,8 +124,8 @@ def test_prune_keeps_what_is_whole(run: Path, capsys: pytest.CaptureFixture[str]
 def test_what_cannot_be_read_is_neither_called_damaged_nor_deleted(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hurt(checkpoint.folder(run, 10) / "ema.safetensors")
-    newest = checkpoint.folder(run, 30)
+    hurt(layout.folder(run, 10) / "ema.safetensors")
+    newest = layout.folder(run, 30)
     for path in (newest / "ema.safetensors", newest / "manifest.json", newest):
         loop(path)
         for words in (
@@ -157,7 +158,7 @@ def test_another_users_files_are_safe(run: Path, shared: Path) -> None:
     for path in (shared / "run").rglob("*"):
         path.chmod(0o777 if path.is_dir() else 0o644)
     (shared / "run").chmod(0o777)
-    old, new = (checkpoint.folder(shared / "run", step) for step in (20, 30))
+    old, new = (layout.folder(shared / "run", step) for step in (20, 30))
 
     def told(*words: object) -> tuple[int, str]:
         said = io.StringIO()
@@ -189,7 +190,7 @@ def test_another_users_files_are_safe(run: Path, shared: Path) -> None:
 
 
 def test_prune_waits_for_nobody(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with checkpoint.claim(run):
+    with layout.claim(run):
         assert "another process is training in it" in mistake(capsys, "prune", "--run", run, "--keep", 1)
     assert steps(run) == [10, 20, 30]
 
@@ -221,9 +222,9 @@ def test_weights_alone_are_sampled_from(run: Path, tmp_path: Path, source: str, 
 
 def test_another_number_of_files_is_the_same_state(run: Path, tmp_path: Path) -> None:
     assert launcher.main(["convert", "--run", str(run), "--files", "3", "--out", str(tmp_path / "fork")]) == 0
-    made = checkpoint.folder(tmp_path / "fork", 30)
-    assert len(list(made.glob("state-*-of-00003.safetensors"))) == 3 and checkpoint.damage(made) is None
-    old, new = Reader(checkpoint.folder(run, 30)), Reader(made)
+    made = layout.folder(tmp_path / "fork", 30)
+    assert len(list(made.glob("state-*-of-00003.safetensors"))) == 3 and layout.damage(made) is None
+    old, new = Reader(layout.folder(run, 30)), Reader(made)
     assert old.where.keys() == new.where.keys()
     for key in old.where:
         file, inner = old.where[key]
@@ -243,12 +244,12 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "one of the arguments --weights --files is required" in mistake(capsys, *convert, tmp_path / "new")
     assert "holds no checkpoint" in mistake(capsys, "verify", "--run", tmp_path / "there")
     assert "name either" in mistake(capsys, "inspect")
-    assert "name either" in mistake(capsys, "verify", "--run", run, checkpoint.folder(run, 10))
+    assert "name either" in mistake(capsys, "verify", "--run", run, layout.folder(run, 10))
     assert "no such folder" in mistake(capsys, "inspect", tmp_path / "nowhere")
     assert "manifest.json is missing" in mistake(capsys, "inspect", tmp_path / "there")
     assert "say what to delete" in mistake(capsys, "prune", "--run", run)
     assert "keep 1 or more" in mistake(capsys, "prune", "--run", run, "--keep", 0)
-    hurt(checkpoint.folder(run, 30) / "ema.safetensors")
+    hurt(layout.folder(run, 30) / "ema.safetensors")
     assert "is damaged: ema.safetensors" in mistake(capsys, *convert, tmp_path / "new", "--weights", "ema")
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob("tmp_*"))
 

@@ -40,7 +40,7 @@ def test_help_ends_with_examples(command: Command, capsys: pytest.CaptureFixture
 
 def test_sampling_imports_no_deepspeed() -> None:
     code = (
-        f"import runpy, sys; runpy.run_path({str(LAUNCHER)!r}); import promoe_ds.train.checkpoint; "
+        f"import runpy, sys; runpy.run_path({str(LAUNCHER)!r}); import promoe_ds.checkpoint.layout; "
         "sys.exit('deepspeed' in sys.modules)"
     )
     run([sys.executable, "-c", code])

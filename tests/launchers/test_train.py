@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from launchers import train as launcher
-from promoe_ds.train import checkpoint
+from promoe_ds.checkpoint import layout
+from tests.checkpoint.state import save
 from tests.disk import loop, resize, tmpfs
 from tests.launch import ROOT, deepspeed, run, train
 from tests.photographs import write_tree
-from tests.train.state import save
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -117,7 +117,8 @@ def test_a_run_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str],
 
 
 def test_a_run_folder_of_another_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from promoe_ds.config import dump, load_config
+    from promoe_ds.config.decode import dump
+    from promoe_ds.recipes.load import load_config
 
     (tmp_path / "config.yaml").write_text(dump(load_config("tiny")))
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
@@ -129,7 +130,7 @@ def test_a_run_folder_of_another_configuration(capsys: pytest.CaptureFixture[str
 def test_checkpoints_that_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Neither a fresh start nor damage."""
     save(tmp_path, 5)
-    for path in (checkpoint.folder(tmp_path, 5) / "ema.safetensors", tmp_path / "config.yaml"):
+    for path in (layout.folder(tmp_path, 5) / "ema.safetensors", tmp_path / "config.yaml"):
         loop(path)
         line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path))
         assert f"={path}: cannot be read (" in line and "Too many levels" in line and "prune" not in line
@@ -186,9 +187,9 @@ def test_one_process_by_the_deepspeed_launcher_with_nothing_else(tmp_path: Path)
     )
     short = ["train.steps=4", "train.checkpoint_every=2", "sample.steps=2", "sample.per_class=1"]
     assert "1 x cpu, ep 1, ZeRO-2" in run([*command, *short]).stdout
-    assert [checkpoint.step_of(p) for p in checkpoint.candidates(folder)] == [2, 4]
+    assert [layout.step_of(p) for p in layout.candidates(folder)] == [2, 4]
 
-    weights = checkpoint.folder(folder, 4) / "ema.safetensors"
+    weights = layout.folder(folder, 4) / "ema.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
@@ -200,7 +201,7 @@ def test_one_process_by_the_deepspeed_launcher_with_nothing_else(tmp_path: Path)
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
     assert after == before
 
-    shutil.rmtree(checkpoint.folder(folder, 4))
+    shutil.rmtree(layout.folder(folder, 4))
     assert "resuming at step 2 of 4" in run([*command, *short]).stdout
     finished = run([*command, *short])
     assert "resuming at step 4 of 4" in finished.stdout and "done: 4 steps" in finished.stdout
@@ -244,4 +245,4 @@ def test_a_full_disk_costs_no_checkpoint_and_with_more_room_the_run_continues(tm
         resize(disk, "10m")
         resumed = train(*command)
         assert "resuming at step 5 of 12" in resumed.stdout
-        assert [checkpoint.step_of(p) for p in checkpoint.candidates(run)] == [10, 12]
+        assert [layout.step_of(p) for p in layout.candidates(run)] == [10, 12]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from promoe_ds.config import ConfigError, load_config
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.models.compiled import (
     GRAPHS,
     TESTED_TORCH,
@@ -22,10 +22,11 @@ from promoe_ds.models.compiled import (
     untested_torch,
 )
 from promoe_ds.models.dit import DiT, DiTOutput
-from promoe_ds.models.layers import Mlp
+from promoe_ds.moe.mlp import Mlp
+from promoe_ds.moe.observe import watching
+from promoe_ds.moe.router import Routing, RoutingContext
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import Routing, RoutingContext
-from promoe_ds.moe.trace import watching
+from promoe_ds.recipes.load import load_config
 from tests.launch import CXX, ROOT
 from tests.models.test_dit import awake
 

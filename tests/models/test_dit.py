@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from benchmarks.op_counting import OperatorCount
-from promoe_ds.config import Config, decode, encode, load_config
+from promoe_ds.config.decode import encode
+from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.router import RoutingContext
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology
+from promoe_ds.recipes.load import load_config, load_tree
 
 
 def tiny(*overrides: str) -> Config:
@@ -127,7 +129,7 @@ def test_seed_changes_the_model_and_experts_differ() -> None:
 
 
 def test_initialisation_follows_the_table() -> None:
-    config = decode({**encode(tiny()), "model": {**encode(tiny())["model"], "width": 256}})
+    config = load_tree({**encode(tiny()), "model": {**encode(tiny())["model"], "width": 256}})
     state = materialize(build(config), 0).state_dict()
     xavier = lambda fan_in, fan_out: (6 / (fan_in + fan_out)) ** 0.5  # noqa: E731
     assert state["blocks.0.attn.qkv.weight"].abs().max() == pytest.approx(xavier(256, 768), rel=1e-3)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.config import load_config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.moe.routing import RoutingContext
+from promoe_ds.moe.router import RoutingContext
+from promoe_ds.recipes.load import load_config
 
 State = dict[str, Tensor]
 NULL = 10

@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from promoe_ds.models.layers import Attention, gelu, grid_sinusoids, sinusoids
+from promoe_ds.models.layers import Attention, grid_sinusoids, sinusoids
+from promoe_ds.moe.mlp import gelu
 
 
 def test_timestep_sinusoids() -> None:

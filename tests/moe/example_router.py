@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from promoe_ds.config import RouterConfig
-from promoe_ds.moe.routing import Router, Routing, RoutingContext, register_router
+from promoe_ds.config.schema import RouterConfig
+from promoe_ds.moe.router import Router, Routing, RoutingContext, register_router
 
 
 @dataclass(frozen=True, kw_only=True)

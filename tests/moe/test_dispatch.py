@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from promoe_ds.moe.dispatch import AllToAllDispatcher, LocalDispatcher, permute, segment_ends, segment_sizes, unpermute
-from promoe_ds.moe.routing import Routing
+from promoe_ds.moe.router import Routing
 
 E, D = 6, 4
 

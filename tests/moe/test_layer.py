@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from promoe_ds.config import decode
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.routing import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import RoutingContext, auxiliary_losses
+from promoe_ds.recipes.load import load_tree
 
 D, S, NULL = 16, 5, 10
 MIXES = {
@@ -25,7 +25,7 @@ MIXES = {
 
 def make_layer(dtype: torch.dtype, seed: int = 0, backend: str = "loop", **moe: object) -> MoELayer:
     tree = {"model": {"width": D, "heads": 4, "num_classes": NULL}, "moe": {"experts_backend": backend, **moe}}
-    layer = MoELayer(decode(tree)).to(dtype)
+    layer = MoELayer(load_tree(tree)).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in layer.parameters():

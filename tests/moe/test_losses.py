@@ -16,7 +16,7 @@ from promoe_ds.moe.losses import (
     sum_and_number,
     sums_over_scope,
 )
-from promoe_ds.moe.routing import identity
+from promoe_ds.moe.router import identity
 from tests.moe.test_layer import contrastive
 
 

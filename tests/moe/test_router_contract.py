@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.config import Config, decode
+from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.router import Router, Routing, RoutingContext, auxiliary_losses
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.routing import Router, Routing, RoutingContext, auxiliary_losses
+from promoe_ds.recipes.load import load_tree
 from tests.moe import example_router
 from tests.moe.test_layer import MIXES, Operations, losses_of
 
@@ -27,7 +28,7 @@ EXTRA: dict[str, dict[str, Any]] = {"classification": {"superclasses": "digits"}
 def make_config(name: str, **moe: object) -> Config:
     model = {"width": D, "heads": 4, "num_classes": NULL, "image_size": 8, "patch": 2}
     router = {"name": name, **EXTRA.get(name, {})}
-    return decode({"model": model, "moe": {"num_experts": E, "experts_backend": "loop", "router": router, **moe}})
+    return load_tree({"model": model, "moe": {"num_experts": E, "experts_backend": "loop", "router": router, **moe}})
 
 
 def make_layer(name: str, seed: int = 0, **moe: object) -> MoELayer:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from promoe_ds.config import ConfigError, load_config
-from promoe_ds.validate import validate_data
+from promoe_ds.config.schema import ConfigError
+from promoe_ds.recipes.load import load_config
+from promoe_ds.recipes.validate import validate_data
 
 
 @pytest.mark.parametrize(

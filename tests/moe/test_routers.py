@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.moe.router import Router, Routing, RoutingContext, auxiliary_losses
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routers.diffmoe import choose_here, choose_in_pool
-from promoe_ds.moe.routing import Router, Routing, RoutingContext, auxiliary_losses
 
 D, S, E, NULL = 8, 12, 4, 10
 LABELS = [3, 1, 9, 3, 0]

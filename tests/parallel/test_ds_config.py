@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from promoe_ds.config import Config, ConfigError, load_config
+from promoe_ds.config.batching import batch_plan, check_topology
+from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.parallel import ds_config
 from promoe_ds.parallel.ds_config import resolve
 from promoe_ds.parallel.ds_values import KEYS, check_values
-from promoe_ds.validate import batch_plan, check_topology
+from promoe_ds.recipes.load import load_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 STAGES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from promoe_ds.config import OptimizerConfig
+from promoe_ds.config.schema import OptimizerConfig
 from promoe_ds.parallel.optimizer import AdamWithEMA
 
 

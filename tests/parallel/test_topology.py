@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from promoe_ds.config import ConfigError
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.parallel import topology
 from promoe_ds.parallel.topology import Topology
 

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.processes import wait_until
-from promoe_ds.train import checkpoint
+from promoe_ds.checkpoint import layout
 from tests.launch import ROOT, train
 from tests.slurm.cluster import Cluster, missing
 
@@ -112,7 +112,7 @@ class Training:
         return first
 
     def saved(self) -> int:
-        return max((checkpoint.step_of(path) for path in checkpoint.candidates(self.run)), default=0)
+        return max((layout.step_of(path) for path in layout.candidates(self.run)), default=0)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from promoe_ds.train import checkpoint
+from promoe_ds.checkpoint import layout
 from tests.launch import run, torchrun
 
 WORKER, STEPS, HALF = "tests/distributed/train_worker.py", 12, 6
@@ -55,5 +55,5 @@ def test_a_family_learns_and_resumes(folder: Path, family: str) -> None:
     for record, again in zip(whole, halves, strict=True):
         assert [record[key] for key in ("step", *losses)] == [again[key] for key in ("step", *losses)]
     runs = (folder / f"{recipe} {kind}" for kind in ("whole", "halves"))
-    ema, again = (load_file(checkpoint.folder(path, STEPS) / checkpoint.EMA) for path in runs)
+    ema, again = (load_file(layout.folder(path, STEPS) / layout.EMA) for path in runs)
     assert ema.keys() == again.keys() and all(torch.equal(ema[name], again[name]) for name in ema)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from promoe_ds.pictures import grid
-from promoe_ds.sampling import How, draw_pixels
+from promoe_ds.sampling.generate import How, draw_pixels
 from promoe_ds.train.grids import draw_grid
-from tests.test_sampling import CPU, tiny
+from promoe_ds.utils.pictures import grid
+from tests.sampling.test_generate import CPU, tiny
 
 
 def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:

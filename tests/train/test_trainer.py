@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from promoe_ds.config import ConfigError, load_config
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
+from promoe_ds.recipes.load import load_config
 from promoe_ds.train.trainer import RankFailed, Trainer, claim
 
 

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from promoe_ds.moe.routing import ROUTERS
+from promoe_ds.moe.router import ROUTERS
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

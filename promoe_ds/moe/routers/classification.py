@@ -2,7 +2,7 @@
 
 The mean token of an image goes through a linear classifier; all tokens of the image go to the expert of the most likely
 superclass, with the softmax score of it as gate weight (Eq. (3): G = S where S is largest). Training adds the
-cross-entropy to the superclass of the image's label. The superclasses are a file, `promoe_ds.superclasses`; only
+cross-entropy to the superclass of the image's label. The superclasses are a file, `promoe_ds.moe.superclasses`; only
 training reads it. Null-label images that reach this router (`moe.conditional: false`) are routed, but not classified.
 """
 
@@ -16,24 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig, reject
 from promoe_ds.moe.losses import mean_over_scope, sum_and_number
-from promoe_ds.moe.routing import (
-    Router,
-    Routing,
-    RoutingContext,
-    at_least_fp32,
-    check_not_negative,
-    register_router,
-)
-from promoe_ds.superclasses import assignment, read_superclasses
+from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32, check_not_negative, register_router
+from promoe_ds.moe.superclasses import assignment, read_superclasses
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(RouterConfig):
     name: str = "classification"
     superclasses: str | None = None
-    """a superclass file (format: promoe_ds/superclasses), or `digits` for the built-in one; needed for training"""
+    """a superclass file (format: promoe_ds/moe/superclasses), or `digits` for the built-in one; needed for training"""
     class_weight: float = 1.0
     """weight of the cross-entropy, per MoE layer"""
     class_scope: Literal["global", "rank"] = "global"

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig, reject
 from promoe_ds.moe.losses import mean_over_scope, sum_and_number
-from promoe_ds.moe.routing import (
+from promoe_ds.moe.router import (
     Router,
     Routing,
     RoutingContext,

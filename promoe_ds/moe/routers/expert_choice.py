@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import RouterConfig
-from promoe_ds.moe.routing import (
+from promoe_ds.config.schema import RouterConfig
+from promoe_ds.moe.router import (
     Router,
     Routing,
     RoutingContext,

@@ -18,16 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig, reject
 from promoe_ds.moe.losses import centroid_sums
-from promoe_ds.moe.routing import (
-    Router,
-    Routing,
-    RoutingContext,
-    at_least_fp32,
-    images_a_forward,
-    register_router,
-)
+from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32, images_a_forward, register_router
 
 PRIME = 16_777_213
 """the largest prime below 2^24: keys are exact in float32. 5 does not divide PRIME - 1, so x^5 permutes the residues"""

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig, reject
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.losses import centroid_sums, load_balance, routing_contrastive, sums_over_scope
-from promoe_ds.moe.routing import (
+from promoe_ds.moe.router import (
     Router,
     Routing,
     RoutingContext,

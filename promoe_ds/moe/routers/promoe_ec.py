@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from promoe_ds.config import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig, reject
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
-from promoe_ds.moe.routers.promoe import PrototypicalRouter
-from promoe_ds.moe.routing import (
+from promoe_ds.moe.router import (
     Routing,
     RoutingContext,
     at_least_fp32,
@@ -27,6 +26,7 @@ from promoe_ds.moe.routing import (
     register_router,
     top_tokens_per_image,
 )
+from promoe_ds.moe.routers.promoe import PrototypicalRouter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import RouterConfig
+from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.losses import load_balance, sums_over_scope
-from promoe_ds.moe.routing import (
+from promoe_ds.moe.router import (
     Router,
     Routing,
     RoutingContext,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds.config import RouterConfig
+from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.routing import Router, Routing, RoutingContext, at_least_fp32, check_top_k, register_router
+from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32, check_top_k, register_router
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,205 @@
+"""Resuming: whether a run folder may be continued, and its checkpoint read into an engine of any topology."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from promoe_ds.checkpoint.layout import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
+from promoe_ds.checkpoint.load_weights import open_weights
+from promoe_ds.config.decode import BAD_YAML, encode
+from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.recipes.load import load_tree
+from promoe_ds.utils.files import NOT_FOUND
+
+FREE_ON_RESUME = {
+    *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
+    *("parallel", "data.path", "data.vae", "data.prefetch", "moe.experts_backend"),
+    *(
+        "train.init",
+        "train.steps",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.sample_every",
+    ),
+    *("train.on_save_error", "train.on_nonfinite", "train.measure", "optimizer.lr"),
+    *(
+        "train.micro_batch_size",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.profile",
+        "moe.router.superclasses",
+    ),
+}
+"""Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
+shown. The learning rate too, after a loss that is not finite: the log says from which step on (`changed_lr`).
+Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """Keys at which two plain configuration trees differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            inner = f"{path}.{key}" if path else key
+            if inner not in FREE_ON_RESUME:
+                yield from differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield path, old, new
+
+
+def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
+    """Raise ConfigError if a saved configuration computes something else than `config`."""
+    try:
+        known = encode(load_tree(saved))
+    except ConfigError as error:
+        reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
+    for path, old, new in differences(known, encode(config)):
+        if isinstance(old, dict) or isinstance(new, dict):
+            values = ["a section" if isinstance(value, dict) else value for value in (new, old)]
+            reject(path, values[0], f"{where} was made with {values[1]}", "name its recipe or choose another --run")
+        reject(path, new, f"{where} was made with {path}={old}", f"set {path}={old} or choose another --run")
+
+
+def changed_lr(found: Path | None, config: Config) -> float | None:
+    """The learning rate that the steps before were made with, where `config` goes on with another; None for the same.
+
+    Raises:
+        ConfigError: there is no step left to make with it.
+    """
+    before = load_tree(manifest(found)["config"]).optimizer.lr if found else config.optimizer.lr
+    if before == config.optimizer.lr:
+        return None
+    if found and step_of(found) >= config.train.steps:
+        conflict = f"{found} is at the last step, and was made with optimizer.lr={before}"
+        reject("optimizer.lr", config.optimizer.lr, conflict, f"raise train.steps, or set optimizer.lr={before}")
+    return before
+
+
+def check_same_data(found: Path, data: str) -> None:
+    """Raise ConfigError if a checkpoint was trained on other images than `data`, a `promoe_ds.data.fingerprint`."""
+    saved = manifest(found).get("data", data)
+    if saved != data:
+        reject("data.path", data, f"{found} was trained on {saved}", "bring that data back or choose another --run")
+
+
+class TensorSource(Protocol):
+    """A checkpoint (`Reader`), or the weights that a run starts from (`initial.InitialWeights`)."""
+
+    path: Path
+
+    def __call__(self, name: str, state: str) -> Tensor: ...
+
+
+class Reader:
+    """Random access to the full tensors of a checkpoint's state files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.where: dict[str, Any] = {}
+        for name in sorted(manifest(path)["files"]):
+            file = open_weights(path / name)
+            prefix = "ema/" if name == EMA else ""
+            self.where |= {prefix + key: (file, key) for key in file.keys()}
+
+    def __call__(self, name: str, state: str) -> Tensor:
+        """The full fp32 tensor of a parameter's state; raises ConfigError if the checkpoint lacks it."""
+        key = f"ema/{name}" if state == "ema" else f"{name}/{state}"
+        if key not in self.where:
+            reject("checkpoint", self.path, f"holds no {key}", "use a checkpoint of this model")
+        file, inner = self.where[key]
+        return file.get_tensor(inner)
+
+
+def load_weights(reader: TensorSource, params: Mapping[str, Tensor], local: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Copy master weights into a model before the engine is made.
+
+    Args:
+        params: trainable parameters by name.
+        local: (parameter, full tensor) -> this rank's part of it.
+    """
+    with torch.no_grad():
+        for name, p in params.items():
+            part = local(p, reader(name, "fp32"))
+            if part.shape != p.shape:
+                reject(
+                    "checkpoint",
+                    reader.path,
+                    f"{name} has shape {list(part.shape)}, the model {list(p.shape)}",
+                    "use a checkpoint of this model",
+                )
+            p.copy_(part)
+
+
+def load_fixed(reader: TensorSource, fixed: Mapping[str, Tensor]) -> None:
+    """Copy what is not trained and equal on every rank: position table and buffers, from the EMA file.
+
+    Raises ConfigError if one is missing.
+    """
+    with torch.no_grad():
+        for name, tensor in fixed.items():
+            tensor.copy_(reader(name, "ema"))
+
+
+def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) -> None:
+    """Fill the engine's master weights, moments and EMA as after `step` updates."""
+    engine.allocate(step)
+    for name in tqdm(engine.params, desc="restoring", unit="tensor", disable=quiet or None, delay=1):
+        for state in (*RESUMED_STATES, "ema"):
+            engine.write(name, state, reader(name, state))
+
+
+def saved_config(run: Path) -> dict[str, Any] | None:
+    """The plain configuration tree in RUN/config.yaml, or None; raises ConfigError if it cannot be read."""
+    path = run / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except NOT_FOUND:
+        return None
+    except (OSError, *BAD_YAML) as error:
+        reject("--run", path, f"cannot be read ({' '.join(str(error).split())})", "mend it or choose another --run")
+    if not isinstance(tree, dict):
+        reject("--run", path, "is not a configuration", "mend it or choose another --run")
+    return tree
+
+
+def last_logged_step(run: Path) -> int:
+    """The last step in RUN/metrics.jsonl; 0 without one. Raises ConfigError if it cannot be read."""
+    path, last = run / "metrics.jsonl", 0
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except NOT_FOUND:
+        return 0
+    except OSError as error:
+        unreadable(path, error, "--run")
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            last = max(last, json.loads(line)["step"])
+    return last
+
+
+def check_history(run: Path, found: Path | None, config: Config) -> int:
+    """The step to continue from, 0 for a fresh run.
+
+    Raises:
+        ConfigError: the run is past `train.steps`, or its log shows that it had checkpoints and they are gone.
+    """
+    if found:
+        step = step_of(found)
+        if step > config.train.steps:
+            reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
+        return step
+    logged, saved = last_logged_step(run), saved_config(run)
+    # A save is waited for by the next one at the latest: up to there a run may have died before its first was complete.
+    if saved and logged > 2 * saved.get("train", {}).get("checkpoint_every", logged):
+        conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
+        reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
+    return 0

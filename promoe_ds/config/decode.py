@@ -1,0 +1,129 @@
+"""A plain tree to a `Config` and back, strictly: unknown keys and wrong types raise `ConfigError`, whose message is one
+line: config path, value, conflict, way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal
+
+import yaml
+
+from promoe_ds.config.schema import Config, ConfigError, RouterConfig, did_you_mean, reject, router_config_class
+
+BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the others for 2024-02-30 or 0x_, no dates or numbers
+
+
+class Override(str):
+    """What stands after `section.key=`; the type of the field decides how it is read."""
+
+    def yaml(self) -> Any:
+        with contextlib.suppress(*BAD_YAML):
+            if (read := yaml.safe_load(self)) is not None or self.strip().lower() in ("", "~", "null"):
+                return read
+        return str(self)  # YAML reads comments and anchors as null, too
+
+
+def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        reject(path or "config", repr(value), "expected a mapping", "write it as `key: value` lines")
+    prefix = f"{path}." if path else ""
+    if kind is RouterConfig:
+        name = _decode(str, value.get("name", "promoe"), f"{prefix}name")
+        kind = router_config_class(name, f"{prefix}name")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in value:
+        if key not in known:
+            listed = f"unknown key (known: {', '.join(known)})"
+            reject(f"{prefix}{key}", value[key], listed, did_you_mean(key, known))
+    return kind(**{key: _decode(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+
+
+def _decode_union(kind: Any, value: Any, path: str) -> Any:
+    members = typing.get_args(kind)
+    if types.NoneType in members and (value.yaml() if isinstance(value, Override) else value) is None:
+        return None
+    errors = []
+    for member in [member for member in members if member is not types.NoneType]:
+        try:
+            return _decode(member, value, path)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    reject(path, repr(value), f"expected {' or '.join(map(_spell, members))}", "write one of these")
+
+
+def _spell(kind: Any) -> str:
+    """A type as a user would say it."""
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_spell(typing.get_args(kind)[0])}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    """Turn plain YAML data into `kind` or raise `ConfigError` naming `path`."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(kind, value, path)
+    if isinstance(value, Override):
+        read = value.yaml()
+        text = read if value[:1] in ("'", '"') and isinstance(read, str) else str(value)  # quotes are YAML's
+        if text and (kind is str or (origin is Literal and text in typing.get_args(kind))):
+            return text
+        value = text if kind in (int, float) and type(read) in (int, float) else read  # YAML reads 0500 as 320
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), value, path)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is no True
+            return value
+        listed = ", ".join(map(str, choices))
+        reject(path, repr(value), f"must be one of {listed}", did_you_mean(value, map(str, choices)))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            reject(path, repr(value), "expected a list", "write [a, b, c]")
+        return tuple(_decode(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if type(value) is kind and kind is not float:
+        return value
+    number = _number(str(value)) if kind in (int, float) else None
+    if number is not None and (kind is float or number == int(number)):
+        return kind(number)
+    way_out = "write it in quotes" if kind is str and not isinstance(value, list | dict) else "change the value"
+    reject(path, repr(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
+
+
+def _number(text: str) -> float | None:
+    """A finite number, whole ones exactly (YAML 1.1 reads 1e-4 and 1e5 as text); None if it is not one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := kind(text)):
+                return number
+    return None
+
+
+def decode(tree: dict[str, Any]) -> Config:
+    """Strictly turn a plain tree into a `Config`, with the routers that are known so far; raises `ConfigError`.
+
+    What must hold of the values is not looked at: `recipes.load.load_tree` does both.
+    """
+    return _decode_dataclass(Config, tree, "")
+
+
+def encode(config: Any) -> Any:
+    """The plain tree of a config: `decode(encode(c)) == c`."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: encode(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(encode(config), sort_keys=False)

@@ -1,0 +1,179 @@
+"""Superclasses of a data set's classes: the file that the classification router learns from, and how to build one.
+
+A file in YAML or JSON, `digits.yaml` beside this module being the example:
+
+    superclasses:            # one expert each, in this order
+      animals: [0, 1, 5]     # class numbers; every class in exactly one superclass
+      vehicles: [2, 3, 4]
+    classes: [cat, dog, ...] # optional names, ignored
+
+`python -m promoe_ds.moe.superclasses --help` builds one from a hierarchy such as WordNet's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from promoe_ds.config.decode import BAD_YAML
+from promoe_ds.config.schema import reject
+
+FOLDER = Path(__file__).parent
+OPTION = "moe.router.superclasses"
+
+
+def _some(values: Iterable[Any], limit: int = 5) -> str:
+    listed = [str(value) for value in values]
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+
+
+def builtin() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict[str, list[int]]:
+    """Superclass names to their class numbers, in the order of the experts.
+
+    Args:
+        name_or_path: a built-in file's name, or a path.
+        num_classes: what the file must cover; by default as many classes as it has entries.
+
+    Raises:
+        ConfigError: no such file, another format, or classes missing, unknown or given twice.
+    """
+    known = name_or_path in builtin()
+    path = FOLDER / f"{name_or_path}.yaml" if known else Path(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reject(OPTION, name_or_path, f"cannot be read ({error})", f"name a file or one of {_some(builtin())}")
+    except BAD_YAML as error:
+        reject(OPTION, name_or_path, f"is neither YAML nor JSON ({' '.join(str(error).split())})", "mend the file")
+    groups = tree.get("superclasses") if isinstance(tree, dict) else None
+    if not isinstance(groups, dict) or not groups or not all(map(_is_class_list, groups.values())):
+        way_out = "write `superclasses: {name: [class numbers], ...}`"
+        reject(OPTION, name_or_path, "does not map names to lists of class numbers", way_out)
+    _check_cover(name_or_path, groups, num_classes)
+    return {str(name): numbers for name, numbers in groups.items()}
+
+
+def _is_class_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(number) is int for number in value)
+
+
+def _check_cover(path: str, groups: Mapping[Any, list[int]], num_classes: int | None) -> None:
+    """Every class 0..num_classes-1 is in exactly one superclass."""
+    count = Counter(number for numbers in groups.values() for number in numbers)
+    total = num_classes if num_classes is not None else sum(count.values())
+    for conflict, numbers, way_out in (
+        ("lists twice class", sorted(n for n in count if count[n] > 1), "keep each in one superclass"),
+        ("has no superclass for class", [n for n in range(total) if n not in count], "add them to the file"),
+        (
+            f"has numbers outside 0..{total - 1}:",
+            sorted(n for n in count if not 0 <= n < total),
+            "remove them, or use the file made for these classes",
+        ),
+    ):
+        if numbers:
+            reject(OPTION, path, f"{conflict} {_some(numbers)}", way_out)
+
+
+def assignment(groups: Mapping[str, Sequence[int]]) -> list[int]:
+    """The superclass number of each class, from `read_superclasses`."""
+    of = {number: i for i, numbers in enumerate(groups.values()) for number in numbers}
+    return [of[number] for number in range(len(of))]
+
+
+# ---------------------------------------------------------------------------------------------------- from a hierarchy
+
+
+def read_hierarchy(text: str, option: str = "--hierarchy") -> dict[str, str]:
+    """Child to parent, from lines "parent child" (the format of ImageNet's wordnet.is_a.txt); `#` starts a comment.
+
+    Where a child has several parents, the first one counts: the hierarchy is read as a tree.
+
+    Raises:
+        ConfigError: a line is not two words, or the hierarchy has a cycle.
+    """
+    parent: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) != 2:
+            reject(option, f"line {number}", f"{line.strip()!r} is not `parent child`", "write two words a line")
+        parent.setdefault(words[1], words[0])
+    for node in parent:
+        seen = ancestors(node, parent, limit=len(parent) + 1)
+        if len(seen) > len(parent):
+            reject(option, node, "is its own ancestor", "remove the cycle")
+    return parent
+
+
+def ancestors(node: str, parent: Mapping[str, str], limit: int | None = None) -> list[str]:
+    """A node and its ancestors, nearest first; at most `limit` + 1 of them."""
+    out = [node]
+    while out[-1] in parent and (limit is None or len(out) <= limit):
+        out.append(parent[out[-1]])
+    return out
+
+
+def groups_by_nodes(classes: Sequence[str], parent: Mapping[str, str], nodes: Sequence[str]) -> dict[str, list[int]]:
+    """Each class to the nearest of `nodes` among its ancestors and itself.
+
+    Raises:
+        ConfigError: a class is below none of them, or a node has no class.
+    """
+    groups: dict[str, list[int]] = {node: [] for node in nodes}
+    lost = []
+    for number, name in enumerate(classes):
+        found = next((node for node in ancestors(name, parent) if node in groups), None)
+        lost.append(name) if found is None else groups[found].append(number)
+    if lost:
+        reject("--nodes", ",".join(nodes), f"no node is above {_some(lost)}", "add nodes")
+    empty = [node for node, numbers in groups.items() if not numbers]
+    if empty:
+        reject("--nodes", ",".join(nodes), f"no class is below {_some(empty)}", "remove these nodes")
+    return groups
+
+
+def groups_by_size(classes: Sequence[str], parent: Mapping[str, str], number: int) -> dict[str, list[int]]:
+    """Exactly `number` groups, as even as the tree allows.
+
+    Starts with all classes in one group. Each time the largest group (the earliest of equals) is cut: the classes below
+    one node leave it, that node whose share of the group is nearest to a half (the most specific of equals). A group is
+    named after its node; the first one `rest`.
+
+    Raises:
+        ConfigError: the hierarchy cannot be cut that often.
+    """
+    groups: dict[str, list[int]] = {"rest": list(range(len(classes)))}
+    lines = [ancestors(name, parent) for name in classes]
+    while len(groups) < number:
+        for name in sorted(groups, key=lambda name: -len(groups[name])):
+            node = _best_cut(groups[name], lines, set(groups))
+            if node is not None:
+                break
+        else:
+            way_out = f"ask for at most {len(groups)}, or give a deeper hierarchy"
+            reject("--groups", number, f"the hierarchy divides these classes into {len(groups)} groups only", way_out)
+        groups[node] = [i for i in groups[name] if node in lines[i]]
+        groups[name] = [i for i in groups[name] if node not in lines[i]]
+    return groups
+
+
+def _best_cut(members: Sequence[int], lines: Sequence[Sequence[str]], used: set[str]) -> str | None:
+    below: Counter[str] = Counter(node for i in members for node in lines[i])
+    depth = {node: len(line) - place for i in members for line in (lines[i],) for place, node in enumerate(line)}
+    proper = [node for node in below if below[node] < len(members) and node not in used]
+    return min(proper, key=lambda n: (abs(2 * below[n] - len(members)), -depth[n], n), default=None)
+
+
+def render(groups: Mapping[str, Sequence[int]], classes: Sequence[str]) -> str:
+    """The text of a superclass file."""
+    tree = {"superclasses": {name: list(numbers) for name, numbers in groups.items()}, "classes": list(classes)}
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)

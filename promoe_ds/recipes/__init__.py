@@ -1,0 +1,1 @@
+"""Recipes, how one becomes a configuration, and what must hold of it."""

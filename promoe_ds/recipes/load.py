@@ -1,0 +1,99 @@
+"""A recipe and the command line to a `Config`.
+
+Order of precedence: dataclass default < recipe YAML < `section.key=value` from the command line. A recipe may start
+from another one with the key `base: NAME`. Unknown keys, wrong types and impossible combinations raise `ConfigError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from promoe_ds.config.decode import BAD_YAML, Override, decode
+from promoe_ds.config.schema import Config, did_you_mean, reject
+from promoe_ds.moe import routers as routers  # their classes make them known to `decode`
+from promoe_ds.recipes.validate import validate
+
+RECIPES = Path(__file__).parent
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reject("--config", path, f"cannot be read ({error})", "name a recipe or a YAML file")
+    except BAD_YAML as error:
+        reject("--config", path, f"is not YAML ({' '.join(str(error).split())})", "mend the file")
+    if not isinstance(tree, dict):
+        reject("--config", path, "is not a mapping", "write `section: {key: value}`")
+    return tree
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in top.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if nested else value
+    return out
+
+
+def recipe_names() -> list[str]:
+    return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+
+
+def _recipe_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(name_or_path, str):
+        reject("base", name_or_path, "is not the name of a recipe", "write base: NAME")
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+        if not path.is_file():
+            names = recipe_names()
+            listed = f"no such recipe (known: {', '.join(names)})"
+            reject("--config", name_or_path, listed, did_you_mean(name_or_path, names))
+    if name_or_path in seen:
+        reject("base", name_or_path, "the recipe is its own base", "remove the cycle")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    tree.setdefault("name", path.stem)
+    return _merge(_recipe_tree(base, (*seen, name_or_path)), tree) if base else tree
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        reject("override", repr(text), "is not section.key=value", "write for example train.steps=1000")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        inner = node.setdefault(parent, {})
+        node[parent] = inner = inner.yaml() if isinstance(inner, Override) else inner
+        if inner is None:
+            way_out = f"override `{parent}` as a whole or choose another recipe"
+            reject(key, raw, f"`{parent}` is null in this recipe", way_out)
+        if not isinstance(inner, dict):
+            reject(key, raw, f"`{parent}` is not a section", "remove the last part of the key")
+        node = inner
+    node[leaf] = Override(raw)
+
+
+def load_tree(tree: dict[str, Any]) -> Config:
+    """Strictly turn a plain tree into a validated `Config`; raises `ConfigError`."""
+    config = decode(tree)
+    validate(config)
+    return config
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+    """Recipe name or YAML path, plus `section.key=value` overrides, to a validated `Config`.
+
+    Raises:
+        ConfigError: anything unknown, ill-typed or contradictory.
+    """
+    tree = _recipe_tree(name_or_path)
+    for text in overrides:
+        _apply_override(tree, text)
+    return load_tree(tree)

@@ -1,0 +1,202 @@
+"""What a configuration must satisfy: checks that depend on it alone, and checks against the number of processes.
+
+Pure: nothing is changed, and nothing read but the configuration (`validate_data` looks at files too). Every failure is
+a one-line `ConfigError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from promoe_ds.config.batching import divisors, listed
+from promoe_ds.config.schema import Channels, Config, ModelConfig, reject
+from promoe_ds.diffusion.ddpm_samplers import spaced_timesteps
+
+LARGEST = 10_000_000
+"""of any size of a model"""
+YEAR_MINUTES = 365 * 24 * 60
+
+
+def _positive(config: Config, *paths: str) -> None:
+    for path in paths:
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value is not None and value <= 0:
+            reject(path, value, "must be positive", "choose a value above 0")
+
+
+def _buildable(config: Config) -> None:
+    """Sizes with which a model can be described at all, before memory is asked for or blocks are counted."""
+    sizes: list[tuple[str, Any, tuple[str, ...]]]
+    sizes = [("model", config.model, ("depth", "width", "image_size", "channels", "num_classes", "mlp_ratio"))]
+    if config.moe is not None:
+        sizes.append(("moe", config.moe, ("num_experts", "num_shared", "num_unconditional", "hidden_ratio")))
+    for section, values, keys in sizes:
+        for key in keys:
+            if getattr(values, key) > LARGEST:
+                reject(f"{section}.{key}", getattr(values, key), f"is more than {LARGEST:,}", "choose a smaller one")
+
+
+def _validate_model(config: Config) -> None:
+    m = config.model
+    _buildable(config)
+    _positive(config, "model.depth", "model.width", "model.heads", "model.patch", "model.image_size", "model.channels")
+    _positive(config, "model.num_classes", "model.mlp_ratio")
+    if m.width % m.heads:
+        reject("model.width", m.width, f"is not divisible by model.heads={m.heads}", "change one of them")
+    if m.width % 4:
+        reject("model.width", m.width, "the 2-D sine-cosine table needs a multiple of 4", "round it")
+    if m.image_size % m.patch:
+        reject("model.image_size", m.image_size, f"is not divisible by model.patch={m.patch}", "change one of them")
+    _whole_hidden("model.mlp_ratio", m.mlp_ratio, m.width)
+
+
+def _whole_hidden(path: str, ratio: float, width: int) -> None:
+    if not (ratio * width).is_integer():
+        reject(path, ratio, f"times model.width={width} is not a whole number of hidden units", "change one of them")
+
+
+def _aligned(config: Config) -> None:
+    """Grouped GEMM reads rows in units of 16 bytes."""
+    moe, width, precision = config.moe, config.model.width, config.train.precision
+    unit = 4 if precision == "fp32" else 8
+    if moe is None or moe.experts_backend == "loop":
+        return
+    for path, value in (("model.width", width), ("moe.hidden_ratio * model.width", int(moe.hidden_ratio * width))):
+        if value % unit:
+            conflict = f"{moe.experts_backend} under train.precision={precision} needs a multiple of {unit}"
+            reject(path, value, conflict, "change it, or set moe.experts_backend=loop")
+
+
+def _validate_moe(config: Config) -> None:
+    moe, ep = config.moe, config.parallel.expert_parallel
+    _positive(config, "parallel.expert_parallel")
+    if moe is None:
+        if ep != 1:
+            reject("parallel.expert_parallel", ep, "the model is dense (moe: null)", "set it to 1")
+        return
+    _positive(config, "moe.num_experts", "moe.hidden_ratio")
+    _whole_hidden("moe.hidden_ratio", moe.hidden_ratio, config.model.width)
+    _aligned(config)
+    for key in ("num_shared", "num_unconditional"):
+        if getattr(moe, key) < 0:
+            reject(f"moe.{key}", getattr(moe, key), "must not be negative", "choose 0 or more")
+    if moe.conditional and moe.num_unconditional == 0 and moe.num_shared == 0:
+        conflict = "null-label images would meet no expert (moe.num_shared=0)"
+        reject("moe.num_unconditional", 0, conflict, "set one of them to 1")
+    if moe.num_experts % ep:
+        reject(
+            "parallel.expert_parallel",
+            ep,
+            f"does not divide moe.num_experts={moe.num_experts}",
+            f"choose one of {listed(divisors(moe.num_experts))}",
+        )
+    if isinstance(moe.layers, tuple):
+        bad = [i for i in moe.layers if not 0 <= i < config.model.depth]
+        if bad or len(set(moe.layers)) != len(moe.layers):
+            reject(
+                "moe.layers",
+                list(moe.layers),
+                f"needs distinct indices below model.depth={config.model.depth}",
+                "list block indices, or write every_other or all",
+            )
+    if not config.moe_layers():
+        conflict = f"selects no block of model.depth={config.model.depth}"
+        reject("moe.layers", moe.layers, conflict, "write all, or moe: null for a dense model")
+    validate_router = getattr(moe.router, "validate", None)
+    if validate_router is not None:
+        validate_router(config)
+
+
+def _validate_training(config: Config) -> None:
+    _positive(config, "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.log_every")
+    _positive(config, "train.checkpoint_every", "train.keep_last", "optimizer.lr", "optimizer.eps")
+    _positive(config, "diffusion.logit_std", "diffusion.shift", "sample.per_class", "sample.classes", "data.prefetch")
+    _positive(config, "parallel.timeout_minutes")
+    minutes = config.parallel.timeout_minutes
+    if minutes > YEAR_MINUTES:
+        reject("parallel.timeout_minutes", minutes, "is longer than a year", f"choose at most {YEAR_MINUTES}")
+    for path, value in (
+        ("optimizer.beta1", config.optimizer.beta1),
+        ("optimizer.beta2", config.optimizer.beta2),
+        ("optimizer.ema_decay", config.optimizer.ema_decay),
+        ("diffusion.label_drop", config.diffusion.label_drop),
+    ):
+        if not 0 <= value < 1:
+            reject(path, value, "must lie in [0, 1)", "choose such a value")
+    for path, value in (
+        ("optimizer.clip_grad_norm", config.optimizer.clip_grad_norm),
+        ("optimizer.weight_decay", config.optimizer.weight_decay),
+        ("train.seed", config.train.seed),
+        ("sample.seed", config.sample.seed),
+        ("sample.cfg", config.sample.cfg),
+        ("train.sample_every", config.train.sample_every),
+    ):
+        if value < 0:
+            reject(path, value, "must not be negative", "choose 0 or more")
+    for path, seed in (("train.seed", config.train.seed), ("sample.seed", config.sample.seed)):
+        if seed >= 2**64:
+            reject(path, seed, "does not fit in 64 bits", "choose a smaller one")
+
+
+def _validate_speed(config: Config) -> None:
+    """Ways to compute the same."""
+    cfg, text = config.train, config.train.profile
+    if text is not None:
+        first, colon, last = text.partition(":")
+        if not colon or not (first.isdigit() and last.isdigit()) or not 1 <= int(first) <= int(last):
+            reject("train.profile", repr(text), "is not A:B with steps 1 <= A <= B", "write for example 20:23")
+        if int(first) > cfg.steps:
+            reject("train.profile", text, f"begins after train.steps={cfg.steps}", "choose earlier steps")
+    if cfg.compile and cfg.activation_checkpointing == "selective":
+        conflict = "what a compiled part computes inside cannot be kept one by one"
+        reject("train.activation_checkpointing", "selective", conflict, "set it to block, or train.compile=false")
+    if config.moe and config.moe.experts_backend == "megablocks" and cfg.precision == "fp32":
+        conflict = "megablocks computes in bf16 only, and train.precision is fp32"
+        reject("moe.experts_backend", "megablocks", conflict, "set train.precision=bf16_autocast, or use grouped_mm")
+
+
+def check_guidance(model: ModelConfig, channels: Channels, path: str) -> None:
+    """Raise `ConfigError`, naming `path`, if three channels are to be guided and the model has fewer."""
+    if channels != "all" and model.channels < channels:
+        reject(path, channels, f"the model has model.channels={model.channels}", f"set {path}=all")
+
+
+def _validate_objective(config: Config) -> None:
+    """What is trained and how the sample grids are drawn."""
+    steps, num_steps = config.sample.steps, config.diffusion.ddpm.num_steps
+    check_guidance(config.model, config.guidance.channels, "guidance.channels")
+    if config.diffusion.name == "rectified_flow":
+        if isinstance(steps, str):
+            reject("sample.steps", steps, "rectified flow takes a number of steps", "write one, for example 250")
+        _positive(config, "sample.steps")
+        return
+    if not config.model.learn_sigma:
+        conflict = "diffusion.name=ddpm learns a variance range"
+        reject("model.learn_sigma", "false", conflict, "set model.learn_sigma=true")
+    if num_steps <= 20:
+        conflict = "a linear schedule this short has betas of 1 or more"
+        reject("diffusion.ddpm.num_steps", num_steps, conflict, "choose more than 20, as a rule 1000")
+    try:
+        spaced_timesteps(num_steps, steps)
+    except ValueError as error:
+        reject("sample.steps", steps, str(error), f"choose 1 to diffusion.ddpm.num_steps={num_steps} steps")
+
+
+def validate(config: Config) -> None:
+    """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
+    _validate_model(config)
+    _validate_moe(config)
+    _validate_training(config)
+    _validate_speed(config)
+    _validate_objective(config)
+
+
+def validate_data(config: Config) -> None:
+    """Check the files that training reads; before training, not before a dry run. Raises `ConfigError`."""
+    if config.data.name != "digits" and config.data.path is None:
+        reject("data.path", "null", f"data.name={config.data.name} needs one", "add data.path=PATH")
+    validate_files = getattr(config.moe.router, "validate_files", None) if config.moe else None
+    if validate_files is not None:
+        validate_files(config)

@@ -1,0 +1,183 @@
+"""Image generation from the EMA weights; needs no DeepSpeed.
+
+Image i depends on (seed, i) alone, since its noise has a counter-based generator of its own, also the noise that a
+sampler adds on the way: neither the number of processes nor the batch changes it. `job.py` fills folders with
+these images.
+
+A model of latents needs the codec that decodes them; the state of the solver stays latent.
+
+Legend: N images of a call, B images of a batch, H W C pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from promoe_ds.config.schema import Channels, Config, ConfigError, reject
+from promoe_ds.data.codecs import Codec
+from promoe_ds.diffusion.guidance import guided_prediction
+from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.moe.router import RoutingContext
+from promoe_ds.utils.pictures import IMAGE_MODES
+
+Precision = Literal["fp32", "bf16"]
+DECODED_AT_ONCE = 16
+"""images a codec decodes together: at 256 pixels a decoder takes more memory than the transformer"""
+LABEL_COUNTER = 2
+"""of random labels, in the high word of the counter (0 is the first noise, 1 that of the steps)"""
+
+
+@dataclass(frozen=True)
+class How:
+    """How images are drawn from weights and labels: all of it decides them, but for `batch`."""
+
+    cfg: float
+    """guidance scale; at 1 or below one labelled forward a step"""
+    steps: int | str
+    """of the sampler, as the objective takes them"""
+    seed: int = 0
+    batch: int = 64
+    """images a forward (twice as many under guidance)"""
+    precision: Precision = "fp32"
+    """bf16 runs the model under autocast; the state of the solver stays float32"""
+    sampler: str | None = None
+    """euler, heun; ddpm, ddim; by default the objective's first"""
+    eta: float = 0.0
+    """of ddim, in [0, 1]"""
+    channels: Channels | None = None
+    """guided channels; by default `guidance.channels` of the model's configuration"""
+
+
+Labels = Literal["balanced", "random"]
+
+
+def class_labels(num: int, num_classes: int, how: Labels = "balanced", seed: int = 0) -> np.ndarray:
+    """Labels [num] int64 of images 0, 1, ...
+
+    Balanced: image i is of class i modulo `num_classes`. Random: drawn uniformly, for image i from (seed, i) alone.
+    """
+    if how == "balanced":
+        return np.arange(num, dtype=np.int64) % num_classes
+    counter = np.array([0, 0, 0, LABEL_COUNTER], dtype=np.uint64)
+    keys = (np.array([seed, i], dtype=np.uint64) for i in range(num))
+    streams = (np.random.Generator(np.random.Philox(key=key, counter=counter)) for key in keys)
+    return np.array([stream.integers(num_classes) for stream in streams], dtype=np.int64)
+
+
+def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int], step: int | None = None) -> torch.Tensor:
+    """Standard normal noise [B, *shape] float32 on the CPU; row b depends on (seed, indices[b], step) alone.
+
+    Philox (Salmon et al. 2011) is keyed by the pair, so images need no common generator and no order; the step is in
+    the high words of its counter, which no stream reaches by counting.
+
+    Args:
+        step: of a sampler that adds noise, from 0; None is the noise that sampling starts from.
+    """
+    counter = np.array([0, 0, 0, 0] if step is None else [0, 0, step, 1], dtype=np.uint64)
+    streams = (np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter) for i in indices)
+    rows = [np.random.Generator(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
+    return torch.from_numpy(np.stack(rows))
+
+
+def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:
+    """[-1, 1] float [B, C, H, W] to uint8 [B, H, W, C]: clamp(127.5 x + 128, 0, 255), truncated (as ADM and DiT do).
+
+    Raises:
+        ConfigError: the model made NaN or infinity, which no pixel can show.
+    """
+    if not bool(torch.isfinite(x_BCHW).all()):
+        reject("weights", "NaN", "the model makes values that are not finite", "name an earlier checkpoint")
+    return (127.5 * x_BCHW.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def pixel_shape(config: Config, codec: Codec | None = None) -> tuple[int, int, int]:
+    """(H, W, C) of the pictures."""
+    side = config.model.image_size * (codec.factor if codec else 1)
+    return side, side, config.model.channels if codec is None else 3
+
+
+def check_channels(config: Config, codec: Codec | None = None, option: str = "--vae") -> None:
+    """Raises `ConfigError` if the model makes latents and no codec is named, or one of other latents is."""
+    channels = config.model.channels
+    if codec is not None and codec.channels != channels:
+        conflict = f"{codec.kind} has latents of {codec.channels} channel(s), the model model.channels={channels}"
+        raise ConfigError(f"{option}: {conflict}; name the codec that the model was trained with")
+    if codec is None and (channels not in IMAGE_MODES or config.data.name == "latents"):
+        way_out = f"name the codec that decodes them with {option}"
+        reject("model.channels", channels, "the model makes latents, not pixels", way_out)
+
+
+def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
+    return torch.cat([codec.to_pixels(part) for part in x_BCHW.split(DECODED_AT_ONCE)])
+
+
+def draw_batches(
+    model: Callable[..., Any],
+    config: Config,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    how: How,
+    device: torch.device,
+    on_step: Callable[[int], object] | None = None,
+    rounds: int = 0,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Draw images or latents from noise, a batch at a time.
+
+    Args:
+        labels: [N] classes; `config.model.num_classes` is the null label.
+        indices: [N] global image numbers, which choose the noise. An image does not depend on its batch or on the
+            other images, beyond float rounding.
+        on_step: called with B after every step of a batch of B.
+        rounds: run at least so many batches, the excess ones in vain: ranks that share experts must run equally many.
+
+    Yields:
+        The rows of a finished batch and the final state of the solver, float32 [B, C, H, W] on `device`.
+    """
+    m, objective = config.model, make_objective(config.diffusion, device)
+    sampler, channels = how.sampler or objective.samplers[0], how.channels or config.guidance.channels
+    context_of = partial(RoutingContext.build, null_label=m.num_classes, device=device)
+
+    def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
+        return image_noise(how.seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
+
+    @torch.no_grad()
+    def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
+        label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
+        predict = guided_prediction(model, context_of, label, m.num_classes, how.cfg, device, channels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16"):
+            return objective.sample(predict, noise(index_B), partial(noise, index_B), how.steps, sampler, how.eta, tick)
+
+    for start in range(0, len(indices), how.batch):
+        rows = slice(start, min(start + how.batch, len(indices)))
+        tick = None if on_step is None else lambda _step, state: on_step(len(state))
+        yield rows, draw(labels[rows], indices[rows], tick)
+    for _ in range(rounds - -(-len(indices) // how.batch)):
+        draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
+
+
+def pixel_batches(
+    batches: Iterator[tuple[slice, torch.Tensor]], codec: Codec | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """`draw_batches`, decoded by `codec` if the model makes latents: rows of a batch and uint8 [B, H, W, C].
+
+    Raises:
+        ConfigError: the model makes NaN or infinity.
+    """
+    for rows, x in batches:
+        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
+
+
+def draw_pixels(
+    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, how: How, device: torch.device
+) -> np.ndarray:
+    """All images of a model of pixels in one array: uint8 [N, H, W, C]; arguments and errors as of `draw_batches`."""
+    images = np.empty((len(indices), *pixel_shape(config)), dtype=np.uint8)
+    for rows, made in pixel_batches(draw_batches(model, config, labels, indices, how, device)):
+        images[rows] = made
+    return images

@@ -1,0 +1,318 @@
+"""Filling a folder with samples: several processes, interruptions, one result.
+
+Process r of W makes the images r, r + W, ... of a folder and writes a batch as soon as it is finished
+(`store.py`); an interrupted folder can be finished at another number of processes and another batch size.
+`sampling.json` says what the folder holds; a folder whose record differs is refused, never mixed.
+
+Legend: N images, H W C pixels; r rank, W world size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from promoe_ds.checkpoint.layout import MANIFEST, file_digest, manifest, unreadable
+from promoe_ds.config.decode import dump
+from promoe_ds.config.schema import Config, reject
+from promoe_ds.data.codecs import Codec
+from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.sampling.generate import How, Labels, class_labels, draw_batches, pixel_batches, pixel_shape
+from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, write_npz
+from promoe_ds.utils.command_line import versions
+from promoe_ds.utils.files import NOT_FOUND, write_text
+from promoe_ds.utils.pictures import grid, write_png
+from promoe_ds.utils.ranks import Worker
+
+RECORD = "sampling.json"
+CONFIG = "config.yaml"
+CODEC = "codec.json"
+SAMPLES = "samples.npz"
+FEATURES = "features.safetensors"
+OUTPUTS = re.compile(
+    r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|features\.safetensors|made-\d+\.(npy|safetensors)|part-\d+-of-\d+\.npz"
+)
+LEFTOVERS = (".*.tmp", "part-*-of-*.npz", "made-*.npy", "made-*.safetensors")
+DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision",
+            "sampler", "eta", "guidance_channels", "labels", "vae", "features")  # fmt: skip
+"""keys of the record that decide the images; a folder is continued only where all of them agree"""
+IMPLIED = {
+    "sampler": "euler",
+    "eta": 0.0,
+    "guidance_channels": "all",
+    "labels": "balanced",
+    "vae": None,
+    "features": None,
+}
+"""what records say that were written before these keys"""
+
+
+# --------------------------------------------------------------------------------------------------------------- job
+
+
+@dataclass(frozen=True)
+class Job:
+    """All images of one guidance scale in one folder."""
+
+    out: Path
+    num: int
+    """N, images over all processes"""
+    how: How
+    labels: Labels = "balanced"
+    formats: tuple[str, ...] = ("png", "npz")
+    """png: a file an image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
+
+
+def run_of(file: Path) -> Path | None:
+    """The run folder of RUN/checkpoints/step_X/ema.safetensors; None for a file that lies elsewhere."""
+    parents = file.resolve().parents
+    return parents[2] if len(parents) > 2 and parents[1].name == "checkpoints" else None
+
+
+def codec_of_run(file: Path) -> dict[str, Any] | None:
+    """The record of the codec whose latents the run was trained on; None for pixels or where it is not known."""
+    run = run_of(file)
+    try:
+        return json.loads((run / CODEC).read_text(encoding="utf-8")) if run else None
+    except NOT_FOUND:
+        return None
+    except (OSError, ValueError) as error:
+        reject("--run", f"{run}", f"its {CODEC} cannot be read ({error})", "restore it or remove it")
+
+
+def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
+    """The part of the record about the weights: path relative to the run, step, and the digest that names them.
+
+    Raises:
+        ConfigError: the file cannot be read, or its digest is not the one in the manifest of its checkpoint.
+    """
+    run = run_of(file)
+    try:
+        digest = file_digest(file)
+    except OSError as error:
+        unreadable(file, error, "weights")
+    if file.with_name(MANIFEST).is_file():
+        expected = manifest(file.parent)["files"].get(file.name, {}).get("blake2b", digest)
+        if digest != expected:
+            reject(
+                "weights", file, "is damaged: it does not match its checksum", "name another checkpoint with --model"
+            )
+    relative = file.resolve().relative_to(run).as_posix() if run else file.name
+    return {"config": config.name, "checkpoint": relative, "checkpoint_step": step, "checkpoint_blake2b": digest}
+
+
+class Pack(Store, Protocol):
+    """A store of features, such as `promoe_ds.evaluation.feature_store.FeatureStore`."""
+
+    def pictures(self) -> list[np.ndarray]: ...
+    def pack(self, labels_N: np.ndarray, sampling: Mapping[str, Any]) -> None: ...
+
+
+def record_of(
+    job: Job, weights: Mapping[str, Any], command: str, codec: Codec | None = None, features: str | None = None
+) -> dict[str, Any]:
+    """What `sampling.json` says; `features` is the name of the extractor where only features are kept."""
+    return {
+        "command": command,
+        **weights,
+        "cfg": job.how.cfg,
+        "steps": job.how.steps,
+        "seed": job.how.seed,
+        "num": job.num,
+        "precision": job.how.precision,
+        "sampler": job.how.sampler,
+        "eta": job.how.eta,
+        "guidance_channels": job.how.channels,
+        "labels": job.labels,
+        "vae": f"{codec.kind} {codec.digest}".strip() if codec else None,
+        "features": features,
+        "versions": versions(),
+    }
+
+
+def check_folder(out: Path, record: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds other samples. Changes nothing; a missing folder is fine.
+
+    Raises:
+        ConfigError: the folder's record differs, is unreadable, or is missing beside files that would be overwritten.
+    """
+    if out.exists() and not out.is_dir():
+        reject("--out", out, "is not a folder", "name another one")
+    try:
+        # Listed before the record is looked for: a process that started earlier writes its record first.
+        names = sorted(p.name for p in out.iterdir()) if out.exists() else []
+        text = (out / RECORD).read_text(encoding="utf-8") if (out / RECORD).exists() else None
+        found = {} if text is None else json.loads(text)
+    except (OSError, ValueError) as error:
+        reject("--out", out, f"its {RECORD} cannot be read ({error})", "name another folder or remove this one")
+    if text is None:
+        foreign = [name for name in names if name == CONFIG or OUTPUTS.fullmatch(name)]  # a run folder has a CONFIG
+        if foreign:
+            reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
+        return
+    for key in DECISIVE:
+        old = found.get(key, IMPLIED.get(key)) if isinstance(found, dict) else None
+        if old != record[key]:
+            reject(
+                "--out",
+                out,
+                f"holds samples of {key}={old}, this command has {key}={record[key]}",
+                "name another folder or remove this one",
+            )
+
+
+def claim_folder(out: Path, record: Mapping[str, Any], config: Config) -> None:
+    """Write record and configuration into a folder that `check_folder` accepts; an existing record is kept.
+
+    Every process does this, with equal content, so that none writes an image before the record is there.
+    """
+    check_folder(out, record)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / RECORD).exists():
+            write_text(out / RECORD, json.dumps(record, indent=2) + "\n")
+        if not (out / CONFIG).exists():
+            write_text(out / CONFIG, dump(config))
+    except OSError as error:
+        reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
+
+
+def _progress(job: Job, worker: Worker, total: int, done: int) -> tqdm:
+    who = f" of process 1/{worker.world}" if worker.world > 1 else ""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=f"cfg {job.how.cfg}: images{who}",
+        disable=worker.rank != 0,
+        mininterval=0.5,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+        unit="image",
+    )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What makes images, on this process."""
+
+    model: Callable[..., Any]
+    config: Config
+    device: torch.device
+    worker: Worker = Worker()
+    barrier: Callable[[], object] = lambda: None
+    codec: Codec | None = None
+    most: Callable[[int], int] = lambda count: count
+    """the largest count over the processes that must run equally many batches"""
+    pack: Callable[[Path], Pack] | None = None
+    """folder -> the store of jobs whose format is features"""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        return pixel_shape(self.config, self.codec)
+
+    def labels(self, job: Job) -> np.ndarray:
+        return class_labels(job.num, self.config.model.num_classes, job.labels, job.how.seed)
+
+
+def _store(sampler: Sampler, job: Job) -> Store:
+    if "features" in job.formats:
+        assert sampler.pack is not None, "features need a store"
+        return sampler.pack(job.out)
+    if "png" in job.formats:
+        return PngStore(job.out, sampler.labels(job), sampler.shape)
+    return BatchStore(job.out, sampler.shape)
+
+
+def make_share(sampler: Sampler, job: Job) -> None:
+    """Images r, r + W, ... of the job: those on disk are kept, the others made and written batch by batch."""
+    store, labels = _store(sampler, job), sampler.labels(job)
+    indices = np.arange(sampler.worker.rank, job.num, sampler.worker.world)
+    found = [pixels is not None for pixels in read_all(store, indices.tolist())]
+    missing = indices[~np.array(found, dtype=bool)]
+    rounds = sampler.most(-(-len(missing) // job.how.batch))
+    _, steps = choose_sampler(sampler.config, job.how.sampler, job.how.steps, job.how.eta)
+    with _progress(job, sampler.worker, len(indices), len(indices) - len(missing)) as bar:
+        batches = draw_batches(
+            sampler.model,
+            sampler.config,
+            labels[missing],
+            missing,
+            job.how,
+            sampler.device,
+            on_step=lambda count: bar.update(count / steps),
+            rounds=rounds,
+        )
+        for rows, images in pixel_batches(batches, sampler.codec):
+            store.write(missing[rows], images)
+
+
+def assemble_features(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
+    """Rank 0, after the barrier: what all processes have made becomes `features.safetensors` and `grid.png`."""
+    assert sampler.pack is not None
+    store, columns = sampler.pack(job.out), min(10, sampler.config.model.num_classes, job.num)
+    try:
+        write_png(job.out / "grid.png", grid(np.stack(store.pictures()[: 10 * columns]), columns))
+        store.pack(sampler.labels(job), record)
+    except LookupError as error:
+        reject("--out", job.out, str(error), "run the same command again")
+    except OSError as error:
+        reject("--out", job.out, f"cannot be written ({error.strerror})", "free space, and run the same command again")
+    store.clear()
+
+
+def assemble(sampler: Sampler, job: Job) -> None:
+    """Rank 0, after the barrier: what all processes have made becomes `samples.npz` and `grid.png`."""
+    store, labels = _store(sampler, job), sampler.labels(job)
+    columns = min(10, sampler.config.model.num_classes, job.num)
+
+    def images(count: int) -> Iterator[np.ndarray]:
+        for index, pixels in enumerate(read_all(store, range(count))):
+            if pixels is None:
+                reject("--out", job.out, f"image {index} has disappeared", "run the same command again")
+            yield pixels
+
+    write_png(job.out / "grid.png", grid(np.stack(list(images(min(job.num, 10 * columns)))), columns))
+    if "npz" in job.formats:  # last: it is what `complete` looks for
+        write_npz(job.out / SAMPLES, images(job.num), (job.num, *sampler.shape), labels)
+    store.clear()
+
+
+def complete(job: Job, shape: tuple[int, int, int]) -> bool:
+    """Whether a folder without PNGs is done: its packed file takes its name last, so it need only be there."""
+    if "features" in job.formats:
+        return (job.out / FEATURES).exists()
+    if "png" in job.formats or not (job.out / SAMPLES).exists():
+        return False
+    try:
+        with zipfile.ZipFile(job.out / SAMPLES) as archive:
+            return archive.getinfo("arr_0.npy").file_size >= job.num * math.prod(shape)
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return False
+
+
+def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
+    """Make or finish one folder: PNGs, `samples.npz`, `grid.png`, `sampling.json`, `config.yaml`.
+
+    Raises:
+        ConfigError: the folder holds other samples or cannot be written; the model makes values that are not finite.
+    """
+    claim_folder(job.out, record, sampler.config)
+    done = complete(job, sampler.shape)
+    if not done:
+        make_share(sampler, job)
+    sampler.barrier()  # also where all is done: nobody claims the next folder alone
+    if sampler.worker.rank == 0:
+        if not done:
+            assemble_features(sampler, job, record) if "features" in job.formats else assemble(sampler, job)
+        for path in (path for pattern in LEFTOVERS for path in job.out.glob(pattern)):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""What the launchers share: misuse in one line, exit codes, stopping by a signal."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from promoe_ds._version import __version__
+from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.utils import signals
+
+DONE, USER_ERROR, STOPPED = 0, 2, 85
+"""exit codes; after 85 the same command continues, as after `signals.INTERRUPTED` (130), Ctrl-C"""
+OTHERS_SECONDS = 30.0
+"""how long other ranks let rank 0 speak, and the launcher end them, before they tell the same mistake"""
+_stopped: int | None = None
+"""the exit code of the signal that `leave` has heard"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports misuse as everything else does: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises `ConfigError` for the first of these options that is a number below 1."""
+    for name in names:
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if isinstance(value, int) and value < 1:
+            reject(option, value, "must be positive", "choose 1 or more")
+
+
+def own_words(argv: list[str]) -> list[str]:
+    """The command line without what launchers add to it."""
+    return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+
+
+def versions() -> dict[str, str]:
+    import numpy as np  # late: launchers/train.py parses its words, and sets its threads, before the slow imports
+    import torch
+
+    return {
+        "promoe_ds": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def mistake(error: ConfigError) -> int:
+    """Tell a mistake that several ranks may have met: most likely all of them, so rank 0 tells it. Returns 2."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        began = time.monotonic()
+        while rank != "0" and not signals.requested() and time.monotonic() - began < OTHERS_SECONDS:
+            time.sleep(0.1)
+    except KeyboardInterrupt:  # it does
+        return USER_ERROR
+    if rank == "0" or not signals.requested():
+        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Run `work`, which may return an exit code; a user's mistake and a stop become a line on stderr and another."""
+    try:
+        return work(argv) or DONE
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        if _stopped is None:  # else a library may have made it of the interrupt, as torch does
+            if isinstance(error, ConfigError):
+                return mistake(error)
+            if isinstance(error, PermissionError):  # met where a path was only looked at
+                text = f"{error.filename}: {error.strerror}; look at its permissions, or name another"
+                return mistake(ConfigError(text))
+            raise
+    if os.environ.get("RANK", "0") == "0":
+        print("stopped; run the same command again", file=sys.stderr)
+    return signals.INTERRUPTED if _stopped is None else _stopped
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Body of `if __name__ == "__main__"`."""
+    told = -math.inf
+
+    def stop(number: int, _: object) -> None:
+        """Interrupt the work, not what then clears up: launchers pass on what their process group also got."""
+        global _stopped
+        nonlocal told
+        if time.monotonic() - told > signals.REPEAT_SECONDS:
+            told = time.monotonic()
+            _stopped = signals.INTERRUPTED if number == signal.SIGINT else STOPPED
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # people; schedulers and launchers
+        signal.signal(number, stop)
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def parse_steps(text: str) -> int | str:
+    """A number, or ADM's notation of respacing as it stands."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def parse_scales(text: str) -> list[float]:
+    """`1,1.5` to [1.0, 1.5]; raises `ConfigError`."""
+    way_out = "write numbers of 0 or more, for example 1,1.5,4"
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        reject("--cfg", repr(text), "is not a list of numbers", way_out)
+    if any(not math.isfinite(scale) or scale < 0 for scale in scales):
+        reject("--cfg", repr(text), "has a scale that is negative or not finite", way_out)
+    if len(set(scales)) < len(scales):
+        reject("--cfg", repr(text), "names a scale twice", "write each scale once")
+    return scales

@@ -1,0 +1,148 @@
+"""Reading checkpoints: all of the state comes back, and nothing of another run is accepted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds.checkpoint import layout, resume
+from promoe_ds.checkpoint.layout import Ranks
+from promoe_ds.checkpoint.resume import Reader
+from promoe_ds.checkpoint.save import Saver
+from promoe_ds.config.decode import dump
+from promoe_ds.config.schema import ConfigError
+from promoe_ds.recipes.load import load_config
+from tests.checkpoint.state import CONFIG, State, save, save_on
+from tests.disk import loop
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_round_trip_is_bit_exact(tmp_path: Path, world: int) -> None:
+    """Also with more ranks than parameters: some files are empty."""
+    state = State(7)
+    assert save_on(world, tmp_path, 7) == [None] * world
+    found = layout.find_whole(tmp_path, Ranks())
+    assert found == layout.folder(tmp_path, 7) == layout.newest(tmp_path)
+    other = State(99)
+    resume.restore(Reader(found), other, 7)
+    assert other.step == 7 and other.values.keys() == state.values.keys()
+    assert all(torch.equal(other.values[key], state.values[key]) for key in state.values)
+
+
+def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    found = layout.folder(tmp_path, 5)
+    saved = layout.manifest(found)["config"]
+    resume.check_same_run(saved, load_config("tiny", ["train.steps=99", "parallel.expert_parallel=4"]), found)
+    with pytest.raises(ConfigError, match=r"optimizer.eps=0.5: .*was made with optimizer.eps=1e-08; set optimizer"):
+        resume.check_same_run(saved, load_config("tiny", ["optimizer.eps=0.5"]), found)
+    with pytest.raises(ConfigError, match="moe=None: .* was made with a section; name its recipe or choose another"):
+        resume.check_same_run(saved, load_config("tiny", ["moe=null"]), found)
+
+
+def test_another_learning_rate_needs_a_step_to_make_with_it(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    found, other = layout.folder(tmp_path, 5), ["optimizer.lr=0.5"]
+    resume.check_same_run(layout.manifest(found)["config"], load_config("tiny", other), found)
+    assert resume.changed_lr(found, load_config("tiny", other)) == 0.001
+    assert resume.changed_lr(found, CONFIG) is resume.changed_lr(None, load_config("tiny", other)) is None
+    with pytest.raises(ConfigError, match=r"optimizer.lr=0.5: .*at the last step, .*; raise train.steps, or"):
+        resume.changed_lr(found, load_config("tiny", [*other, "train.steps=5"]))
+
+
+def test_what_is_advised_after_a_nan_may_change_on_resume() -> None:
+    page = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if "loss/diffusion is nan" in line]
+    advised = re.findall(r"`(\w+\.\w+)", row.rsplit("|", 2)[1])
+    assert len(advised) == 2 and set(advised) <= resume.FREE_ON_RESUME
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    state = State(1)
+    Saver(tmp_path, state, CONFIG, Ranks(), {"data": "7 images of 2 classes, ab"}, say=lambda text: None).save(
+        1, {}, last=True
+    )
+    (found,) = layout.candidates(tmp_path)
+    resume.check_same_data(found, "7 images of 2 classes, ab")
+    message = "data.path=7 images of 2 classes, cd: .* was trained on 7 images of 2 classes, ab; bring that data back"
+    with pytest.raises(ConfigError, match=message):
+        resume.check_same_data(found, "7 images of 2 classes, cd")
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    reader = Reader(layout.folder(tmp_path, 5))
+    with pytest.raises(ConfigError, match="holds no zebra/fp32"):
+        resume.load_weights(reader, {"zebra": torch.zeros(3, 2)}, lambda p, full: full)
+    with pytest.raises(ConfigError, match=r"a has shape \[3, 2\], the model \[4, 2\]"):
+        resume.load_weights(reader, {"a": torch.zeros(4, 2)}, lambda p, full: full)
+
+
+def test_buffers_come_back_from_the_ema_file(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    reader, buffer = Reader(layout.folder(tmp_path, 5)), torch.zeros(2)
+    resume.load_fixed(reader, {"fixed": buffer})
+    assert (buffer == 1).all()
+    with pytest.raises(ConfigError, match="holds no ema/zebra"):
+        resume.load_fixed(reader, {"zebra": buffer})
+
+
+def test_unreadable_run_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="config.yaml: cannot be read"):
+        resume.saved_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[1]"])
+def test_a_damaged_run_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="config.yaml: .*choose another --run"):
+        resume.saved_config(tmp_path)
+
+
+def test_a_run_that_cannot_be_read_is_not_a_fresh_start(tmp_path: Path) -> None:
+    for name, look in (("config.yaml", resume.saved_config), ("metrics.jsonl", resume.last_logged_step)):
+        assert not look(tmp_path), "nothing is there"
+        loop(tmp_path / name)
+        with pytest.raises(ConfigError, match=rf"^--run={tmp_path / name}: cannot be read \(.*Too many levels"):
+            look(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state-00000-of-00001.safetensors", "ema.safetensors"])
+def test_a_file_that_cannot_be_opened_is_not_said_to_be_missing(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 5)
+    found = layout.folder(tmp_path, 5)
+    loop(found / name)
+    with pytest.raises(ConfigError, match=rf"={found / name}: cannot be read \(Too many levels"):
+        Reader(found)
+
+
+def test_a_run_configuration_of_another_version_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a configuration that this version cannot read .*foo"):
+        resume.check_same_run({"foo": 1}, CONFIG, tmp_path)
+
+
+def started_run(folder: Path, steps: int) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(load_config("tiny", ["train.checkpoint_every=5"])))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1}) + "\n" for i in range(steps)))
+
+
+def test_lost_checkpoints_are_not_a_fresh_start(tmp_path: Path) -> None:
+    config = load_config("tiny")
+    started_run(tmp_path, 10)  # killed while its first checkpoint, of step 5, was being written: may start again
+    assert resume.check_history(tmp_path, None, config) == 0
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 11}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl reaches step 11, but checkpoints/ is empty; bring the"):
+        resume.check_history(tmp_path, None, config)
+
+
+def test_a_run_past_its_end_is_refused(tmp_path: Path) -> None:
+    found = tmp_path / "checkpoints" / "step_00000030"
+    with pytest.raises(ConfigError, match=r"train.steps=20: .* is at step 30 already; raise it"):
+        resume.check_history(tmp_path, found, load_config("tiny"))
+    assert resume.check_history(tmp_path, found, load_config("tiny", ["train.steps=30"])) == 30

@@ -1,0 +1,175 @@
+"""`section.key=value` on the command line: the type of the field decides how the text is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from promoe_ds.config import decode as module
+from promoe_ds.config.decode import dump, encode
+from promoe_ds.recipes.load import load_config, load_tree
+from tests.launch import run
+from tests.recipes.test_load import error, write
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("1", 1.0), ("'2e-5'", 2e-5)])
+def test_floats_as_people_write_them(text: str, expected: float) -> None:
+    lr = load_config("imagenet256_promoe_s", [f"optimizer.lr={text}"]).optimizer.lr
+    assert lr == expected and type(lr) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1e5", 100_000),
+        ("1_000", 1000),
+        ("2000.0", 2000),
+        ("0500", 500),  # no octal number
+        ("0500000", 500_000),
+    ],
+)
+def test_integers_as_people_write_them(text: str, expected: int) -> None:
+    steps = load_config("imagenet256_promoe_s", [f"train.steps={text}"]).train.steps
+    assert steps == expected and type(steps) is int
+
+
+def test_large_integers_are_exact() -> None:
+    assert load_config("tiny", ["train.seed=9007199254740993"]).train.seed == 2**53 + 1
+
+
+WORDS = [
+    "2012",
+    "no",
+    "1e3",
+    "0500000",
+    "2012-01-01",
+    "1:30",
+    "true",
+    "[a]",
+    "{a}",
+    "a: b",
+    "x #1",
+    "5.",
+    "0x10",
+    ".inf",
+    "2024-02-30",
+    "0x_",
+    "!!timestamp a",
+    "#a",
+    "&a",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_text_for_string_fields_is_taken_as_written(word: str) -> None:
+    config = load_config("tiny", [f"{key}={word}" for key in ("name", "data.path", "data.split", "train.init")])
+    assert [config.name, config.data.path, config.data.split, config.train.init] == [word] * 4
+    assert load_tree(yaml.safe_load(dump(config))) == config
+    router = load_config("digits_classification", [f"moe.router.superclasses={word}"]).moe.router  # type: ignore[union-attr]
+    assert encode(router)["superclasses"] == word
+    error(f"moe.router.name={word}: no such router", f"moe.router.name={word}")
+
+
+def test_null_is_nothing_for_optional_strings_and_a_word_for_others() -> None:
+    for null in ("null", "~", ""):
+        assert load_config("cifar10_promoe_s", ["data.path=x", f"data.path={null}"]).data.path is None
+    assert load_config("tiny", ["data.split=null"]).data.split == "null"
+    assert load_config("tiny", ["data.path='null'"]).data.path == "null", "quotes are YAML's"
+    assert load_config("tiny", ['data.path="a: b"']).data.path == "a: b"
+    error("data.split=None: expected str, got NoneType", "data.split=")
+
+
+def test_profiles_and_respacings_need_no_quotes() -> None:
+    for text in ("2:5", "'2:5'"):
+        assert load_config("tiny", [f"train.profile={text}"]).train.profile == "2:5"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Switch:
+    mode: Literal["on", "off", 3, True] = "on"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("off", "off"), ("on", "on"), ("3", 3), ("true", True), ("'off'", "off")]
+)
+def test_choices_are_matched_as_written_first(text: str, expected: Any) -> None:
+    mode = module._decode(Switch, {"mode": module.Override(text)}, "").mode
+    assert mode == expected and type(mode) is type(expected)
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x10"])
+def test_numbers_in_notations_of_yaml_alone_are_refused(text: str) -> None:
+    error(f"train.steps='{text}': expected int, got str", f"train.steps={text}")
+
+
+def test_an_override_of_a_section_may_be_overridden() -> None:
+    moe = load_config("imagenet256_dense_s", ["moe={num_experts: 6}", "moe.num_shared=2"]).moe
+    assert moe is not None and (moe.num_experts, moe.num_shared) == (6, 2)
+    error("`moe` is null in this recipe", "moe=null", "moe.num_shared=2")
+
+
+@pytest.mark.parametrize("text", ["2024-02-30", "0x_", "!!timestamp a"])
+def test_what_yaml_takes_for_a_value_and_cannot_read_is_one_line(tmp_path: Path, text: str) -> None:
+    error(f"train.steps='{text}': expected int, got str", f"train.steps={text}")
+    path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: {text}}}\n")
+    error(f"--config={path}: is not YAML (", base=path)
+
+
+@pytest.mark.parametrize(("text", "read"), [("2012", "2012"), ("no", "False"), ("0500000", "163840"), ("null", "None")])
+def test_a_string_that_yaml_has_changed_is_refused_in_a_file(tmp_path: Path, text: str, read: str) -> None:
+    path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: {text}}}\n")
+    error(f"data.split={read}: expected str, got ", base=path)
+    error("; write it in quotes", base=path)
+    path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: '{text}'}}\n")
+    assert load_config(path).data.split == text
+
+
+def test_overrides_win_and_the_last_one_most() -> None:
+    overrides = ["train.steps=5", "moe.router.top_k=3", "train.steps=7", "data.path=/data/x", "name=mine"]
+    config = load_config("imagenet256_promoe_s", overrides)
+    assert (config.train.steps, config.data.path, config.name) == (7, "/data/x", "mine")
+    assert config.moe is not None and encode(config.moe.router)["top_k"] == 3
+
+
+def test_null_turns_the_moe_off_and_a_mapping_on() -> None:
+    assert load_config("imagenet256_promoe_s", ["moe=null"]).moe is None
+    moe = load_config("imagenet256_dense_s", ["moe={num_experts: 6}"]).moe
+    assert moe is not None and moe.num_experts == 6
+
+
+def test_values_may_hold_equals_signs() -> None:
+    assert load_config("imagenet256_promoe_s", ["data.path=a=b"]).data.path == "a=b"
+
+
+def test_bad_overrides() -> None:
+    error("override='train.steps': is not section.key=value", "train.steps")
+    error("override='=3': is not section.key=value", "=3")
+    error("`steps` is not a section", "train.steps.more=1")
+    error("`moe` is null in this recipe", "moe.num_experts=6", base="imagenet256_dense_s")
+    error("train.steps='[': expected int, got str", "train.steps=[")
+
+
+def test_decoding_needs_no_torch_and_knows_the_routers_that_were_made() -> None:
+    """Their classes tell the schema; no module is imported by its name in a string."""
+    code = """
+import sys
+from dataclasses import dataclass
+from promoe_ds.config import decode, schema
+assert not {"torch", "numpy", "deepspeed"} & set(sys.modules)
+assert decode.decode({"moe": None, "model": {"depth": 2}}).model.depth == 2
+try:
+    decode.decode({"moe": {"router": {"name": "mine"}}})
+except schema.ConfigError as error:
+    assert str(error).startswith("moe.router.name=mine: no such router (known: none: "), error
+@dataclass(frozen=True, kw_only=True)
+class Mine(schema.RouterConfig):
+    name: str = "mine"
+schema.ROUTER_CONFIGS["mine"] = Mine
+assert decode.decode({"moe": {"router": {"name": "mine"}}}).moe.router == Mine()
+"""
+    run([sys.executable, "-c", code])

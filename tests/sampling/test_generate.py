@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from promoe_ds.checkpoint import layout
+from promoe_ds.checkpoint.load_weights import find_weights, load_ema
+from promoe_ds.config.decode import dump, encode
+from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.models.dit import DiT
+from promoe_ds.models.init import build, materialize
+from promoe_ds.recipes.load import load_tree
+from promoe_ds.sampling import generate
+from promoe_ds.sampling.generate import (
+    How,
+    check_channels,
+    class_labels,
+    draw_batches,
+    draw_pixels,
+    image_noise,
+    pixel_batches,
+    to_pixels,
+)
+from tests.disk import loop
+
+CPU = torch.device("cpu")
+MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 10}
+
+
+def tiny(diffusion: dict[str, Any] | None = None, **model: Any) -> tuple[DiT, Config]:
+    """A small ProMoE whose every parameter is drawn, so that it makes more than zeros."""
+    config = load_tree(
+        {
+            "name": "tiny",
+            "model": MODEL | model,
+            "moe": {"num_experts": 4},
+            "diffusion": diffusion or {},
+            "sample": {"steps": 3, "per_class": 2, "classes": 3},
+        }
+    )
+    dit = materialize(build(config), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return dit.eval(), config
+
+
+def save(file: Path, dit: DiT, config: Config, metadata: dict[str, str] | None = None) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().clone() for name, tensor in dit.state_dict().items()}
+    save_file(tensors, file, {"format": "promoe_ds/1", "config": dump(config), "step": "7"} | (metadata or {}))
+    return file
+
+
+def draw(
+    dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, seed: int = 5, **more: Any
+) -> np.ndarray:
+    how = How(cfg, 4, seed, batch, **more)
+    return draw_pixels(dit, config, class_labels(200, 10)[indices], indices, how, CPU)
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_come_back_with_config_and_step(tmp_path: Path) -> None:
+    dit, config = tiny()
+    loaded, loaded_config, step = load_ema(save(tmp_path / "ema.safetensors", dit, config))
+    assert (loaded_config, step) == (config, 7)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    for name, tensor in dit.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def complete(folder: Path, names: tuple[str, ...] = ("ema.safetensors",)) -> None:
+    """Write the manifest that makes a checkpoint folder complete."""
+    files = {name: {"bytes": (folder / name).stat().st_size, "blake2b": ""} for name in names}
+    tree = {"format": "promoe_ds/1", "step": int(folder.name.split("_")[-1]), "files": files}
+    layout.write_manifest(folder, tree)
+
+
+def test_weights_are_found_by_file_checkpoint_and_run(tmp_path: Path) -> None:
+    for name in ("step_00000010", "step_00000020", "tmp_step_00000030"):
+        complete(save(tmp_path / "checkpoints" / name / "ema.safetensors", *tiny()).parent)
+    newest = tmp_path / "checkpoints/step_00000020/ema.safetensors"
+    assert find_weights(tmp_path) == find_weights(newest.parent) == find_weights(newest) == newest
+
+
+def test_an_older_checkpoint_never_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
+    old, new = (save(tmp_path / f"checkpoints/step_{step:08d}/ema.safetensors", *tiny()) for step in (1, 2))
+    complete(new.parent)
+    new.write_bytes(new.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="step_00000002: is damaged: .*no whole checkpoint is left"):
+        find_weights(tmp_path)
+    complete(old.parent)
+    with pytest.raises(ConfigError, match=f"step_00000002: is damaged: .*; remove it or sample --model {old.parent}$"):
+        find_weights(tmp_path)
+
+
+def test_missing_weights_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--run=.*nowhere: no such file or folder"):
+        find_weights(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="^--model=.*holds no complete checkpoint; train first"):
+        find_weights(tmp_path, "--model")
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe/model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a diffusers pipeline; load it with Diff"):
+        find_weights(tmp_path / "pipe")
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    complete(tmp_path / "checkpoints/step_00000001", ())
+    with pytest.raises(ConfigError, match="has no ema.safetensors"):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "model.safetensors.index.json"])
+def test_weights_that_cannot_be_read_are_neither_missing_nor_damaged(tmp_path: Path, name: str) -> None:
+    (tmp_path / "weights").mkdir()
+    for path in (tmp_path / "weights" / name, tmp_path / "weights"):
+        loop(path)
+        with pytest.raises(ConfigError, match=r"^--model=.*weights.*: cannot be read \(Too many levels"):
+            find_weights(path, "--model")
+        with pytest.raises(ConfigError, match=r"^--run=.*weights.*: cannot be read \(Too many levels"):
+            load_ema(tmp_path / "weights")
+
+
+def test_a_shard_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "a.safetensors"}}')
+    with pytest.raises(ConfigError, match="a.safetensors: is damaged or no safetensors file"):
+        load_ema(index)
+    loop(tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match=r"^weights=.*a.safetensors: cannot be read \(Too many levels"):
+        load_ema(index)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    file = save(tmp_path / "ema.safetensors", *tiny())
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="ema.safetensors: is damaged or no safetensors file") as raised:
+        load_ema(file)
+    assert "\n" not in str(raised.value)
+    file.write_text("nonsense")
+    with pytest.raises(ConfigError, match="is damaged"):
+        load_ema(file)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "other/9"}, "has format 'other/9', expected 'promoe_ds/1'"),
+        ({"config": "model: {depht: 2}"}, "metadata cannot be used .*did you mean 'depth'"),
+        ({"config": "a: [b"}, "metadata cannot be used"),
+        ({"step": "x"}, "metadata cannot be used"),
+    ],
+)
+def test_unusable_metadata_is_named(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_ema(save(tmp_path / "ema.safetensors", *tiny(), metadata))
+    assert "ema.safetensors" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("pos_embed"), "pos_embed is missing;"),
+        (lambda t: t.update(stray=torch.zeros(1)), "stray is unexpected;"),
+        (lambda t: t.update(pos_embed=torch.zeros(1, 2, 3)), r"pos_embed is torch.float32\[1, 2, 3\], expected"),
+        (lambda t: t.update(pos_embed=t["pos_embed"].half()), r"pos_embed is torch.float16"),
+        (lambda t: (t.pop("pos_embed"), t.update(stray=torch.zeros(1))), "pos_embed is missing and 1 more;"),
+    ],
+)
+def test_tensors_must_fit_the_config(tmp_path: Path, change: Any, message: str) -> None:
+    dit, config = tiny()
+    tensors = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
+    change(tensors)
+    file = tmp_path / "ema.safetensors"
+    save_file(tensors, file, {"format": "promoe_ds/1", "config": dump(config), "step": "7"})
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_ema(file)
+    assert str(file) in str(raised.value)
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+
+def test_labels_are_balanced() -> None:
+    labels = class_labels(25, 10)
+    assert labels.dtype == np.int64 and np.bincount(labels).tolist() == [3] * 5 + [2] * 5
+
+
+def test_noise_depends_on_seed_and_index_alone() -> None:
+    together = image_noise(3, np.array([0, 5, 9]), (1, 8, 8))
+    assert together.dtype == torch.float32 and together.shape == (3, 1, 8, 8)
+    torch.testing.assert_close(image_noise(3, np.array([5]), (1, 8, 8))[0], together[1], rtol=0, atol=0)
+    assert not torch.equal(image_noise(4, np.array([5]), (1, 8, 8))[0], together[1])
+    many = image_noise(2**64 - 1, np.arange(2000), (1, 8, 8))
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
+    assert abs(torch.corrcoef(many.flatten(1)[:2])[0, 1]) < 0.5
+
+
+def test_pixels_are_clamped_and_truncated() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 9.0]).view(1, 1, 1, 6)
+    assert to_pixels(x).reshape(-1).tolist() == [0, 0, 128, 191, 255, 255]
+    assert to_pixels(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+    with pytest.raises(ConfigError, match="values that are not finite"):
+        to_pixels(torch.tensor([[[[torch.nan]]]]))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_images_do_not_depend_on_the_batch(cfg: float) -> None:
+    dit, config = tiny()
+    indices = np.arange(16)
+    whole = draw(dit, config, indices, batch=16, cfg=cfg)
+    assert whole.dtype == np.uint8 and whole.shape == (16, 8, 8, 1) and whole.std() > 20
+    for batch in (1, 7):
+        other = draw(dit, config, indices, batch=batch, cfg=cfg)
+        assert np.abs(whole.astype(int) - other).max() <= 1  # rounding may cross the border of a grey level
+    shares = np.empty_like(whole)
+    shares[0::2], shares[1::2] = draw(dit, config, indices[0::2], cfg=cfg), draw(dit, config, indices[1::2], cfg=cfg)
+    assert np.abs(whole.astype(int) - shares).max() <= 1
+
+
+def test_label_guidance_and_seed_matter() -> None:
+    dit, config = tiny()
+    first = np.arange(4)
+    base = draw(dit, config, first)
+    assert (draw(dit, config, first, cfg=4.0) != base).any()
+    assert (draw_pixels(dit, config, np.full(4, 3), first, How(1.5, 4, 5), CPU) != base).any()
+    assert (draw_pixels(dit, config, class_labels(4, 10), first, How(1.5, 4, 6), CPU) != base).any()
+
+
+def test_the_noise_of_a_step_is_a_stream_of_its_own() -> None:
+    """(seed, index, step) decide it: neither the images beside it nor the steps before."""
+    shape, indices = (1, 8, 8), np.array([0, 5, 9])
+    steps = [image_noise(3, indices, shape, step) for step in (None, 0, 1, 2)]
+    for step, noise in zip((None, 0, 1, 2), steps, strict=True):
+        assert torch.equal(image_noise(3, np.array([5]), shape, step)[0], noise[1])
+    values = torch.cat(steps).flatten(1)
+    assert float((torch.corrcoef(values) - torch.eye(12)).abs().max()) < 0.5
+    assert torch.equal(steps[0], image_noise(3, indices, shape))
+
+
+DDPM = {"name": "ddpm", "ddpm": {"clip_denoised": True}}
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}], ids=str
+)
+def test_ddpm_images_do_not_depend_on_the_batch(how: dict[str, Any]) -> None:
+    """Also the noise that the sampler adds on the way belongs to the image, whatever the batch and the process."""
+    dit, config = tiny(diffusion=DDPM)
+    indices = np.arange(8)
+    whole = draw(dit, config, indices, **how)
+    assert whole.dtype == np.uint8 and whole.std() > 20
+    parts = np.empty_like(whole)
+    parts[0::2], parts[1::2] = (draw(dit, config, indices[i::2], batch=3, **how) for i in (0, 1))
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    assert (draw(dit, config, indices, **how, seed=6) != whole).any()
+
+
+def test_samplers_differ_and_ddpm_is_its_objectives_default() -> None:
+    dit, config = tiny(diffusion=DDPM)
+    first = np.arange(4)
+    ancestral = draw(dit, config, first)
+    np.testing.assert_array_equal(ancestral, draw(dit, config, first, sampler="ddpm"))
+    assert (ancestral != draw(dit, config, first, sampler="ddim")).any()
+    flow_dit, flow_config = tiny()
+    euler = draw(flow_dit, flow_config, first)
+    np.testing.assert_array_equal(euler, draw(flow_dit, flow_config, first, sampler="euler"))
+    assert (euler != draw(flow_dit, flow_config, first, sampler="heun")).any()
+
+
+def test_three_guided_channels_of_four() -> None:
+    dit, config = tiny(diffusion=DDPM, channels=4)
+    first = np.arange(4)
+    every, three = (draw(dit, config, first, cfg=4.0, sampler="ddim", channels=c) for c in ("all", 3))
+    assert (every != three).any()
+    by_config = load_tree(encode(config) | {"guidance": {"channels": 3}})
+    np.testing.assert_array_equal(
+        draw(dit, by_config, first, cfg=4.0), draw(dit, config, first, cfg=4.0, sampler="ddpm", channels=3)
+    )
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    dit, config = tiny()
+    exact, rough = draw(dit, config, np.arange(8)), draw(dit, config, np.arange(8), precision="bf16")
+    assert 0 < np.abs(exact.astype(int) - rough).mean() < 5
+
+
+def test_hooks_see_every_step_and_batch() -> None:
+    dit, config = tiny()
+    ticks: list[int] = []
+    indices = np.arange(10)
+    labels = class_labels(10, 10)
+    batches = draw_batches(dit, config, labels, indices, How(1.5, 4, 5, 4), CPU, on_step=ticks.append, rounds=5)
+    seen = list(pixel_batches(batches))
+    assert ticks == [4] * 8 + [2] * 4
+    assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    np.testing.assert_array_equal(np.concatenate([made for _, made in seen]), draw(dit, config, indices, batch=4))
+
+
+def test_pixels_before_rounding_do_not_depend_on_batch_or_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 images by batches of 7 and of 32, alone and as two processes share them: 1e-4 in pixels of [-1, 1]."""
+    dit, config = tiny()
+    made: list[torch.Tensor] = []
+
+    def keep(x_BCHW: torch.Tensor) -> np.ndarray:
+        made.append(x_BCHW)
+        return to_pixels(x_BCHW)
+
+    def pixels(batch: int, world: int) -> torch.Tensor:
+        out = torch.empty(200, 1, 8, 8)
+        for rank in range(world):
+            made.clear()
+            draw(dit, config, np.arange(rank, 200, world), batch)
+            out[rank::world] = torch.cat(made)
+        return out
+
+    monkeypatch.setattr(generate, "to_pixels", keep)
+    alone = pixels(32, 1)
+    assert float((pixels(7, 2) - alone).abs().max()) < 1e-4 and alone.std() > 0.2
+
+
+def test_random_labels_depend_on_seed_and_index_alone() -> None:
+    labels = class_labels(1000, 10, "random", 3)
+    np.testing.assert_array_equal(class_labels(10, 10, "random", 3), labels[:10])
+    assert (class_labels(10, 10, "random", 4) != labels[:10]).any() and set(labels) == set(range(10))
+    assert np.bincount(labels).std() < 20
+
+
+def test_no_images_are_no_work() -> None:
+    dit, config = tiny()
+    assert draw(dit, config, np.arange(0)).shape == (0, 8, 8, 1)
+
+
+def test_latents_are_no_pictures() -> None:
+    with pytest.raises(ConfigError, match="^model.channels=4: the model makes latents"):
+        check_channels(load_tree({"model": MODEL | {"channels": 4}}))
