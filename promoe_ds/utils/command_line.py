@@ -84,9 +84,18 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
                 text = f"{error.filename}: {error.strerror}; look at its permissions, or name another"
                 return mistake(ConfigError(text))
             raise
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if os.environ.get("RANK", "0") == "0":
         print("stopped; run the same command again", file=sys.stderr)
     return signals.INTERRUPTED if _stopped is None else _stopped
+
+
+def _clearing_up() -> bool:
+    """Whether an interrupt is on its way through the main thread's `finally` and `except` blocks."""
+    error = sys.exception()
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
@@ -100,10 +109,17 @@ def leave(main: Callable[[], int]) -> NoReturn:
         if time.monotonic() - told > signals.REPEAT_SECONDS:
             told = time.monotonic()
             _stopped = signals.INTERRUPTED if number == signal.SIGINT else STOPPED
+            signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+            raise KeyboardInterrupt
+
+    def again(*_: object) -> None:
+        """Finalizers and libraries lose an interrupt now and then, and the work would go on."""
+        if not _clearing_up():
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):  # people; schedulers and launchers
         signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, again)
     code = main()
     if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort a rank at interpreter exit
         sys.stdout.flush()

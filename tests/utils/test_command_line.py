@@ -83,6 +83,37 @@ def test_a_library_may_make_another_error_of_the_interrupt() -> None:
         assert process.communicate(timeout=PATIENCE) == ("", LINE) and process.returncode == 130
 
 
+def test_an_interrupt_that_gets_lost_comes_again() -> None:
+    """Python only prints what a finalizer raises, and goes on. What clears up is not interrupted, however long."""
+    process = start(
+        "-c",
+        textwrap.dedent("""
+        import time
+        from promoe_ds.utils.command_line import guarded, leave
+
+        class Loses:
+            def __del__(self):
+                print("ready", flush=True)
+                time.sleep(3600)
+
+        def work(argv):
+            try:
+                Loses()
+                time.sleep(3600)
+            finally:
+                time.sleep(2.5)
+                print("cleared up", flush=True)
+
+        leave(lambda: guarded(work, []))
+    """),
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=PATIENCE)
+    assert "Exception ignored in" in errors, "it was lost"
+    assert out == "cleared up\n" and errors.endswith(LINE) and process.returncode == 130
+
+
 def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
     found = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
     return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
