@@ -123,7 +123,7 @@ def test_ranks_that_torchrun_starts_again_meet_again(tmp_path: Path) -> None:
     """Its store keeps the addresses of the ranks that died. Rank 1 comes late, when rank 0 might have read them."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, time, torch; from promoe_ds import rendezvous\n"
+        "import os, time, torch; from promoe_ds.parallel import rendezvous\n"
         "rank, attempt = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         "time.sleep(2 * rank * attempt)\n"
         "rendezvous.join('gloo', rank, 2, minutes=1.0); x = torch.ones(1); torch.distributed.all_reduce(x)\n"
