@@ -39,15 +39,21 @@ def wait_until(true: Callable[[], T], sign: Callable[[], object] = lambda: None,
 
 
 def run_to_end(
-    command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None
+    command: list[str],
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    start: Callable[..., Any] = subprocess.Popen,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end, whatever the exit code; a job that falls silent is killed with all its processes.
+
+    Args:
+        start: makes a job of the command, in a session of its own.
 
     Raises:
         AssertionError: the job was silent for PATIENCE seconds; shows the end of its outputs.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        job = subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=cwd, start_new_session=True)
+        job = start(command, stdout=out, stderr=err, env=env, cwd=cwd, start_new_session=True)
         written = lambda: [os.fstat(file.fileno()).st_size for file in (out, err)]  # noqa: E731
         read = lambda file: file.seek(0) or file.read()  # noqa: E731
         try:
