@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from promoe_ds.checkpoint import layout
 from promoe_ds.config.schema import reject
 from promoe_ds.utils.files import write_text
 
@@ -70,7 +74,35 @@ def spread(values: Sequence[float], form: str = ".3g") -> str:
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-# ------------------------------------------------------------------------------------------------------------- points
+@contextmanager
+def figure(path: Path, widths: list[float]) -> Iterator[Any]:
+    """Axes side by side, of these relative widths; each gets a legend, and the picture is written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(1, len(widths), figsize=(4.3 * sum(widths), 3.6), width_ratios=widths, squeeze=False)
+    yield axes[0]
+    for axis in axes[0]:
+        axis.legend(fontsize=7)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=80)
+    pyplot.close(drawn)
+
+
+# --------------------------------------------------------------------------------------------------- runs and points
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def ema_difference(run: Path, other: Path, step: int) -> float:
+    """The largest difference of an EMA weight between checkpoints of two runs; infinite if the names differ."""
+    x, y = (load_file(layout.folder(each, step) / layout.EMA) for each in (run, other))
+    return max(float((x[name] - y[name]).abs().max()) for name in x) if x.keys() == y.keys() else math.inf
 
 
 def save_point(folder: Path, name: str, point: dict[str, Any]) -> None:

@@ -318,7 +318,7 @@ nodes nothing is saved while ep stays within a node, because each node still hol
     weak = rates_table(args, hw, {world: world * args.images for world in args.world})
     sections = [f"## Weak scaling, {args.images} images per GPU\n\n{weak}"]
     for batch in args.batch:
-        strong = rates_table(args, hw, dict.fromkeys(args.world, batch))
+        strong = rates_table(args, hw, {world: batch for world in args.world})
         sections.append(f"## Strong scaling, global batch {batch}\n\n{strong}")
     if args.validate:
         scope = "This tests a law of time for the measured machine. No time predicted above was ever measured."

@@ -19,10 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = frozenset(
-    "_unsafe_view alias as_strided detach diagonal expand narrow permute select slice split split_with_sizes squeeze t "
-    "transpose unbind unsqueeze view".split()
-)
 _READS = frozenset({"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "unique", "_unique2"})
 
 
@@ -46,11 +42,6 @@ class OperatorCount(TorchDispatchMode):
     @property
     def total(self) -> int:
         return self.names.total()
-
-    @property
-    def kernels(self) -> int:
-        """Operators that are not views."""
-        return sum(n for name, n in self.names.items() if name not in VIEWS)
 
 
 def count_operators(work: Callable[[], object]) -> OperatorCount:

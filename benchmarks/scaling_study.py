@@ -23,7 +23,6 @@ exit codes: 0 done, 1 a point failed (the others are kept), 2 a mistake
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -42,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import facts, integers, load_points, page, save_point, table  # noqa: E402
+from benchmarks.common import facts, figure, integers, load_points, page, read_log, save_point, table  # noqa: E402
 from promoe_ds.config.batching import batch_plan, check_topology  # noqa: E402
 from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
 from promoe_ds.costs import comm_volume  # noqa: E402
@@ -117,8 +116,7 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         if code or not trained(folder, args.window * (args.windows + 1)):
             return None
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records.append([json.loads(line) for line in lines][-args.windows :])
+        records.append(read_log(folder)[-args.windows :])
         for checkpoint in (folder / "checkpoints").glob("step_*/*"):
             checkpoint.unlink()  # gigabytes that nobody asked for; the log stays
     return {**asdict(point), **settings(args), "facts": facts(point.world), "speed": records[0], "parts": records[-1]}
@@ -227,8 +225,7 @@ class Measured:
 def labels_of(config: Config) -> np.ndarray:
     from promoe_ds.data import build_dataset
 
-    data = build_dataset(config)
-    return data.get(np.arange(len(data)))[1].numpy()
+    return build_dataset(config).label_B
 
 
 def read_points(folder: Path, option: str = "--out") -> list[Measured]:
@@ -285,37 +282,21 @@ def bytes_table(points: list[Measured]) -> str:
 
 
 def draw(points: list[Measured], path: Path) -> None:
-    """Throughput over ep, parts of the step, and speed-up with the ideal line; of the first stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Throughput over ranks with the ideal line, and parts of the step; of the first stage."""
     points = [p for p in points if p.stage == points[0].stage]
-    first, worlds, eps = baseline(points, points[0].stage), {p.world for p in points}, {p.ep for p in points}
-    figure, (rate, parts, speed) = pyplot.subplots(1, 3, figsize=(13, 3.8), width_ratios=[1, 1.4, 1])
-    for world in sorted(worlds):
-        line = [p for p in points if p.world == world]
-        rate.plot([p.ep for p in line], [p.rate for p in line], "o-", label=f"{world} ranks")
-    for ep in sorted(eps):
-        line = [p for p in points if p.ep == ep]
-        speed.plot([p.world for p in line], [speedup(p, points) for p in line], "o-", label=f"ep {ep}")
-    speed.plot(sorted(worlds), [w / first.world for w in sorted(worlds)], "k--", linewidth=0.8, label="ideal")
-    bottom = np.zeros(len(points))
-    for part in PARTS:
-        height = np.array([1000 * p.seconds(part) for p in points])
-        parts.bar([f"{p.world}/{p.ep}" for p in points], height, bottom=bottom, label=part)
-        bottom += height
-    rate.set(xlabel="ep", ylabel="images/s", ylim=(0, None), xticks=sorted(eps))
-    parts.set(xlabel="ranks/ep", ylabel="ms per step", ylim=(0, 1.4 * bottom.max()))  # room for the legend
-    speed.set(xlabel="ranks", ylabel=f"speed-up over {first.world} rank(s), ep {first.ep}", ylim=(0, None))
-    rate.legend(fontsize=7)
-    parts.legend(fontsize=7, ncols=2, loc="upper left")
-    speed.legend(fontsize=7)
-    figure.suptitle(f"ZeRO-{first.stage}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    first, worlds = baseline(points, points[0].stage), sorted({p.world for p in points})
+    with figure(path, [1, 1.4]) as (rate, parts):
+        for ep in sorted({p.ep for p in points}):
+            line = [p for p in points if p.ep == ep]
+            rate.plot([p.world for p in line], [p.rate for p in line], "o-", label=f"ep {ep}")
+        rate.plot(worlds, [first.rate * world / first.world for world in worlds], "k--", label="ideal")
+        rate.set(xlabel="ranks", ylabel="images/s", ylim=(0, None), title=f"ZeRO-{first.stage}")
+        bottom = np.zeros(len(points))
+        for part in PARTS:
+            height = np.array([1000 * p.seconds(part) for p in points])
+            parts.bar([f"{p.world}/{p.ep}" for p in points], height, bottom=bottom, label=part)
+            bottom += height
+        parts.set(xlabel="ranks/ep", ylabel="ms per step", ylim=(0, 1.8 * bottom.max()))  # room for the legend
 
 
 def write_report(folder: Path, args: argparse.Namespace) -> str:
@@ -336,7 +317,7 @@ def write_report(folder: Path, args: argparse.Namespace) -> str:
         'Bytes per step that leave a rank, summed over ranks. "formula" compares them with\n'
         "`promoe_ds/costs/comm_volume.py`, to the byte.",
         bytes_table(points),
-        "![images/s over ep, parts of the step, speed-up](scaling.png)",
+        "![images/s over ranks, parts of the step](scaling.png)",
         measured=[fact for p in points for fact in p.facts],
     )  # fmt: skip
     (folder / "scaling.md").write_text(text, encoding="utf-8")

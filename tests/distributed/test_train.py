@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import topology_invariance
+from benchmarks.common import read_log
 from benchmarks.processes import PATIENCE, kill, wait_until
 from promoe_ds.checkpoint import layout
 from promoe_ds.data.batches import BatchMaker, share_of
@@ -198,7 +199,7 @@ def test_topology_invariance(tmp_path: Path) -> None:
     """Every (world, ep, ZeRO stage, micro-batch, accumulation) of the promise, 20 steps in fp32."""
     rows = topology_invariance.measure(tmp_path)
     assert len(rows) == len(topology_invariance.CASES)
-    log, _ = topology_invariance.read(tmp_path, topology_invariance.REFERENCE)
+    log = read_log(tmp_path / topology_invariance.REFERENCE.name)
     golden = json.loads((ROOT / "tests/golden/tiny_losses.json").read_text())
     assert [r["loss"] for r in log] == pytest.approx(golden, rel=1e-3), "training changed: say why, and renew the file"
     for case, deviation in rows.items():
