@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -187,11 +188,11 @@ class Strike:
     repeated: int = 0
     """steps that later jobs had to make again"""
 
-    def cells(self) -> list[str]:
-        steps = ("-", "-") if self.start is None else (str(self.start), str(max(self.last, self.start)))
-        return [str(self.blow), ", ".join(map(str, self.victims)), ", ".join(map(str, self.topology)), *steps,
-                f"{self.seconds:.1f}", " ".join(map(str, self.codes)), "yes" if self.half_written else "",
-                str(self.repeated), "<br>".join(self.told)]  # fmt: skip
+    def cells(self) -> list[Any]:
+        steps = ("-", "-") if self.start is None else (self.start, max(self.last, self.start))
+        lists = [", ".join(map(str, each)) for each in (self.victims, self.topology, self.codes)]
+        return [self.blow, *lists, *steps, f"{self.seconds:.1f}", "yes" if self.half_written else "", self.repeated,
+                "<br>".join(self.told)]  # fmt: skip
 
     def faults(self) -> Iterator[str]:
         """What was promised and did not hold."""
@@ -309,17 +310,14 @@ class Chaos:
         return out
 
 
-def summary(chaos: Chaos) -> str:
+def report(chaos: Chaos, seconds: float) -> str:
     half, repeated = (sum(getattr(s, name) for s in chaos.strikes) for name in ("half_written", "repeated"))
     kills = len(chaos.strikes)
-    return (
-        f"{kills} kills, {kills} restarts, {chaos.steps} steps, {half} half-written checkpoints left, "
+    summary = (
+        f"**{kills} kills, {kills} restarts, {chaos.steps} steps, {half} half-written checkpoints left, "
         f"{repeated} steps repeated, lost steps = {chaos.lost}, largest deviation of the loss "
-        f"{chaos.loss_deviation:.1e} (relative), of the final EMA weights {chaos.ema_deviation:.1e} (absolute)"
+        f"{chaos.loss_deviation:.1e} (relative), of the final EMA weights {chaos.ema_deviation:.1e} (absolute).**"
     )
-
-
-def report(chaos: Chaos, seconds: float) -> str:
     method = f"""\
 It took {seconds / 60:.0f} min at a load of {os.getloadavg()[2]:.0f}. Recipe `tiny`, fp32, a checkpoint every
 {CHECKPOINT_EVERY} steps, {DISK_SECONDS} s per file. The calm run is one process at ZeRO-0 with the disk as it is."""
@@ -327,11 +325,10 @@ It took {seconds / 60:.0f} min at a load of {os.getloadavg()[2]:.0f}. Recipe `ti
 `seconds`: from the blow to the end of the last rank, with nobody above the ranks to end them. A rank that dies before
 all are connected is waited for (`parallel.timeout_minutes={TIMEOUT_MINUTES}`). `half-written`: a checkpoint that the
 blow cut off. `repeated`: steps made again later. `told`: every error message."""
-    columns = "|blow|ranks|world, ep, ZeRO|from step|to step|seconds|exit codes|half-written|repeated|told".split("|")
-    blows = table(columns, [[str(i + 1), *strike.cells()] for i, strike in enumerate(chaos.strikes)])
+    columns = "|blow|ranks|world, ep, ZeRO|exit codes|from step|to step|seconds|half-written|repeated|told".split("|")
+    blows = table(columns, [[i + 1, *strike.cells()] for i, strike in enumerate(chaos.strikes)])
     faults = [f"FAULT: {fault}" for fault in chaos.faults()]
-    parts = [method, f"**{summary(chaos)}.**", *faults, legend, blows]
-    return page("Chaos", "benchmarks/chaos.py", sys.argv[1:], *parts)
+    return page("Chaos", "benchmarks/chaos.py", sys.argv[1:], method, summary, *faults, legend, blows)
 
 
 def main() -> int:
@@ -345,12 +342,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         chaos = Chaos(args.kills, args.seed, args.keep or Path(temporary), args.max_world)
         chaos.measure()
-    print(summary(chaos))
-    for fault in (faults := chaos.faults()):
-        print(f"FAULT: {fault}", file=sys.stderr)
+    text = report(chaos, time.monotonic() - began)
+    print(text)
     if args.out:
-        args.out.write_text(report(chaos, time.monotonic() - began), encoding="utf-8")
-    return 1 if faults else 0
+        args.out.write_text(text, encoding="utf-8")
+    return 1 if chaos.faults() else 0
 
 
 if __name__ == "__main__":

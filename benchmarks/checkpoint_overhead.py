@@ -27,7 +27,6 @@ from benchmarks.common import page, read_log, spread, table  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
 
 SAVED = re.compile(r"checkpoint of step (\d+): (.*), ([\d.]+) s on the step, ([\d.]+) s behind")
-WARM_UP = 5
 
 
 def train(args: argparse.Namespace, run: Path) -> tuple[list[tuple[str, ...]], dict[int, float]]:
@@ -50,7 +49,7 @@ def rows(saves: list[tuple[str, ...]], seconds: dict[int, float], interval: int)
         while left > 0 and at in seconds:
             busy.add(at)
             left, at = left - seconds[at], at + 1
-    warm = {step: value for step, value in seconds.items() if step > WARM_UP}
+    warm = {step: value for step, value in seconds.items() if step > 5}  # compilers and caches before
     blocked, behind = ([float(save[i]) for save in saves[:-1]] for i in (2, 3))  # the last is waited for
     quiet = median([value for step, value in warm.items() if step not in busy])
     slow = [value for step, value in warm.items() if step in busy]

@@ -24,8 +24,6 @@ from promoe_ds.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# -------------------------------------------------------------------------------------------------------------- pages
-
 
 def device_name(world: int = 1) -> str:
     """The GPUs, or the CPU cores and threads of this process; of the first node, if `world` ranks need several."""
@@ -65,8 +63,8 @@ def page(
     return "\n\n".join([f"# {title}", table(["", ""], rows.items()), *parts]) + "\n"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
 def spread(values: Sequence[float], form: str = ".3g") -> str:
@@ -89,9 +87,6 @@ def figure(path: Path, widths: list[float]) -> Iterator[Any]:
     drawn.tight_layout()
     drawn.savefig(path, dpi=80)
     pyplot.close(drawn)
-
-
-# --------------------------------------------------------------------------------------------------- runs and points
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -120,9 +115,6 @@ def load_points(folder: Path, option: str = "--out") -> dict[str, dict[str, Any]
         except ValueError as error:
             reject(option, path, f"is damaged ({error})", "remove the file, and its point is measured again")
     return points
-
-
-# ------------------------------------------------------------------------------------------------------- command line
 
 
 def integers(text: str, least: int = 1) -> list[int]:

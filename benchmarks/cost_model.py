@@ -30,6 +30,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -45,8 +46,7 @@ from promoe_ds.costs import comm_volume, flops  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
 from promoe_ds.utils.command_line import Parser, guarded  # noqa: E402
 
-GIB, OPTIMIZER_BYTES = 2**30, 32
-"""read and written per element: weight, two moments, EMA in fp32"""
+OPTIMIZER_BYTES = 32  # read and written per element: weight, two moments, EMA in fp32
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class Hardware:
         return max(sum(node(r) != node(peer) for peer in groups[r]) for r in ranks) / max(1, ep - 1)
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Seconds of a step by part, and GiB per GPU."""
 
     compute: float
@@ -95,7 +94,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.all_to_all + self.gradients + self.parameters + self.optimizer
+        return sum(self[:5])
 
     @property
     def rate(self) -> float:
@@ -114,22 +113,7 @@ def compute_seconds(config: Config, hw: Hardware, images: int, ep: int, busiest:
     return images * (work + extra) / (hw.peak_tflops * 1e12 * hw.efficiency)
 
 
-def beside_exchanges(config: Config, images: float) -> tuple[float, float, float, float]:
-    """FLOPs that run beside the four exchanges of a layer (`moe/layer.py`), for `images` images of a micro-batch.
-
-    Shared experts beside the dispatch, unconditional ones beside the combine; their gradients, twice as many FLOPs,
-    beside the ways back.
-    """
-    moe = config.moe
-    assert moe is not None
-    an_expert = 2 * 2 * config.model.width * flops.expert_hidden(config) * config.model.tokens * images
-    shared = moe.num_shared * an_expert
-    null = moe.num_unconditional * config.diffusion.label_drop * an_expert if moe.conditional else 0.0
-    return shared, null, 2 * null, 2 * shared
-
-
-@dataclass(frozen=True)
-class Exchanges:
+class Exchanges(NamedTuple):
     """All exchanges of rows of a step."""
 
     exposed: float
@@ -139,15 +123,25 @@ class Exchanges:
 
 
 def exchanges(config: Config, hw: Hardware, world: int, ep: int, accumulation: int, busiest: float) -> Exchanges:
+    """Four exchanges per layer and micro-batch, with the work that `moe/layer.py` runs beside each.
+
+    Shared experts run beside the dispatch, unconditional ones beside the combine. Their gradients, twice as many FLOPs,
+    run beside the ways back.
+    """
+    moe = config.moe
+    assert moe is not None
     if ep == 1:
         return Exchanges(0.0, 0.0)
     times = accumulation * len(config.moe_layers())
-    sent = comm_volume.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes a rank and exchange
+    sent = comm_volume.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes per rank and exchange
     far = hw.far(ep, world)
     travel = max((1 - far) * sent / (hw.intra_gbs * 1e9), far * sent / (hw.inter_gbs * 1e9)) + hw.latency_us * 1e-6
+    tokens = config.model.tokens * config.train.global_batch_size / world / accumulation
+    expert = 2 * 2 * config.model.width * flops.expert_hidden(config) * tokens
+    shared = moe.num_shared * expert
+    null = flops.num_unconditional(config) * config.diffusion.label_drop * expert
     speed = hw.peak_tflops * 1e12 * hw.efficiency
-    beside = beside_exchanges(config, config.train.global_batch_size / world / accumulation)
-    hidden = [min(travel, hw.overlap * work / speed) for work in beside]
+    hidden = [min(travel, hw.overlap * work / speed) for work in (shared, null, 2 * null, 2 * shared)]
     fixed = (hw.latency_us + hw.sync_us) * 1e-6
     return Exchanges(times * (4 * travel - sum(hidden) + fixed), times * sum(hidden[2:]))
 
@@ -160,8 +154,8 @@ def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
     return seconds + 2 * (replicas - 1) / replicas * routed / ep * size / hw.bandwidth(replicas, ep)
 
 
-def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, busiest: float = 1.0) -> Prediction:
-    """A step at ZeRO 1 or 2.
+def predict(config: Config, hw: Hardware, world: int, ep: int, busiest: float = 1.0) -> Prediction:
+    """A step at ZeRO 1.
 
     Args:
         config: its global batch is that of all `world` GPUs.
@@ -173,18 +167,10 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, b
     reduce = reduce_seconds(config, hw, world, ep)
     rows = exchanges(config, hw, world, ep, accumulation, busiest)
     hidden = hw.overlap * (compute * 2 / 3 - rows.backward)
-    dense, routed = comm_volume.trained(config)
-    held = (dense + routed) / world
-    memory = flops.memory_per_gpu(config, world, ep, stage, False, 100_000_000)
-    return Prediction(
-        compute,
-        rows.exposed,
-        max(0.0, reduce - hidden) + hw.latency_us * 1e-6,
-        reduce / 2,
-        OPTIMIZER_BYTES * held / (hw.memory_gbs * 1e9),
-        sum(memory.values()) / GIB,
-        batch,
-    )
+    gradients = max(0.0, reduce - hidden) + hw.latency_us * 1e-6
+    optimizer = OPTIMIZER_BYTES * sum(comm_volume.trained(config)) / world / (hw.memory_gbs * 1e9)
+    memory = sum(flops.memory_per_gpu(config, world, ep, 1, False, 100_000_000).values()) / 2**30
+    return Prediction(compute, rows.exposed, gradients, reduce / 2, optimizer, memory, batch)
 
 
 def crossover_images(config: Config) -> float:
@@ -192,14 +178,9 @@ def crossover_images(config: Config) -> float:
 
     4 K T D b_row L (1 - 1/ep) < 2 b_weight P_r (1 - 1/ep), with T tokens of conditional images; independent of ep, W.
     """
-    assert config.moe is not None
-    kept = 1 - config.diffusion.label_drop if config.moe.conditional else 1.0
-    tokens = config.model.tokens * kept * flops.experts_per_token(config)
-    per_image = 4 * tokens * config.model.width * comm_volume.row_bytes(config) * len(config.moe_layers())
-    return 2 * comm_volume.weight_bytes(config) * comm_volume.trained(config)[1] / per_image
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
+    ep = 2
+    per_image = comm_volume.all_to_all_expected(config, ep) / config.train.global_batch_size
+    return 2 * comm_volume.weight_bytes(config) * comm_volume.trained(config)[1] * (1 - 1 / ep) / per_image
 
 
 def rates_table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int]) -> str:
@@ -218,7 +199,7 @@ def rates_table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int])
         best = max(fits, key=lambda ep: fits[ep].rate)
         cells = {ep: f"{p.rate:,.0f}" if ep in fits else f"needs {p.memory_gib:.0f} GiB" for ep, p in found.items()}
         cells |= {ep: f"**{cells[ep]}**" for ep in cells if ep == best}
-        row = [str(world), str(batch // world), *(cells.get(ep, "-") for ep in args.ep)]
+        row = [world, batch // world, *(cells.get(ep, "-") for ep in args.ep)]
         if 1 in fits and len(fits) > 1:
             other = max((ep for ep in fits if ep > 1), key=lambda ep: fits[ep].rate)
             gain = fits[other].rate / fits[1].rate
@@ -233,11 +214,7 @@ def rates_table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int])
 
 
 def parts(p: Prediction) -> str:
-    values = (p.compute, p.all_to_all, p.gradients, p.parameters, p.optimizer)
-    return " + ".join(f"{1000 * v:.1f}" for v in values) + " ms"
-
-
-# --------------------------------------------------------------------------------------------------------- validation
+    return " + ".join(f"{1000 * seconds:.1f}" for seconds in p[:5]) + " ms"
 
 
 def features(point: Measured, cores: int) -> list[float]:
@@ -268,7 +245,7 @@ def validate(folders: list[Path], cores: int) -> str:
     error = np.abs(predicted / y - 1)
     terms = ("ms/GFLOP per core", "ms/MB", "ms per collective and rank", "ms per rank")
     law = " + ".join(f"{1000 * w:.2f} {term}" for w, term in zip(weight, terms, strict=True))
-    rows = [[str(p.world), str(p.ep), str(p.stage), p.routing, f"{1000 * y[i]:.1f}", f"{1000 * predicted[i]:.1f}",
+    rows = [[p.world, p.ep, p.stage, p.routing, f"{1000 * y[i]:.1f}", f"{1000 * predicted[i]:.1f}",
              f"{error[i]:.0%}", "test" if test[i] else "fit"] for i, p in enumerate(points)]  # fmt: skip
     columns = ["world", "ep", "ZeRO", "routing", "measured ms", "predicted ms", "error", "used for"]
     return (
@@ -276,9 +253,6 @@ def validate(folders: list[Path], cores: int) -> str:
         f"{test.sum()} of other topologies: median error {median(error[test]):.0%}, worst {error[test].max():.0%}.\n\n"
         + table(columns, rows)
     )
-
-
-# --------------------------------------------------------------------------------------------------------------- main
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:

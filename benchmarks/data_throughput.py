@@ -1,13 +1,13 @@
-"""Images per second of the encoder, the loader, the sampler and Inception, and what storing latents as float16 costs.
+"""Images per second of the encoder, the loader and Inception, and what storing latents as float16 costs.
 
     python benchmarks/data_throughput.py --part loader
     python benchmarks/data_throughput.py --part encode --vae taef2 --size 128 [--device cuda]
-    python benchmarks/data_throughput.py --part sample --config imagenet256_promoe_s --steps 2
     python benchmarks/data_throughput.py --part features --batch 8
     python benchmarks/data_throughput.py --part storage --images PACK.npz --vae taef2 --size 128
 
 Every figure is the median of `--repeats` measurements, with the lowest and the highest. All but `storage` needs no
-files: latents of the size of ImageNet's are drawn at random, and the weights of the models are random ones.
+files: latents of the size of ImageNet's are drawn at random, and so are Inception's weights. throughput.py measures
+sampling.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import SD_CODEC
 from promoe_ds.evaluation.collect import Collector
 from promoe_ds.evaluation.inception import Inception, InceptionV3
-from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_config
-from promoe_ds.sampling.generate import How, draw_pixels
 
 
 def rate(what: str, images: int, work: Callable[[], object], repeats: int) -> list[str]:
@@ -92,19 +90,6 @@ def encode(args: argparse.Namespace) -> list[list[str]]:
                 rate(back, args.batch, lambda: codec.decode(z), args.repeats)]  # fmt: skip
 
 
-def sample(args: argparse.Namespace) -> list[list[str]]:
-    config, device = load_config(args.config), torch.device(args.device)
-    model = materialize(build(config), 0).to(device).eval()
-    labels = np.arange(args.batch) % config.model.num_classes
-    how = How(1.5, args.steps, batch=args.batch, precision=args.precision)
-
-    def work() -> object:
-        return draw_pixels(model, config, labels, np.arange(args.batch), how, device)
-
-    what = f"sample {config.name}, cfg 1.5, {args.precision}: image steps instead of images"
-    return [rate(what, args.batch * args.steps, work, args.repeats)]
-
-
 def features(args: argparse.Namespace) -> list[list[str]]:
     """Random weights, 256x256 pictures, hashing and moments included."""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +121,7 @@ def storage(args: argparse.Namespace) -> list[list[str]]:
     ]
 
 
-PARTS = {"loader": loader, "encode": encode, "sample": sample, "features": features, "storage": storage}
+PARTS = {"loader": loader, "encode": encode, "features": features, "storage": storage}
 
 
 def main() -> None:
@@ -146,15 +131,13 @@ def main() -> None:
     parser.add_argument("--images")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--config", default="imagenet256_promoe_s")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    figures = table(["part", "images/s", "CPU time per image"], PARTS[args.part](args))
-    print(page("Images per second", "benchmarks/data_throughput.py", sys.argv[1:], figures))
+    columns = ["storage", "figure"] if args.part == "storage" else ["part", "images/s", "CPU time per image"]
+    figures = table(columns, PARTS[args.part](args))
+    print(page("Data", "benchmarks/data_throughput.py", sys.argv[1:], figures))
 
 
 if __name__ == "__main__":

@@ -111,13 +111,10 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Work:
     dtype = experts.compute_dtype(device.type)
     x_TD = x_BSD.flatten(0, 1).detach()
     n = ctx.num_conditional * x_BSD.shape[1]
-    leaf = {
-        "known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype), "fp32": x_TD[:n].float(),
-        "h_known": x_TD.new_zeros(n, experts.hidden, dtype=dtype),
-        "h_null": x_TD.new_zeros(len(x_TD) - n, experts.hidden, dtype=dtype),
-        "h_all": x_TD.new_zeros(len(x_TD), experts.hidden, dtype=dtype),
-    }  # fmt: skip
-    leaf = {name: x.clone().requires_grad_() for name, x in leaf.items()}
+    inputs = {"known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype)}
+    inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    hiddens = {name: x.new_zeros(len(x), experts.hidden, requires_grad=True) for name, x in inputs.items()}
+    scored = x_TD[:n].float().clone().requires_grad_()
     grads: list[Tensor] = []
     with torch.no_grad():
         ends = layer(x_BSD, ctx)[1].end_E
@@ -125,18 +122,18 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Work:
     def work(clock: Clock) -> None:
         clock.mark()
         w1, w2 = experts.w1.to(dtype), experts.w2.to(dtype)
-        outs = [grouped_mm(leaf["known"], w1.transpose(1, 2), offs=ends),
-                grouped_mm(leaf["h_known"], w2.transpose(1, 2), offs=ends)]  # fmt: skip
+        outs = [grouped_mm(inputs["known"], w1.transpose(1, 2), offs=ends),
+                grouped_mm(hiddens["known"], w2.transpose(1, 2), offs=ends)]  # fmt: skip
         for name, mlps in (("null", layer.unconditional), ("all", layer.shared)):
             for mlp in mlps:
-                outs += [F.linear(leaf[name], mlp.fc1.weight.to(dtype)),
-                         F.linear(leaf[f"h_{name}"], mlp.fc2.weight.to(dtype))]  # fmt: skip
+                outs += [F.linear(inputs[name], mlp.fc1.weight.to(dtype)),
+                         F.linear(hiddens[name], mlp.fc2.weight.to(dtype))]  # fmt: skip
         with torch.autocast(device.type, enabled=False):
-            outs.append(leaf["fp32"] @ layer.router.prototypes.float().T)
+            outs.append(scored @ layer.router.prototypes.float().T)
         if not grads:
             grads.extend(torch.ones_like(y) for y in outs)
         torch.autograd.backward(outs, grads)
-        for x in (*leaf.values(), *layer.parameters()):
+        for x in (*inputs.values(), *hiddens.values(), scored, *layer.parameters()):
             x.grad = None
         clock.mark()
 

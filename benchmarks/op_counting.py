@@ -1,11 +1,11 @@
 """Operators and host synchronisations of a piece of work, counted as it runs.
 
-Operators are what reaches the dispatcher below autograd: kernels and views alike (a view costs no kernel, but host
-time). A host synchronisation is a wait of the host for the device: on CUDA what torch itself reports, elsewhere the
-operators that would be one on CUDA: a scalar read, `nonzero`, an index by a boolean mask.
+Operators are what reaches the dispatcher below autograd: kernels, and views, which cost host time only. A host
+synchronisation is a wait of the host for the device: on CUDA what torch reports, elsewhere the operators that would
+wait on CUDA: a scalar read, `nonzero`, an index by a boolean mask.
 
-A forward pass is counted with gradients off, in training too: what autograd keeps of an operator's own result shows
-here as a `detach`, which the dispatcher never sees.
+Count a forward pass with gradients off: what autograd keeps of an operator's own result shows here as a `detach`,
+which the dispatcher never sees.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from promoe_ds.evaluation.features import DigitsCNN  # noqa: E402
 from promoe_ds.parallel import ds_config, topology  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
 from promoe_ds.train.trainer import Trainer  # noqa: E402
-from promoe_ds.utils.command_line import Parser, guarded  # noqa: E402
+from promoe_ds.utils.command_line import STOPPED, Parser, guarded  # noqa: E402
 from promoe_ds.utils.files import write_text  # noqa: E402
 
 TABLES = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text(encoding="utf-8"))
@@ -53,7 +53,6 @@ TURNS = 10
 """that the training of a row is cut into"""
 SCALES = [1.0, 1.5]
 """guidance scales"""
-RESUMABLE = 85
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,6 @@ def plan(args: argparse.Namespace) -> list[Row]:
         runs = tuple(args.runs / args.data / name / f"seed{seed}" for seed in args.seeds)
         rows.append(Row(label, configs, runs, entry["paper"]))
     return rows
-
-
-# ---------------------------------------------------------------------------------------------- training and scoring
 
 
 def done_steps(run: Path) -> int:
@@ -156,9 +152,6 @@ def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> boo
             write_text(file, json.dumps(key | score_run(run, *judge, SCALES, args.num, steps), indent=1) + "\n")
             print(f"scored {row.label}, {run.name}", flush=True)
     return True
-
-
-# ------------------------------------------------------------------------------------------------------------- report
 
 
 def over_seeds(values: list[float], digits: int) -> str:
@@ -238,9 +231,6 @@ all rows. Load and dead experts (over all MoE layers) are those of the last step
     print(text)
 
 
-# --------------------------------------------------------------------------------------------------------------- main
-
-
 def parse_args(words: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     help = "1, 3 to 13 of the paper, or 9f for Figures 3c and 9"
@@ -265,7 +255,7 @@ def run(words: list[str]) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     if not (train_all(rows, deadline) and score_all(rows, args, deadline)):
         print("not done; the same command goes on", flush=True)
-        return RESUMABLE
+        return STOPPED
     write_report(rows, args, words)
     return 0
 

@@ -52,8 +52,6 @@ from promoe_ds.utils.command_line import Parser, check_positive, guarded  # noqa
 COMMUNICATION = ("all_to_all", "router_sums", "gradients", "parameters")
 UNIFORM = "moe.router={name: uniform}"
 
-# ------------------------------------------------------------------------------------------------------------- points
-
 
 @dataclass(frozen=True)
 class Point:
@@ -151,9 +149,6 @@ def run_all(points: list[Point], args: argparse.Namespace) -> int:
     return failed
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
 @dataclass(frozen=True)
 class Measured:
     """A topology, over all its repeats."""
@@ -173,12 +168,9 @@ class Measured:
     """commit, versions and device of every repeat"""
 
     @property
-    def rates(self) -> list[float]:
-        return [record["images_per_s"] for record in self.speed]
-
-    @property
     def rate(self) -> float:
-        return median(self.rates)
+        """Images/s of the median window."""
+        return median(record["images_per_s"] for record in self.speed)
 
     def seconds(self, part: str) -> float:
         return median(r[f"seconds/{part}"] for r in self.parts)
@@ -186,17 +178,6 @@ class Measured:
     def sent(self, kind: str) -> float:
         """Bytes per step over all ranks, the mean over the measured steps."""
         return float(np.mean([r[f"bytes/{kind}"] for r in self.parts]))
-
-    @property
-    def communication(self) -> float:
-        """Share of the step's measured parts."""
-        return sum(map(self.seconds, COMMUNICATION)) / sum(map(self.seconds, PARTS))
-
-    @property
-    def mfu(self) -> float | None:
-        """Share of the peak FLOP/s; None where the peak is not known (a CPU)."""
-        known = [record["mfu"] for record in self.speed if record.get("mfu") is not None]
-        return median(known) if known else None
 
     def formula(self, kind: str) -> float | None:
         """What `comm_volume.py` says of the same steps; None where it says nothing exact."""
@@ -250,22 +231,19 @@ def baseline(points: list[Measured], stage: int) -> Measured:
     return min((p for p in points if p.stage == stage), key=lambda p: (p.world, p.ep))
 
 
-def speedup(point: Measured, points: list[Measured]) -> float:
-    """Images/s over those of the stage's baseline."""
-    return point.rate / baseline(points, point.stage).rate
-
-
-def topology_table(points: list[Measured], columns: list[str], cells: Callable[[Measured], list[str]]) -> str:
-    rows = ([str(p.world), str(p.ep), str(p.stage), *cells(p)] for p in points)
+def topology_table(points: list[Measured], columns: list[str], cells: Callable[[Measured], list[Any]]) -> str:
+    rows = ([p.world, p.ep, p.stage, *cells(p)] for p in points)
     return table(["world", "ep", "ZeRO", *(column.replace("_", "-") for column in columns)], rows)
 
 
 def speed_table(points: list[Measured]) -> str:
-    def cells(p: Measured) -> list[str]:
+    def cells(p: Measured) -> list[Any]:
+        rates, mfus = [r["images_per_s"] for r in p.speed], [r["mfu"] for r in p.speed if r.get("mfu") is not None]
+        communication = sum(map(p.seconds, COMMUNICATION)) / sum(map(p.seconds, PARTS))
         memory, load = max(r["memory_gib"] for r in p.parts), median(r["load_max_over_mean"] for r in p.parts)
-        return [str(p.batch), f"{p.rate:.0f}", f"{min(p.rates):.0f}-{max(p.rates):.0f}",
-                "-" if p.mfu is None else f"{p.mfu:.1%}", f"{speedup(p, points):.2f}", f"{p.communication:.0%}",
-                f"{memory:.2f}", f"{load:.2f}"]  # fmt: skip
+        return [p.batch, f"{p.rate:.0f}", f"{min(rates):.0f}-{max(rates):.0f}", f"{median(mfus):.1%}" if mfus else "-",
+                f"{p.rate / baseline(points, p.stage).rate:.2f}", f"{communication:.0%}", f"{memory:.2f}",
+                f"{load:.2f}"]  # fmt: skip
 
     columns = ["batch", "images/s", "range", "MFU", "speed-up", "communication", "peak GiB", "load max/mean"]
     return topology_table(points, columns, cells)
@@ -322,9 +300,6 @@ def write_report(folder: Path, args: argparse.Namespace) -> str:
     )  # fmt: skip
     (folder / "scaling.md").write_text(text, encoding="utf-8")
     return text
-
-
-# --------------------------------------------------------------------------------------------------------------- main
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:

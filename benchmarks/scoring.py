@@ -30,15 +30,9 @@ from promoe_ds.sampling.generate import How, class_labels, draw_pixels, image_no
 SCORE_SEED = 1234
 """of the noise and the timesteps that every row is scored with"""
 
-# -------------------------------------------------------------------------------------------------------------- judge
-
 
 class LabelCNN:
-    """Seven 3x3 convolutions for images of 16 to 64 pixels, trained whenever it is built, with a fixed seed.
-
-    Attributes:
-        accuracy: on the labels of `held_out`.
-    """
+    """Seven 3x3 convolutions for images of 16 to 64 pixels, trained whenever it is built, with a fixed seed."""
 
     name = "label-cnn"
 
@@ -90,8 +84,6 @@ class LabelCNN:
 
 Judge = DigitsCNN | LabelCNN
 
-# ------------------------------------------------------------------------------------------------------------- scores
-
 
 @torch.no_grad()
 def ema_loss(model: DiT, config: Config, data: ImageDataset, num: int, batch: int, device: torch.device) -> float:
@@ -109,9 +101,8 @@ def ema_loss(model: DiT, config: Config, data: ImageDataset, num: int, batch: in
         eps_BCHW = image_noise(SCORE_SEED, i_B, (m.channels, m.image_size, m.image_size))
         ctx = RoutingContext.build(label_B, m.num_classes, device)
         forward: Callable[..., Any] = lambda x, t, ctx=ctx: model(x, t, ctx)  # noqa: E731
-        _, losses = objective.loss(
-            forward, x_BCHW.to(device), eps_BCHW.to(device), torch.from_numpy(gauss_N[i_B]).to(device)
-        )
+        gauss_B = torch.from_numpy(gauss_N[i_B]).to(device)
+        _, losses = objective.loss(forward, x_BCHW.to(device), eps_BCHW.to(device), gauss_B)
         total += float(losses["diffusion"]) * len(i_B)
     return total / num
 

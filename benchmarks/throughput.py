@@ -55,9 +55,6 @@ NULL, DROP = moe_peers.NULL_LABEL, 0.1
 SAMPLER_STEPS, TIMED_STEPS = 250, 4
 
 
-# ------------------------------------------------------------------------------------------------ models, layers, steps
-
-
 @torch.no_grad()
 def draw_weights(module: nn.Module) -> None:
     """N(0, 0.02) for every parameter, so that adaLN does something."""
@@ -135,9 +132,6 @@ def layer_step(module: nn.Module, step: moe_peers.Step, x: Tensor, precision: st
         clock.mark()
 
     return work
-
-
-# ------------------------------------------------------------------------------------------------------------ systems
 
 
 def step_systems(size: str, images: int, precision: str, device: torch.device) -> dict[str, Work]:
@@ -218,30 +212,33 @@ def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, 
 
 
 def counts(size: str, device: torch.device) -> dict[str, Any]:
-    """Operators of a forward pass and host syncs of forward and backward, 4 images of 64 tokens."""
-    out = {}
-    for name, recipe in (("dense", "dense"), ("promoe", "promoe"), ("paper loop", "promoe")):
-        model = make_model(f"{recipe}_{size}", device, "model.image_size=16")
-        moe_peers.use_loop(model, name == "paper loop")
-        x, t = torch.randn(4, 4, 16, 16, device=device), torch.rand(4, device=device) * 1000
-        ctx = context(4, device)
+    """Operators of each model's forward and backward pass, and host syncs of both."""
+    dense, promoe = (make_model(f"{name}_{size}", device, "model.image_size=16") for name in ("dense", "promoe"))
+    out = {"dense": count_passes(dense, device), "promoe": count_passes(promoe, device)}
+    moe_peers.use_loop(promoe, True)
+    return out | {"paper loop": count_passes(promoe, device)}
 
-        def forward(model: Any = model, x: Tensor = x, t: Tensor = t, ctx: RoutingContext = ctx) -> Any:
-            return model(x, t, ctx)
 
-        def loss(forward: Any = forward) -> Tensor:
-            output = forward()
-            return output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())
+def count_passes(model: Any, device: torch.device) -> dict[str, int]:
+    """On 4 images of 64 tokens."""
+    x, t = torch.randn(4, 4, 16, 16, device=device), torch.rand(4, device=device) * 1000
+    ctx = context(4, device)
 
-        loss().backward()  # constants are made once
-        backward = count_operators(loss().backward)
-        syncs = host_syncs(lambda loss=loss: loss().backward(), device)
-        with torch.no_grad():
-            train = count_operators(forward)
-            model.eval()
-            infer = count_operators(forward)
-        out[name] = {"evaluation": infer.total, "training": train.total, "backward": backward.total, "syncs": syncs}
-    return out
+    def forward() -> Any:
+        return model(x, t, ctx)
+
+    def loss() -> Tensor:
+        output = forward()
+        return output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())
+
+    loss().backward()  # constants are made once
+    backward, syncs = count_operators(loss().backward), host_syncs(lambda: loss().backward(), device)
+    with torch.no_grad():
+        training = count_operators(forward)
+        model.eval()
+        evaluation = count_operators(forward)
+        model.train()
+    return {"evaluation": evaluation.total, "training": training.total, "backward": backward.total, "syncs": syncs}
 
 
 def points(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -278,16 +275,12 @@ def measure(args: argparse.Namespace) -> None:
         if name in done:
             continue
         if time.monotonic() > end:
-            print(f"{name}: no time left; run again to go on", flush=True)
-            continue
+            return print("no time left; run again to go on", flush=True)
         start = time.monotonic()
         save_point(args.out, name, {"facts": facts() | {"rounds": str(args.rounds)}, "systems": work()})
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-# --------------------------------------------------------------------------------------------------------------- page
 
 
 def over(systems: dict[str, Any], slow: str, fast: str) -> str:
@@ -348,9 +341,6 @@ def tables(found: dict[str, dict[str, Any]], peak: float | None) -> Iterator[str
                 rows.append([point, name, *([failed] if failed else row(point, name, systems, peak))])
         if rows:
             yield f"## {title}\n\n{table(['point', 'system', *columns], rows)}"
-
-
-# ------------------------------------------------------------------------------------------------------- command line
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:

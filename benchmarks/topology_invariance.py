@@ -11,6 +11,7 @@ weights 1e-5 absolute.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import ema_difference, page, read_log, table  # noqa: E402
-from benchmarks.processes import run_to_end  # noqa: E402
 
 GLOBAL_BATCH = 32
 NO_CONTRASTIVE = "moe.router.contrastive_weight=0"
@@ -88,7 +88,7 @@ def train_cases(folder: Path, steps: int) -> None:
         config = load_config("tiny", [
             f"parallel.expert_parallel={case.ep}", f"train.micro_batch_size={case.micro}", f"train.steps={steps}",
             f"train.checkpoint_every={steps}", f"train.global_batch_size={GLOBAL_BATCH}",
-            *([case.override] if case.override else []),
+            "parallel.timeout_minutes=5", *([case.override] if case.override else []),
         ])  # fmt: skip
         ds = ds_config.resolve(str(ROOT / f"ds_configs/zero{case.stage}.json"), config, world)
         trainer = Trainer(config, ds, folder / case.name, topology.from_environment(case.ep))
@@ -116,7 +116,7 @@ def measure(folder: Path, steps: int = 20) -> dict[Case, Deviation]:
     for world in (1, 2, 4):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--",
                    __file__, "--worker", "--steps", str(steps), "--keep", str(folder)]  # fmt: skip
-        done = run_to_end(command, cwd=ROOT)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return {case: deviation(folder, case) for case in CASES}
@@ -134,7 +134,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         found = measure(args.keep or Path(temporary), args.steps)
     columns = ["world", "ep", "ZeRO", "micro-batch", "accumulation", "loss", "grad norm", "EMA", ""]
-    rows = [[*map(str, case[:4]), str(GLOBAL_BATCH // (case.world * case.micro)), *(f"{value:.1e}" for value in d),
+    rows = [[*case[:4], GLOBAL_BATCH // (case.world * case.micro), *(f"{value:.1e}" for value in d),
              "ok" if d.within() else "OUT"] for case, d in found.items()]  # fmt: skip
     method = (
         f"Recipe `tiny`, fp32, {args.steps} steps, global batch {GLOBAL_BATCH}; largest deviation from one process at "

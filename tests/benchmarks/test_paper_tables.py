@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import paper_tables
-from benchmarks.paper_tables import RESUMABLE, TABLES, parse_args, plan, run
-from promoe_ds.utils.command_line import guarded
+from benchmarks.paper_tables import TABLES, parse_args, plan, run
+from promoe_ds.utils.command_line import STOPPED, guarded
 
 SMALL = ["model.depth=2", "model.width=32", "model.heads=2", "sample.steps=3", "train.global_batch_size=16"]
 
@@ -34,7 +34,7 @@ def test_every_row_of_every_table_is_a_valid_and_different_config(table, data, t
 def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper_tables, "TURNS", 2)
     command = args_of(tmp_path, "--table", "8", "--steps", "20", "--num", "20", "--seeds", "0,1")
-    assert guarded(run, [*command, "--minutes", "0"]) == RESUMABLE
+    assert guarded(run, [*command, "--minutes", "0"]) == STOPPED
     assert guarded(run, command) == 0
     page = (tmp_path / "out/paper_table8_digits.md").read_text()
     assert "| K-Means with conditional routing |" in page and "of 1 pairs as in the paper" in page

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from benchmarks import topology_invariance
 from benchmarks.common import read_log
-from benchmarks.processes import PATIENCE, kill, wait_until
+from benchmarks.processes import PATIENCE, wait_until
 from promoe_ds.checkpoint import layout
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.order import step_indices
 from promoe_ds.recipes.load import load_config
-from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
+from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, kill, run, torchrun, train
 
 ZERO2_EP2 = ("--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "parallel.expert_parallel=2")
 STEPS = ("train.steps=60", "train.checkpoint_every=20")
