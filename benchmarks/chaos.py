@@ -18,7 +18,6 @@ run. The calm run is launchers/train.py as it is. Exit code 1 for each of these:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -29,20 +28,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import ema_difference, page, read_log, table  # noqa: E402
 from benchmarks.processes import free_port, wait_until  # noqa: E402
 
 LOSS_TOLERANCE, EMA_TOLERANCE = 1e-5, 1e-5
 """relative; absolute: topologies alone differ by 2.2e-6 (Adam enlarges the rounding of small gradients), one optimizer
 step by 1.2e-3"""
 CHECKPOINT_EVERY = 5
-STEPS_A_KILL = 5
+STEPS_PER_KILL = 5
 DISK_SECONDS = 0.6
 """that every file of a checkpoint takes; rank 0 writes two"""
 TIMEOUT_MINUTES = 3
@@ -75,7 +76,10 @@ BLOWS = [
 
 
 class Job:
-    """Ranks of a script like launchers/train.py without a launcher above them; their output lies in `outputs`."""
+    """Ranks of a script like launchers/train.py without a launcher above them; their output lies in `outputs`.
+
+    A context that leaves no process behind.
+    """
 
     def __init__(self, arguments: list[str], world: int, outputs: Path, script: str = "launchers/train.py"):
         outputs.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,14 @@ class Job:
             )
             for rank, file in enumerate(self.files)
         ]  # fmt: skip
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.wait()
 
     def output(self) -> str:
         return "".join(file.read_text(errors="replace") for file in self.files)
@@ -149,18 +161,6 @@ class Job:
         return [process.wait() for process in self.ranks]
 
 
-@contextmanager
-def job(arguments: list[str], world: int, outputs: Path, script: str = "launchers/train.py") -> Iterator[Job]:
-    """A `Job` that leaves no process behind."""
-    started = Job(arguments, world, outputs, script)
-    try:
-        yield started
-    finally:
-        for process in started.ranks:
-            process.kill()
-            process.wait()
-
-
 @dataclass
 class Strike:
     """What is to be done, and what came of it."""
@@ -188,6 +188,12 @@ class Strike:
     repeated: int = 0
     """steps that later jobs had to make again"""
 
+    def cells(self) -> list[Any]:
+        steps = ("-", "-") if self.start is None else (self.start, max(self.last, self.start))
+        lists = [", ".join(map(str, each)) for each in (self.victims, self.topology, self.codes)]
+        return [self.blow, *lists, *steps, f"{self.seconds:.1f}", "yes" if self.half_written else "", self.repeated,
+                "<br>".join(self.told)]  # fmt: skip
+
     def faults(self) -> Iterator[str]:
         """What was promised and did not hold."""
         if self.blow.number != signal.SIGKILL:
@@ -209,35 +215,27 @@ class Strike:
             yield "a marker after kill -9"
 
 
-@dataclass
 class Chaos:
-    kills: int
-    seed: int
-    folder: Path
-    max_world: int
-    say: Callable[[str], None] = print
+    """A run under `kills` blows, and the calm run it is compared with; both lie in `folder`."""
 
-    def __post_init__(self) -> None:
-        self.steps = STEPS_A_KILL * self.kills + 4 * CHECKPOINT_EVERY
-        self.random = random.Random(self.seed)
-        self.topologies = [t for t in TOPOLOGIES if t[0] <= self.max_world]
-        blows = [blow for _ in range(0, self.kills, len(BLOWS)) for blow in self.random.sample(BLOWS, len(BLOWS))]
+    def __init__(self, kills: int, seed: int, folder: Path, max_world: int):
+        self.folder, self.steps = folder, STEPS_PER_KILL * kills + 4 * CHECKPOINT_EVERY
+        self.random = random.Random(seed)
+        self.topologies = [t for t in TOPOLOGIES if t[0] <= max_world]
+        blows = [blow for _ in range(0, kills, len(BLOWS)) for blow in self.random.sample(BLOWS, len(BLOWS))]
         first = next(b for b in blows if b.number == signal.SIGKILL and b.moment == "save")  # of the run's first save
         blows.remove(first)
-        self.strikes = [self.plan(i, blow) for i, blow in enumerate([first, *blows][: self.kills])]
+        self.strikes = [self.plan(i, blow) for i, blow in enumerate([first, *blows][:kills])]
         self.reached, self.charged = 0, self.strikes[0]
         self.lost, self.disordered, self.loss_deviation, self.ema_deviation = self.steps, True, math.inf, math.inf
 
     def plan(self, i: int, blow: Blow) -> Strike:
         topology = self.random.choice(self.topologies)
         victims = list(range(topology[0])) if blow.everyone else [self.random.randrange(topology[0])]
-        target = i * STEPS_A_KILL + self.random.randint(1, STEPS_A_KILL)
+        target = i * STEPS_PER_KILL + self.random.randint(1, STEPS_PER_KILL)
         return Strike(blow, topology, victims, target, self.random.random())
 
-    def start(
-        self, topology: tuple[int, int, int], name: str, run: str = "run", script: str = SLOW
-    ) -> AbstractContextManager[Job]:
-        """A context with a `Job` of this run."""
+    def start(self, topology: tuple[int, int, int], name: str, run: str = "run", script: str = SLOW) -> Job:
         world, ep, stage = topology
         arguments = [
             *("--config", "tiny", "--run", str(self.folder / run)),
@@ -245,14 +243,14 @@ class Chaos:
             *(f"train.steps={self.steps}", f"train.checkpoint_every={CHECKPOINT_EVERY}"),
             f"parallel.timeout_minutes={TIMEOUT_MINUTES}",
         ]
-        return job(arguments, world, self.folder / "outputs" / name, script)
+        return Job(arguments, world, self.folder / "outputs" / name, script)
 
     def measure(self) -> None:
         with self.start((1, 1, 0), "calm", "calm", "launchers/train.py") as calm:
             assert calm.wait() == [0], calm.output()
         for i, strike in enumerate(self.strikes):
             self.strike(i, strike)
-            self.say(f"{i + 1}/{self.kills} {line(strike)}")
+            print(f"{i + 1}/{len(self.strikes)}", *strike.cells(), sep=" | ", flush=True)
         with self.start(self.random.choice(self.topologies), "last") as last:
             assert not any(last.wait()), last.output()
             self.account(last)
@@ -292,17 +290,17 @@ class Chaos:
 
     def compare(self) -> None:
         """The log after the last restart and the last weights, with those of the calm run."""
-        calm, run = log(self.folder / "calm"), log(self.folder / "run")
-        true, losses = dict(calm), dict(run)
+        folders = self.folder / "calm", self.folder / "run"
+        calm, log = map(read_log, folders)
+        true, losses = ({record["step"]: record["loss"] for record in records} for records in (calm, log))
         self.lost = len(true.keys() - losses.keys())
-        self.disordered = [step for step, _ in run] != sorted(losses)
+        self.disordered = [record["step"] for record in log] != sorted(losses)
         self.loss_deviation = max(abs(losses[s] / true[s] - 1) if s in losses else math.inf for s in true)
-        weights = f"checkpoints/step_{self.steps:08d}/ema.safetensors"
-        self.ema_deviation = distance(self.folder / "calm" / weights, self.folder / "run" / weights)
+        self.ema_deviation = ema_difference(*folders, self.steps)
 
     def faults(self) -> list[str]:
         """What was promised and did not hold."""
-        out = [f"kill {i + 1}: {fault}: {line(s)}" for i, s in enumerate(self.strikes) for fault in s.faults()]
+        out = [f"kill {i + 1}: {fault}" for i, strike in enumerate(self.strikes) for fault in strike.faults()]
         if not self.loss_deviation <= LOSS_TOLERANCE:  # nan is a fault, too
             out.append(f"a loss deviates by {self.loss_deviation:.1e}")
         if not self.ema_deviation <= EMA_TOLERANCE:
@@ -312,62 +310,25 @@ class Chaos:
         return out
 
 
-def log(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every record of a run's log."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(record["step"], record["loss"]) for record in records]
-
-
-def distance(a: Path, b: Path) -> float:
-    """The largest difference between two files of tensors; infinite if they hold different ones."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    x, y = load_file(a), load_file(b)
-    return float(np.max([abs(x[n] - y[n]).max() for n in x])) if x.keys() == y.keys() else math.inf
-
-
-def line(s: Strike) -> str:
-    world, ep, stage = s.topology
-    start = "not yet training" if s.start is None else f"steps {s.start} to {max(s.last, s.start)}"
-    notes = [text for flag, text in ((s.half_written, "a half-written checkpoint"), (s.marker, "marker")) if flag]
-    return (
-        f"{s.blow} {s.victims} of (world {world}, ep {ep}, ZeRO-{stage}), {start}: "
-        f"{'; '.join([f'ended after {s.seconds:.1f} s with {s.codes}', *notes, *s.told])}"
-    )
-
-
-def summary(chaos: Chaos) -> str:
-    half, repeated = (sum(getattr(s, name) for s in chaos.strikes) for name in ("half_written", "repeated"))
-    return (
-        f"{chaos.kills} kills, {chaos.kills} restarts, {chaos.steps} steps, {half} half-written checkpoints left, "
-        f"{repeated} steps repeated, lost steps = {chaos.lost}, largest deviation of the loss "
-        f"{chaos.loss_deviation:.1e} (relative), of the final EMA weights {chaos.ema_deviation:.1e} (absolute)"
-    )
-
-
 def report(chaos: Chaos, seconds: float) -> str:
-    from benchmarks.provenance import provenance
-
-    rows = [
-        f"| {i + 1} | {s.blow} | {', '.join(map(str, s.victims))} | {', '.join(map(str, s.topology))} "
-        f"| {'-' if s.start is None else s.start} | {'-' if s.start is None else max(s.last, s.start)} "
-        f"| {s.seconds:.1f} | {' '.join(map(str, s.codes))} | {'yes' if s.half_written else ''} | {s.repeated} "
-        f"| {'<br>'.join(s.told)} |"
-        for i, s in enumerate(chaos.strikes)
-    ]
-    columns = "blow|ranks|world, ep, ZeRO|from step|to step|seconds|exit codes|half-written|repeated|told".split("|")
-    return "\n".join([
-        "# Chaos", "", provenance("benchmarks/chaos.py", sys.argv[1:]),
-        f"| time | {seconds / 60:.0f} min, load {os.getloadavg()[2]:.0f} |", "",
-        f"Recipe `tiny`, fp32, a checkpoint every {CHECKPOINT_EVERY} steps, {DISK_SECONDS} s a file; the calm run is "
-        "one process at ZeRO-0 with the disk as it is.", "", f"**{summary(chaos)}.**", "",
-        *(f"FAULT: {fault}\n" for fault in chaos.faults()),
-        "`seconds`: from the blow to the end of the last rank, with nobody above the ranks to end them (a rank that "
-        f"dies before all are connected is waited for: `parallel.timeout_minutes={TIMEOUT_MINUTES}`). `half-written`: "
-        "a checkpoint that the blow cut off. `repeated`: steps made again later. `told`: every error message.",
-        "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows, "",
-    ])  # fmt: skip
+    half, repeated = (sum(getattr(s, name) for s in chaos.strikes) for name in ("half_written", "repeated"))
+    kills = len(chaos.strikes)
+    summary = (
+        f"**{kills} kills, {kills} restarts, {chaos.steps} steps, {half} half-written checkpoints left, "
+        f"{repeated} steps repeated, lost steps = {chaos.lost}, largest deviation of the loss "
+        f"{chaos.loss_deviation:.1e} (relative), of the final EMA weights {chaos.ema_deviation:.1e} (absolute).**"
+    )
+    method = f"""\
+It took {seconds / 60:.0f} min at a load of {os.getloadavg()[2]:.0f}. Recipe `tiny`, fp32, a checkpoint every
+{CHECKPOINT_EVERY} steps, {DISK_SECONDS} s per file. The calm run is one process at ZeRO-0 with the disk as it is."""
+    legend = f"""\
+`seconds`: from the blow to the end of the last rank, with nobody above the ranks to end them. A rank that dies before
+all are connected is waited for (`parallel.timeout_minutes={TIMEOUT_MINUTES}`). `half-written`: a checkpoint that the
+blow cut off. `repeated`: steps made again later. `told`: every error message."""
+    columns = "|blow|ranks|world, ep, ZeRO|exit codes|from step|to step|seconds|half-written|repeated|told".split("|")
+    blows = table(columns, [[i + 1, *strike.cells()] for i, strike in enumerate(chaos.strikes)])
+    faults = [f"FAULT: {fault}" for fault in chaos.faults()]
+    return page("Chaos", "benchmarks/chaos.py", sys.argv[1:], method, summary, *faults, legend, blows)
 
 
 def main() -> int:
@@ -381,12 +342,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         chaos = Chaos(args.kills, args.seed, args.keep or Path(temporary), args.max_world)
         chaos.measure()
-    print(summary(chaos))
-    for fault in (faults := chaos.faults()):
-        print(f"FAULT: {fault}", file=sys.stderr)
+    text = report(chaos, time.monotonic() - began)
+    print(text)
     if args.out:
-        args.out.write_text(report(chaos, time.monotonic() - began), encoding="utf-8")
-    return 1 if faults else 0
+        args.out.write_text(text, encoding="utf-8")
+    return 1 if chaos.faults() else 0
 
 
 if __name__ == "__main__":

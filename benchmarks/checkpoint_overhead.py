@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a checkpoint costs: the seconds training stands still, the seconds of writing behind it, GiB, slower steps.
+"""What a checkpoint costs: the seconds training stands still, the seconds of writing behind it, slower steps.
 
     python benchmarks/checkpoint_overhead.py                                         digits, 2 processes, ep 2, ZeRO-2
     python benchmarks/checkpoint_overhead.py --processes 8 --config imagenet256_promoe_xl --ds_config zero1 \\
@@ -13,21 +13,20 @@ being written behind them are compared with the others of the same run, by their
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import page, read_log, spread, table  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
 
-LINE = re.compile(r"checkpoint of step (\d+): (.*), ([\d.]+) s on the step, ([\d.]+) s behind")
+SAVED = re.compile(r"checkpoint of step (\d+): (.*), ([\d.]+) s on the step, ([\d.]+) s behind")
 
 
 def train(args: argparse.Namespace, run: Path) -> tuple[list[tuple[str, ...]], dict[int, float]]:
@@ -40,43 +39,31 @@ def train(args: argparse.Namespace, run: Path) -> tuple[list[tuple[str, ...]], d
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"the run failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return LINE.findall(done.stdout), {r["step"]: r["seconds_per_step"] for r in records}
+    return SAVED.findall(done.stdout), {r["step"]: r["seconds_per_step"] for r in read_log(run)}
 
 
-def during(saves: list[tuple[str, ...]], seconds: dict[int, float]) -> set[int]:
-    """The steps that run while a checkpoint is written."""
-    busy: set[int] = set()
+def rows(saves: list[tuple[str, ...]], seconds: dict[int, float], interval: int) -> dict[str, str]:
+    busy: set[int] = set()  # steps that run while a checkpoint is written
     for step, _, _, behind in saves:
         at, left = int(step) + 1, float(behind)
         while left > 0 and at in seconds:
             busy.add(at)
             left, at = left - seconds[at], at + 1
-    return busy
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def table(saves: list[tuple[str, ...]], seconds: dict[int, float], usual: int) -> str:
-    busy = during(saves, seconds)
-    warm = {step: value for step, value in seconds.items() if step > 5}
+    warm = {step: value for step, value in seconds.items() if step > 5}  # compilers and caches before
     blocked, behind = ([float(save[i]) for save in saves[:-1]] for i in (2, 3))  # the last is waited for
-    slow = statistics.median([v for s, v in warm.items() if s in busy] or [float("nan")])
-    quiet = statistics.median([v for s, v in warm.items() if s not in busy])
-    extra = len([s for s in warm if s in busy]) / max(1, len(blocked)) * max(0.0, slow - quiet)
-    share = (statistics.median(blocked) + extra) / (usual * quiet)
-    rows = {
-        "checkpoints measured": len(blocked),
+    quiet = median([value for step, value in warm.items() if step not in busy])
+    slow = [value for step, value in warm.items() if step in busy]
+    extra = len(slow) / len(blocked) * max(0.0, median(slow) - quiet) if slow else 0.0
+    share = (median(blocked) + extra) / (interval * quiet)
+    return {
+        "checkpoints measured": str(len(blocked)),
         "size": saves[0][1],
-        "on the step, s: median (range)": spread(blocked),
-        "behind, s: median (range)": spread(behind),
-        "a step, s: median, nothing being written": f"{quiet:.4f}",
-        "a step, s: median, while one is written": f"{slow:.4f}",
-        f"share of the time at the recipe's one checkpoint in {usual} steps": f"{100 * share:.2f} %",
+        "on the step, s": spread(blocked, ".3f"),
+        "behind, s": spread(behind, ".3f"),
+        "a step, s, nothing being written": f"{quiet:.4f}",
+        "a step, s, while one is written": f"{median(slow):.4f}" if slow else "-",
+        f"share of the time at the recipe's one checkpoint in {interval} steps": f"{share:.2%}",
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
 def main() -> int:
@@ -92,7 +79,9 @@ def main() -> int:
     args.overrides = args.overrides or [f"parallel.expert_parallel={args.processes}"]
     with tempfile.TemporaryDirectory(dir=args.runs) as folder:
         saves, seconds = train(args, Path(folder) / "run")
-    print(table(saves, seconds, load_config(args.config).train.checkpoint_every))
+    found = rows(saves, seconds, load_config(args.config).train.checkpoint_every)
+    title = "What a checkpoint costs"
+    print(page(title, "benchmarks/checkpoint_overhead.py", sys.argv[1:], table(["", "median"], found.items())))
     return 0
 
 

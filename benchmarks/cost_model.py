@@ -10,16 +10,16 @@ examples:
 A step of a rank is compute + exposed all-to-all + exposed gradient reduction + parameter gathering + optimizer:
 
   compute       FLOPs / (peak * efficiency); under expert parallelism routed FLOPs times the load of the busiest rank
-  all-to-all    4 exchanges a MoE layer and micro-batch, the slower of NVLink and network, each with its latency, hidden
-                behind `overlap` of the shared and unconditional experts' work that runs beside it, plus one exchange
-                of counts and one host synchronisation, not hidden
+  all-to-all    4 exchanges per MoE layer and micro-batch, the slower of NVLink and network, each with its latency,
+                hidden behind `overlap` of the shared and unconditional experts' work that runs beside it, plus one
+                exchange of counts and one host synchronisation, not hidden
   gradients     ring all-reduce (so DeepSpeed 0.19.8 at ZeRO 1 and 2), hidden behind `overlap` of the backward pass, but
                 while rows travel: the links are taken then
   parameters    all-gather after the step, not hidden
-  optimizer     32 bytes an element of this rank's share, from memory
+  optimizer     32 bytes per element of this rank's share, from memory
 
-Bytes are those of promoe_ds/costs/comm_volume.py, which a scaling study has compared with counted ones. --validate fits
-a time model to half of the topologies (world, ep) of a study and tests it on the others, which the fit has not seen.
+Bytes are those of promoe_ds/costs/comm_volume.py, which a scaling study compares with counted ones. --validate fits a
+time model to half of the topologies (world, ep) of a study and tests it on the others, which the fit has not seen.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -38,13 +38,15 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import integers, page, table  # noqa: E402
+from benchmarks.scaling_study import Measured, read_points  # noqa: E402
 from promoe_ds.config.batching import batch_plan  # noqa: E402
-from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
+from promoe_ds.config.schema import Config, reject  # noqa: E402
 from promoe_ds.costs import comm_volume, flops  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
+from promoe_ds.utils.command_line import Parser, guarded  # noqa: E402
 
-GIB, OPTIMIZER_BYTES = 2**30, 32
-"""read and written an element: weight, two moments, EMA in fp32"""
+OPTIMIZER_BYTES = 32  # read and written per element: weight, two moments, EMA in fp32
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Hardware:
     overlap: float
 
     def bandwidth(self, members: int, stride: int) -> float:
-        """Bytes/s a GPU in a ring over `members` ranks that are `stride` apart, all such rings at once.
+        """Bytes/s of a GPU in a ring over `members` ranks that are `stride` apart, all such rings at once.
 
         A ring that leaves a node does so once for each of its members there, each with a network card of its own.
         """
@@ -79,9 +81,8 @@ class Hardware:
         return max(sum(node(r) != node(peer) for peer in groups[r]) for r in ranks) / max(1, ep - 1)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Seconds of a step by part, and GiB a GPU."""
+class Prediction(NamedTuple):
+    """Seconds of a step by part, and GiB per GPU."""
 
     compute: float
     all_to_all: float
@@ -93,7 +94,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.all_to_all + self.gradients + self.parameters + self.optimizer
+        return sum(self[:5])
 
     @property
     def rate(self) -> float:
@@ -112,22 +113,7 @@ def compute_seconds(config: Config, hw: Hardware, images: int, ep: int, busiest:
     return images * (work + extra) / (hw.peak_tflops * 1e12 * hw.efficiency)
 
 
-def beside_exchanges(config: Config, images: float) -> tuple[float, float, float, float]:
-    """FLOPs that run beside the four exchanges of a layer (`moe/layer.py`), for `images` images of a micro-batch.
-
-    Shared experts beside the dispatch, unconditional ones beside the combine; their gradients, twice as many FLOPs,
-    beside the ways back.
-    """
-    moe = config.moe
-    assert moe is not None
-    an_expert = 2 * 2 * config.model.width * flops.expert_hidden(config) * config.model.tokens * images
-    shared = moe.num_shared * an_expert
-    null = moe.num_unconditional * config.diffusion.label_drop * an_expert if moe.conditional else 0.0
-    return shared, null, 2 * null, 2 * shared
-
-
-@dataclass(frozen=True)
-class Exchanges:
+class Exchanges(NamedTuple):
     """All exchanges of rows of a step."""
 
     exposed: float
@@ -137,15 +123,25 @@ class Exchanges:
 
 
 def exchanges(config: Config, hw: Hardware, world: int, ep: int, accumulation: int, busiest: float) -> Exchanges:
+    """Four exchanges per layer and micro-batch, with the work that `moe/layer.py` runs beside each.
+
+    Shared experts run beside the dispatch, unconditional ones beside the combine. Their gradients, twice as many FLOPs,
+    run beside the ways back.
+    """
+    moe = config.moe
+    assert moe is not None
     if ep == 1:
         return Exchanges(0.0, 0.0)
     times = accumulation * len(config.moe_layers())
-    sent = comm_volume.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes a rank and exchange
+    sent = comm_volume.all_to_all_expected(config, ep) / world / times / 4 * busiest  # bytes per rank and exchange
     far = hw.far(ep, world)
     travel = max((1 - far) * sent / (hw.intra_gbs * 1e9), far * sent / (hw.inter_gbs * 1e9)) + hw.latency_us * 1e-6
+    tokens = config.model.tokens * config.train.global_batch_size / world / accumulation
+    expert = 2 * 2 * config.model.width * flops.expert_hidden(config) * tokens
+    shared = moe.num_shared * expert
+    null = flops.num_unconditional(config) * config.diffusion.label_drop * expert
     speed = hw.peak_tflops * 1e12 * hw.efficiency
-    beside = beside_exchanges(config, config.train.global_batch_size / world / accumulation)
-    hidden = [min(travel, hw.overlap * work / speed) for work in beside]
+    hidden = [min(travel, hw.overlap * work / speed) for work in (shared, null, 2 * null, 2 * shared)]
     fixed = (hw.latency_us + hw.sync_us) * 1e-6
     return Exchanges(times * (4 * travel - sum(hidden) + fixed), times * sum(hidden[2:]))
 
@@ -158,8 +154,8 @@ def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
     return seconds + 2 * (replicas - 1) / replicas * routed / ep * size / hw.bandwidth(replicas, ep)
 
 
-def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, busiest: float = 1.0) -> Prediction:
-    """A step at ZeRO 1 or 2.
+def predict(config: Config, hw: Hardware, world: int, ep: int, busiest: float = 1.0) -> Prediction:
+    """A step at ZeRO 1.
 
     Args:
         config: its global batch is that of all `world` GPUs.
@@ -171,213 +167,147 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, stage: int = 1, b
     reduce = reduce_seconds(config, hw, world, ep)
     rows = exchanges(config, hw, world, ep, accumulation, busiest)
     hidden = hw.overlap * (compute * 2 / 3 - rows.backward)
-    dense, routed = comm_volume.trained(config)
-    held = (dense + routed) / world
-    memory = flops.memory_per_gpu(config, world, ep, stage, False, 100_000_000)
-    return Prediction(
-        compute,
-        rows.exposed,
-        max(0.0, reduce - hidden) + hw.latency_us * 1e-6,
-        reduce / 2,
-        OPTIMIZER_BYTES * held / (hw.memory_gbs * 1e9),
-        sum(memory.values()) / GIB,
-        batch,
-    )
+    gradients = max(0.0, reduce - hidden) + hw.latency_us * 1e-6
+    optimizer = OPTIMIZER_BYTES * sum(comm_volume.trained(config)) / world / (hw.memory_gbs * 1e9)
+    memory = sum(flops.memory_per_gpu(config, world, ep, 1, False, 100_000_000).values()) / 2**30
+    return Prediction(compute, rows.exposed, gradients, reduce / 2, optimizer, memory, batch)
 
 
-def crossover_images(config: Config, ratio: float = 1.0) -> float:
-    """Images a GPU a step below which the all-to-all of expert parallelism moves fewer bytes than it saves.
+def crossover_images(config: Config) -> float:
+    """Images per GPU and step below which the all-to-all of expert parallelism moves fewer bytes than it saves.
 
     4 K T D b_row L (1 - 1/ep) < 2 b_weight P_r (1 - 1/ep), with T tokens of conditional images; independent of ep, W.
-
-    Args:
-        ratio: bandwidth of the all-to-all over that of the gradient reduction.
     """
-    assert config.moe is not None
-    kept = 1 - config.diffusion.label_drop if config.moe.conditional else 1.0
-    tokens = config.model.tokens * kept * flops.experts_per_token(config)
-    an_image = 4 * tokens * config.model.width * comm_volume.row_bytes(config) * len(config.moe_layers())
-    return ratio * 2 * comm_volume.weight_bytes(config) * comm_volume.trained(config)[1] / an_image
+    ep = 2
+    per_image = comm_volume.all_to_all_expected(config, ep) / config.train.global_batch_size
+    return 2 * comm_volume.weight_bytes(config) * comm_volume.trained(config)[1] * (1 - 1 / ep) / per_image
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
-def sized(recipe: str, overrides: list[str], batch: int) -> Config:
-    return load_config(recipe, [*overrides, f"train.global_batch_size={batch}"])
-
-
-def table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int]) -> str:
-    """Images/s at each world and ep; the best is bold, and in brackets its ratio to ep 1."""
-    head = [
-        "GPUs",
-        "images a GPU",
-        *(f"ep {ep}" for ep in args.ep),
-        "best ep > 1 over ep 1",
-        "parts at ep 1 | and there",
-    ]
-    lines = [" | ".join(head), "|".join(["---"] * (len(head) + 1))]
+def rates_table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int]) -> str:
+    """Images/s at each world and ep, the best in bold, and the best ep > 1 compared with ep 1."""
+    rows, slower = [], 0
     for world, batch in batches.items():
         if batch % world:
             continue
-        config = sized(args.recipe, args.overrides, batch)
+        config = load_config(args.recipe, [*args.overrides, f"train.global_batch_size={batch}"])
         assert config.moe is not None
-        rows = {ep: predict(config, hw, world, ep, busiest=args.busiest) for ep in args.ep
-                if world % ep == 0 and config.moe.num_experts % ep == 0}  # fmt: skip
-        fits = {ep: p for ep, p in rows.items() if p.memory_gib <= hw.memory_gib}
+        found = {ep: predict(config, hw, world, ep, busiest=args.busiest) for ep in args.ep
+                 if world % ep == 0 and config.moe.num_experts % ep == 0}  # fmt: skip
+        fits = {ep: p for ep, p in found.items() if p.memory_gib <= hw.memory_gib}
         if not fits:
             continue
         best = max(fits, key=lambda ep: fits[ep].rate)
-        cells = [_cell(rows.get(ep), ep in fits, ep == best) for ep in args.ep]
-        other = max((ep for ep in fits if ep > 1), key=lambda ep: fits[ep].rate, default=1)
-        gain = fits[other].rate / rows[1].rate if 1 in fits else float("inf")
-        ratio = f"ep {other}: {'slower' if gain < 1 else 'faster'}, {gain:.2f}"
-        parts = f"{_parts(rows[1])} | {_parts(rows[other])}"
-        lines.append(" | ".join([str(world), str(batch // world), *cells, ratio, parts]))
-    slower = sum(": slower" in line for line in lines)
-    skipped = [str(world) for world, batch in batches.items() if batch % world]
-    verdict = f"\n\nNot divisible by the batch: {', '.join(skipped)} GPUs." if skipped else ""
-    verdict += f"\n\nExpert parallelism is slower than ep 1 in {slower} of {len(lines) - 2} rows."
-    return "\n".join(f"| {line} |" for line in lines) + verdict
+        cells = {ep: f"{p.rate:,.0f}" if ep in fits else f"needs {p.memory_gib:.0f} GiB" for ep, p in found.items()}
+        cells |= {ep: f"**{cells[ep]}**" for ep in cells if ep == best}
+        row = [world, batch // world, *(cells.get(ep, "-") for ep in args.ep)]
+        if 1 in fits and len(fits) > 1:
+            other = max((ep for ep in fits if ep > 1), key=lambda ep: fits[ep].rate)
+            gain = fits[other].rate / fits[1].rate
+            slower += gain < 1
+            row += [f"ep {other}: {'slower' if gain < 1 else 'faster'}, {gain:.2f}", parts(fits[1]), parts(fits[other])]
+        rows.append(row)
+    ends = ["best ep > 1 over ep 1", "parts at ep 1", "and there"]
+    text = table(["GPUs", "images per GPU", *(f"ep {ep}" for ep in args.ep), *ends], rows)
+    if skipped := [str(world) for world, batch in batches.items() if batch % world]:
+        text += f"\n\nNot divisible by the batch: {', '.join(skipped)} GPUs."
+    return f"{text}\n\nExpert parallelism is slower than ep 1 in {slower} of {len(rows)} rows."
 
 
-def _cell(p: Prediction | None, fits: bool, best: bool) -> str:
-    if p is None:
-        return "-"
-    text = f"{p.rate:,.0f}" if fits else f"needs {p.memory_gib:.0f} GiB"
-    return f"**{text}**" if best else text
+def parts(p: Prediction) -> str:
+    return " + ".join(f"{1000 * seconds:.1f}" for seconds in p[:5]) + " ms"
 
 
-def _parts(p: Prediction) -> str:
-    values = (p.compute, p.all_to_all, p.gradients, p.parameters, p.optimizer)
-    return " + ".join(f"{1000 * v:.1f}" for v in values) + " ms"
-
-
-# --------------------------------------------------------------------------------------------------------- validation
-
-
-def features(point, cores: int) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """[4] of a measured point on one machine: FLOPs a core, bytes, collectives times ranks, 1."""
+def features(point: Measured, cores: int) -> list[float]:
+    """[4] of a measured point on one machine: FLOPs per core, bytes, collectives times ranks, ranks."""
     config, world = point.config, point.world
     work = flops.train_flops(config, config.diffusion.label_drop) * point.batch / min(world, cores)
     sent = sum(point.sent(kind) for kind in ("all_to_all", "counts", "router_sums", "gradients", "parameters"))
     layers = len(config.moe_layers())
     calls = layers * 5 * (point.ep > 1) + 4 * (world > 1) + 2 * (world > 1 and point.routing == "learned")
-    return np.array([work / 1e9, sent / 1e6, calls * world, world])
+    return [work / 1e9, sent / 1e6, calls * world, world]
 
 
-def validate(folders: Iterable[Path], cores: int) -> str:
-    """Fit on every other topology (world, ep), test on the rest; whether the bytes of every point are the formula's.
+def validate(folders: list[Path], cores: int) -> str:
+    """Fit on every other topology (world, ep), test on the rest.
 
     Not on every other point: points that differ in the ZeRO stage or the study alone have nearly the same features.
     """
     from scipy.optimize import nnls
 
-    from benchmarks.scaling_report import read_points
-
     points = [p for folder in folders for p in read_points(folder, "--validate")]
-    wrong = {f"{p.world}/{p.ep}/{p.stage}": kinds for p in points if p.stage < 3 and (kinds := p.mismatches())}
-    x = np.array([features(p, cores) for p in points])
-    y = np.array([p.batch / p.rate for p in points])
     topologies = sorted({(p.world, p.ep) for p in points})
     if len(topologies) < 2:
         reject("--validate", ", ".join(map(str, folders)), "has one topology", "add points of other worlds or ep")
+    x, y = np.array([features(p, cores) for p in points]), np.array([p.batch / p.rate for p in points])
     test = np.array([topologies.index((p.world, p.ep)) % 2 == 1 for p in points])
-    fit = ~test
-    weight, _ = nnls(x[fit] / y[fit, None], np.ones(int(fit.sum())))  # relative errors
-    error = np.abs(x @ weight / y - 1)
-    equal = len(points) - len(wrong)
-    terms = ("ms/GFLOP a core", "ms/MB", "ms a collective and rank", "ms a rank")
+    weight, _ = nnls(x[~test] / y[~test, None], np.ones(int((~test).sum())))  # relative errors
+    predicted = x @ weight
+    error = np.abs(predicted / y - 1)
+    terms = ("ms/GFLOP per core", "ms/MB", "ms per collective and rank", "ms per rank")
     law = " + ".join(f"{1000 * w:.2f} {term}" for w, term in zip(weight, terms, strict=True))
-    lines = [
-        f"Bytes: {equal} of {len(points)} points equal the formula to the byte{f'; not {wrong}' if wrong else ''}.",
-        "",
-        f"Time: t = {law}, fitted on {fit.sum()} points (median error {median(error[fit]):.0%}), tested on the "
-        f"{test.sum()} of other topologies: median error {median(error[test]):.0%}, worst {error[test].max():.0%}.",
-        "",
-        "| world | ep | ZeRO | routing | measured ms | predicted ms | error | used for |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for i, p in enumerate(points):
-        lines.append(f"| {p.world} | {p.ep} | {p.stage} | {p.routing} | {1000 * y[i]:.1f} | {1000 * x[i] @ weight:.1f} "
-                     f"| {error[i]:.0%} | {'fit' if fit[i] else 'test'} |")  # fmt: skip
-    return "\n".join(lines)
+    rows = [[p.world, p.ep, p.stage, p.routing, f"{1000 * y[i]:.1f}", f"{1000 * predicted[i]:.1f}",
+             f"{error[i]:.0%}", "test" if test[i] else "fit"] for i, p in enumerate(points)]  # fmt: skip
+    columns = ["world", "ep", "ZeRO", "routing", "measured ms", "predicted ms", "error", "used for"]
+    return (
+        f"Time: t = {law}, fitted on {(~test).sum()} points (median error {median(error[~test]):.0%}), tested on the "
+        f"{test.sum()} of other topologies: median error {median(error[test]):.0%}, worst {error[test].max():.0%}.\n\n"
+        + table(columns, rows)
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- main
-
-
-def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(words: list[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="imagenet256_promoe_xl")
     parser.add_argument("--hardware", default="h100", help="a section of benchmarks/cost_model.yaml")
     parser.add_argument("--world", type=integers, default=[8, 16, 24, 48, 64, 96, 128, 192, 256, 512], metavar="8,16")
     parser.add_argument("--ep", type=integers, default=[1, 2, 3, 4, 6, 12], metavar="1,2,4")
-    parser.add_argument("--images", type=int, default=32, help="weak scaling: images a GPU a step (32)")
+    parser.add_argument("--images", type=int, default=32, help="weak scaling: images per GPU and step (32)")
     parser.add_argument("--batch", type=integers, default=[256, 1536], metavar="B", help="strong: global batches")
     parser.add_argument("--busiest", type=float, default=1.1, help="rows of the busiest rank over the mean (1.1)")
     parser.add_argument("--validate", type=Path, action="append", default=[], metavar="STUDY")
     parser.add_argument("--cores", type=int, default=2, help="of the machine the study ran on (2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(argv)
-    args.command = sys.argv[1:] if argv is None else argv
-    return args
+    return parser.parse_intermixed_args(words)
 
 
-def page(args: argparse.Namespace) -> str:
-    """The whole report as markdown. Raises ConfigError for unknown hardware or a dense recipe."""
-    from benchmarks.provenance import provenance
-
+def report(args: argparse.Namespace, words: list[str]) -> str:
+    """The whole page. Raises ConfigError for unknown hardware or a dense recipe."""
     known = yaml.safe_load((ROOT / "benchmarks/cost_model.yaml").read_text(encoding="utf-8"))
     if args.hardware not in known:
         reject("--hardware", args.hardware, "is not known", f"choose one of {', '.join(known)}")
     hw, config = Hardware(**known[args.hardware]), load_config(args.recipe, args.overrides)
     if config.moe is None:
         reject("--recipe", args.recipe, "is dense: there is nothing to shard", "choose a MoE recipe")
-    lines = [
-        f"# Cost model: {config.name} on {hw.name}",
-        "",
-        provenance("benchmarks/cost_model.py", args.command),
-        "",
-        "**Modelled, not measured.** Images/s of all GPUs; parts are compute + all-to-all + gradients + parameters +",
-        f"optimizer. The busiest rank has {args.busiest:g} times the mean rows. Assumptions: the program's docstring",
-        "and `benchmarks/cost_model.yaml`.",
-        "",
-        f"Crossover: below {crossover_images(config):.0f} images a GPU a step expert parallelism moves fewer bytes",
-        f"than it saves in gradients, below {1.5 * crossover_images(config):.0f} than in these and the parameters that "
-        "ZeRO gathers. That is bytes a GPU, not time: gradients can hide behind the backward pass, the",
-        "all-to-all not; and between nodes nothing is saved while ep stays in a node: each still holds every expert.",
-        "",
-        f"## Weak scaling, {args.images} images a GPU",
-        "",
-        table(args, hw, {world: world * args.images for world in args.world}),
-    ]
+    crossover = crossover_images(config)
+    text = f"""\
+**Modelled, not measured.** Images/s of all GPUs; parts are compute + all-to-all + gradients + parameters + optimizer.
+The busiest rank has {args.busiest:g} times the mean rows. Assumptions: the program's docstring and
+`benchmarks/cost_model.yaml`.
+
+Crossover: below {crossover:.0f} images per GPU and step, expert parallelism moves fewer bytes than it saves in
+gradients; below {1.5 * crossover:.0f}, fewer than it saves in gradients and in the parameters that ZeRO
+gathers. That is bytes per GPU, not time: gradients can hide behind the backward pass, the all-to-all cannot. Between
+nodes nothing is saved while ep stays within a node, because each node still holds every expert."""
+    weak = rates_table(args, hw, {world: world * args.images for world in args.world})
+    sections = [f"## Weak scaling, {args.images} images per GPU\n\n{weak}"]
     for batch in args.batch:
-        batches = {world: batch for world in args.world}
-        lines += ["", f"## Strong scaling, global batch {batch}", "", table(args, hw, batches)]
+        strong = rates_table(args, hw, {world: batch for world in args.world})
+        sections.append(f"## Strong scaling, global batch {batch}\n\n{strong}")
     if args.validate:
-        scope = "This tests the bytes, and a law of time for that machine; no time predicted above was ever measured."
-        lines += ["", "## Validation on measured points", "", scope, "", validate(args.validate, args.cores)]
-    return "\n".join(lines) + "\n"
+        scope = "This tests a law of time for the measured machine. No time predicted above was ever measured."
+        sections.append(f"## Validation on measured points\n\n{scope}\n\n{validate(args.validate, args.cores)}")
+    title = f"Cost model: {config.name} on {hw.name}"
+    return page(title, "benchmarks/cost_model.py", words, text, *sections)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        text = page(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(words: list[str]) -> None:
+    args = parse_args(words)
+    text = report(args, words)
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(run, sys.argv[1:]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 WINDOW_SECONDS = {"cuda": 0.25, "cpu": 0.0}
@@ -14,10 +14,11 @@ WINDOW_SECONDS = {"cuda": 0.25, "cpu": 0.0}
 
 
 class Clock:
-    """Marks between the parts of a step, without a wait between them."""
+    """Marks at the begin of a step and after each of its parts, without waiting between them."""
 
     def __init__(self, device: torch.device):
-        self.cuda, self.marks = device.type == "cuda", []
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
 
     def mark(self) -> None:
         if self.cuda:
@@ -27,33 +28,29 @@ class Clock:
         else:
             self.marks.append(time.perf_counter())
 
-    def seconds(self, parts: int) -> list[float]:
-        """Mean of each of `parts` intervals over the steps marked so far; forgets them."""
+    def seconds(self, steps: int) -> list[float]:
+        """Mean seconds of each part over the `steps` steps since the last call."""
         if self.cuda:
             torch.cuda.synchronize()
-        marks, self.marks = self.marks, []
-        steps = [marks[i : i + parts + 1] for i in range(0, len(marks), parts + 1)]
-        between = [[self._between(a, b) for a, b in zip(s, s[1:], strict=False)] for s in steps]
-        return [statistics.fmean(column) for column in zip(*between, strict=True)]
-
-    def _between(self, a: Any, b: Any) -> float:
-        return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+            self.marks = [self.marks[0].elapsed_time(event) / 1e3 for event in self.marks]
+        mark_SP = np.reshape(self.marks, (steps, -1))
+        self.marks = []
+        return np.diff(mark_SP, axis=1).mean(axis=0).tolist()
 
 
 Work = Callable[[Clock], None]
 """one step, which marks its begin and the end of each part"""
 
 
-def interleaved(systems: dict[str, Work], device: torch.device, rounds: int, parts: int) -> dict[str, Any]:
+def interleaved(systems: dict[str, Work], device: torch.device, rounds: int) -> dict[str, Any]:
     """Windows of each system in turn -> by system, seconds of each round by part, and peak GiB; or its failure."""
     clock, out, steps = Clock(device), {}, {}
     for name, work in systems.items():
         try:
             work(clock)  # warm-up
-            clock.seconds(parts)
+            clock.seconds(1)
             work(clock)
-            first = sum(clock.seconds(parts))
-            steps[name] = max(1, min(50, round(WINDOW_SECONDS[device.type] / first)))
+            steps[name] = max(1, min(50, round(WINDOW_SECONDS[device.type] / sum(clock.seconds(1)))))
             out[name] = {"rounds": [], "gib": None}
         except torch.OutOfMemoryError:
             out[name] = {"failed": "out of memory"}
@@ -65,7 +62,7 @@ def interleaved(systems: dict[str, Work], device: torch.device, rounds: int, par
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(number):
                 systems[name](clock)
-            out[name]["rounds"].append(clock.seconds(parts))
+            out[name]["rounds"].append(clock.seconds(number))
             if device.type == "cuda":
                 out[name]["gib"] = torch.cuda.max_memory_allocated() / 2**30
     return out

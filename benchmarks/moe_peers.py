@@ -2,13 +2,11 @@
 
 loop        Algorithm 1 of the paper, written straight: a loop over experts with masks, one over centroids
 deepspeed   DeepSpeed's native `MoE` (linear softmax gate, capacity 1.25: drops and pads), plus the shared expert
-megablocks  MegaBlocks' dMoE, plus the shared expert, where it can be imported
 gemms       the matrix products of our layer and nothing else: the floor
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,51 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.interleaved import Clock, Work
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.experts import grouped_mm
 from promoe_ds.moe.layer import LayerFacts, MoELayer
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import Router, Routing, RoutingContext
+from promoe_ds.moe.router import RoutingContext
 
-Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x [B, S, D] -> (output [B, S, D], auxiliary loss)"""
 
 
-class ForcedRouter(nn.Module):
-    """A router whose choice is overwritten: `uniform`, or `skewed` (every token to one expert, load skew E)."""
+def force_routing(layer: Any, kind: str) -> None:
+    """Overwrite the router's choice: `uniform`, or `skewed` (every token to one expert)."""
+    num_experts = len(layer.router.prototypes)
 
-    def __init__(self, router: Router, kind: str):
-        super().__init__()
-        self.router, self.kind = router, kind
+    def choose(expert_N: Tensor) -> Tensor:
+        uniform_N = counting(len(expert_N), expert_N.device) % num_experts
+        return uniform_N if kind == "uniform" else torch.zeros_like(expert_N)
 
-    @property
-    def prototypes(self) -> Tensor:
-        return self.router.prototypes  # type: ignore[return-value]
-
-    @property
-    def config(self) -> Any:
-        return self.router.config
-
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
-        routing = self.router(x_TD, S, ctx)
-        return routing._replace(expert_N=self.choice(routing.expert_N))
-
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
-        return self.router.losses(terms, load_LE, ctx)
-
-    def choice(self, expert_N: Tensor) -> Tensor:
-        if self.kind == "uniform":
-            return counting(len(expert_N), expert_N.device) % len(self.prototypes)
-        return torch.zeros_like(expert_N)
-
-
-def force_routing(model: nn.Module, kind: str) -> None:
-    """Make every MoE layer of the model route as `kind` says; `learned` undoes it."""
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            router = module.router.router if isinstance(module.router, ForcedRouter) else module.router
-            made: Any = router if kind == "learned" else ForcedRouter(router, kind)
-            module.router = made
+    layer.choose = choose
+    layer.router.register_forward_hook(lambda _, __, made: made._replace(expert_N=choose(made.expert_N)))
 
 
 def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
@@ -69,7 +43,7 @@ def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, experts.w1[i], b1), approximate="tanh"), experts.w2[i], b2)
 
 
-def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts]:
+def loop_layer(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts]:
     """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`, but for the
     terms of the losses: the loss itself."""
     router: Any = layer.router
@@ -79,9 +53,8 @@ def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Ten
     with torch.autocast(x_TD.device.type, enabled=False):
         z_TE = F.normalize(known_TD.float(), dim=-1) @ F.normalize(prototype_ED.float(), dim=-1).T
     weight_TK, expert_TK = z_TE.topk(1, dim=-1)
-    if isinstance(router, ForcedRouter):
-        expert_TK = router.choice(expert_TK.view(-1)).view(-1, 1)
-        weight_TK = weight_TK.clone()
+    if choose := getattr(layer, "choose", None):
+        expert_TK = choose(expert_TK.view(-1)).view(-1, 1)
     routed_TD = torch.zeros_like(known_TD, dtype=torch.float32)
     count_E = []
     for i in range(len(prototype_ED)):
@@ -129,7 +102,7 @@ def use_loop(model: nn.Module, on: bool) -> None:
                 router.__dict__.pop("losses", None)
 
 
-def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], None]:
+def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Work:
     """Forward and backward products of `layer` on x: no bias, no activation.
 
     An expert has as many rows as the router gives it; gradients go into fresh buffers.
@@ -138,34 +111,33 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], 
     dtype = experts.compute_dtype(device.type)
     x_TD = x_BSD.flatten(0, 1).detach()
     n = ctx.num_conditional * x_BSD.shape[1]
-    leaf = {
-        "known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype), "fp32": x_TD[:n].float(),
-        "h_known": x_TD.new_zeros(n, experts.hidden, dtype=dtype),
-        "h_null": x_TD.new_zeros(len(x_TD) - n, experts.hidden, dtype=dtype),
-        "h_all": x_TD.new_zeros(len(x_TD), experts.hidden, dtype=dtype),
-    }  # fmt: skip
-    leaf = {name: x.clone().requires_grad_() for name, x in leaf.items()}
+    inputs = {"known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype)}
+    inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    hiddens = {name: x.new_zeros(len(x), experts.hidden, requires_grad=True) for name, x in inputs.items()}
+    scored = x_TD[:n].float().clone().requires_grad_()
     grads: list[Tensor] = []
     with torch.no_grad():
         ends = layer(x_BSD, ctx)[1].end_E
 
-    def run() -> None:
+    def work(clock: Clock) -> None:
+        clock.mark()
         w1, w2 = experts.w1.to(dtype), experts.w2.to(dtype)
-        outs = [grouped_mm(leaf["known"], w1.transpose(1, 2), offs=ends),
-                grouped_mm(leaf["h_known"], w2.transpose(1, 2), offs=ends)]  # fmt: skip
+        outs = [grouped_mm(inputs["known"], w1.transpose(1, 2), offs=ends),
+                grouped_mm(hiddens["known"], w2.transpose(1, 2), offs=ends)]  # fmt: skip
         for name, mlps in (("null", layer.unconditional), ("all", layer.shared)):
             for mlp in mlps:
-                outs += [F.linear(leaf[name], mlp.fc1.weight.to(dtype)),
-                         F.linear(leaf[f"h_{name}"], mlp.fc2.weight.to(dtype))]  # fmt: skip
+                outs += [F.linear(inputs[name], mlp.fc1.weight.to(dtype)),
+                         F.linear(hiddens[name], mlp.fc2.weight.to(dtype))]  # fmt: skip
         with torch.autocast(device.type, enabled=False):
-            outs.append(leaf["fp32"] @ layer.router.prototypes.float().T)
+            outs.append(scored @ layer.router.prototypes.float().T)
         if not grads:
             grads.extend(torch.ones_like(y) for y in outs)
         torch.autograd.backward(outs, grads)
-        for x in (*leaf.values(), *layer.parameters()):
+        for x in (*inputs.values(), *hiddens.values(), scored, *layer.parameters()):
             x.grad = None
+        clock.mark()
 
-    return run
+    return work
 
 
 def deepspeed_layer(width: int, hidden: int, experts: int, device: torch.device) -> tuple[Step, nn.Module]:
@@ -179,27 +151,8 @@ def deepspeed_layer(width: int, hidden: int, experts: int, device: torch.device)
     moe.set_deepspeed_parallelism()
     module = nn.ModuleDict({"moe": moe, "shared": Mlp(width, hidden)}).to(device)
 
-    def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
         routed, aux, _ = module["moe"](x)
         return routed + module["shared"](x), aux
-
-    return step, module
-
-
-def megablocks_layer(width: int, hidden: int, experts: int, device: torch.device) -> tuple[Step, nn.Module]:
-    """MegaBlocks' dropless MoE with its grouped GEMM. Raises ImportError where it is absent or does not load."""
-    try:
-        Arguments = importlib.import_module("megablocks.layers.arguments").Arguments
-        dMoE = importlib.import_module("megablocks.layers.dmoe").dMoE
-    except Exception as error:  # its compiled parts fail in many ways
-        raise ImportError(f"megablocks: {type(error).__name__}: {error}") from error
-    arguments = Arguments(
-        hidden_size=width, ffn_hidden_size=hidden, moe_num_experts=experts, moe_top_k=1, mlp_type="mlp",
-        mlp_impl="grouped", bias=False, return_bias=False, device=device, bf16=True, fp16=False,
-    )  # fmt: skip
-    module = nn.ModuleDict({"moe": dMoE(arguments), "shared": Mlp(width, hidden)}).to(device)
-
-    def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return module["moe"](x.to(torch.bfloat16)) + module["shared"](x), None
 
     return step, module

@@ -1,11 +1,11 @@
 """Operators and host synchronisations of a piece of work, counted as it runs.
 
-Operators are what reaches the dispatcher below autograd: kernels and views alike (a view costs no kernel, but host
-time). A host synchronisation is a wait of the host for the device: on CUDA what torch itself reports, elsewhere the
-operators that would be one on CUDA: a scalar read, `nonzero`, an index by a boolean mask.
+Operators are what reaches the dispatcher below autograd: kernels, and views, which cost host time only. A host
+synchronisation is a wait of the host for the device: on CUDA what torch reports, elsewhere the operators that would
+wait on CUDA: a scalar read, `nonzero`, an index by a boolean mask.
 
-A forward pass is counted with gradients off, in training too: what autograd keeps of an operator's own result shows
-here as a `detach`, which the dispatcher never sees.
+Count a forward pass with gradients off: what autograd keeps of an operator's own result shows here as a `detach`,
+which the dispatcher never sees.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = frozenset(
-    "_unsafe_view alias as_strided detach diagonal expand narrow permute select slice split split_with_sizes squeeze t "
-    "transpose unbind unsqueeze view".split()
-)
 _READS = frozenset({"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "unique", "_unique2"})
 
 
@@ -46,11 +42,6 @@ class OperatorCount(TorchDispatchMode):
     @property
     def total(self) -> int:
         return self.names.total()
-
-    @property
-    def kernels(self) -> int:
-        """Operators that are not views."""
-        return sum(n for name, n in self.names.items() if name not in VIEWS)
 
 
 def count_operators(work: Callable[[], object]) -> OperatorCount:

@@ -1,25 +1,28 @@
 """Scores of a trained run on small real data: EMA loss, FD, an Inception-like score, label agreement.
 
-Legend: N images, B images of a batch, K classes.
+The judge is a small classifier trained on the data's own labels. Distances between its features compare runs on the
+same data in the same benchmark; they are no FID.
+Shape suffixes: N images, B images of a batch, H W pixels, C channels, K classes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from promoe_ds.checkpoint.load_weights import load_ema
 from promoe_ds.config.schema import Config
 from promoe_ds.data import ImageDataset
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.evaluation.features import Features
+from promoe_ds.evaluation.features import DigitsCNN, Features
 from promoe_ds.evaluation.images import Images
-from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, label_agreement
+from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, inception_score, label_agreement
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.router import RoutingContext
 from promoe_ds.sampling.generate import How, class_labels, draw_pixels, image_noise, to_pixels
@@ -28,22 +31,58 @@ SCORE_SEED = 1234
 """of the noise and the timesteps that every row is scored with"""
 
 
-class Judge(Protocol):
-    """A classifier of the data at hand: distances are taken between its features."""
+class LabelCNN:
+    """Seven 3x3 convolutions for images of 16 to 64 pixels, trained whenever it is built, with a fixed seed."""
 
-    name: str
-    accuracy: float
+    name = "label-cnn"
 
-    def features(self, images_NHWC: Images) -> Features: ...
+    def __init__(self, train: ImageDataset, held_out: ImageDataset, steps: int):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        layers: list[nn.Module] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            width = train.channels
+            for next_width, stride in zip([64, *[128] * 6], [1, 2, 1, 2, 1, 2, 1], strict=True):
+                conv = nn.Conv2d(width, next_width, 3, stride=stride, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(next_width), nn.ReLU()]
+                width = next_width
+            classify = nn.Linear(width, train.num_classes)
+            self._net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classify).to(self.device)
+        self._train(train, steps)
+        x_NCHW, label_N = held_out.get(np.arange(len(held_out)))
+        self.accuracy = label_agreement(self.logits(to_pixels(x_NCHW)), label_N.numpy())
 
-    def logits(self, images_NHWC: Images) -> Features: ...
+    def _train(self, data: ImageDataset, steps: int, batch: int = 256) -> None:
+        draw = np.random.default_rng(0)
+        optimizer = torch.optim.AdamW(self._net.parameters(), lr=3e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        for _ in range(steps):
+            x_NCHW, label_N = data.get(draw.integers(0, len(data), batch))
+            flip_N = torch.from_numpy(draw.random(batch) < 0.5)
+            x_NCHW = torch.where(flip_N[:, None, None, None], x_NCHW.flip(-1), x_NCHW).to(self.device)
+            loss = F.cross_entropy(self._net(x_NCHW), label_N.to(self.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        self._net.eval()
+
+    @torch.inference_mode()
+    def features(self, images_NHWC: Images) -> Features:
+        """uint8 [N, H, W, C] -> float32 [N, 128], the mean over the last feature map."""
+        out = []
+        for part_NHWC in np.split(images_NHWC, range(1024, len(images_NHWC), 1024)):
+            x_NCHW = torch.tensor(part_NHWC).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            out.append(self._net[:-1](x_NCHW).cpu())
+        return torch.cat(out).numpy()
+
+    @torch.inference_mode()
+    def logits(self, images_NHWC: Images) -> Features:
+        """uint8 [N, H, W, C] -> float32 [N, K]."""
+        return self._net[-1](torch.tensor(self.features(images_NHWC)).to(self.device)).cpu().numpy()
 
 
-def classifier_score(logits_NK: np.ndarray) -> float:
-    """exp of the mean KL(p(y|x) || p(y)), in [1, K]: the Inception score (arXiv:1606.03498) with another classifier."""
-    log_NK = torch.from_numpy(logits_NK).double().log_softmax(dim=1)
-    marginal_K = log_NK.exp().mean(dim=0).log()
-    return math.exp(float((log_NK.exp() * (log_NK - marginal_K)).sum(dim=1).mean()))
+Judge = DigitsCNN | LabelCNN
 
 
 @torch.no_grad()
@@ -62,34 +101,29 @@ def ema_loss(model: DiT, config: Config, data: ImageDataset, num: int, batch: in
         eps_BCHW = image_noise(SCORE_SEED, i_B, (m.channels, m.image_size, m.image_size))
         ctx = RoutingContext.build(label_B, m.num_classes, device)
         forward: Callable[..., Any] = lambda x, t, ctx=ctx: model(x, t, ctx)  # noqa: E731
-        _, losses = objective.loss(
-            forward, x_BCHW.to(device), eps_BCHW.to(device), torch.from_numpy(gauss_N[i_B]).to(device)
-        )
+        gauss_B = torch.from_numpy(gauss_N[i_B]).to(device)
+        _, losses = objective.loss(forward, x_BCHW.to(device), eps_BCHW.to(device), gauss_B)
         total += float(losses["diffusion"]) * len(i_B)
     return total / num
 
 
-def reference_images(data: ImageDataset, num: int) -> Images:
-    """Up to `num` real images, spread evenly over the data set, as uint8 NHWC."""
-    index = np.arange(min(num, len(data))) * len(data) // min(num, len(data))
-    return to_pixels(data.get(index)[0])
-
-
 def score_run(
-    run: Path, judge: Judge, data: ImageDataset, scales: list[float], num: int, steps: int | str, device: torch.device
+    run: Path, judge: Judge, data: ImageDataset, scales: list[float], num: int, steps: int | str
 ) -> dict[str, Any]:
     """All scores of a run's newest checkpoint, ready for JSON.
 
     Args:
         data: of the EMA loss and of the reference of FD.
         scales: guidance scales to sample at.
-        num: images a scale, and draws of the EMA loss.
+        num: images per scale, and draws of the EMA loss.
         steps: of the sampler.
     """
-    model, config, step = load_ema(run, device)
-    reference = gaussian_statistics(judge.features(reference_images(data, 10_000)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config, _ = load_ema(run, device)
+    real = min(10_000, len(data))
+    reference = gaussian_statistics(judge.features(to_pixels(data.get(np.arange(real) * len(data) // real)[0])))
     labels_N, batch = class_labels(num, config.model.num_classes), 256
-    out: dict[str, Any] = {"step": step, "sampler_steps": steps}
+    out: dict[str, Any] = {"judge": judge.name, "judge_accuracy": judge.accuracy}
     out["ema_loss"] = ema_loss(model, config, data, num, batch, device)
     for scale in scales:
         how = How(scale, steps, SCORE_SEED, batch)
@@ -97,7 +131,7 @@ def score_run(
         logits_NK = judge.logits(images_NHWC)
         out[f"cfg{scale}"] = {
             "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *reference),
-            "is": classifier_score(logits_NK),
+            "is": inception_score(logits_NK, split=num),
             "agreement": label_agreement(logits_NK, labels_N),
         }
     return out

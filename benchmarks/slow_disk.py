@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from promoe_ds.utils import signals  # noqa: E402
+from promoe_ds.utils import signals
 
 signals.listen()
 

@@ -1,30 +1,29 @@
 """Speed of the MoE layer, of the training step and of sampling, against peers, in one run.
 
     make bench-gpu                                                  # everything below on one GPU, in 8 minutes
-    python benchmarks/throughput.py --section step --sizes s --micro 8 --precision fp32 --threads 2
+    OMP_NUM_THREADS=2 python benchmarks/throughput.py --section step --sizes s --micro 8 --precision fp32
     python benchmarks/throughput.py --section layer --sizes s,xl --routing learned,uniform,skewed
-    python benchmarks/throughput.py --table                         # only print what was measured before
+    python benchmarks/throughput.py --minutes 0                     # only print what was measured before
 
 Systems take turns, a window each, several rounds; a figure is the median over the rounds, with the lowest and the
-highest. Weights and inputs are random, so no files are needed. Points already measured are skipped (`--fresh` forgets
-them), and none is begun after `--minutes`. The table is printed last.
+highest. Weights and inputs are random, so no files are needed. Points already measured are skipped (remove --out to
+forget them), and none is begun after --minutes. The table is printed last.
 
 The training step here is forward, backward, gradient norm with clipping, fused AdamW and the EMA, without DeepSpeed's
 engine and without data loading: the same for every system. `promoe paper loop` is Algorithm 1 of the paper on the
-parameters of `promoe`;
-`dense` is Dense-DiT at the same activated size; `compiled` is with `train.compile`. benchmarks/moe_peers.py has the
-peers, and what they leave out.
+parameters of `promoe`; `dense` is Dense-DiT at the same activated size; `compiled` is with `train.compile`.
+benchmarks/moe_peers.py has the peers, and what they leave out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,41 +32,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import moe_peers, throughput_table
+from benchmarks import moe_peers
+from benchmarks.common import facts, integers, load_points, page, save_point, spread, table, words_of
 from benchmarks.interleaved import Clock, Work, interleaved
 from benchmarks.op_counting import count_operators, host_syncs
-from benchmarks.provenance import facts, provenance
-from benchmarks.throughput_options import arguments
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.schema import reject
 from promoe_ds.costs import flops
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
 from promoe_ds.moe.dispatch import segment_sizes
+from promoe_ds.moe.experts import backend_problem
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import RoutingContext, auxiliary_losses
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import How, draw_pixels
-from promoe_ds.utils.command_line import guarded, leave
+from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave
 from promoe_ds.utils.files import write_text
 
 NULL, DROP = moe_peers.NULL_LABEL, 0.1
-PARTS = ("forward", "backward", "optimizer")
-FACTS = "facts.json"
-"""commit, versions, device and rounds of each point"""
+SAMPLER_STEPS, TIMED_STEPS = 250, 4
 
 
-# ---------------------------------------------------------------------------------------------------------- material
+@torch.no_grad()
+def draw_weights(module: nn.Module) -> None:
+    """N(0, 0.02) for every parameter, so that adaLN does something."""
+    for p in module.parameters():
+        p.normal_(0, 0.02)
 
 
-def make_model(config: Config, device: torch.device) -> Any:
-    """Weights N(0, 0.02), drawn on the device: adaLN is awake, and XL is there in a second."""
-    model = build(config).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.02, generator=generator)
+def make_model(recipe: str, device: torch.device, *overrides: str) -> Any:
+    model = build(load_config(f"imagenet256_{recipe}", overrides)).to_empty(device=device)
+    draw_weights(model)
     return model.train()
 
 
@@ -76,10 +73,6 @@ def twin(model: Any) -> Any:
     other = build(model.config)
     other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     return other.train()
-
-
-def optimizer(model: Any) -> AdamWithEMA:
-    return AdamWithEMA([p for p in model.parameters() if p.requires_grad], model.config.optimizer)
 
 
 def labels(images: int) -> Tensor:
@@ -91,6 +84,10 @@ def labels(images: int) -> Tensor:
 
 def context(images: int, device: torch.device) -> RoutingContext:
     return RoutingContext.build(labels(images), NULL, device)
+
+
+def backends(device: torch.device) -> list[str]:
+    return [name for name in ("grouped_mm", "loop", "megablocks") if backend_problem(name, device.type) is None]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -122,112 +119,27 @@ def train_step(model: Any, adam: AdamWithEMA, images: int, device: torch.device,
 
 def layer_step(module: nn.Module, step: moe_peers.Step, x: Tensor, precision: str) -> Work:
     """Forward and backward of one layer, gradients of its parameters and of its input."""
+    probe = torch.randn_like(x)
 
     def work(clock: Clock) -> None:
         clock.mark()
         with autocast(x.device, precision):
             y, aux = step(x)
         clock.mark()
-        torch.autograd.backward(
-            [y, *([aux] if aux is not None else [])], [probe.to(y.dtype), None][: 1 + (aux is not None)]
-        )
+        torch.autograd.backward([y, aux], [probe.to(y.dtype), None])
         for p in (x, *module.parameters()):
             p.grad = None
         clock.mark()
 
-    probe = torch.randn_like(x)
     return work
 
 
-# ---------------------------------------------------------------------------------------------------------- sections
-
-
-def with_backend(layer: Any, backend: str) -> moe_peers.Step:
-    def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        layer.routed.experts.backend = backend
-        y, (terms, end_E, _) = layer(x, ctx)
-        return y, auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)["routing_contrastive"].sum()
-
-    ctx = layer.bench_context
-    return step
-
-
-def layer_systems(config: Config, images: int, precision: str, routing: str, device: torch.device) -> dict[str, Work]:
-    layer: Any = make_model_layer(config, device)
-    moe_peers.force_routing(layer, routing)
-    x = torch.randn(images, config.model.tokens, config.model.width, device=device, requires_grad=True)
-    ctx = layer.bench_context = context(images, device)
-
-    def loop(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y, (losses, _, _) = moe_peers.loop_layer(layer, x, ctx)
-        return y, losses["routing_contrastive"]
-
-    systems = {
-        f"promoe {name}": layer_step(layer, with_backend(layer, name), x, precision) for name in backends(device)
-    }
-    if routing == "learned":
-        compiled: Any = compile_whole(copy.deepcopy(layer))
-        systems["promoe compiled"] = layer_step(compiled, with_backend(compiled, "grouped_mm"), x, precision)
-    systems["paper loop"] = layer_step(layer, loop, x, precision)
-    with autocast(device, precision):
-        gemms = moe_peers.gemms_alone(layer, x, ctx)
-
-    def floor(clock: Clock) -> None:
-        clock.mark()
-        gemms()
-        clock.mark()
-        clock.mark()
-
-    systems["gemms alone"] = floor
-    if routing == "learned":
-        hidden, experts = flops.expert_hidden(config), config.moe.num_experts  # type: ignore[union-attr]
-        for name, make in (("deepspeed", moe_peers.deepspeed_layer), ("megablocks", moe_peers.megablocks_layer)):
-            try:
-                step, module = make(config.model.width, hidden, experts, device)
-                systems[name] = layer_step(module, step, x, precision)
-            except ImportError as error:
-                print(f"  {name} is left out: {error}", flush=True)
-    return systems
-
-
-def backends(device: torch.device) -> list[str]:
-    from promoe_ds.moe.experts import backend_problem
-
-    return [name for name in ("grouped_mm", "loop", "megablocks") if backend_problem(name, device.type) is None]
-
-
-def make_model_layer(config: Config, device: torch.device) -> MoELayer:
-    layer = MoELayer(config).to(device)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(0, 0.02)
-    return layer
-
-
-def layers(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for routing in args.routing:
-        for size, micro, precision in points(args):
-            config = load_config(f"imagenet256_promoe_{size}")
-            name = f"{size} {precision} micro {micro} {routing}"
-            yield (
-                name,
-                lambda c=config, m=micro, p=precision, r=routing: interleaved(
-                    layer_systems(c, m, p, r, args.device), args.device, args.rounds, 2
-                ),
-            )
-
-
-def points(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
-    for precision in args.precision:
-        for size in args.sizes:
-            for micro in args.micro:
-                if micro == args.micro[0] or size in (args.sizes[0], args.sizes[-1]):  # a list for the ends alone
-                    yield size, micro, precision
-
-
 def step_systems(size: str, images: int, precision: str, device: torch.device) -> dict[str, Work]:
-    dense, promoe = (make_model(load_config(f"imagenet256_{name}_{size}"), device) for name in ("dense", "promoe"))
-    adams = {"dense": optimizer(dense), "promoe": optimizer(promoe)}
+    dense, promoe = (make_model(f"{name}_{size}", device) for name in ("dense", "promoe"))
+    adams = {
+        name: AdamWithEMA([p for p in model.parameters() if p.requires_grad], model.config.optimizer)
+        for name, model in (("dense", dense), ("promoe", promoe))
+    }
     step = train_step(promoe, adams["promoe"], images, device, precision)
 
     def variant(backend: str, loop: bool) -> Work:
@@ -247,140 +159,230 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
     return systems | {"promoe paper loop": variant("loop", True)}
 
 
-def steps(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for size, micro, precision in points(args):
-        name = f"{size} {precision} micro {micro}"
-        yield (
-            name,
-            lambda s=size, m=micro, p=precision: interleaved(
-                step_systems(s, m, p, args.device), args.device, args.rounds, len(PARTS)
-            ),
-        )
+def layer_systems(size: str, images: int, precision: str, routing: str, device: torch.device) -> dict[str, Work]:
+    config = load_config(f"imagenet256_promoe_{size}")
+    layer: Any = MoELayer(config).to(device)
+    draw_weights(layer)
+    if routing != "learned":
+        moe_peers.force_routing(layer, routing)
+    x = torch.randn(images, config.model.tokens, config.model.width, device=device, requires_grad=True)
+    ctx = context(images, device)
+
+    def ours(layer: Any, backend: str) -> Work:
+        def step(x: Tensor) -> tuple[Tensor, Tensor]:
+            layer.routed.experts.backend = backend
+            y, (terms, end_E, _) = layer(x, ctx)
+            losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)
+            return y, losses["routing_contrastive"].sum()
+
+        return layer_step(layer, step, x, precision)
+
+    def loop(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, (losses, _, _) = moe_peers.loop_layer(layer, x, ctx)
+        return y, losses["routing_contrastive"]
+
+    with autocast(device, precision):
+        floor = moe_peers.gemms_alone(layer, x, ctx)
+    systems = {f"promoe {name}": ours(layer, name) for name in backends(device)}
+    if routing == "learned":
+        systems["promoe compiled"] = ours(compile_whole(copy.deepcopy(layer)), "grouped_mm")
+    systems |= {"paper loop": layer_step(layer, loop, x, precision), "gemms alone": floor}
+    if routing == "learned":
+        hidden, experts = flops.expert_hidden(config), config.moe.num_experts  # type: ignore[union-attr]
+        step, module = moe_peers.deepspeed_layer(config.model.width, hidden, experts, device)
+        systems["deepspeed"] = layer_step(module, step, x, precision)
+    return systems
 
 
-def counts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Operators of a forward pass and host syncs of forward and backward, 4 images of 64 tokens."""
+def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, Work]:
+    """A few Euler steps with guidance 1.5, both halves in one forward."""
 
-    def one(size: str) -> dict[str, Any]:
-        out = {}
-        for name, recipe, loop in (
-            ("dense", "dense", False),
-            ("promoe", "promoe", False),
-            ("paper loop", "promoe", True),
-        ):
-            config = load_config(f"imagenet256_{recipe}_{size}", ["model.image_size=16"])
-            model = make_model(config, args.device)
-            moe_peers.use_loop(model, loop)
-            x, t = torch.randn(4, 4, 16, 16, device=args.device), torch.rand(4, device=args.device) * 1000
-            ctx = context(4, args.device)
-            output: Any = None
+    def sampling(name: str) -> Work:
+        model = make_model(f"{name}_{size}", device).eval()
+        how = How(1.5, TIMED_STEPS, batch=images, precision="bf16" if device.type == "cuda" else "fp32")
 
-            def forward(model: Any = model, x: Tensor = x, t: Tensor = t, ctx: RoutingContext = ctx) -> Any:
-                return model(x, t, ctx)
+        def work(clock: Clock) -> None:
+            clock.mark()
+            draw_pixels(model, model.config, np.arange(images) % 1000, np.arange(images), how, device)
+            clock.mark()
 
-            def both(forward: Any = forward) -> None:
-                output = forward()
-                (output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())).backward()
+        return work
 
-            both()
-            output = forward()
-            total = output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())
-            backward = count_operators(total.backward)
-            with torch.no_grad():
-                train = count_operators(forward)
-                model.eval()
-                infer = count_operators(forward)
-            model.train()
-            out[name] = {"evaluation": infer.total, "training": train.total, "kernels": train.kernels,
-                         "backward": backward.total, "syncs": host_syncs(both, args.device)}  # fmt: skip
-        return out
-
-    for size in args.sizes:
-        yield size, lambda s=size: one(s)
+    return {name: sampling(name) for name in ("dense", "promoe")}
 
 
-def samples(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Euler with guidance 1.5, both halves in one forward; the time of a step is measured, 250 make an image."""
-
-    def one(size: str) -> dict[str, Any]:
-        device, images, out = args.device, args.sample_batch, {}
-        for name in ("dense", "promoe"):
-            config = load_config(f"imagenet256_{name}_{size}")
-            model = make_model(config, device).eval()
-
-            def work(clock: Clock, model: Any = model, config: Config = config) -> None:
-                clock.mark()
-                labels, rows = np.arange(images) % 1000, np.arange(images)
-                precision = "bf16" if device.type == "cuda" else "fp32"
-                how = How(1.5, args.sample_steps, batch=images, precision=precision)
-                with torch.no_grad():
-                    draw_pixels(model, config, labels, rows, how, device)
-                clock.mark()
-
-            out |= interleaved({name: work}, device, args.rounds, 1)
-        return out | {"images": images, "steps": args.sample_steps}
-
-    for size in dict.fromkeys((args.sizes[0], args.sizes[-1])):
-        yield size, lambda s=size: one(s)
+def counts(size: str, device: torch.device) -> dict[str, Any]:
+    """Operators of each model's forward and backward pass, and host syncs of both."""
+    dense, promoe = (make_model(f"{name}_{size}", device, "model.image_size=16") for name in ("dense", "promoe"))
+    out = {"dense": count_passes(dense, device), "promoe": count_passes(promoe, device)}
+    moe_peers.use_loop(promoe, True)
+    return out | {"paper loop": count_passes(promoe, device)}
 
 
-SECTIONS = {"counts": counts, "step": steps, "layer": layers, "sampling": samples}
+def count_passes(model: Any, device: torch.device) -> dict[str, int]:
+    """On 4 images of 64 tokens."""
+    x, t = torch.randn(4, 4, 16, 16, device=device), torch.rand(4, device=device) * 1000
+    ctx = context(4, device)
+
+    def forward() -> Any:
+        return model(x, t, ctx)
+
+    def loss() -> Tensor:
+        output = forward()
+        return output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())
+
+    loss().backward()  # constants are made once
+    backward, syncs = count_operators(loss().backward), host_syncs(lambda: loss().backward(), device)
+    with torch.no_grad():
+        training = count_operators(forward)
+        model.eval()
+        evaluation = count_operators(forward)
+        model.train()
+    return {"evaluation": evaluation.total, "training": training.total, "backward": backward.total, "syncs": syncs}
+
+
+def points(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name of each point and what measures it, section by section."""
+    ends = {args.sizes[0], args.sizes[-1]}
+    shapes = [(size, precision, micro) for precision in args.precision for size in args.sizes for micro in args.micro
+              if micro == args.micro[0] or size in ends]  # fmt: skip
+
+    def timed(systems: Callable[..., dict[str, Work]], *of: Any) -> Callable[[], dict[str, Any]]:
+        return lambda: interleaved(systems(*of, args.device), args.device, args.rounds)
+
+    for section in args.section:
+        if section == "counts":
+            for size in args.sizes:
+                yield f"counts {size}", lambda size=size: counts(size, args.device)
+        elif section == "step":
+            for size, precision, micro in shapes:
+                yield f"step {size} {precision} micro {micro}", timed(step_systems, size, micro, precision)
+        elif section == "layer":
+            for routing in args.routing:
+                for size, precision, micro in shapes:
+                    name = f"layer {size} {precision} micro {micro} {routing}"
+                    yield name, timed(layer_systems, size, micro, precision, routing)
+        else:
+            batch = 64 if args.device.type == "cuda" else 2
+            for size in sorted(ends, key=args.sizes.index):
+                yield f"sampling {size} batch {batch}", timed(sampling_systems, size, batch)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Every point of the chosen sections that has no result yet, until the time is over."""
-    end, here = time.monotonic() + 60 * args.minutes, facts() | {"rounds": str(args.rounds)}
-    forget = args.section if args.fresh else []
-    figures = {name: {} if name in forget else load_json(args.out / f"{name}.json") for name in SECTIONS}
-    known = load_json(args.out / FACTS)
-    for section in args.section:
-        done = figures[section]
-        for name, work in SECTIONS[section](args):
-            if name in done:
-                continue
-            if time.monotonic() > end:
-                print(f"{section} {name}: no time left; run again to go on", flush=True)
-                continue
-            start = time.monotonic()
-            done[name] = work()
-            print(f"{section} {name}: {time.monotonic() - start:.0f} s", flush=True)
-            known[f"{section} {name}"] = here
-            write_text(args.out / f"{section}.json", json.dumps(done, indent=1) + "\n")
-            write_text(args.out / FACTS, json.dumps(known, indent=1) + "\n")
-            if args.device.type == "cuda":
-                torch.cuda.empty_cache()
+    """Every point that has no result yet, until the time is over."""
+    end, done = time.monotonic() + 60 * args.minutes, load_points(args.out)
+    for name, work in points(args):
+        if name in done:
+            continue
+        if time.monotonic() > end:
+            return print("no time left; run again to go on", flush=True)
+        start = time.monotonic()
+        save_point(args.out, name, {"facts": facts() | {"rounds": str(args.rounds)}, "systems": work()})
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """What the file holds, nothing if it is not there. Raises `ConfigError` for a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        reject("--out", path, f"is damaged ({error})", "remove the file, or forget its section with --fresh")
+def over(systems: dict[str, Any], slow: str, fast: str) -> str:
+    """Time of one system over that of another, round by round: both saw the same machine."""
+    pair = [systems.get(name, {}).get("rounds") for name in (slow, fast)]
+    return spread([sum(a) / sum(b) for a, b in zip(*pair, strict=True)], ".2f") if all(pair) else ""
 
 
-def head(folder: Path, words: list[str]) -> str:
-    """Where the figures in the folder come from: one row a kind of fact, of all points that are there now."""
-    points = {f"{name} {point}" for name in SECTIONS for point in load_json(folder / f"{name}.json")}
-    if not points:
-        reject("--out", folder, "holds no figures", "run without --table")
-    known, unknown = load_json(folder / FACTS), dict.fromkeys(("commit", "versions", "device", "rounds"), "unknown")
-    return provenance("benchmarks/throughput.py", words, [known.get(point, unknown) for point in sorted(points)])
+def parts_and_memory(found: dict[str, Any]) -> list[str]:
+    parts = [f"{1e3 * median(part):.3g}" for part in zip(*found["rounds"], strict=True)]
+    return [" / ".join(parts), f"{found['gib']:.1f}" if found["gib"] else ""]
+
+
+def step_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
+    (size, *_, micro), found = point.split(), systems[name]
+    config = load_config(f"imagenet256_{'dense' if name.startswith('dense') else 'promoe'}_{size}")
+    rate = [int(micro) / sum(r) for r in found["rounds"]]
+    mfu = f"{median(rate) * flops.train_flops(config, DROP) / peak:.1%}" if peak else ""
+    loop = over(systems, "promoe paper loop", name)
+    return [spread(rate), *parts_and_memory(found), mfu, over(systems, "dense", name), loop]
+
+
+def layer_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
+    time = spread([1e3 * sum(r) for r in systems[name]["rounds"]])
+    loop, floor = over(systems, "paper loop", name), over(systems, name, "gemms alone")
+    return [time, *parts_and_memory(systems[name]), loop, floor]
+
+
+def counts_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
+    found, dense = systems[name], systems["dense"]
+    ratios = [f"{found[key]} ({found[key] / dense[key]:.2f}x)" for key in dense if key != "syncs"]
+    return [*ratios, str(found["syncs"])]
+
+
+def sampling_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
+    images = int(point.split()[-1]) * TIMED_STEPS / SAMPLER_STEPS
+    return [spread([images / sum(r) for r in systems[name]["rounds"]])]
+
+
+SECTIONS = {
+    "step": ("Training step", step_row, ["images/s", "forward / backward / optimizer, ms", "peak GiB", "MFU",
+             "speed over dense", "speed over the paper's loop"]),
+    "layer": ("MoE layer, forward and backward", layer_row, ["ms", "forward / backward, ms", "peak GiB",
+              "speed over the paper's loop", "time over its GEMMs alone"]),
+    "counts": ("Operators of one pass, and over Dense-DiT's", counts_row, ["forward, evaluation", "forward, training",
+               "backward", "host syncs per step"]),
+    "sampling": ("Sampling: 250 Euler steps, guidance 1.5", sampling_row, ["images/s"]),
+}  # fmt: skip
+
+
+def tables(found: dict[str, dict[str, Any]], peak: float | None) -> Iterator[str]:
+    for section, (title, row, columns) in SECTIONS.items():
+        rows = []
+        for point in (name for name in found if name.startswith(section)):
+            systems, point = found[point]["systems"], point.removeprefix(f"{section} ")
+            for name in systems:
+                failed = systems[name].get("failed")
+                rows.append([point, name, *([failed] if failed else row(point, name, systems, peak))])
+        if rows:
+            yield f"## {title}\n\n{table(['point', 'system', *columns], rows)}"
+
+
+def parse_args(words: list[str]) -> argparse.Namespace:
+    """Options, with the defaults of this machine. Raises `ConfigError`."""
+    gpu = torch.cuda.is_available()
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes, routings = ("s", "b", "l", "xl"), ("learned", "uniform", "skewed")
+    for name, known, default in (("section", ("counts", "step", "layer", "sampling"), None),
+                                 ("sizes", sizes, sizes if gpu else ["s"]), ("routing", routings, None),
+                                 ("precision", ("fp32", "bf16"), ["bf16" if gpu else "fp32"])):  # fmt: skip
+        help = f"of {','.join(known)}; default {','.join(default or known)}"
+        parser.add_argument(f"--{name}", type=words_of(*known), default=list(default or known), help=help)
+    micro = [64, 8, 32, 128] if gpu else [8]
+    parser.add_argument("--micro", type=integers, default=micro, help="images; all but the first at the end sizes only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no point after them")
+    parser.add_argument("--out", type=Path, help="folder of the figures; default runs/throughput_cpu or _gpu")
+    parser.add_argument("--page", type=Path, help="the table, also printed; default page.md in that folder")
+    args = parser.parse_args(words)
+    check_positive(args, "rounds")
+    args.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    args.out = args.out or Path("runs/throughput_gpu" if gpu else "runs/throughput_cpu")
+    args.page = args.page or args.out / "page.md"
+    if args.out.exists() and not args.out.is_dir():
+        reject("--out", args.out, "is not a folder", "choose another")
+    if args.page.is_dir() or (args.page.parent != args.out and not args.page.parent.is_dir()):
+        reject("--page", args.page, "is a folder, or lies in none", "name a file in a folder that is there")
+    return args
 
 
 def run(words: list[str]) -> None:
-    args = arguments(str(__doc__), words)
+    args = parse_args(words)
     torch.manual_seed(0)
-    if args.device.type == "cpu":
-        torch.set_num_threads(args.threads)
-    if not args.table:
-        args.out.mkdir(parents=True, exist_ok=True)
-        measure(args)
-    page = throughput_table.page(args.out, head(args.out, words), args.device)
-    write_text(args.page, page + "\n")
-    print(page)
+    measure(args)
+    found = load_points(args.out)
+    if not found:
+        reject("--out", args.out, "holds no figures", "allow more --minutes")
+    peak = flops.device_peak(torch.cuda.get_device_name()) if args.device.type == "cuda" else None
+    measured = [point["facts"] for point in found.values()]
+    text = page("Throughput", "benchmarks/throughput.py", words, *tables(found, peak), measured=measured)
+    write_text(args.page, text)
+    print(text)
 
 
 if __name__ == "__main__":

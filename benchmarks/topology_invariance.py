@@ -11,152 +11,138 @@ weights 1e-5 absolute.
 from __future__ import annotations
 
 import argparse
-import json
+import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.processes import run_to_end  # noqa: E402
+from benchmarks.common import ema_difference, page, read_log, table  # noqa: E402
 
-TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-4, "ema": 1e-5}
+GLOBAL_BATCH = 32
+NO_CONTRASTIVE = "moe.router.contrastive_weight=0"
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     world: int
     ep: int
     stage: int
     micro: int
-    overrides: tuple[str, ...] = ()
+    override: str = ""
 
     @property
     def name(self) -> str:
-        return "-".join(map(str, (self.world, self.ep, self.stage, self.micro, *self.overrides)))
+        return "-".join(map(str, self))
+
+    @property
+    def reference(self) -> Case:
+        return Case(1, 1, 0, 32, self.override)
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """Largest relative deviation from the reference over all steps (loss, grad_norm); absolute of the final EMA."""
+CASES = [
+    Case(1, 1, 2, 32),
+    Case(2, 1, 1, 16),
+    Case(2, 2, 0, 16),
+    Case(2, 2, 2, 16),
+    Case(2, 2, 3, 16),
+    Case(4, 2, 0, 8),
+    Case(4, 2, 2, 8),
+    Case(4, 4, 1, 8),
+    Case(4, 2, 3, 8),
+    # The routing contrastive loss is nonlinear in the micro-batch, so accumulation is compared without it.
+    Case(2, 2, 2, 8, NO_CONTRASTIVE),
+    Case(2, 2, 0, 8, NO_CONTRASTIVE),
+    Case(2, 2, 1, 8, NO_CONTRASTIVE),
+    Case(2, 2, 3, 8, NO_CONTRASTIVE),
+]
+REFERENCE = CASES[0].reference
+
+
+class Deviation(NamedTuple):
+    """Largest deviation from the reference over all steps, relative (loss, grad_norm); of the final EMA, absolute."""
 
     loss: float
     grad_norm: float
     ema: float
 
     def within(self) -> bool:
-        return all(getattr(self, key) <= limit for key, limit in TOLERANCE.items())
+        return all(found <= limit for found, limit in zip(self, TOLERANCE, strict=True))
 
 
-GLOBAL_BATCH = 32
-WITHOUT_CONTRASTIVE = ("moe.router.contrastive_weight=0",)
-REFERENCE = Case(1, 1, 0, 32)
-REFERENCE_ACCUMULATION = Case(1, 1, 0, 32, WITHOUT_CONTRASTIVE)
-CASES = {
-    Case(1, 1, 2, 32): REFERENCE,
-    Case(2, 1, 1, 16): REFERENCE,
-    Case(2, 2, 0, 16): REFERENCE,
-    Case(2, 2, 2, 16): REFERENCE,
-    Case(2, 2, 3, 16): REFERENCE,
-    Case(4, 2, 0, 8): REFERENCE,
-    Case(4, 2, 2, 8): REFERENCE,
-    Case(4, 4, 1, 8): REFERENCE,
-    Case(4, 2, 3, 8): REFERENCE,
-    # The routing contrastive loss is nonlinear in the micro-batch, so accumulation is compared without it.
-    Case(2, 2, 2, 8, WITHOUT_CONTRASTIVE): REFERENCE_ACCUMULATION,
-    Case(2, 2, 0, 8, WITHOUT_CONTRASTIVE): REFERENCE_ACCUMULATION,
-    Case(2, 2, 1, 8, WITHOUT_CONTRASTIVE): REFERENCE_ACCUMULATION,
-    Case(2, 2, 3, 8, WITHOUT_CONTRASTIVE): REFERENCE_ACCUMULATION,
-}
-"""row -> the row it must equal"""
+TOLERANCE = Deviation(1e-5, 1e-4, 1e-5)
 
 
-def train_cases(folder: Path, steps: int, cases: list[Case]) -> None:
-    """Run in every process of a launch: train the cases one after the other."""
+def train_cases(folder: Path, steps: int) -> None:
+    """Run in every process of a launch: train the cases of this world size one after the other."""
     from promoe_ds.parallel import ds_config, topology
     from promoe_ds.recipes.load import load_config
     from promoe_ds.train.trainer import Trainer
 
-    for case in cases:
+    world = topology.world_size()
+    for case in dict.fromkeys([*(case.reference for case in CASES), *CASES]):
+        if case.world != world:
+            continue
         config = load_config("tiny", [
             f"parallel.expert_parallel={case.ep}", f"train.micro_batch_size={case.micro}", f"train.steps={steps}",
-            f"train.checkpoint_every={steps}", f"train.global_batch_size={GLOBAL_BATCH}", *case.overrides,
+            f"train.checkpoint_every={steps}", f"train.global_batch_size={GLOBAL_BATCH}",
+            "parallel.timeout_minutes=5", *([case.override] if case.override else []),
         ])  # fmt: skip
-        ds = ds_config.resolve(str(ROOT / f"ds_configs/zero{case.stage}.json"), config, case.world)
+        ds = ds_config.resolve(str(ROOT / f"ds_configs/zero{case.stage}.json"), config, world)
         trainer = Trainer(config, ds, folder / case.name, topology.from_environment(case.ep))
         assert trainer.run() == 0
         trainer.close()
-    topology.disconnect()
-    topology.leave(0)
 
 
-def launch(folder: Path, steps: int, world: int, cases: list[Case]) -> None:
-    work = json.dumps([asdict(case) for case in cases])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__,
-               "--worker", work, "--keep", str(folder), "--steps", str(steps)]  # fmt: skip
-    done = run_to_end(command)
-    if done.returncode:
-        raise RuntimeError(f"world {world} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+def deviation(folder: Path, case: Case) -> Deviation:
+    runs = folder / case.name, folder / case.reference.name
+    log, reference = map(read_log, runs)
+    assert [r["step"] for r in log] == [r["step"] for r in reference]
 
+    def relative(key: str) -> float:
+        return max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-12) for a, b in zip(log, reference, strict=True))
 
-def read(folder: Path, case: Case) -> tuple[list[dict], dict]:
-    from safetensors.torch import load_file
-
-    from promoe_ds.checkpoint.layout import newest
-
-    lines = (folder / case.name / "metrics.jsonl").read_text().splitlines()
-    last = newest(folder / case.name)
-    assert last is not None, f"{case.name}: no checkpoint"
-    return [json.loads(line) for line in lines], load_file(last / "ema.safetensors")
-
-
-def deviation(folder: Path, case: Case, reference: Case) -> Deviation:
-    (log, ema), (log0, ema0) = read(folder, case), read(folder, reference)
-    assert [r["step"] for r in log] == [r["step"] for r in log0] and ema.keys() == ema0.keys()
-    losses = [key for key in log0[0] if key == "loss" or key.startswith("loss/")]
-    if case.overrides:
+    losses = [key for key in log[0] if key == "loss" or key.startswith("loss/")]
+    if case.override:
         losses = ["loss", "loss/diffusion"]  # the unweighted contrastive term does depend on the micro-batch
-    relative = lambda key: max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-12) for a, b in zip(log, log0, strict=True))  # noqa: E731
-    worst = max(float((ema[key] - ema0[key]).abs().max()) for key in ema0)
-    return Deviation(max(map(relative, losses)), relative("grad_norm"), worst)
+    ema = ema_difference(*runs, log[-1]["step"])
+    return Deviation(max(map(relative, losses)), relative("grad_norm"), ema)
 
 
 def measure(folder: Path, steps: int = 20) -> dict[Case, Deviation]:
-    """Train every case under `folder` and return each row's deviation from its reference."""
-    every = [REFERENCE, REFERENCE_ACCUMULATION, *CASES]
-    for world in sorted({case.world for case in every}):
-        launch(folder, steps, world, [case for case in every if case.world == world])
-    return {case: deviation(folder, case, reference) for case, reference in CASES.items()}
-
-
-def table(rows: dict[Case, Deviation]) -> str:
-    lines = ["| world | ep | ZeRO | micro-batch | accumulation | loss | grad norm | EMA | |", "|---" * 9 + "|"]
-    for case, d in rows.items():
-        accumulation = GLOBAL_BATCH // (case.world * case.micro)
-        lines.append(
-            f"| {case.world} | {case.ep} | {case.stage} | {case.micro} | {accumulation} | {d.loss:.1e} "
-            f"| {d.grad_norm:.1e} | {d.ema:.1e} | {'ok' if d.within() else 'OUT'} |"
-        )
-    return "\n".join(lines)
+    """Train every case under `folder` and return each one's deviation from its reference."""
+    for world in (1, 2, 4):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--",
+                   __file__, "--worker", "--steps", str(steps), "--keep", str(folder)]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return {case: deviation(folder, case) for case in CASES}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs in this folder")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        cases = [Case(**{**case, "overrides": tuple(case["overrides"])}) for case in json.loads(args.worker)]
-        train_cases(args.keep, args.steps, cases)
+        train_cases(args.keep, args.steps)
         return 0
     with tempfile.TemporaryDirectory() as temporary:
-        rows = measure(args.keep or Path(temporary), args.steps)
-    print(f"recipe tiny, fp32, {args.steps} steps, global batch {GLOBAL_BATCH}; largest deviation from (1, 1, 0)")
-    print(table(rows))
-    return 0 if all(d.within() for d in rows.values()) else 1
+        found = measure(args.keep or Path(temporary), args.steps)
+    columns = ["world", "ep", "ZeRO", "micro-batch", "accumulation", "loss", "grad norm", "EMA", ""]
+    rows = [[*case[:4], GLOBAL_BATCH // (case.world * case.micro), *(f"{value:.1e}" for value in d),
+             "ok" if d.within() else "OUT"] for case, d in found.items()]  # fmt: skip
+    method = (
+        f"Recipe `tiny`, fp32, {args.steps} steps, global batch {GLOBAL_BATCH}; largest deviation from one process at "
+        "ZeRO-0 (rows with accumulation: both without the contrastive loss)."
+    )
+    program = "benchmarks/topology_invariance.py"
+    print(page("Topology invariance", program, sys.argv[1:], method, table(columns, rows)))
+    return 0 if all(d.within() for d in found.values()) else 1
 
 
 if __name__ == "__main__":

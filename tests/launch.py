@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import free_port, run_to_end
+from benchmarks.processes import free_port, wait_until
 from tests.forkserver import Forked, ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +35,40 @@ def torchrun(processes: int, script: str | Path, *args: str) -> list[str]:
 def deepspeed(processes: int, script: str | Path, *args: str) -> list[str]:
     program = str(Path(sys.executable).with_name("deepspeed"))
     return [program, f"--num_gpus={processes}", f"--master_port={free_port()}", str(ROOT / script), *args]
+
+
+def run_to_end(
+    command: list[str],
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    start: Callable[..., Any] = subprocess.Popen,
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, whatever the exit code; a job that falls silent is killed with all its processes.
+
+    Args:
+        start: makes a job of the command, in a session of its own.
+
+    Raises:
+        AssertionError: the job was silent for PATIENCE seconds; shows the end of its outputs.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        job = start(command, stdout=out, stderr=err, env=env, cwd=cwd, start_new_session=True)
+        written = lambda: [os.fstat(file.fileno()).st_size for file in (out, err)]  # noqa: E731
+        read = lambda file: file.seek(0) or file.read()  # noqa: E731
+        try:
+            outputs = lambda: f"{command}\n{read(out)[-4000:]}\n{read(err)[-6000:]}"  # noqa: E731
+            wait_until(lambda: job.poll() is not None, written, outputs)
+        finally:
+            if job.poll() is None:
+                kill(job)
+        return subprocess.CompletedProcess(command, job.returncode, read(out), read(err))
+
+
+def kill(job: subprocess.Popen[Any]) -> None:
+    """kill -9 of a job that was started in a session of its own, launcher and ranks alike."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
 
 
 def run(

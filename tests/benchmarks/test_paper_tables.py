@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
-from benchmarks import paper_rows, paper_tables
-from benchmarks.paper_tables import ROOT, main, parse_args, plan
-from benchmarks.scoring import classifier_score
+from benchmarks import paper_tables
+from benchmarks.paper_tables import TABLES, parse_args, plan, run
+from promoe_ds.utils.command_line import STOPPED, guarded
 
-TREE = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text())
 SMALL = ["model.depth=2", "model.width=32", "model.heads=2", "sample.steps=3", "train.global_batch_size=16"]
 
 
@@ -24,20 +22,20 @@ def args_of(tmp_path: Path, *options: str) -> list[str]:
     return [*options, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *SMALL]
 
 
-@pytest.mark.parametrize("data", TREE["data"])
-@pytest.mark.parametrize("table", TREE["tables"])
+@pytest.mark.parametrize("data", TABLES["data"])
+@pytest.mark.parametrize("table", TABLES["tables"])
 def test_every_row_of_every_table_is_a_valid_and_different_config(table, data, tmp_path):
     rows = plan(parse_args(["--table", table, "--data", data, "--path", "x.npz"][: 4 if data == "digits" else 6]))
-    assert len(rows) == len(TREE["tables"][table]["rows"])
+    assert len(rows) == len(TABLES["tables"][table]["rows"])
     for a, b in combinations(rows, 2):
         assert a.configs != b.configs and a.runs != b.runs
 
 
 def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(paper_rows, "CHUNKS", 2)
+    monkeypatch.setattr(paper_tables, "TURNS", 2)
     command = args_of(tmp_path, "--table", "8", "--steps", "20", "--num", "20", "--seeds", "0,1")
-    assert main([*command, "--minutes", "0"]) == paper_tables.RESUMABLE
-    assert main(command) == paper_tables.DONE
+    assert guarded(run, [*command, "--minutes", "0"]) == STOPPED
+    assert guarded(run, command) == 0
     page = (tmp_path / "out/paper_table8_digits.md").read_text()
     assert "| K-Means with conditional routing |" in page and "of 1 pairs as in the paper" in page
     assert (tmp_path / "out/paper_table8_digits.png").stat().st_size > 5000
@@ -46,12 +44,12 @@ def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
     assert len(runs) == 4 and len(set(losses)) == 4
     assert {json.loads((run / "scores.json").read_text())["sampler_steps"] for run in runs} == {3}  # as told below
     capsys.readouterr()
-    assert main(command) == paper_tables.DONE
+    assert guarded(run, command) == 0
     assert "step" not in capsys.readouterr().out.split("#")[0]  # nothing is trained or scored again
 
 
 def test_cifar_rows_are_judged_by_a_classifier_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper_rows, "CHUNKS", 1)
+    monkeypatch.setattr(paper_tables, "TURNS", 1)
     draw, arrays = np.random.default_rng(0), {"classes": np.array([f"c{i}" for i in range(10)])}
     for split, num in (("train", 40), ("test", 20)):
         files = []
@@ -64,7 +62,7 @@ def test_cifar_rows_are_judged_by_a_classifier_of_their_own(tmp_path, monkeypatc
         arrays[f"{split}_labels"] = np.arange(num) % 10
     np.savez(tmp_path / "pack.npz", **arrays)
     command = args_of(tmp_path, "--table", "8", "--data", "cifar10", "--path", str(tmp_path / "pack.npz"))
-    assert main([*command, "--steps", "2", "--num", "20", "--judge-steps", "2"]) == paper_tables.DONE
+    assert guarded(run, [*command, "--steps", "2", "--num", "20", "--judge-steps", "2"]) == 0
     assert "label-cnn" in (tmp_path / "out/paper_table8_cifar10.md").read_text()
 
 
@@ -78,15 +76,7 @@ def test_cifar_rows_are_judged_by_a_classifier_of_their_own(tmp_path, monkeypatc
     ],
 )
 def test_mistakes(options, message, tmp_path, capsys):
-    assert main([*options, "--runs", str(tmp_path / "runs")]) == paper_tables.USER_ERROR
+    assert guarded(run, [*options, "--runs", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_classifier_score_in_closed_form():
-    certain = np.eye(10, dtype=np.float32) * 100
-    assert classifier_score(certain) == pytest.approx(10.0)
-    assert classifier_score(np.zeros((7, 10), dtype=np.float32)) == pytest.approx(1.0)
-    half = np.repeat(certain[:2], 3, axis=0)
-    assert classifier_score(half) == pytest.approx(2.0)

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from benchmarks import processes
-from benchmarks.processes import run_to_end, wait_until
+from benchmarks.processes import wait_until
+from tests.launch import run_to_end
 
 
 def test_a_job_that_speaks_is_waited_for_and_its_outputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import moe_peers, throughput, throughput_table
+from benchmarks import moe_peers, throughput
+from benchmarks.common import load_points, save_point
 from benchmarks.op_counting import count_operators, host_syncs
-from benchmarks.throughput_options import CHOICES, arguments
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.experts import backend_problem
 from promoe_ds.moe.layer import MoELayer
@@ -25,7 +24,8 @@ SMALL = ["model.width=48", "model.heads=4", "model.image_size=8"]
 
 def layer() -> tuple[MoELayer, torch.Tensor, Any]:
     torch.manual_seed(0)
-    made = throughput.make_model_layer(load_config("imagenet256_promoe_s", [*SMALL, "train.precision=fp32"]), CPU)
+    made = MoELayer(load_config("imagenet256_promoe_s", [*SMALL, "train.precision=fp32"]))
+    throughput.draw_weights(made)
     x, ctx = torch.randn(4, 16, 48), throughput.context(4, CPU)
     return made, x[ctx.order_B], ctx
 
@@ -33,7 +33,8 @@ def layer() -> tuple[MoELayer, torch.Tensor, Any]:
 @pytest.mark.parametrize("routing", ["learned", "uniform", "skewed"])
 def test_the_loop_computes_what_the_layer_computes(routing: str) -> None:
     made, x, ctx = layer()
-    moe_peers.force_routing(made, routing)
+    if routing != "learned":
+        moe_peers.force_routing(made, routing)
     out, (terms, end_E, _) = made(x, ctx)
     loop, (losses, loop_end_E, _) = moe_peers.loop_layer(made, x, ctx)
     torch.testing.assert_close(out, loop, rtol=1e-4, atol=1e-5)
@@ -47,7 +48,7 @@ def test_operators_and_host_syncs_of_promoe_s() -> None:
     """At most 1.4 of Dense-DiT's operators, in evaluation and, with the contrastive loss, in training. No host sync."""
     found = {}
     for name in ("dense", "promoe"):
-        model = throughput.make_model(load_config(f"imagenet256_{name}_s", ["model.image_size=8"]), CPU)
+        model = throughput.make_model(f"{name}_s", CPU, "model.image_size=8")
         x, t, ctx = torch.randn(4, 4, 8, 8), torch.rand(4), throughput.context(4, CPU)
         model(x, t, ctx)  # constants are made once
         with torch.profiler.profile() as profile:
@@ -68,30 +69,28 @@ def test_syncs_are_counted() -> None:
     assert host_syncs(lambda: x.sum() + x[1:].max(), CPU) == 0
 
 
-def test_sections_resume_and_the_page_is_made(tmp_path: Path) -> None:
+def test_points_resume_and_the_page_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ticks = {"rounds": [[1.0, 2.0, 1.0], [1.0, 2.0, 2.0]], "gib": None}
     fast = {"rounds": [[0.5, 1.0, 0.5], [0.5, 1.0, 1.0]], "gib": None}
     step = {"dense": ticks, "promoe grouped_mm": fast, "promoe paper loop": {"failed": "out of memory"}}
-    (tmp_path / "step.json").write_text(json.dumps({"s fp32 micro 8": step}))
+    elsewhere = {"commit": "1234567", "versions": "torch", "device": "a GPU", "rounds": "5"}
+    save_point(tmp_path, "step s fp32 micro 8", {"facts": elsewhere, "systems": step})
     calls = []
 
-    def section(args: Any) -> Any:
-        for name in ("s fp32 micro 8", "b fp32 micro 8"):
+    def points(args: Any) -> Any:
+        for name in ("step s fp32 micro 8", "step b fp32 micro 8"):
             yield name, lambda name=name: calls.append(name) or step
 
-    args = arguments("", ["--section", "step", "--out", str(tmp_path), "--rounds", "3"])
-    before, throughput.SECTIONS["step"] = throughput.SECTIONS["step"], section
-    try:
-        throughput.measure(args)
-    finally:
-        throughput.SECTIONS["step"] = before
-    assert calls == ["b fp32 micro 8"]
-    words = throughput.head(tmp_path, ["--rounds", "3"])
-    assert "| rounds | 3; unknown |" in words, "the head tells of every point, not of the last command"
-    page = throughput_table.page(tmp_path, words, CPU)
-    assert (
-        "| s fp32 micro 8 | promoe grouped_mm |" in page and "2.00 (2.00 to 2.00)" in page and "out of memory" in page
-    )
+    monkeypatch.setattr(throughput, "points", points)
+    assert guarded(throughput.run, ["--section", "step", "--out", str(tmp_path), "--rounds", "3"]) == 0
+    assert calls == ["step b fp32 micro 8"] and list(load_points(tmp_path)) == ["step s fp32 micro 8", *calls]
+    text = (tmp_path / "page.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| rounds | 5; 3 |" in text, "the head tells of every point, not of the last command"
+    assert "| s fp32 micro 8 | promoe grouped_mm |" in text and "2.00 (2.00 to 2.00)" in text
+    assert "| promoe paper loop | out of memory |" in text
 
 
 @pytest.mark.parametrize(
@@ -104,14 +103,10 @@ def test_sections_resume_and_the_page_is_made(tmp_path: Path) -> None:
         ("--micro 8,0", "argument --micro: '8,0' is not a list of numbers of 1 or more"),
         ("--micro x", "argument --micro: 'x' is not a list"),
         ("--rounds 0", "--rounds=0: must be positive; choose 1 or more"),
-        ("--threads 0", "--threads=0: must be positive"),
-        ("--sample-batch 0", "--sample-batch=0: must be positive"),
-        ("--sample-steps -1", "--sample-steps=-1: must be positive"),
         ("--out {file}", "is not a folder; choose another"),
         ("--page {folder}", "is a folder, or lies in none; name a file in a folder that is there"),
         ("--page {folder}/nowhere/page.md", "is a folder, or lies in none"),
-        ("--table --out {folder}/empty", "holds no figures; run without --table"),
-        ("--table --out {folder}/cut", "is damaged"),
+        ("--minutes 0 --out {folder}/cut", "is damaged"),
         ("--section counts --out {folder}/cut", "is damaged"),
     ],
 )
@@ -129,15 +124,22 @@ def test_a_mistake_is_one_line_before_anything_is_measured(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_options_know_every_section() -> None:
-    assert tuple(throughput.SECTIONS) == CHOICES["section"]
+def test_no_figures_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(throughput.run, ["--minutes", "-1", "--out", str(tmp_path)]) == 2
+    assert "holds no figures; allow more --minutes" in capsys.readouterr().err
+
+
+def test_every_section_has_points_and_a_table() -> None:
+    names = [name.split()[0] for name, _ in throughput.points(throughput.parse_args(["--routing", "learned"]))]
+    assert names == ["counts", "step", "layer", "sampling"] and sorted(throughput.SECTIONS) == sorted(names)
 
 
 def test_the_mfu_of_a_system_is_that_of_its_own_model() -> None:
     ticks = {"rounds": [[1.0, 2.0, 1.0]], "gib": None}
     names = ("dense", "dense compiled", "promoe grouped_mm", "promoe compiled")
-    rows = throughput_table._step({"s fp32 micro 8": dict.fromkeys(names, ticks)}, 1e9).splitlines()[4:]
-    dense, dense_compiled, promoe, promoe_compiled = [row.split("|")[5] for row in rows]
+    point = {"systems": dict.fromkeys(names, ticks)}
+    (text,) = throughput.tables({"step s fp32 micro 8": point}, 1e9)
+    dense, dense_compiled, promoe, promoe_compiled = [row.split("|")[6] for row in text.splitlines()[4:]]
     assert dense == dense_compiled != promoe == promoe_compiled
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import chaos
+from benchmarks.common import read_log
 from benchmarks.processes import PATIENCE
 from promoe_ds.checkpoint import layout
 from tests.launch import ROOT
@@ -22,7 +23,7 @@ LONG = ["train.steps=1000", "train.checkpoint_every=1000"]
 
 def stopped(arguments: list[str], outputs: Path, number: signal.Signals, victims: list[int], step: int) -> chaos.Job:
     """Start two ranks, signal some when `step` is logged (0: as soon as they listen), wait for the end."""
-    with chaos.job(arguments, 2, outputs) as job:
+    with chaos.Job(arguments, 2, outputs) as job:
         job.wait_until(job.listening if step == 0 else lambda: job.step() >= step)
         job.send(number, victims)
         job.wait()
@@ -50,15 +51,15 @@ def test_signals_lose_no_step(tmp_path: Path) -> None:
     assert layout.step_of(layout.candidates(run)[-1]) == second.step()
 
     end = second.step() + 2
-    with chaos.job([*COMMON, "--run", str(run), f"train.steps={end}"], 2, tmp_path / "4") as job:
+    with chaos.Job([*COMMON, "--run", str(run), f"train.steps={end}"], 2, tmp_path / "4") as job:
         assert job.wait() == [0, 0], job.output()
-    assert not marker.exists() and [step for step, _ in chaos.log(run)] == list(range(1, end + 1))
+    assert not marker.exists() and [r["step"] for r in read_log(run)] == list(range(1, end + 1))
 
 
 def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> None:
     """Rank 1 stands still, so rank 2 is in a collective that does not end; the end of rank 2 ends rank 0."""
     arguments = ["--config", "tiny", *LONG, "train.global_batch_size=33", "--run", str(tmp_path / "run")]
-    with chaos.job(arguments, 3, tmp_path / "out") as job:
+    with chaos.Job(arguments, 3, tmp_path / "out") as job:
         job.wait_until(lambda: job.step() >= 2)
         job.send(signal.SIGSTOP, [1])
         job.send(signal.SIGTERM, [2])
@@ -74,7 +75,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> N
 def test_a_run_folder_in_use_ends_all_ranks_at_once(tmp_path: Path) -> None:
     """Only rank 0 sees the lock; the others must not wait for it, which would take `parallel.timeout_minutes`, 30."""
     lock = layout.claim(tmp_path / "run")
-    with chaos.job([*COMMON, *LONG, "--run", str(tmp_path / "run")], 2, tmp_path / "out") as job:
+    with chaos.Job([*COMMON, *LONG, "--run", str(tmp_path / "run")], 2, tmp_path / "out") as job:
         assert job.wait() == [2, 2], job.output()
     lock.close()
     errors = re.findall(r"^error: .*", job.output(), re.MULTILINE)
@@ -84,7 +85,7 @@ def test_a_run_folder_in_use_ends_all_ranks_at_once(tmp_path: Path) -> None:
 
 def test_an_error_of_one_rank_ends_the_others_by_name(tmp_path: Path) -> None:
     arguments = [*COMMON, *LONG, "--run", str(tmp_path / "run")]
-    with chaos.job(arguments, 2, tmp_path / "out", "tests/distributed/faulty_train.py") as job:
+    with chaos.Job(arguments, 2, tmp_path / "out", "tests/distributed/faulty_train.py") as job:
         assert job.wait() == [1, 1], job.output()
     errors = re.findall(r"^error: .*", job.output(), re.MULTILINE)
     assert errors == ["error: rank 1 failed: ZeroDivisionError: a fault of the test"]

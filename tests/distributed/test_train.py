@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import topology_invariance
-from benchmarks.processes import PATIENCE, kill, wait_until
+from benchmarks.common import read_log
+from benchmarks.processes import PATIENCE, wait_until
 from promoe_ds.checkpoint import layout
 from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.order import step_indices
 from promoe_ds.recipes.load import load_config
-from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, run, torchrun, train
+from tests.launch import CXX, ENVIRONMENT, ROOT, deepspeed, kill, run, torchrun, train
 
 ZERO2_EP2 = ("--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "parallel.expert_parallel=2")
 STEPS = ("train.steps=60", "train.checkpoint_every=20")
@@ -198,7 +199,7 @@ def test_topology_invariance(tmp_path: Path) -> None:
     """Every (world, ep, ZeRO stage, micro-batch, accumulation) of the promise, 20 steps in fp32."""
     rows = topology_invariance.measure(tmp_path)
     assert len(rows) == len(topology_invariance.CASES)
-    log, _ = topology_invariance.read(tmp_path, topology_invariance.REFERENCE)
+    log = read_log(tmp_path / topology_invariance.REFERENCE.name)
     golden = json.loads((ROOT / "tests/golden/tiny_losses.json").read_text())
     assert [r["loss"] for r in log] == pytest.approx(golden, rel=1e-3), "training changed: say why, and renew the file"
     for case, deviation in rows.items():
