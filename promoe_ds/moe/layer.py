@@ -75,11 +75,11 @@ def through_experts(
 ) -> RoutedOutput:
     """Dispatch, experts, combine. Autograd runs later operations first, so gradients travel beside the same works."""
     x_TD = x_TD.to(experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
-    rows, plan = dispatcher.dispatch(x_TD, routing)
+    dispatched, plan = dispatcher.dispatch(x_TD, routing)
     first = during_dispatch()
-    out_TD = dispatcher.combine(experts(rows()), plan)
+    combined = dispatcher.combine(experts(dispatched.wait()), plan)
     second = during_combine()
-    return RoutedOutput(out_TD(), plan.end_E, first, second)
+    return RoutedOutput(combined.wait(), plan.end_E, first, second)
 
 
 class MoELayer(nn.Module):

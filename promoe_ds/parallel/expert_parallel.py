@@ -44,7 +44,7 @@ from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.layer import MoELayer, RoutedExperts, RoutedOutput, Work, through_experts
 from promoe_ds.moe.router import Routing
-from promoe_ds.parallel.collectives import swap_counts, swap_rows
+from promoe_ds.parallel.collectives import AllToAllHandle, swap_counts
 from promoe_ds.parallel.topology import Topology, connect, disconnect, gather_objects
 
 
@@ -75,7 +75,7 @@ class ExpertParallelExperts(AutoEPMoELayer):
             self.num_experts,
             self.num_local_experts,
             lambda count: swap_counts(count, self.ep_group),
-            lambda rows, send, receive: swap_rows(rows, send, receive, self.ep_group),
+            lambda rows, send, receive: AllToAllHandle(rows, send, receive, self.ep_group),
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExpertParallelExperts:
