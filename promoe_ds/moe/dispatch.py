@@ -125,23 +125,16 @@ class LocalDispatcher:
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
-    def _sorted(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Pending[ExpertRows], Plan]:
+        """x_TD [T, D] and N edges -> (N rows sorted by expert, how to undo it)."""
         expert_N, order_N = routing.expert_N.sort(stable=True)
         end_E = segment_ends(expert_N, self.num_experts)
         rows = ExpertRows(permute(_edges(x_TD, routing), order_N), expert_N, end_E)
-        return rows, Plan(routing, len(x_TD), order_N, end_E)
-
-    def _summed(self, y_ND: Tensor, plan: Plan) -> Tensor:
-        return _weighted_sum(unpermute(y_ND, plan.order_N), plan.routing, plan.num_tokens)
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Pending[ExpertRows], Plan]:
-        """x_TD [T, D] and N edges -> (N rows sorted by expert, how to undo it)."""
-        rows, plan = self._sorted(x_TD, routing)
-        return Pending(lambda: rows), plan
+        return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, end_E)
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:
         """Rows in expert order -> [T, D] in the precision of the gate weights."""
-        return Pending(lambda: self._summed(y_ND, plan))
+        return Pending(lambda: _weighted_sum(unpermute(y_ND, plan.order_N), plan.routing, plan.num_tokens))
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -171,15 +164,14 @@ class AllToAllDispatcher(LocalDispatcher):
         self.swap_counts, self.all_to_all = swap_counts, all_to_all
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Pending[ExpertRows], Plan]:
-        rows, plan = self._sorted(x_TD, routing)
+        local, plan = super().dispatch(x_TD, routing)
         sent = segment_sizes(plan.end_E).long().view(self.ep, self.num_local)
         got = self.swap_counts(sent)
         send, receive = torch.stack([sent.sum(1), got.sum(1)]).tolist()  # the one device-to-host copy of the layer
-        handle = self.all_to_all(rows.x_ND, send, receive)
+        handle = self.all_to_all(local.wait().x_ND, send, receive)
         # Rows arrive rank by rank, each sorted by local expert: bring them into expert order.
-        local = counting(self.num_local, x_TD.device).repeat(self.ep)
-        local_M = local.repeat_interleave(got.flatten(), output_size=sum(receive))
-        expert_M, order_M = local_M.sort(stable=True)
+        expert = counting(self.num_local, x_TD.device).repeat(self.ep)
+        expert_M, order_M = expert.repeat_interleave(got.flatten(), output_size=sum(receive)).sort(stable=True)
         end_E = segment_ends(expert_M, self.num_local)
         received = Pending(lambda: ExpertRows(permute(handle.wait(), order_M), expert_M, end_E))
         return received, plan._replace(exchange=(send, receive, order_M))
@@ -188,4 +180,5 @@ class AllToAllDispatcher(LocalDispatcher):
         assert plan.exchange is not None, "the plan was made by another dispatcher"
         send, receive, order_M = plan.exchange
         handle = self.all_to_all(unpermute(y_ND, order_M), receive, send)
-        return Pending(lambda: self._summed(handle.wait(), plan))
+        combine = super().combine
+        return Pending(lambda: combine(handle.wait(), plan).wait())
