@@ -101,8 +101,8 @@ def _exchange(x: Tensor, send: list[int], receive: list[int], group: Any) -> tup
 
 
 _started: list[Any] = []
-"""The work of the exchange just started: an operator can return tensors only. Empty if selective checkpointing gave the
-kept rows instead of starting one."""
+"""the work of the exchange just started, for `_Send` to take: an operator can only return tensors. Empty if selective
+checkpointing gave back the rows it kept instead of starting one"""
 
 
 @torch.library.custom_op("promoe_ds::all_to_all_rows", mutates_args=())
@@ -113,6 +113,8 @@ def _all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: str)
 
 
 class _Send(torch.autograd.Function):
+    """Moments 1 and 4."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, handle: AllToAllHandle) -> Tensor:
         ctx.handle = handle
@@ -127,6 +129,8 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
+    """Moments 2 and 3."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, handle: AllToAllHandle) -> Tensor:
         ctx.handle = handle
