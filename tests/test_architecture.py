@@ -169,6 +169,17 @@ def test_a_module_is_imported_by_its_name_in_no_string_but_that_of_the_bundle() 
                 assert isinstance(node.args[0], ast.Constant) or path.parent.name == "routers", path
 
 
+def test_only_the_compiler_replaces_functions_of_a_module() -> None:
+    """Two that replaced the same one would undo each other: whoever looks on uses hooks."""
+    found = set()
+    for path in OURS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assign):
+                targets = [t for t in node.targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) != "self"]
+                found |= {path.name for t in targets if t.attr in ("forward", "attend", "activation", "backends")}
+    assert found == {"compiled.py"}
+
+
 def test_few_modules_at_the_root_and_no_two_of_one_name() -> None:
     assert len([path for path in OURS if path.parent == ROOT / "promoe_ds"]) <= 3
     names = [path.stem for path in OURS if path.stem != "__init__"]

@@ -10,8 +10,7 @@ I images shown, M images drawn as maps, N sampled tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from promoe_ds.data import ImageDataset, build_dataset
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
-from promoe_ds.moe.observe import prototypes_of, routers_of, top_expert, watching
+from promoe_ds.moe.observe import hooked, prototypes_of, routers_of, top_expert, watching
 from promoe_ds.moe.router import Router, Routing, RoutingContext
 from promoe_ds.sampling.generate import image_noise, to_pixels
 
@@ -109,14 +108,10 @@ def choose_images(dataset: ImageDataset, plan: Plan) -> np.ndarray:
     return np.sort(np.random.default_rng(plan.seed).choice(len(dataset), number, replace=False))
 
 
-@contextmanager
-def watching_tokens(model: DiT, block: int, see: Any) -> Iterator[None]:
+def watching_tokens(model: DiT, block: int, see: Any) -> AbstractContextManager[None]:
     """For a dense model: the inputs of one block's MLP, which stand where a router's would."""
-    handle: Any = model.blocks[block].mlp.register_forward_hook(lambda _, args, __: see(block, None, args[0], None))  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        handle.remove()
+    mlp: Any = model.blocks[block].mlp
+    return hooked([mlp.register_forward_hook(lambda _, args, __: see(block, None, args[0], None))])
 
 
 class Watcher:

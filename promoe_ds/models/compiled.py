@@ -5,7 +5,8 @@ can be one (`Router.one_graph`). Of another MoE block (rows travel, or counts ar
 attention are one graph and the experts' GELUs another; the rest stays eager. `fullgraph=True` makes a graph break an
 error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
 
-A compiled block calls no hooks of its parts: whoever watches from outside runs the model eagerly (`moe/observe.py`).
+No other file replaces a function of a module. Whoever looks on uses hooks, which a graph does not call: one who looks
+for a while has the model run eagerly (`moe.observe.hooked`), and the meter refuses experts inside a graph.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """From edges to rows sorted by expert, and back. Two dispatchers, one interface.
 
-    rows, plan = dispatcher.dispatch(x_TD, routing)      rows(): those of the experts held here, sorted by expert
-    out_TD = dispatcher.combine(y_ND, plan)              out_TD(): weighted sum over each token's edges
+    dispatched, plan = dispatcher.dispatch(x_TD, routing)   dispatched.wait(): rows of the experts held here, sorted
+    combined = dispatcher.combine(y_ND, plan)               combined.wait(): weighted sum over each token's edges
 
-Both begin at once and are waited for where the result is called for, so other work can be done while rows travel.
+Both start at once and are waited for later, so that other work is done while rows travel.
 `LocalDispatcher` holds all experts: a sort and two gathers, no communication, no device synchronisation.
 `AllToAllDispatcher` adds the exchange between the ranks of an expert-parallel group. Dropless: every edge is computed.
 
@@ -13,7 +13,7 @@ Legend: T tokens, D width, N edges of this rank, M rows received, E experts, e =
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,14 @@ from torch import Tensor
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.router import Routing
 
-Arriving = Callable[[], Tensor]
-"""a tensor on its way; the call waits for it and returns it. Called once"""
+T = TypeVar("T")
+
+
+class Pending(NamedTuple, Generic[T]):
+    """A result that may still be on its way."""
+
+    wait: Callable[[], T]
+    """returns it; call it once"""
 
 
 class ExpertRows(NamedTuple):
@@ -89,15 +95,8 @@ class Plan(NamedTuple):
     order_N: Tensor
     end_E: Tensor
     """int32 [E], `segment_ends` of this rank's edges by global expert"""
-    exchange: Exchange | None = None
-
-
-class Exchange(NamedTuple):
-    """Host-side row counts of one all-to-all and the regrouping of what arrived."""
-
-    send: list[int]
-    receive: list[int]
-    order_M: Tensor
+    exchange: tuple[list[int], list[int], Tensor] | None = None
+    """of an all-to-all: rows sent to and received from each rank, and `order_M` that sorted those received"""
 
 
 def _edges(x_TD: Tensor, routing: Routing) -> Tensor:
@@ -126,23 +125,16 @@ class LocalDispatcher:
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
-    def _sorted(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertRows, Plan]:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Pending[ExpertRows], Plan]:
+        """x_TD [T, D] and N edges -> (N rows sorted by expert, how to undo it)."""
         expert_N, order_N = routing.expert_N.sort(stable=True)
         end_E = segment_ends(expert_N, self.num_experts)
         rows = ExpertRows(permute(_edges(x_TD, routing), order_N), expert_N, end_E)
-        return rows, Plan(routing, len(x_TD), order_N, end_E)
+        return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, end_E)
 
-    def _summed(self, y_ND: Tensor, plan: Plan) -> Tensor:
-        return _weighted_sum(unpermute(y_ND, plan.order_N), plan.routing, plan.num_tokens)
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Callable[[], ExpertRows], Plan]:
-        """x_TD [T, D] and N edges -> (N rows sorted by expert, when called for; how to undo it)."""
-        rows, plan = self._sorted(x_TD, routing)
-        return lambda: rows, plan
-
-    def combine(self, y_ND: Tensor, plan: Plan) -> Arriving:
-        """Rows in expert order -> [T, D] in the precision of the gate weights, when called for."""
-        return lambda: self._summed(y_ND, plan)
+    def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:
+        """Rows in expert order -> [T, D] in the precision of the gate weights."""
+        return Pending(lambda: _weighted_sum(unpermute(y_ND, plan.order_N), plan.routing, plan.num_tokens))
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -156,8 +148,8 @@ class AllToAllDispatcher(LocalDispatcher):
         num_experts: E.
         num_local: e.
         swap_counts: [ep, e] int64 -> [ep, e]: row r goes to rank r, row s of the result came from rank s.
-        swap_rows: (x, send, receive) -> rows received, when called for; differentiable. send and receive are rows per
-            rank.
+        all_to_all: (x, send, receive), rows per rank, -> a handle whose `wait()` returns the rows received;
+            differentiable (`parallel.collectives.AllToAllHandle`).
     """
 
     def __init__(
@@ -165,28 +157,28 @@ class AllToAllDispatcher(LocalDispatcher):
         num_experts: int,
         num_local: int,
         swap_counts: Callable[[Tensor], Tensor],
-        swap_rows: Callable[[Tensor, list[int], list[int]], Arriving],
+        all_to_all: Callable[[Tensor, list[int], list[int]], Any],
     ):
         super().__init__(num_experts)
         self.num_local, self.ep = num_local, num_experts // num_local
-        self.swap_counts, self.swap_rows = swap_counts, swap_rows
+        self.swap_counts, self.all_to_all = swap_counts, all_to_all
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Callable[[], ExpertRows], Plan]:
-        rows, plan = self._sorted(x_TD, routing)
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Pending[ExpertRows], Plan]:
+        local, plan = super().dispatch(x_TD, routing)
         sent = segment_sizes(plan.end_E).long().view(self.ep, self.num_local)
         got = self.swap_counts(sent)
         send, receive = torch.stack([sent.sum(1), got.sum(1)]).tolist()  # the one device-to-host copy of the layer
-        arriving_MD = self.swap_rows(rows.x_ND, send, receive)
+        handle = self.all_to_all(local.wait().x_ND, send, receive)
         # Rows arrive rank by rank, each sorted by local expert: bring them into expert order.
-        local = counting(self.num_local, x_TD.device).repeat(self.ep)
-        local_M = local.repeat_interleave(got.flatten(), output_size=sum(receive))
-        expert_M, order_M = local_M.sort(stable=True)
+        expert = counting(self.num_local, x_TD.device).repeat(self.ep)
+        expert_M, order_M = expert.repeat_interleave(got.flatten(), output_size=sum(receive)).sort(stable=True)
         end_E = segment_ends(expert_M, self.num_local)
-        exchange = Exchange(send, receive, order_M)
-        return lambda: ExpertRows(permute(arriving_MD(), order_M), expert_M, end_E), plan._replace(exchange=exchange)
+        received = Pending(lambda: ExpertRows(permute(handle.wait(), order_M), expert_M, end_E))
+        return received, plan._replace(exchange=(send, receive, order_M))
 
-    def combine(self, y_ND: Tensor, plan: Plan) -> Arriving:
+    def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:
         assert plan.exchange is not None, "the plan was made by another dispatcher"
         send, receive, order_M = plan.exchange
-        arriving_ND = self.swap_rows(unpermute(y_ND, order_M), receive, send)
-        return lambda: self._summed(arriving_ND(), plan)
+        handle = self.all_to_all(unpermute(y_ND, order_M), receive, send)
+        combine = super().combine
+        return Pending(lambda: combine(handle.wait(), plan).wait())

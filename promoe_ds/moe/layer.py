@@ -41,8 +41,16 @@ class RoutedExperts(nn.Module):
         self.experts = StackedExperts(num_experts, width, hidden, backend)
 
     def forward(self, x_TD: Tensor, routing: Routing, during_dispatch: Work, during_combine: Work) -> RoutedOutput:
-        """Tokens and edges to `RoutedOutput`; does both works in between."""
-        return through_experts(self.dispatcher, self.experts, x_TD, routing, during_dispatch, during_combine)
+        """Dispatch, experts, combine; does both works in between.
+
+        Autograd runs later operations first, so gradients travel beside the same works.
+        """
+        x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
+        dispatched, plan = self.dispatcher.dispatch(x_TD, routing)
+        first = during_dispatch()
+        combined = self.dispatcher.combine(self.experts(dispatched.wait()), plan)
+        second = during_combine()
+        return RoutedOutput(combined.wait(), plan.end_E, first, second)
 
 
 class RoutedOutput(NamedTuple):
@@ -63,23 +71,6 @@ class LayerFacts(NamedTuple):
     """int32, this rank's edges up to each expert, `segment_ends`"""
     weight_N: Tensor
     """float32, gate weights of this rank's edges"""
-
-
-def through_experts(
-    dispatcher: LocalDispatcher,
-    experts: StackedExperts,
-    x_TD: Tensor,
-    routing: Routing,
-    during_dispatch: Work,
-    during_combine: Work,
-) -> RoutedOutput:
-    """Dispatch, experts, combine. Autograd runs later operations first, so gradients travel beside the same works."""
-    x_TD = x_TD.to(experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
-    rows, plan = dispatcher.dispatch(x_TD, routing)
-    first = during_dispatch()
-    out_TD = dispatcher.combine(experts(rows()), plan)
-    second = during_combine()
-    return RoutedOutput(out_TD(), plan.end_E, first, second)
 
 
 class MoELayer(nn.Module):

@@ -8,14 +8,15 @@ was given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import Router, Routing
@@ -83,11 +84,18 @@ def routers_of(model: nn.Module) -> dict[int, Router]:
 
 
 @contextmanager
-def watching(model: nn.Module, see: See) -> Iterator[None]:
-    """Calls `see` after every forward of every router. Recomputation (activation checkpointing) calls it again.
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes these hooks at the end. A compiled model runs eagerly until then, because graphs call no hooks."""
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    A compiled model runs eagerly meanwhile: its graphs call no hooks.
-    """
+
+def watching(model: nn.Module, see: See) -> AbstractContextManager[None]:
+    """Calls `see` after every forward of every router. Recomputation (activation checkpointing) calls it again."""
 
     def hook(block: int) -> Callable[[Any, Any, Any], None]:
         def call(router: Any, args: Any, routing: Any) -> None:
@@ -97,13 +105,7 @@ def watching(model: nn.Module, see: See) -> Iterator[None]:
         return call
 
     # First among the hooks: ZeRO-3 lets go of the router's parameters in one of its own.
-    handles = [r.register_forward_hook(hook(i), prepend=True) for i, r in routers_of(model).items()]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked([r.register_forward_hook(hook(i), prepend=True) for i, r in routers_of(model).items()])
 
 
 def top_expert(routing: Routing, tokens: int) -> np.ndarray:
@@ -118,7 +120,7 @@ def top_expert(routing: Routing, tokens: int) -> np.ndarray:
     return expert_T
 
 
-class LastChoice:
+class LastChoice(ExitStack):
     """The experts that the middle MoE layer chose in the last forward of each batch: maps for a grid of samples.
 
     with LastChoice(model) as choice:
@@ -127,6 +129,7 @@ class LastChoice:
     """
 
     def __init__(self, model: nn.Module):
+        super().__init__()
         self.model, blocks = model, list(routers_of(model))
         self.block = blocks[len(blocks) // 2] if blocks else None
         self.last: tuple[Routing, tuple[int, ...]] | None = None
@@ -136,13 +139,9 @@ class LastChoice:
         if block == self.block:
             self.last = routing, tuple(x_ISD.shape)
 
-    def __enter__(self) -> LastChoice:
-        self._watching = watching(self.model, self._see)
-        self._watching.__enter__()
+    def __enter__(self) -> Self:
+        self.enter_context(watching(self.model, self._see))
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._watching.__exit__(None, None, None)
 
     def keep(self, images: int) -> None:
         """Keep the map of the first `images` images of the last forward."""

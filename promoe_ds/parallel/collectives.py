@@ -6,8 +6,6 @@ selective activation checkpointing (`models/recompute.py`) keeps their results i
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed.comm as dist
@@ -80,91 +78,100 @@ def all_gather_rows(x: Tensor, group: Any = None) -> Tensor:
     return _all_gather_rows(x.detach().contiguous(), _name(group))
 
 
-_travelling: dict[int, tuple[Any, Tensor]] = {}
-"""exchanges that nobody has waited for yet: by ticket, the handle and the rows that are being read"""
-_tickets = itertools.count()
+# The all-to-all of rows has four moments. Other work is done between 1 and 2, and between 3 and 4:
+#
+#   1  rows are sent       `AllToAllHandle(...)`
+#   2  rows are received   `AllToAllHandle.wait()`
+#   3  gradients leave     backward of 2
+#   4  gradients arrive    backward of 1
+#
+# To autograd, 1 is the identity and 2 is the exchange. The gradient of an exchange is the exchange the other way round:
+# 3 returns exactly that, in a buffer that is still being filled, and 4 hands it on once it is full. Nothing reads the
+# buffer in between (but autograd's anomaly mode): the output of 1 stays in the handle, and only 2 uses it.
 
 
-@torch.library.custom_op("promoe_ds::swap_rows", mutates_args=())
-def _swap_rows(x: Tensor, send: list[int], receive: list[int], group: str, ticket: int) -> Tensor:
-    """Returns at once; `_arrived(ticket)` before the result is read."""
-    x, out = x.contiguous(), x.new_empty(sum(receive), x.shape[1])
+def _exchange(x: Tensor, send: list[int], receive: list[int], group: Any) -> tuple[Tensor, Any]:
+    """Start an exchange -> (buffer [sum(receive), D], the work to wait for before it is read)."""
+    out = x.new_empty(sum(receive), x.shape[1])
     with kind("all_to_all"):
         work = dist.all_to_all_single(
-            out, x, output_split_sizes=receive, input_split_sizes=send, group=_groups[group], async_op=True
+            out, x.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group, async_op=True
         )
-    _travelling[ticket] = work, x
+    return out, work
+
+
+_started: list[Any] = []
+"""the work of the exchange just started, for `_Send` to take: an operator can only return tensors. Empty if selective
+checkpointing gave back the rows it kept instead of starting one"""
+
+
+@torch.library.custom_op("promoe_ds::all_to_all_rows", mutates_args=())
+def _all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: str) -> Tensor:
+    out, work = _exchange(x, send, receive, _groups[group])
+    _started.append(work)
     return out
 
 
-def _arrived(ticket: int) -> None:
-    """Wait (on CUDA: the stream does). No exchange has this ticket where recomputation got its result from before."""
-    work, _ = _travelling.pop(ticket, (None, None))
-    if work is not None:
-        work.wait()
-
-
-class _Journey:
-    """One exchange and, in the backward pass, the one that brings the gradients back."""
-
-    def __init__(self, send: list[int], receive: list[int], group: Any):
-        self.send, self.receive, self.group, self.ticket = send, receive, _name(group), next(_tickets)
-        self.back: tuple[Tensor, int] | None = None
-        self.over = False
-
-    def begin(self, x: Tensor) -> Tensor:
-        return _swap_rows(x, self.send, self.receive, self.group, self.ticket)
-
-    def end(self) -> None:
-        assert not self.over, "rows arrive once: the gradients of a second arrival would replace those of the first"
-        self.over = True
-        _arrived(self.ticket)
-
-    def begin_back(self, grad: Tensor) -> None:
-        ticket = next(_tickets)
-        self.back = _swap_rows(grad, self.receive, self.send, self.group, ticket), ticket
-
-    def end_back(self) -> Tensor:
-        assert self.back is not None, "gradients arrive after they left"
-        (grad, ticket), self.back = self.back, None
-        _arrived(ticket)
-        return grad
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        return journey.begin(x)
+class _Send(torch.autograd.Function):
+    """Moments 1 and 4."""
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.journey.end_back(), None
-
-
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        journey.end()
+    def forward(ctx: Any, x: Tensor, handle: AllToAllHandle) -> Tensor:
+        ctx.handle = handle
+        handle.rows = _all_to_all_rows(x, handle.send, handle.receive, _name(handle.group))
+        handle.work = _started.pop() if _started else None
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.begin_back(grads[0])
-        return grads[0], None  # to `_Leave`, which takes what comes back from the journey instead
+        ctx.handle.finish()
+        return grads[0], None
 
 
-def swap_rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Callable[[], Tensor]:
-    """Uneven all-to-all of rows: `send[r]` consecutive rows go to rank r, `receive[s]` arrive from rank s.
+class _Receive(torch.autograd.Function):
+    """Moments 2 and 3."""
 
-    It begins at once, and the result waits for it when called. Backwards likewise: gradients leave when they reach the
-    end of the exchange and are waited for at its beginning; autograd does what was done in between meanwhile.
-    Zero rows in any place keep the nodes in the graph, so every rank joins the backward exchange too.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, handle: AllToAllHandle) -> Tensor:
+        ctx.handle = handle
+        handle.finish()
+        rows, handle.rows = handle.rows, None  # the graph keeps the handle, which must not keep the rows
+        return rows  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        handle = ctx.handle
+        grad, handle.work = _exchange(grads[0], handle.receive, handle.send, handle.group)
+        return grad, None
+
+
+class AllToAllHandle:
+    """An uneven all-to-all of rows under way, differentiable; `wait` returns the rows received.
+
+    Zero rows anywhere keep both nodes in the graph, so every rank joins the backward exchange too.
+
+    Args:
+        x: [sum(send), D]; `send[r]` consecutive rows go to rank r.
+        receive: `receive[s]` rows come from rank s.
     """
-    journey = _Journey(send, receive, group)
-    arriving = _Leave.apply(x, journey)
-    return lambda: _Arrive.apply(arriving, journey)  # type: ignore[return-value]
+
+    def __init__(self, x: Tensor, send: list[int], receive: list[int], group: Any):
+        self.send, self.receive, self.group = send, receive, group
+        self.rows: Tensor | None = None
+        self.work: Any = None
+        self.sent: Tensor | None = _Send.apply(x, self)
+
+    def wait(self) -> Tensor:
+        """[sum(receive), D] in rank order. Call it once; on CUDA the stream waits, not the host."""
+        assert self.sent is not None, "already waited for: a second exchange of gradients would replace the first"
+        sent, self.sent = self.sent, None
+        return _Receive.apply(sent, self)  # type: ignore[no-any-return]
+
+    def finish(self) -> None:
+        """Wait for the work under way, of rows or of gradients."""
+        work, self.work = self.work, None
+        if work is not None:
+            work.wait()
 
 
 def swap_counts(count: Tensor, group: Any) -> Tensor:

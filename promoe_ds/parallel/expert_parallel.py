@@ -42,14 +42,15 @@ from torch import Tensor, nn
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import StackedExperts
-from promoe_ds.moe.layer import MoELayer, RoutedExperts, RoutedOutput, Work, through_experts
-from promoe_ds.moe.router import Routing
-from promoe_ds.parallel.collectives import swap_counts, swap_rows
+from promoe_ds.moe.layer import MoELayer, RoutedExperts
+from promoe_ds.parallel.collectives import AllToAllHandle, swap_counts
 from promoe_ds.parallel.topology import Topology, connect, disconnect, gather_objects
 
 
 class ExpertParallelExperts(AutoEPMoELayer):
     """The share of one rank of a layer's routed experts; same interface as `RoutedExperts`."""
+
+    forward: Any = RoutedExperts.forward  # with the experts and the dispatcher of this rank
 
     def __init__(self, whole: RoutedExperts, topology: Topology):
         nn.Module.__init__(self)  # not AutoEPMoELayer's, which rebuilds a language model's block
@@ -75,7 +76,7 @@ class ExpertParallelExperts(AutoEPMoELayer):
             self.num_experts,
             self.num_local_experts,
             lambda count: swap_counts(count, self.ep_group),
-            lambda rows, send, receive: swap_rows(rows, send, receive, self.ep_group),
+            lambda rows, send, receive: AllToAllHandle(rows, send, receive, self.ep_group),
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExpertParallelExperts:
@@ -100,10 +101,6 @@ class ExpertParallelExperts(AutoEPMoELayer):
         parameter.allreduce, parameter.group_name = False, self.ep_group_name
         parameter.ds_zero_placement_family = "autoep_expert"
         parameter.ds_zero_partition_group_name = self.ep_group_name
-
-    def forward(self, x_TD: Tensor, routing: Routing, during_dispatch: Work, during_combine: Work) -> RoutedOutput:
-        """As `RoutedExperts.forward`: tokens and edges of this rank."""
-        return through_experts(self.dispatcher, self.experts, x_TD, routing, during_dispatch, during_combine)
 
 
 def parallelize(model: DiT, topology: Topology) -> DiT:

@@ -54,12 +54,26 @@ def kind(name: str) -> Iterator[None]:
 
 
 class Meter:
-    """Counts from `install` or the last `reset` on; `report` reads. One a process."""
+    """Counts from its making or the last `reset` on; `report` reads. One per process.
 
-    def __init__(self, device: torch.device):
+    Args:
+        model: its experts are timed by hooks, so none may be inside a graph (`compile_model(whole=False)`).
+        device: of the model.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
         self.stack: list[str] = ["other"]
         self.reset()
+        for module in model.modules():
+            experts = [part for part in module.modules() if isinstance(part, StackedExperts)]
+            assert not experts or "forward" not in vars(module), "a graph calls no hooks: compile_model(whole=False)"
+            if experts == [module]:
+                self._time(experts[0])
+        backend = backend_module.cdb
+        if backend is not None and dist.get_world_size() > 1:
+            for name in _ARGUMENTS:
+                setattr(backend, name, self._counted(name, getattr(backend.__class__, name).__get__(backend)))
 
     def reset(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
@@ -102,30 +116,21 @@ class Meter:
         self._charge()
         return torch.tensor([*self.seconds.values(), *self.sent.values()], dtype=torch.float64) / max(steps, 1)
 
-    # ------------------------------------------------------------------------------------------------ installation
+    def _time(self, experts: StackedExperts) -> None:
+        """The forward and, by marks on its input and output, the backward pass."""
 
-    def install(self, model: nn.Module) -> Meter:
-        """Watch the experts of a model and, in a job of several processes, the communication backend."""
-        for module in model.modules():
-            if isinstance(module, StackedExperts):
-                self._watch(module)
-        backend = backend_module.cdb
-        if backend is not None and dist.get_world_size() > 1:
-            for name in _ARGUMENTS:
-                setattr(backend, name, self._counted(name, getattr(backend.__class__, name).__get__(backend)))
-        return self
+        def before(_: nn.Module, args: tuple[ExpertRows]) -> tuple[ExpertRows]:
+            rows = args[0]._replace(x_ND=_Mark.apply(args[0].x_ND, self.leave))
+            self.enter("experts")
+            return (rows,)
 
-    def _watch(self, experts: StackedExperts) -> None:
-        """Time the forward and, by marks on its input and output, the backward pass."""
-        forward = experts.forward
-
-        def timed(rows: ExpertRows) -> Tensor:
-            rows = rows._replace(x_ND=_Mark.apply(rows.x_ND, self.leave))
-            with self.part("experts"):
-                y_ND = forward(rows)
+        def after(_: nn.Module, args: tuple[ExpertRows], y_ND: Tensor) -> Tensor:
+            self.leave()
             return _Mark.apply(y_ND, lambda: self.enter("experts"))  # type: ignore[no-any-return]
 
-        experts.forward = timed  # type: ignore[method-assign]
+        # Next to the forward: ZeRO-3 gathers weights and lets them go in hooks of its own.
+        experts.register_forward_pre_hook(before)
+        experts.register_forward_hook(after, prepend=True)
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

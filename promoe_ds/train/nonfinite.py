@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from promoe_ds.moe.observe import hooked
 
 SKIPS_IN_A_ROW = 10
 """steps without an update after which `train.on_nonfinite=skip` gives up"""
@@ -37,25 +40,21 @@ class Findings:
     """parameter -> (values of its gradient that are not finite, values), where there is a bad one"""
 
 
-class Probe:
+class Probe(ExitStack):
     """While the context is open, watch the forwards and backwards of `model`."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.handles = model, []
+        super().__init__()
+        self.model = model
         self.calls, self.first = 0, Findings(None, "")
         self.bad: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
-        for name, module in self.model.named_modules():
-            self.handles.append(module.register_forward_hook(partial(self._output, name or "the model")))
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                self.handles.append(parameter.register_hook(partial(self._gradient, name)))
+        modules, parameters = self.model.named_modules(), self.model.named_parameters()
+        outputs = [m.register_forward_hook(partial(self._output, name or "the model")) for name, m in modules]
+        gradients = [p.register_hook(partial(self._gradient, name)) for name, p in parameters if p.requires_grad]
+        self.enter_context(hooked([*outputs, *gradients]))
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
     def data(self, images: Iterable[Tensor], path: Callable[[int, int], str] = lambda batch, item: "") -> None:
         """Look at the images themselves, [B, ...] of each micro-batch, before the first forward.

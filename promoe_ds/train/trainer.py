@@ -101,7 +101,7 @@ class Trainer:
         self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
-        self.meter = Meter(topology.device).install(self.model) if config.train.measure else None
+        self.meter = Meter(self.model, topology.device) if config.train.measure else None
         self.profiler = StepProfiler(None if topology.rank else config.train.profile, run, topology.device, self._say)
         self.skips_in_a_row = 0
         self.image_flops = flops.train_flops(config, config.diffusion.label_drop)
@@ -271,7 +271,7 @@ class Trainer:
         Raises:
             TrainingStopped: unless `train.on_nonfinite` is skip; on every rank alike.
         """
-        with torch.compiler.set_stance("force_eager"), nonfinite.Probe(self.model) as probe:
+        with nonfinite.Probe(self.model) as probe:
             probe.data(
                 (batch.x_BCHW for batch in batches),
                 lambda j, b: item_path(self.config, self.dataset, self.step - 1, int(batches[j].rows[b])),

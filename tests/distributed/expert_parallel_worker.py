@@ -183,11 +183,11 @@ def reductions(topology: Topology, mode: str) -> list[int]:
 
 def arrives_twice(topology: Topology) -> bool:
     """Whether rows can be waited for twice: their gradients would travel twice, and those of one way be lost."""
-    swap_rows = make(topology, 1, skewed=False).routed.dispatcher.swap_rows  # type: ignore[union-attr]
-    arriving = swap_rows(torch.zeros(topology.ep, D), [1] * topology.ep, [1] * topology.ep)
-    arriving()
+    all_to_all = make(topology, 1, skewed=False).routed.dispatcher.all_to_all  # type: ignore[union-attr]
+    handle = all_to_all(torch.zeros(topology.ep, D), [1] * topology.ep, [1] * topology.ep)
+    handle.wait()
     try:
-        arriving()
+        handle.wait()
     except AssertionError:
         return False
     return True

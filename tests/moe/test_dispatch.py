@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from promoe_ds.moe.dispatch import AllToAllDispatcher, LocalDispatcher, permute, segment_ends, segment_sizes, unpermute
+from promoe_ds.moe.dispatch import (
+    AllToAllDispatcher,
+    LocalDispatcher,
+    Pending,
+    permute,
+    segment_ends,
+    segment_sizes,
+    unpermute,
+)
 from promoe_ds.moe.router import Routing
 
 E, D = 6, 4
@@ -33,12 +41,12 @@ def test_dispatch_experts_combine_equals_the_sum_over_edges(kind: str, tokens: i
     x = torch.randn(tokens, D, generator=generator, dtype=torch.float64).requires_grad_()
     scale_E = torch.arange(1.0, E + 1, dtype=torch.float64)  # "expert" e multiplies by e + 1
     dispatcher = LocalDispatcher(E)
-    arriving, plan = dispatcher.dispatch(x, routing)
-    rows = arriving()
+    dispatched, plan = dispatcher.dispatch(x, routing)
+    rows = dispatched.wait()
     assert rows.expert_N.tolist() == sorted(routing.expert_N.tolist())
     assert rows.end_E.dtype == torch.int32 and rows.end_E.tolist() == plan.end_E.tolist()
     assert segment_sizes(plan.end_E).tolist() == [(routing.expert_N == e).sum().item() for e in range(E)]
-    out = dispatcher.combine(rows.x_ND * scale_E[rows.expert_N][:, None], plan)()
+    out = dispatcher.combine(rows.x_ND * scale_E[rows.expert_N][:, None], plan).wait()
     slow = torch.zeros(tokens, D, dtype=torch.float64)
     for t, e, w in zip(routing.token_N.tolist(), routing.expert_N.tolist(), routing.weight_N, strict=True):
         slow = slow.index_add(0, torch.tensor([t]), (w * scale_E[e] * x[t])[None])
@@ -70,8 +78,9 @@ def test_segment_ends_and_sizes() -> None:
 def test_all_to_all_with_a_group_of_one_equals_local() -> None:
     generator = torch.Generator().manual_seed(3)
     routing, x = edges("3", 11, generator), torch.randn(11, D, generator=generator, dtype=torch.float64)
-    alone, local = AllToAllDispatcher(E, E, lambda count: count, lambda rows, *_: lambda: rows), LocalDispatcher(E)
+    alone = AllToAllDispatcher(E, E, lambda count: count, lambda rows, *_: Pending(lambda: rows))
+    local = LocalDispatcher(E)
     (rows, plan), (local_rows, local_plan) = alone.dispatch(x, routing), local.dispatch(x, routing)
-    for a, b in zip(got := rows(), expected := local_rows(), strict=True):
+    for a, b in zip(got := rows.wait(), expected := local_rows.wait(), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(alone.combine(got.x_ND, plan)(), local.combine(expected.x_ND, local_plan)())
+    assert torch.equal(alone.combine(got.x_ND, plan).wait(), local.combine(expected.x_ND, local_plan).wait())
