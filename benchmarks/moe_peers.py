@@ -20,37 +20,32 @@ from promoe_ds.moe.constants import counting
 from promoe_ds.moe.experts import grouped_mm
 from promoe_ds.moe.layer import LayerFacts, MoELayer
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import Router, Routing, RoutingContext
+from promoe_ds.moe.router import Router, Routing
+from promoe_ds.moe.split import Split
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """x [B, S, D] -> (output [B, S, D], auxiliary loss)"""
 
 
-class ForcedRouter(nn.Module):
+class ForcedRouter(Router):
     """A router whose choice is overwritten: `uniform`, or `skewed` (every token to one expert, load skew E)."""
 
     def __init__(self, router: Router, kind: str):
-        super().__init__()
+        super().__init__(router.config, router.num_experts, router.width)
         self.router, self.kind = router, kind
+        self.losses = router.losses  # type: ignore[method-assign]
 
     @property
     def prototypes(self) -> Tensor:
         return self.router.prototypes  # type: ignore[return-value]
 
-    @property
-    def config(self) -> Any:
-        return self.router.config
-
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
-        routing = self.router(x_TD, S, ctx)
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
+        routing = self.router(x_TD, S, split)
         return routing._replace(expert_N=self.choice(routing.expert_N))
-
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
-        return self.router.losses(terms, load_LE, ctx)
 
     def choice(self, expert_N: Tensor) -> Tensor:
         if self.kind == "uniform":
-            return counting(len(expert_N), expert_N.device) % len(self.prototypes)
+            return counting(len(expert_N), expert_N.device) % self.num_experts
         return torch.zeros_like(expert_N)
 
 
@@ -69,12 +64,12 @@ def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, experts.w1[i], b1), approximate="tanh"), experts.w2[i], b2)
 
 
-def loop_layer(layer: MoELayer, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts]:
+def loop_layer(layer: MoELayer, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerFacts]:
     """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`, but for the
     terms of the losses: the loss itself."""
     router: Any = layer.router
     x_TD, prototype_ED = x_BSD.flatten(0, 1), router.prototypes
-    null_T = (ctx.label_B == ctx.label_B.new_tensor(NULL_LABEL)).repeat_interleave(x_BSD.shape[1])
+    null_T = (split.label_B == split.label_B.new_tensor(NULL_LABEL)).repeat_interleave(x_BSD.shape[1])
     known_TD, null_TD = x_TD[~null_T], x_TD[null_T]
     with torch.autocast(x_TD.device.type, enabled=False):
         z_TE = F.normalize(known_TD.float(), dim=-1) @ F.normalize(prototype_ED.float(), dim=-1).T
@@ -122,14 +117,14 @@ def use_loop(model: nn.Module, on: bool) -> None:
         if isinstance(module, MoELayer):
             router: Any = module.router
             if on:
-                module.forward = lambda x, ctx, layer=module: loop_layer(layer, x, ctx)  # type: ignore[method-assign]
-                router.losses = lambda losses, load_LE, ctx: losses
+                module.forward = lambda x, split, layer=module: loop_layer(layer, x, split)  # type: ignore[method-assign]
+                router.losses = lambda config, losses, load_LE, all_reduce: losses
             else:
                 module.__dict__.pop("forward", None)
                 router.__dict__.pop("losses", None)
 
 
-def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], None]:
+def gemms_alone(layer: Any, x_BSD: Tensor, split: Split) -> Callable[[], None]:
     """Forward and backward products of `layer` on x: no bias, no activation.
 
     An expert has as many rows as the router gives it; gradients go into fresh buffers.
@@ -137,7 +132,7 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], 
     experts, device = layer.routed.experts, x_BSD.device
     dtype = experts.compute_dtype(device.type)
     x_TD = x_BSD.flatten(0, 1).detach()
-    n = ctx.num_conditional * x_BSD.shape[1]
+    n = split.num_conditional * x_BSD.shape[1]
     leaf = {
         "known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype), "fp32": x_TD[:n].float(),
         "h_known": x_TD.new_zeros(n, experts.hidden, dtype=dtype),
@@ -147,7 +142,7 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Callable[[], 
     leaf = {name: x.clone().requires_grad_() for name, x in leaf.items()}
     grads: list[Tensor] = []
     with torch.no_grad():
-        ends = layer(x_BSD, ctx)[1].end_E
+        ends = layer(x_BSD, split)[1].end_E
 
     def run() -> None:
         w1, w2 = experts.w1.to(dtype), experts.w2.to(dtype)

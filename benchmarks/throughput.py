@@ -45,7 +45,8 @@ from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import How, draw_pixels
@@ -89,8 +90,8 @@ def labels(images: int) -> Tensor:
     return label_B
 
 
-def context(images: int, device: torch.device) -> RoutingContext:
-    return RoutingContext.build(labels(images), NULL, device)
+def split_of(images: int, device: torch.device) -> Split:
+    return split_by_label(labels(images), NULL, device)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -101,13 +102,12 @@ def train_step(model: Any, adam: AdamWithEMA, images: int, device: torch.device,
     """Forward, backward and update of a whole model; the state of the optimizer is made at the first call."""
     objective, m = make_objective(model.config.diffusion, device), model.config.model
     z, eps = (torch.randn(images, m.channels, m.image_size, m.image_size, device=device) for _ in range(2))
-    gauss, host = torch.randn(images, device=device), labels(images)
+    gauss, y_B = torch.randn(images, device=device), labels(images)
 
     def work(clock: Clock) -> None:
         clock.mark()
-        ctx = RoutingContext.build(host, NULL, device)
         with autocast(device, precision):
-            output, losses = objective.loss(lambda x, t: model(x, t, ctx), z, eps, gauss)
+            output, losses = objective.loss(lambda x, t: model(x, t, y_B), z, eps, gauss)
         total = losses["diffusion"] + sum(loss_L.sum() for loss_L in output.aux.values())
         clock.mark()
         total.backward()
@@ -142,13 +142,12 @@ def layer_step(module: nn.Module, step: moe_peers.Step, x: Tensor, precision: st
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def with_backend(layer: Any, backend: str) -> moe_peers.Step:
+def with_backend(layer: Any, backend: str, split: Split) -> moe_peers.Step:
     def step(x: Tensor) -> tuple[Tensor, Tensor | None]:
         layer.routed.experts.backend = backend
-        y, (terms, end_E, _) = layer(x, ctx)
-        return y, auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)["routing_contrastive"].sum()
+        y, (terms, end_E, _) = layer(x, split)
+        return y, auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None])["routing_contrastive"].sum()
 
-    ctx = layer.bench_context
     return step
 
 
@@ -156,21 +155,21 @@ def layer_systems(config: Config, images: int, precision: str, routing: str, dev
     layer: Any = make_model_layer(config, device)
     moe_peers.force_routing(layer, routing)
     x = torch.randn(images, config.model.tokens, config.model.width, device=device, requires_grad=True)
-    ctx = layer.bench_context = context(images, device)
+    split = split_of(images, device)
 
     def loop(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y, (losses, _, _) = moe_peers.loop_layer(layer, x, ctx)
+        y, (losses, _, _) = moe_peers.loop_layer(layer, x, split)
         return y, losses["routing_contrastive"]
 
     systems = {
-        f"promoe {name}": layer_step(layer, with_backend(layer, name), x, precision) for name in backends(device)
+        f"promoe {name}": layer_step(layer, with_backend(layer, name, split), x, precision) for name in backends(device)
     }
     if routing == "learned":
         compiled: Any = compile_whole(copy.deepcopy(layer))
-        systems["promoe compiled"] = layer_step(compiled, with_backend(compiled, "grouped_mm"), x, precision)
+        systems["promoe compiled"] = layer_step(compiled, with_backend(compiled, "grouped_mm", split), x, precision)
     systems["paper loop"] = layer_step(layer, loop, x, precision)
     with autocast(device, precision):
-        gemms = moe_peers.gemms_alone(layer, x, ctx)
+        gemms = moe_peers.gemms_alone(layer, x, split)
 
     def floor(clock: Clock) -> None:
         clock.mark()
@@ -272,11 +271,10 @@ def counts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[st
             model = make_model(config, args.device)
             moe_peers.use_loop(model, loop)
             x, t = torch.randn(4, 4, 16, 16, device=args.device), torch.rand(4, device=args.device) * 1000
-            ctx = context(4, args.device)
             output: Any = None
 
-            def forward(model: Any = model, x: Tensor = x, t: Tensor = t, ctx: RoutingContext = ctx) -> Any:
-                return model(x, t, ctx)
+            def forward(model: Any = model, x: Tensor = x, t: Tensor = t) -> Any:
+                return model(x, t, labels(4))
 
             def both(forward: Any = forward) -> None:
                 output = forward()

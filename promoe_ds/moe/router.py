@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import ROUTER_CONFIGS, Config, ConfigError, RouterConfig, reject
+from promoe_ds.moe.split import Split
 
 
 class Routing(NamedTuple):
@@ -34,63 +34,12 @@ class Routing(NamedTuple):
     """what this layer gives to `Router.losses`; tensors of the same shape in every layer; empty outside training"""
 
 
+Reducer = Callable[[Tensor], Tensor]
+
+
 def identity(x: Tensor) -> Tensor:
+    """What a sum over ranks is on one device."""
     return x
-
-
-@dataclass(frozen=True)
-class RoutingContext:
-    """What the host knows of a batch before the forward pass: which images are conditional, and how to sum over ranks.
-
-    The model works on images in the order "conditional first, null-label after", so that conditional routing
-    (Sec. 4.1 of the paper) is a slice: no mask, no copy, no device synchronisation in any layer.
-    """
-
-    label_B: Tensor
-    """int64 on the device, in the model's order"""
-    order_B: Tensor
-    """int64 on the device: the model's order from the caller's"""
-    restore_B: Tensor
-    """int64 on the device: the caller's order from the model's"""
-    num_conditional: int
-    """I: the first I images of the model's order carry a real label"""
-    row_B: Tensor
-    """int64 on the device, in the model's order: the image's place in the global batch"""
-    all_reduce: Callable[[Tensor], Tensor] = identity
-    """differentiable sum over the data-parallel ranks (identity on one device)"""
-    all_gather: Callable[[Tensor], Tensor] = identity
-    """rows of every rank, in rank order, of a tensor that has the same shape on all; not differentiable"""
-
-    @staticmethod
-    def build(
-        label_B: Tensor,
-        null_label: int,
-        device: torch.device | str,
-        all_reduce: Callable[[Tensor], Tensor] = identity,
-        all_gather: Callable[[Tensor], Tensor] = identity,
-        row_B: Tensor | None = None,
-    ) -> RoutingContext:
-        """Split a batch by label.
-
-        Args:
-            label_B: int64 [B] on the CPU (labels are dropped on the host, so the split costs no synchronisation).
-            null_label: the label of classifier-free guidance's unconditional images.
-            device: where the model runs.
-            all_reduce: differentiable sum over ranks, for losses of global scope.
-            all_gather: rows of all ranks, for choices that look at the whole batch.
-            row_B: int64 [B] on the CPU, places in the global batch; 0..B-1 if not given.
-        """
-        null_B = label_B == null_label
-        order_B = torch.argsort(null_B.to(torch.uint8), stable=True)
-        restore_B = torch.empty_like(order_B)
-        restore_B[order_B] = torch.arange(len(order_B))
-        row_B = torch.arange(len(label_B)) if row_B is None else row_B
-        host = (label_B[order_B], order_B, restore_B, row_B[order_B])
-        if torch.device(device).type == "cuda":  # only from pinned memory does the host not wait for the copy
-            label_B, order_B, restore_B, row_B = (x.pin_memory().to(device, non_blocking=True) for x in host)
-        else:
-            label_B, order_B, restore_B, row_B = (x.to(device) for x in host)
-        return RoutingContext(label_B, order_B, restore_B, int((~null_B).sum()), row_B, all_reduce, all_gather)
 
 
 class Router(nn.Module):
@@ -98,12 +47,21 @@ class Router(nn.Module):
 
     State that is not trained by gradients is kept in persistent floating-point buffers, equal on every rank: they are
     saved with the EMA weights, restored on resume, and stay fp32 in a bf16 model. Buffers are drawn in `init_weights`
-    and change in `after_step`.
+    and change in `update`.
     """
 
     Config: ClassVar[type[RouterConfig]] = RouterConfig
     one_graph: ClassVar[bool] = False
     """whether `forward` can be a compiled graph: it neither waits for the device nor keeps anything between calls"""
+    all_reduce: Reducer = staticmethod(identity)
+    """differentiable sum over the ranks; `parallel.parallelize` sets this and the next"""
+    all_gather: Reducer = staticmethod(identity)
+    """rows of every rank, in rank order, of a tensor that has the same shape on all; not differentiable"""
+
+    def __init__(self, config: Any, num_experts: int, width: int):
+        super().__init__()
+        self.config, self.num_experts, self.width = config, num_experts, width
+        self._sums: Tensor | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """As in nn.Module (to, bfloat16 ...), but a running state is not rounded to half precision."""
@@ -115,25 +73,28 @@ class Router(nn.Module):
                 self._buffers[name] = buffer.to(now.device)
         return self
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Choose experts for tokens.
 
         Args:
             x_TD: [T, D], image by image; of conditional images only, where the layer splits.
             S: tokens an image, so these are T // S images.
-            ctx: of the whole batch; these images are its first.
+            split: of the whole batch; these images are its first.
         """
         raise TypeError(f"{type(self).__name__} does not define forward")
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
-        """Auxiliary losses of all L MoE layers at once, so that one all-reduce serves them all.
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+        """Auxiliary losses of all L MoE layers at once, so that one all-reduce serves them all; in training only.
 
-        Called on the first layer's router, after the last block, in training only. Parameters must not be read here
-        (ZeRO-3 holds them inside their module's forward alone): `forward` returns what it takes of them in `terms`.
+        Static, because parameters cannot be read here (ZeRO-3 holds them inside their module's forward alone):
+        `forward` returns what it takes of them in `terms`.
 
         Args:
+            config: the router's.
             terms: `Routing.terms` of the layers, [L, ...] by name.
             load_LE: int32 [L, E], edges of this rank.
+            all_reduce: differentiable sum over the ranks; called on every rank or on none.
 
         Returns:
             float32 [L] by name, unweighted, for the names of `aux_weights`.
@@ -144,15 +105,28 @@ class Router(nn.Module):
         """Draw the router's parameters; `generator(parameter_name)` is keyed by seed and full name."""
         raise TypeError(f"{type(self).__name__} does not define init_weights")
 
-    def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Update the buffers; called on every rank after each optimizer step, without gradients.
+    def accumulate(self, sums: Tensor) -> None:
+        """In a training forward: add to what `update` gets after the step; floating point, one shape on all ranks."""
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def update(self, sums: Tensor) -> None:
+        """Change the buffers after an optimizer step, on every rank alike and without gradients.
 
         Args:
-            all_reduce: sum over ranks, to be called on every rank or on none.
+            sums: of what every rank has accumulated since the last step. Recomputation under activation checkpointing
+                counts every forward twice, so divide them by a number that they hold.
         """
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Called on every rank after each optimizer step."""
+        if self._sums is not None:  # a training forward was made since, on every rank
+            self.update(self.all_reduce(self._sums))
+            self._sums = None
+
     def drop_step(self) -> None:
-        """Forget what the forwards since the last step gathered for `after_step`: the step made no update."""
+        """Forget what was accumulated: the step made no update."""
+        self._sums = None
 
     @staticmethod
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
@@ -170,13 +144,11 @@ class Router(nn.Module):
         return {}
 
 
-def auxiliary_losses(
-    router: Router, layers: list[dict[str, Tensor]], load_LE: Tensor, ctx: RoutingContext
-) -> dict[str, Tensor]:
+def auxiliary_losses(router: Router, layers: list[dict[str, Tensor]], load_LE: Tensor) -> dict[str, Tensor]:
     """`Router.losses` from the `Routing.terms` of each layer, with autocast disabled; {} if there are no terms."""
     terms = {name: torch.stack([terms[name] for terms in layers]) for name in layers[0]}
     with torch.autocast(load_LE.device.type, enabled=False):
-        return router.losses(terms, load_LE, ctx) if terms else {}
+        return router.losses(router.config, terms, load_LE, router.all_reduce) if terms else {}
 
 
 ROUTERS: dict[str, type[Router]] = {}
@@ -195,9 +167,9 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
             conflict = f"set Config to a class of its own, with name: str = {name!r}"
             raise ConfigError(f"router {name!r} of {cls.__module__}: {conflict}")
         try:
-            inspect.signature(cls.forward).bind("self", "x_TD", "S", "ctx")
+            inspect.signature(cls.forward).bind("self", "x_TD", "S", "split")
         except TypeError as error:
-            wanted = "forward must take (self, x_TD, S, ctx)"
+            wanted = "forward must take (self, x_TD, S, split)"
             raise ConfigError(f"router {name!r} of {cls.__module__}: {wanted}; {error}") from None
         ROUTERS[name], ROUTER_CONFIGS[name] = cls, cls.Config
         return cls

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from promoe_ds.config.schema import ROUTER_CONFIGS, ConfigError, RouterConfig
-from promoe_ds.moe.router import Router, Routing, RoutingContext, register_router
+from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.split import Split, split_by_label
 
 
 def test_conditional_images_come_first_and_order_is_restored() -> None:
     labels = torch.tensor([10, 3, 10, 1, 2])
-    ctx = RoutingContext.build(labels, 10, "cpu")
-    assert ctx.num_conditional == 3
-    assert ctx.label_B.tolist() == [3, 1, 2, 10, 10]
-    assert torch.equal(ctx.label_B[ctx.restore_B], labels)
-    assert torch.equal(labels[ctx.order_B], ctx.label_B)
+    split = split_by_label(labels, 10, "cpu")
+    assert split.num_conditional == 3
+    assert split.label_B.tolist() == [3, 1, 2, 10, 10]
+    assert torch.equal(split.label_B[split.restore_B], labels)
+    assert torch.equal(labels[split.order_B], split.label_B)
 
 
 def test_two_routers_cannot_share_a_name() -> None:
@@ -46,17 +47,17 @@ def test_a_router_with_a_mistake_is_not_registered() -> None:
     class Old(Router):
         Config = MyConfig
 
-        def forward(self, x_BSD: torch.Tensor, ctx: RoutingContext) -> Routing:  # type: ignore[override]
+        def forward(self, x_BSD: torch.Tensor, split: Split) -> Routing:  # type: ignore[override]
             raise AssertionError
 
     class Keywords(Router):
         Config = MyConfig
 
-        def forward(self, x_TD: torch.Tensor, S: int, *, ctx: RoutingContext) -> Routing:  # type: ignore[override]
+        def forward(self, x_TD: torch.Tensor, S: int, *, split: Split) -> Routing:  # type: ignore[override]
             raise AssertionError
 
     for wrong in (Old, Keywords):
-        with pytest.raises(ConfigError, match=r"router 'mine' of tests.*: forward must take \(self, x_TD, S, ctx\); "):
+        with pytest.raises(ConfigError, match=r"router 'mine' of tests.*: forward must take \(self, x_TD, S, split\)"):
             register_router("mine")(wrong)
     assert "mine" not in ROUTERS
 

@@ -18,13 +18,13 @@ from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.router import (
     Router,
     Routing,
-    RoutingContext,
     at_least_fp32,
     check_quota,
     check_top_k,
     register_router,
     top_tokens_per_image,
 )
+from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,7 @@ class ExpertChoiceRouter(Router):
     one_graph = True
 
     def __init__(self, config: ExpertChoiceConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_experts, width)
         self.gate = nn.Parameter(torch.empty(num_experts, width))
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
@@ -55,7 +54,7 @@ class ExpertChoiceRouter(Router):
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
         return num_experts * width
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Each expert takes k tokens of each of B images. x_TD [T, D] -> Routing with N = B*E*k, expert by expert."""
         quota = S * self.config.top_k // len(self.gate)
         with torch.autocast(x_TD.device.type, enabled=False):

@@ -18,15 +18,16 @@ from promoe_ds.moe.constants import counting
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.losses import centroid_sums, load_balance, routing_contrastive, sums_over_scope
 from promoe_ds.moe.router import (
+    Reducer,
     Router,
     Routing,
-    RoutingContext,
     at_least_fp32,
     check_not_negative,
     check_top_k,
     register_router,
     top_experts,
 )
+from promoe_ds.moe.split import Split
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z_TE: z_TE,
@@ -67,8 +68,7 @@ class PrototypicalRouter(Router):
     """What token choice and expert choice share: prototypes, their drawing, and the weight of the contrastive loss."""
 
     def __init__(self, config: Any, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_experts, width)
         self.prototypes = nn.Parameter(torch.empty(num_experts, width))
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
@@ -93,7 +93,7 @@ class ProMoERouter(PrototypicalRouter):
         weights = PrototypicalRouter.aux_weights(config)
         return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Route each token to the K prototypes nearest in cosine. x_TD [T, D] -> Routing with N = T*K."""
         cfg = self.config
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
@@ -110,11 +110,12 @@ class ProMoERouter(PrototypicalRouter):
                     terms["share"] = share_TE.sum(0)
         return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, terms)
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
-        cfg = self.config
+        cfg = config
         parts = [terms["sum"], load_LE, *([terms["share"]] if cfg.balance_weight else [])]
-        sum_LED, load_LE, *share = sums_over_scope(cfg.contrastive_scope, ctx.all_reduce, *parts)
+        sum_LED, load_LE, *share = sums_over_scope(cfg.contrastive_scope, all_reduce, *parts)
         losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, load_LE, cfg.temperature)}
         if share:
             losses["load_balance"] = load_balance(share[0], load_LE, cfg.top_k)

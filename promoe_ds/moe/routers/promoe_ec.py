@@ -17,8 +17,8 @@ from promoe_ds.config.schema import RouterConfig, reject
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
 from promoe_ds.moe.router import (
+    Reducer,
     Routing,
-    RoutingContext,
     at_least_fp32,
     check_not_negative,
     check_quota,
@@ -27,6 +27,7 @@ from promoe_ds.moe.router import (
     top_tokens_per_image,
 )
 from promoe_ds.moe.routers.promoe import PrototypicalRouter
+from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class ProMoEECRouter(PrototypicalRouter):
     Config = ProMoEECConfig
     one_graph = True
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Each expert takes k tokens of each of B images. x_TD [T, D] -> Routing with N = B*E*k, expert by expert."""
         cfg = self.config
         quota = S * cfg.top_k // len(self.prototypes)
@@ -69,7 +70,8 @@ class ProMoEECRouter(PrototypicalRouter):
                 terms["contrastive"] = sum_and_number(total, len(x_BSD))
         return Routing(token_N, expert_N, weight_N, 0, terms)
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
         """The contrastive loss: its mean over the conditional images of the scope."""
-        mean_L = mean_over_scope(terms["contrastive"], self.config.contrastive_scope, ctx.all_reduce)
+        mean_L = mean_over_scope(terms["contrastive"], config.contrastive_scope, all_reduce)
         return {"routing_contrastive": mean_L}

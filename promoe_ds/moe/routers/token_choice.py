@@ -18,15 +18,16 @@ from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.losses import load_balance, sums_over_scope
 from promoe_ds.moe.router import (
+    Reducer,
     Router,
     Routing,
-    RoutingContext,
     at_least_fp32,
     check_not_negative,
     check_top_k,
     register_router,
     top_experts,
 )
+from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,7 @@ class TokenChoiceRouter(Router):
     one_graph = True
 
     def __init__(self, config: TokenChoiceConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_experts, width)
         self.gate = nn.Parameter(torch.empty(num_experts, width))
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
@@ -67,7 +67,7 @@ class TokenChoiceRouter(Router):
         assert isinstance(config, TokenChoiceConfig)
         return {"load_balance": config.balance_weight}
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Route each token to its K best experts. x_TD [T, D] -> Routing with N = T*K."""
         cfg = self.config
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
@@ -76,7 +76,8 @@ class TokenChoiceRouter(Router):
             terms = {"score": score_TE.sum(0)} if self.training else {}
         return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, terms)
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
         """The load-balance loss."""
-        score_LE, load_LE = sums_over_scope(self.config.balance_scope, ctx.all_reduce, terms["score"], load_LE)
-        return {"load_balance": load_balance(score_LE, load_LE, self.config.top_k)}
+        score_LE, load_LE = sums_over_scope(config.balance_scope, all_reduce, terms["score"], load_LE)
+        return {"load_balance": load_balance(score_LE, load_LE, config.top_k)}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32, check_top_k, register_router
+from promoe_ds.moe.router import Router, Routing, at_least_fp32, check_top_k, register_router
+from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,7 @@ class UniformRouter(Router):
     one_graph = True
 
     def __init__(self, config: UniformConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config, self.num_experts = config, num_experts
+        super().__init__(config, num_experts, width)
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
         """There is nothing to draw."""
@@ -44,10 +44,10 @@ class UniformRouter(Router):
     def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
         return 0
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Deal the tokens out. x_TD [T, D] -> Routing with N = T*K."""
         T, K = len(x_TD), self.config.top_k
-        start_B = ctx.label_B[: T // S] * S * K
+        start_B = split.label_B[: T // S] * S * K
         expert_N = (start_B[:, None] + counting(S * K, x_TD.device)).reshape(-1) % self.num_experts
         token_N = counting(T, x_TD.device, K)
         weight_N = at_least_fp32(x_TD.new_full((T * K,), 1 / K))
