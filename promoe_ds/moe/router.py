@@ -3,19 +3,20 @@
 Legend (shape suffixes, here and in every file of this package): B images, S tokens an image, T = B*S tokens,
 D width, F expert hidden, E routed experts, e = E/ep local experts, K top-k, N edges, I conditional images.
 
-A router is one file in `routers/`: a subclass of `Router` with a nested `Config`, registered by `@register_router`.
+A router is one file in `routers/`: a subclass of `Router`, registered by `@register_router` (docs/routers.md).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import make_dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import ROUTER_CONFIGS, Config, ConfigError, RouterConfig, reject
+from promoe_ds.config.schema import ROUTER_CONFIGS, ConfigError, RouterConfig
 from promoe_ds.moe.split import Split
 
 
@@ -43,7 +44,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Base of all routers. Subclasses set `Config` and implement `forward`.
+    """Base of all routers. Subclasses implement `forward`, and set `Config` if they have options.
 
     State that is not trained by gradients is kept in persistent floating-point buffers, equal on every rank: they are
     saved with the EMA weights, restored on resume, and stay fp32 in a bf16 model. Buffers are drawn in `init_weights`
@@ -102,8 +103,9 @@ class Router(nn.Module):
         return {}
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        """Draw the router's parameters; `generator(parameter_name)` is keyed by seed and full name."""
-        raise TypeError(f"{type(self).__name__} does not define init_weights")
+        """Draw parameters and buffers; `generator(name)` is keyed by seed and full name."""
+        if self.state_dict():
+            raise TypeError(f"{type(self).__name__} does not define init_weights")
 
     def accumulate(self, sums: Tensor) -> None:
         """In a training forward: add to what `update` gets after the step; floating point, one shape on all ranks."""
@@ -128,15 +130,9 @@ class Router(nn.Module):
         """Forget what was accumulated: the step made no update."""
         self._sums = None
 
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        """Parameters of one router, from the configuration alone; buffers do not count."""
-        raise TypeError("the router does not define num_parameters")
-
-    @classmethod
-    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
-        """Multiply-adds of one router a token; by default every parameter is used once."""
-        return cls.num_parameters(config, num_experts, width)
+    def macs_per_token(self) -> int:
+        """Multiply-adds of a token; every matrix among parameters and buffers meets it once. Also asked on `meta`."""
+        return sum(x.numel() for x in self.state_dict().values() if x.dim() == 2)
 
     @staticmethod
     def aux_weights(config: RouterConfig) -> dict[str, float]:
@@ -157,88 +153,25 @@ ROUTERS: dict[str, type[Router]] = {}
 def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
     """Class decorator: make a router known to configurations as `moe.router.name: NAME`.
 
-    Raises ConfigError if the name is taken or is not its Config's, or if `forward` takes other arguments.
+    `cls.Config` says which options it has; from it the class gets a Config of its own, whose `name` is `name`.
+
+    Raises ConfigError if the name is taken, or if `forward` is missing or takes other arguments.
     """
 
     def add(cls: type[Router]) -> type[Router]:
         if name in ROUTERS:
             raise ConfigError(f"two routers are named {name!r}: {ROUTERS[name]} and {cls}")
-        if cls.Config.__dataclass_fields__["name"].default != name:
-            conflict = f"set Config to a class of its own, with name: str = {name!r}"
-            raise ConfigError(f"router {name!r} of {cls.__module__}: {conflict}")
         try:
+            if cls.forward is Router.forward:
+                raise TypeError("it is not defined")
             inspect.signature(cls.forward).bind("self", "x_TD", "S", "split")
         except TypeError as error:
             wanted = "forward must take (self, x_TD, S, split)"
             raise ConfigError(f"router {name!r} of {cls.__module__}: {wanted}; {error}") from None
+        own = [("name", str, name)]
+        cls.Config = make_dataclass(f"{cls.__name__}Config", own, bases=(cls.Config,), frozen=True, kw_only=True)
+        cls.Config.__module__ = cls.__module__
         ROUTERS[name], ROUTER_CONFIGS[name] = cls, cls.Config
         return cls
 
     return add
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Scores and losses are computed in fp32 whatever the autocast; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def top_experts(score_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Token choice: the K experts of highest score of each token -> (weight_N, expert_N), N = T*K, token by token."""
-    if top_k == 1:
-        weight_T, expert_T = score_TE.max(dim=-1)  # several times faster than topk on a CPU
-        return weight_T, expert_T
-    weight_TK, expert_TK = score_TE.topk(top_k, dim=-1)
-    return weight_TK.view(-1), expert_TK.view(-1)
-
-
-def expert_major(token_EN: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges of an expert choice: int64 [E, n], the tokens taken by each expert -> (token_N, expert_N), N = E*n."""
-    expert_E = torch.arange(len(token_EN), device=token_EN.device)
-    return token_EN.reshape(-1), expert_E.repeat_interleave(token_EN.shape[1])
-
-
-def top_tokens_per_image(score_BSE: Tensor, quota: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert choice within each image: every expert takes its `quota` tokens of highest score.
-
-    Returns:
-        (token_N int64, expert_N int64, score_N), N = E*B*quota, expert by expert.
-    """
-    B, S, E = score_BSE.shape
-    # Permuted after the choice: before it, torch 2.13's compiler computes wrong gradients of a softmax (on CPU).
-    score_EBk, position_EBk = (x_BkE.permute(2, 0, 1) for x_BkE in score_BSE.topk(quota, dim=1))
-    first_B = torch.arange(B, device=score_BSE.device) * S
-    token_N, expert_N = expert_major((position_EBk + first_B[:, None]).reshape(E, B * quota))
-    return token_N, expert_N, score_EBk.reshape(-1)
-
-
-# ----------------------------------------------------------------------------------------- checks of a router's Config
-
-
-def check_top_k(router: Any, config: Config) -> None:
-    """`top_k` lies in 1..E. Raises ConfigError."""
-    assert config.moe is not None
-    if not 1 <= router.top_k <= config.moe.num_experts:
-        limit = f"is not in 1..moe.num_experts={config.moe.num_experts}"
-        reject("moe.router.top_k", router.top_k, limit, "lower it" if router.top_k > 0 else "raise it")
-
-
-def check_quota(router: Any, config: Config, images: int, pool: str) -> None:
-    """An expert that chooses among the tokens of `images` images takes at least one. Raises ConfigError."""
-    assert config.moe is not None
-    E, tokens = config.moe.num_experts, images * config.model.tokens
-    if tokens * router.top_k < E:
-        conflict = f"an expert's quota of {pool} is {tokens} tokens * top_k={router.top_k} // {E} experts = 0"
-        reject(
-            "moe.num_experts", E, conflict, f"lower it to at most {tokens * router.top_k}, or raise moe.router.top_k"
-        )
-
-
-def check_not_negative(router: Any, *keys: str) -> None:
-    for key in keys:
-        if getattr(router, key) < 0:
-            reject(f"moe.router.{key}", getattr(router, key), "must not be negative", "0 turns it off")
-
-
-def images_a_forward(config: Config) -> int:
-    """Images in a forward pass of one process alone: what is sure before the number of processes is known."""
-    return config.train.micro_batch_size or config.train.global_batch_size

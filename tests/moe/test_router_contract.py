@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.schema import Config
+from promoe_ds.costs import flops
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import Router, Routing, auxiliary_losses
@@ -22,6 +23,18 @@ from tests.moe.test_layer import MIXES, Operations, losses_of, split_of
 D, S, E, NULL = 16, 16, 4, 10
 NAMES = sorted(ROUTERS)
 assert ROUTERS["hash"] is example_router.HashRouter, "the example of CONTRIBUTING is tested like the rest"
+SIZES = {
+    "promoe": (E * D, E * D),
+    "promoe_ec": (E * D, E * D),
+    "token_choice": (E * D, E * D),
+    "expert_choice": (E * D, E * D),
+    "diffmoe": (2 * E * D + E + D * D + D, 2 * E * D + D * D),  # no multiplication by a bias
+    "kmeans": (0, E * D),
+    "classification": (E * D + E, 0),  # one product an image
+    "uniform": (0, 0),
+    "hash": (0, 0),
+}
+"""parameters, and multiply-adds a token"""
 EXTRA: dict[str, dict[str, Any]] = {"classification": {"superclasses": "digits"}}
 
 
@@ -211,12 +224,13 @@ def test_losses_of_several_layers_are_those_of_each(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sizes_and_names_are_stated_by_the_class(name: str) -> None:
-    config = make_config(name)
+def test_sizes_and_names(name: str) -> None:
+    config, layer, kind = make_config(name), make_layer(name), ROUTERS[name]
     assert config.moe is not None
-    layer, kind = make_layer(name), ROUTERS[name]
-    assert sum(p.numel() for p in layer.router.parameters()) == kind.num_parameters(config.moe.router, E, D)
-    assert kind.macs_per_token(config.moe.router, E, D) >= 0
+    parameters, macs = SIZES[name]
+    assert sum(p.numel() for p in layer.router.parameters()) == parameters
+    assert flops.count_parameters(config).by_part["router"] == len(config.moe_layers()) * parameters
+    assert router_of(layer).macs_per_token() == flops.router_of(config).macs_per_token() == macs
     assert kind.Config is type(config.moe.router) and kind.Config().name == name
     assert all(b.is_floating_point() for b in layer.router.buffers())
     assert inspect.getdoc(kind.forward)

@@ -21,41 +21,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig, reject
-from promoe_ds.moe.losses import mean_over_scope, sum_and_number
-from promoe_ds.moe.router import (
-    Reducer,
-    Router,
-    Routing,
+from promoe_ds.config.schema import reject
+from promoe_ds.moe.gates import (
+    LinearGateRouter,
+    TopKConfig,
     at_least_fp32,
     check_not_negative,
     check_quota,
-    check_top_k,
     expert_major,
     images_a_forward,
-    register_router,
 )
+from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
+from promoe_ds.moe.router import Reducer, Routing, register_router
 from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffMoEConfig(RouterConfig):
-    name: str = "diffmoe"
-    top_k: int = 1
-    """K, experts a token on average over the pool"""
+class DiffMoEConfig(TopKConfig):
     capacity_weight: float = 0.01
     """weight of the capacity predictor's loss, per MoE layer. 0.01 is what the official ProMoE code trains with (its
     config says 1, but is not read); DiffMoE's own code uses 1. Only the predictor's gradient depends on it"""
     threshold_decay: float = 0.95
     """decay of the moving average of the thresholds"""
-    scope: Literal["global", "rank"] = "global"
+    scope: Scope = "global"
     """the pool: the micro-batch of all ranks (independent of the topology) or of one rank, as in the official code"""
     inference: Literal["token", "pool"] = "token"
     """token: an expert takes the tokens whose prediction is above its threshold: an image does not depend on its batch;
     pool: it takes that many tokens, but those of highest score in the batch, as in the official code"""
 
     def validate(self, config: Any) -> None:
-        check_top_k(self, config)
+        super().validate(config)
         check_quota(self, config, images_a_forward(config), "the pool")
         check_not_negative(self, "capacity_weight")
         if not 0 <= self.threshold_decay < 1:
@@ -103,12 +98,11 @@ def choose_in_pool(score_TE: Tensor, pool_PC: Tensor, top_k: int) -> Choice:
 
 
 @register_router("diffmoe")
-class DiffMoERouter(Router):
+class DiffMoERouter(LinearGateRouter):
     Config = DiffMoEConfig
 
     def __init__(self, config: DiffMoEConfig, num_experts: int, width: int):
         super().__init__(config, num_experts, width)
-        self.gate = nn.Parameter(torch.empty(num_experts, width))
         self.hidden_weight, self.hidden_bias = nn.Parameter(torch.empty(width, width)), nn.Parameter(torch.empty(width))
         self.out_weight = nn.Parameter(torch.empty(num_experts, width))
         self.out_bias = nn.Parameter(torch.empty(num_experts))
@@ -119,25 +113,12 @@ class DiffMoERouter(Router):
         self.register_buffer("updates", torch.empty(1))
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        nn.init.normal_(self.gate, std=0.006, generator=generator("gate"))
+        super().init_weights(generator)
         for name in ("hidden", "out"):
             nn.init.xavier_uniform_(getattr(self, f"{name}_weight"), generator=generator(f"{name}_weight"))
             nn.init.zeros_(getattr(self, f"{name}_bias"))
         nn.init.constant_(self.threshold, 0.5)
         nn.init.zeros_(self.updates)
-
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return 2 * num_experts * width + num_experts + width * width + width
-
-    @classmethod
-    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
-        return 2 * num_experts * width + width * width
-
-    @staticmethod
-    def aux_weights(config: RouterConfig) -> dict[str, float]:
-        assert isinstance(config, DiffMoEConfig)
-        return {"capacity": config.capacity_weight}
 
     def predict(self, x_TD: Tensor) -> Tensor:
         """Logits of "expert i takes token t", Linear(D, D) - SiLU - Linear(D, E) on detached tokens; [T, E].
@@ -150,10 +131,8 @@ class DiffMoERouter(Router):
 
     def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Each expert takes k tokens of the pool (training) or those above its threshold. x_TD [T, D]."""
-        terms = {}
-        logit_TE = self.predict(x_TD)
+        score_TE, logit_TE, terms = self.scores(x_TD), self.predict(x_TD), {}
         with torch.autocast(x_TD.device.type, enabled=False):
-            score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
             if self.training:
                 choice = self._choose(score_TE.detach(), logit_TE.detach().sigmoid(), S, split)
                 token_N, expert_N, taken_TE, kth_E1 = choice
@@ -162,8 +141,12 @@ class DiffMoERouter(Router):
                 terms["capacity"] = sum_and_number(total, taken_TE.numel())
             else:
                 token_N, expert_N = self._above_threshold(score_TE, logit_TE.sigmoid())
-            weight_N = score_TE.reshape(-1).index_select(0, token_N * len(self.gate) + expert_N)
+            weight_N = score_TE.reshape(-1).index_select(0, token_N * self.num_experts + expert_N)
         return Routing(token_N, expert_N, weight_N, 0, terms)
+
+    @staticmethod
+    def aux_weights(config: Any) -> dict[str, float]:
+        return {"capacity": config.capacity_weight}
 
     @staticmethod
     def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
@@ -171,7 +154,7 @@ class DiffMoERouter(Router):
         return {"capacity": mean_over_scope(terms["capacity"], config.scope, all_reduce)}
 
     def _choose(self, score_TE: Tensor, likely_TE: Tensor, tokens: int, split: Split) -> Choice:
-        quota = len(score_TE) * self.config.top_k // len(self.gate)
+        quota = len(score_TE) * self.config.top_k // self.num_experts
         if self.config.scope == "rank":
             return choose_here(score_TE, likely_TE, quota)
         mine_PC = torch.cat([score_TE, likely_TE], dim=1)

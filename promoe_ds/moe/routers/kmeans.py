@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import RouterConfig, reject
+from promoe_ds.moe.gates import at_least_fp32, images_a_forward
 from promoe_ds.moe.losses import centroid_sums
-from promoe_ds.moe.router import Router, Routing, at_least_fp32, images_a_forward, register_router
+from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.split import Split
 
 PRIME = 16_777_213
@@ -29,8 +30,6 @@ PRIME = 16_777_213
 
 @dataclass(frozen=True, kw_only=True)
 class KMeansConfig(RouterConfig):
-    name: str = "kmeans"
-
     def validate(self, config: Any) -> None:
         E, tokens = config.moe.num_experts, images_a_forward(config) * config.model.tokens
         if tokens < E:
@@ -66,14 +65,6 @@ class KMeansRouter(Router):
         nn.init.zeros_(self.placed)
         self.shift = int(torch.randint(PRIME, (), generator=generator("shift")))
         self.all_placed = False
-
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return 0
-
-    @classmethod
-    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
-        return num_experts * width
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:

@@ -6,43 +6,18 @@ loads differ by one at most; the label turns the start, so that images even it o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.constants import counting
-from promoe_ds.moe.router import Router, Routing, at_least_fp32, check_top_k, register_router
+from promoe_ds.moe.gates import TopKConfig, at_least_fp32
+from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.split import Split
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniformConfig(RouterConfig):
-    name: str = "uniform"
-    top_k: int = 1
-    """K, experts a token"""
-
-    def validate(self, config: Any) -> None:
-        check_top_k(self, config)
 
 
 @register_router("uniform")
 class UniformRouter(Router):
-    Config = UniformConfig
+    Config = TopKConfig
     one_graph = True
-
-    def __init__(self, config: UniformConfig, num_experts: int, width: int):
-        super().__init__(config, num_experts, width)
-
-    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        """There is nothing to draw."""
-
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return 0
 
     def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Deal the tokens out. x_TD [T, D] -> Routing with N = T*K."""
