@@ -19,7 +19,7 @@ from promoe_ds.moe.constants import counting
 from promoe_ds.moe.experts import grouped_mm
 from promoe_ds.moe.layer import LayerFacts, MoELayer
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import RoutingContext
+from promoe_ds.moe.split import Split
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x [B, S, D] -> (output [B, S, D], auxiliary loss)"""
@@ -43,12 +43,12 @@ def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, experts.w1[i], b1), approximate="tanh"), experts.w2[i], b2)
 
 
-def loop_layer(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts]:
+def loop_layer(layer: Any, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerFacts]:
     """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`, but for the
     terms of the losses: the loss itself."""
     router: Any = layer.router
     x_TD, prototype_ED = x_BSD.flatten(0, 1), router.prototypes
-    null_T = (ctx.label_B == ctx.label_B.new_tensor(NULL_LABEL)).repeat_interleave(x_BSD.shape[1])
+    null_T = (split.label_B == split.label_B.new_tensor(NULL_LABEL)).repeat_interleave(x_BSD.shape[1])
     known_TD, null_TD = x_TD[~null_T], x_TD[null_T]
     with torch.autocast(x_TD.device.type, enabled=False):
         z_TE = F.normalize(known_TD.float(), dim=-1) @ F.normalize(prototype_ED.float(), dim=-1).T
@@ -95,14 +95,14 @@ def use_loop(model: nn.Module, on: bool) -> None:
         if isinstance(module, MoELayer):
             router: Any = module.router
             if on:
-                module.forward = lambda x, ctx, layer=module: loop_layer(layer, x, ctx)  # type: ignore[method-assign]
-                router.losses = lambda losses, load_LE, ctx: losses
+                module.forward = lambda x, split, layer=module: loop_layer(layer, x, split)  # type: ignore[method-assign]
+                router.losses = lambda config, losses, load_LE, all_reduce: losses
             else:
                 module.__dict__.pop("forward", None)
                 router.__dict__.pop("losses", None)
 
 
-def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Work:
+def gemms_alone(layer: Any, x_BSD: Tensor, split: Split) -> Work:
     """Forward and backward products of `layer` on x: no bias, no activation.
 
     An expert has as many rows as the router gives it; gradients go into fresh buffers.
@@ -110,14 +110,14 @@ def gemms_alone(layer: Any, x_BSD: Tensor, ctx: RoutingContext) -> Work:
     experts, device = layer.routed.experts, x_BSD.device
     dtype = experts.compute_dtype(device.type)
     x_TD = x_BSD.flatten(0, 1).detach()
-    n = ctx.num_conditional * x_BSD.shape[1]
+    n = split.num_conditional * x_BSD.shape[1]
     inputs = {"known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype)}
     inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     hiddens = {name: x.new_zeros(len(x), experts.hidden, requires_grad=True) for name, x in inputs.items()}
     scored = x_TD[:n].float().clone().requires_grad_()
     grads: list[Tensor] = []
     with torch.no_grad():
-        ends = layer(x_BSD, ctx)[1].end_E
+        ends = layer(x_BSD, split)[1].end_E
 
     def work(clock: Clock) -> None:
         clock.mark()

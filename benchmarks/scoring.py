@@ -24,7 +24,6 @@ from promoe_ds.evaluation.features import DigitsCNN, Features
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, inception_score, label_agreement
 from promoe_ds.models.dit import DiT
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.sampling.generate import How, class_labels, draw_pixels, image_noise, to_pixels
 
 SCORE_SEED = 1234
@@ -99,8 +98,7 @@ def ema_loss(model: DiT, config: Config, data: ImageDataset, num: int, batch: in
         i_B = np.arange(start, min(start + batch, num))
         x_BCHW, label_B = data.get(i_B * len(data) // num)
         eps_BCHW = image_noise(SCORE_SEED, i_B, (m.channels, m.image_size, m.image_size))
-        ctx = RoutingContext.build(label_B, m.num_classes, device)
-        forward: Callable[..., Any] = lambda x, t, ctx=ctx: model(x, t, ctx)  # noqa: E731
+        forward: Callable[..., Any] = lambda x, t, y=label_B: model(x, t, y)  # noqa: E731
         gauss_B = torch.from_numpy(gauss_N[i_B]).to(device)
         _, losses = objective.loss(forward, x_BCHW.to(device), eps_BCHW.to(device), gauss_B)
         total += float(losses["diffusion"]) * len(i_B)

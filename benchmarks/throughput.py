@@ -44,7 +44,8 @@ from promoe_ds.models.init import build
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.experts import backend_problem
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import How, draw_pixels
@@ -82,8 +83,8 @@ def labels(images: int) -> Tensor:
     return label_B
 
 
-def context(images: int, device: torch.device) -> RoutingContext:
-    return RoutingContext.build(labels(images), NULL, device)
+def split_of(images: int, device: torch.device) -> Split:
+    return split_by_label(labels(images), NULL, device)
 
 
 def backends(device: torch.device) -> list[str]:
@@ -98,13 +99,12 @@ def train_step(model: Any, adam: AdamWithEMA, images: int, device: torch.device,
     """Forward, backward and update of a whole model; the state of the optimizer is made at the first call."""
     objective, m = make_objective(model.config.diffusion, device), model.config.model
     z, eps = (torch.randn(images, m.channels, m.image_size, m.image_size, device=device) for _ in range(2))
-    gauss, host = torch.randn(images, device=device), labels(images)
+    gauss, y_B = torch.randn(images, device=device), labels(images)
 
     def work(clock: Clock) -> None:
         clock.mark()
-        ctx = RoutingContext.build(host, NULL, device)
         with autocast(device, precision):
-            output, losses = objective.loss(lambda x, t: model(x, t, ctx), z, eps, gauss)
+            output, losses = objective.loss(lambda x, t: model(x, t, y_B), z, eps, gauss)
         total = losses["diffusion"] + sum(loss_L.sum() for loss_L in output.aux.values())
         clock.mark()
         total.backward()
@@ -166,23 +166,23 @@ def layer_systems(size: str, images: int, precision: str, routing: str, device: 
     if routing != "learned":
         moe_peers.force_routing(layer, routing)
     x = torch.randn(images, config.model.tokens, config.model.width, device=device, requires_grad=True)
-    ctx = context(images, device)
+    split = split_of(images, device)
 
     def ours(layer: Any, backend: str) -> Work:
         def step(x: Tensor) -> tuple[Tensor, Tensor]:
             layer.routed.experts.backend = backend
-            y, (terms, end_E, _) = layer(x, ctx)
-            losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)
+            y, (terms, end_E, _) = layer(x, split)
+            losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None])
             return y, losses["routing_contrastive"].sum()
 
         return layer_step(layer, step, x, precision)
 
     def loop(x: Tensor) -> tuple[Tensor, Tensor]:
-        y, (losses, _, _) = moe_peers.loop_layer(layer, x, ctx)
+        y, (losses, _, _) = moe_peers.loop_layer(layer, x, split)
         return y, losses["routing_contrastive"]
 
     with autocast(device, precision):
-        floor = moe_peers.gemms_alone(layer, x, ctx)
+        floor = moe_peers.gemms_alone(layer, x, split)
     systems = {f"promoe {name}": ours(layer, name) for name in backends(device)}
     if routing == "learned":
         systems["promoe compiled"] = ours(compile_whole(copy.deepcopy(layer)), "grouped_mm")
@@ -222,10 +222,10 @@ def counts(size: str, device: torch.device) -> dict[str, Any]:
 def count_passes(model: Any, device: torch.device) -> dict[str, int]:
     """On 4 images of 64 tokens."""
     x, t = torch.randn(4, 4, 16, 16, device=device), torch.rand(4, device=device) * 1000
-    ctx = context(4, device)
+    y = labels(4)
 
     def forward() -> Any:
-        return model(x, t, ctx)
+        return model(x, t, y)
 
     def loss() -> Tensor:
         output = forward()

@@ -29,7 +29,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
     Returns:
         The transformer: float32, `eval()`, without gradients. `model.config` is its configuration: `model.config.model`
         has channels C, image_size H = W and num_classes; images of C = 1 or 3 are pixels, others latents.
-        `model(x, t, context)` predicts from noisy x; t is in 0..1000, 1000 is noise (docs/formats.md).
+        `model(x, t, y).prediction` is made of noisy x, float [B, C, H, W]; of t, float [B] in 0..1000, where 1000 is
+        noise; and of labels y, integers [B], where num_classes means "no class" (docs/formats.md).
 
     Raises:
         promoe_ds.ConfigError: nothing there, a damaged file, another format, tensors that do not fit the configuration;

@@ -65,6 +65,12 @@ def test_a_dead_link_is_found(tmp_path: Path) -> None:
     assert dead_links(page) == ["gone.md", "#nowhere"] and missing_files(page) == ["launchers/gone.py"]
 
 
+def test_the_router_of_the_page_is_the_one_that_is_tested() -> None:
+    source = (ROOT / "tests/moe/example_router.py").read_text(encoding="utf-8")
+    page = (ROOT / "docs/routers.md").read_text(encoding="utf-8")
+    assert source[source.index("@register_router") :] in page
+
+
 def test_every_command_and_make_target_that_is_named_exists() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))

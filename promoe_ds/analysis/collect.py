@@ -25,7 +25,7 @@ from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.observe import hooked, prototypes_of, routers_of, top_expert, watching
-from promoe_ds.moe.router import Router, Routing, RoutingContext
+from promoe_ds.moe.router import Router, Routing
 from promoe_ds.sampling.generate import image_noise, to_pixels
 
 
@@ -184,13 +184,12 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
         for start in starts:
             index_B = indices[start : start + plan.batch]
             z_BCHW, label_B = dataset.get(index_B)
-            ctx = RoutingContext.build(label_B, m.num_classes, device)
             labels.append(label_B.numpy())
             shown.append(z_BCHW[: max(0, plan.maps - start)])
             watcher.first, watcher.label_B = start, label_B.numpy()
             for watcher.time, t in enumerate(plan.timesteps):
                 eps_BCHW = image_noise(plan.seed, index_B, (m.channels, m.image_size, m.image_size), watcher.time)
-                model(*objective.noised(z_BCHW.to(device), eps_BCHW.to(device), t), ctx)
+                model(*objective.noised(z_BCHW.to(device), eps_BCHW.to(device), t), label_B)
                 bar.update()
     counts = ("count_LTCE", "count_LIE", "count_LSE", "nobody_L", "weight_L", "map_LMTS")
     facts, label_I = {key: getattr(watcher, key) for key in counts}, np.concatenate(labels)

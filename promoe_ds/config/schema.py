@@ -66,6 +66,12 @@ class RouterConfig:
 
     name: str = "promoe"
 
+    def validate(self, config: Any) -> None:
+        """What must hold of the options in the whole configuration. Raises ConfigError."""
+
+    def validate_files(self, config: Any) -> None:
+        """What must hold of files that training reads, and a dry run does not. Raises ConfigError."""
+
 
 ROUTER_CONFIGS: dict[str, type[RouterConfig]] = {}
 """by name; `moe.router.register_router` adds a router's when its class is made"""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from promoe_ds.config.schema import Config
-from promoe_ds.moe.router import ROUTERS
+from promoe_ds.moe.router import ROUTERS, Router
 
 TIMESTEP_FREQUENCIES = 256
 STAGE0_BUCKET = 500_000_000
@@ -99,19 +101,11 @@ def experts_per_token(config: Config) -> int:
     return getattr(config.moe.router, "top_k", 1) if config.moe else 0
 
 
-def router_parameters(config: Config) -> int:
-    """Parameters of one layer's router, stated by its class; 0 in a dense model."""
-    if config.moe is None:
-        return 0
-    router = ROUTERS[config.moe.router.name]
-    return router.num_parameters(config.moe.router, config.moe.num_experts, config.model.width)
-
-
-def router_macs(config: Config) -> int:
-    """MACs a token of one layer's router, stated by its class."""
+def router_of(config: Config) -> Router:
+    """One layer's router, on `meta`: sizes cost nothing."""
     assert config.moe is not None
-    router = ROUTERS[config.moe.router.name]
-    return router.macs_per_token(config.moe.router, config.moe.num_experts, config.model.width)
+    with torch.device("meta"):
+        return ROUTERS[config.moe.router.name](config.moe.router, config.moe.num_experts, config.model.width)
 
 
 def count_parameters(config: Config) -> ParameterCount:
@@ -132,7 +126,7 @@ def count_parameters(config: Config) -> ParameterCount:
         "shared": layers * (moe.num_shared if moe else 0) * expert,
         "unconditional": layers * num_unconditional(config) * expert,
         "routed": layers * (moe.num_experts if moe else 0) * expert,
-        "router": layers * router_parameters(config),
+        "router": layers * (sum(p.numel() for p in router_of(config).parameters()) if moe else 0),
         "final": _linear(D, 2 * D) + _linear(D, pixels * m.out_channels),
     }
     idle = by_part["routed"] + by_part["unconditional"] - layers * experts_per_token(config) * expert
@@ -146,7 +140,7 @@ def _moe_macs(config: Config, null_fraction: float) -> float:
     """MACs a token in one MoE layer."""
     assert config.moe is not None
     one_expert = 2 * config.model.width * expert_hidden(config)
-    routed = experts_per_token(config) * one_expert + router_macs(config)
+    routed = experts_per_token(config) * one_expert + router_of(config).macs_per_token()
     null = num_unconditional(config) * one_expert
     if not config.moe.conditional:
         null_fraction = 0.0

@@ -13,7 +13,6 @@ from promoe_ds.diffusion.ddpm_samplers import Predict
 
 def guided_prediction(
     model: Callable[..., Any],
-    context_of: Callable[[torch.Tensor], Any],
     label_B: torch.Tensor,
     null_label: int,
     scale: float,
@@ -23,12 +22,10 @@ def guided_prediction(
     """The guided model of one batch: p = p_null + scale * (p_label - p_null).
 
     Above scale 1 every evaluation is one forward of 2B images, the labelled half before the null half; at scale 1 or
-    below it is one forward of the B labelled images. What the model is told of the labels depends on them alone, so it
-    is made here, once a batch, and not at every step.
+    below it is one forward of the B labelled images.
 
     Args:
-        model: `model(x, t, context).prediction` [2B or B, C or 2C, H, W].
-        context_of: the context of labels, int64 [2B or B] on the CPU.
+        model: `model(x, t, y).prediction` [2B or B, C or 2C, H, W].
         label_B: int64 on the CPU.
         null_label: the label that stands for "no class".
         device: where x will lie.
@@ -39,13 +36,12 @@ def guided_prediction(
         `predict(x [B, C, H, W], t)` with the channels of the model's prediction and the dtype of x.
     """
     guided = scale > 1
-    label = torch.cat([label_B, torch.full_like(label_B, null_label)]) if guided else label_B
-    context = context_of(label)
+    y = torch.cat([label_B, torch.full_like(label_B, null_label)]) if guided else label_B
 
     def predict(x_BCHW: torch.Tensor, time: float) -> torch.Tensor:
         x = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
         t = torch.full((len(x),), time, dtype=torch.float32, device=device)
-        p = model(x, t, context).prediction.to(x.dtype)
+        p = model(x, t, y).prediction.to(x.dtype)
         if not guided:
             return p
         moved = x.shape[1] if channels == "all" else min(channels, x.shape[1])

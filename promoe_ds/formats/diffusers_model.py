@@ -11,7 +11,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import Config, ModelConfig, MoEConfig
 from promoe_ds.models.dit import DiT
-from promoe_ds.moe.router import ROUTERS, RoutingContext
+from promoe_ds.moe.router import ROUTERS
 
 
 def plain_config(model: dict[str, Any], moe: dict[str, Any] | None) -> Config:
@@ -50,13 +50,11 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         Args:
             sample: float [B, C, H, W].
             timestep: float [B] in 0..1000; 1000 is noise.
-            class_labels: int64 [B]; num_classes means "no class".
+            class_labels: int64 [B], best on the CPU; num_classes means "no class".
 
         Returns:
             [B, C or 2C, H, W]: velocity noise - data, or predicted noise and variance channels.
         """
-        null_label = self.dit.config.model.num_classes
-        context = RoutingContext.build(class_labels.cpu(), null_label, sample.device)
         dtype = self.dit.x_embedder.proj.weight.dtype
         with torch.no_grad():
-            return self.dit.eval()(sample.to(dtype), timestep.float(), context).prediction.to(sample.dtype)
+            return self.dit.eval()(sample.to(dtype), timestep.float(), class_labels).prediction.to(sample.dtype)

@@ -24,7 +24,7 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.moe.experts import BACKENDS, StackedExperts, grouped
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
 from promoe_ds.moe.mlp import Mlp, gelu
-from promoe_ds.moe.router import RoutingContext
+from promoe_ds.moe.split import Split
 
 GRAPHS = 64
 """of one function; torch stops at 8. An MoE block needs one each for none, one, some and all but one without label"""
@@ -81,8 +81,8 @@ def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "induct
         experts.backends = BACKENDS | {"grouped_mm": grouped}
 
     def forward(*args: Any) -> Any:
-        ctx: RoutingContext = args[-1]
-        return (compiled if ctx.num_conditional else traced)(*args)
+        split: Split = args[-1]
+        return (compiled if split.num_conditional else traced)(*args)
 
     module.forward = forward if stacks else compiled
     return module

@@ -17,7 +17,8 @@ from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import LayerFacts, MoELayer
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.split import Split, split_by_label
 
 
 class DiTOutput(NamedTuple):
@@ -63,12 +64,12 @@ class DiTBlock(nn.Module):
         self.is_moe = is_moe
         self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts | None]:
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, split: Split) -> tuple[Tensor, LayerFacts | None]:
         """-> (x_BSD, what its MoE layer tells)."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not self.is_moe:  # not isinstance: diffusers runs an exported copy of this file again at every load
             return self.feed(x_BSD, h_BSD, gate_B1D), None
-        out_BSD, facts = self.mlp(h_BSD, ctx)
+        out_BSD, facts = self.mlp(h_BSD, split)
         return x_BSD + gate_B1D * out_BSD, facts
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +98,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Write nothing here that knows about ranks: `parallel.parallelize` turns this into an expert-parallel model.
 
-    The label is dropped by the caller (label `num_classes` is null), not in here: the host then knows which images are
-    conditional, and no layer has to ask the device.
+    Labels are dropped by the caller (label `num_classes` is null), not in here: with labels on the host the model knows
+    which images are conditional, and no layer has to ask the device.
     """
 
     def __init__(self, config: Config):
@@ -112,29 +113,33 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(config, i in moe_layers) for i in range(m.depth))
         self.final_layer = FinalLayer(m.width, m.patch**2 * m.out_channels)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, ctx: RoutingContext) -> DiTOutput:
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor | None = None) -> DiTOutput:
         """Predict from noisy images.
 
         Args:
             x_BCHW: float [B, C, H, W].
             t_B: float32 [B], timestep in 0..1000 (1000 is noise).
-            ctx: labels and conditional split of the batch, `RoutingContext.build`.
+            y_B: integers [B], labels; `num_classes` means "no class". On the host the forward never waits for the
+                device; labels on the device work too, and are copied to the host once.
+            row_B: int64 [B] on the host, places in the global batch, for routers whose choice depends on them in
+                training (`kmeans`); 0..B-1 if not given.
         """
-        x_BCHW, t_B = x_BCHW.index_select(0, ctx.order_B), t_B.index_select(0, ctx.order_B)
+        split = split_by_label(y_B, self.config.model.num_classes, x_BCHW.device, row_B)
+        x_BCHW, t_B = x_BCHW.index_select(0, split.order_B), t_B.index_select(0, split.order_B)
         x_BSD = self.x_embedder(x_BCHW)
         x_BSD = x_BSD + self.pos_embed
-        c_BD = self.t_embedder(t_B) + self.y_embedder(ctx.label_B)
+        c_BD = self.t_embedder(t_B) + self.y_embedder(split.label_B)
         layers: list[LayerFacts] = []
         for block in self.blocks:
-            x_BSD, facts = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, ctx)
+            x_BSD, facts = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, split)
             if facts is not None:
                 layers.append(facts)
-        out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, ctx.restore_B)
+        out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, split.restore_B)
         if not layers:
             return DiTOutput(out_BCHW, {}, torch.zeros(0, 0, dtype=torch.int32, device=t_B.device), [])
         load_LE = segment_sizes(torch.stack([facts.end_E for facts in layers]))
         first: Any = self.blocks[self.config.moe_layers()[0]]
-        aux = auxiliary_losses(first.mlp.router, [facts.terms for facts in layers], load_LE, ctx)
+        aux = auxiliary_losses(first.mlp.router, [facts.terms for facts in layers], load_LE)
         return DiTOutput(out_BCHW, aux, load_LE, [facts.weight_N for facts in layers])
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     MoE(x) = sum_i E_i^S(x) + { sum_j G_j E_j(x)   if x is conditional        Eq. (5), arXiv:2510.24711
                               { sum_k E_k^U(x)     if x is unconditional
 
-Data flow for a batch whose first I images are conditional (`RoutingContext`):
+Data flow for a batch whose first I images are conditional (`Split`):
   1. split: x[:I] goes to the router, x[I:] (null label) to the unconditional experts; both are views
   2. router: an edge list for the tokens of x[:I]
   3. routed experts: dispatch, stacked experts, combine (`RoutedExperts`; expert parallelism replaces exactly this part)
@@ -26,7 +26,8 @@ from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import ROUTERS, Routing, RoutingContext
+from promoe_ds.moe.router import ROUTERS, Routing
+from promoe_ds.moe.split import Split
 
 Work = Callable[[], list[Tensor]]
 """what can be computed while rows travel"""
@@ -86,12 +87,12 @@ class MoELayer(nn.Module):
         unconditional = moe.num_unconditional if moe.conditional else 0
         self.unconditional = nn.ModuleList(Mlp(width, hidden) for _ in range(unconditional))
 
-    def forward(self, x_BSD: Tensor, ctx: RoutingContext) -> tuple[Tensor, LayerFacts]:
+    def forward(self, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerFacts]:
         """x_BSD [B, S, D], conditional images first -> (output [B, S, D] in x's dtype, facts)."""
         B, S, D = x_BSD.shape
-        x_TD, images = x_BSD.reshape(-1, D), ctx.num_conditional if self.conditional else B
+        x_TD, images = x_BSD.reshape(-1, D), split.num_conditional if self.conditional else B
         known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
-        routing = self.router(known_TD, S, ctx)
+        routing = self.router(known_TD, S, split)
         out_TD, end_E, shared, nulls = self.routed(
             known_TD, routing, lambda: _each(self.shared, x_TD), lambda: _each(self.unconditional, null_TD)
         )

@@ -7,6 +7,7 @@ Legend: L MoE layers, T tokens, N edges, D width, E experts. Equation numbers ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.cosine import unit
 from promoe_ds.moe.router import identity
 
+Scope = Literal["global", "rank"]
+"""what a loss covers: the micro-batch of all ranks, so that it does not depend on the topology, or each rank's own"""
 ABSENT = 1e30
 """subtracted from the logits of experts without tokens; finite, because 0 times infinity is not a number"""
 
@@ -59,7 +62,7 @@ def routing_contrastive(unit_LDE: Tensor, sum_LED: Tensor, load_LE: Tensor, temp
     return (log_p_LE * (absent_LE - 1)).sum(1) / load_LE.count_nonzero(dim=1).clamp(min=1)
 
 
-def sums_over_scope(scope: str, all_reduce: Callable[[Tensor], Tensor], *parts: Tensor) -> Sequence[Tensor]:
+def sums_over_scope(scope: Scope, all_reduce: Callable[[Tensor], Tensor], *parts: Tensor) -> Sequence[Tensor]:
     """Parts that are additive over ranks, summed over those of the scope by a single all-reduce.
 
     Args:
@@ -85,7 +88,7 @@ def sum_and_number(total: Tensor, number: Tensor | int) -> Tensor:
     return torch.stack([total, torch.ones_like(total) * number])
 
 
-def mean_over_scope(pair_L2: Tensor, scope: str, all_reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def mean_over_scope(pair_L2: Tensor, scope: Scope, all_reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """Means whose terms are spread over ranks: sum / number, both summed over the ranks for the scope "global"; [L].
 
     Args:

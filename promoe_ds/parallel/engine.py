@@ -32,8 +32,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT, DiTOutput
-from promoe_ds.moe.router import RoutingContext, identity
-from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum, sum_in_place
+from promoe_ds.parallel.collectives import sum_in_place
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.expert_parallel import is_sharded, local_part
 from promoe_ds.parallel.optimizer import AdamWithEMA
@@ -59,14 +58,12 @@ class Engine:
         param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
         self.adam = AdamWithEMA(param_groups, config.optimizer)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
-        self.all_reduce = all_reduce_sum if topology.world > 1 else identity
-        self.all_gather = all_gather_rows if topology.world > 1 else identity
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, ctx: RoutingContext) -> DiTOutput:
-        return self.engine(x_BCHW, t_B, ctx)
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
+        return self.engine(x_BCHW, t_B, y_B, row_B)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""

@@ -1,7 +1,8 @@
 """Turn a single-device model into an expert-parallel one.
 
 `parallelize(model, topology)` replaces the routed experts of every MoE layer by their local share and an all-to-all
-dispatcher. Routers, shared and unconditional experts stay replicated, so null-label images never travel.
+dispatcher, and gives routers their sums over ranks. Routers, shared and unconditional experts stay replicated, so
+null-label images never travel.
 
 DeepSpeed recognises expert parallelism by the class and attributes of the layer: a subclass of `AutoEPMoELayer`
 (0.19.8) that calls only `nn.Module.__init__` and brings its own forward. What the engine and ZeRO read:
@@ -43,7 +44,8 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
-from promoe_ds.parallel.collectives import AllToAllHandle, swap_counts
+from promoe_ds.moe.router import Router
+from promoe_ds.parallel.collectives import AllToAllHandle, all_gather_rows, all_reduce_sum, swap_counts
 from promoe_ds.parallel.topology import Topology, connect, disconnect, gather_objects
 
 
@@ -107,13 +109,15 @@ def parallelize(model: DiT, topology: Topology) -> DiT:
     """Shard the routed experts of `model` over the expert-parallel groups; returns the same object.
 
     Call it on the meta model, before parameters are drawn: each rank then allocates and draws its own experts only.
-    At ep 1 the model is left as it is, and DeepSpeed trains it as an ordinary data-parallel one.
+    At ep 1 all experts stay here, and DeepSpeed trains the model as an ordinary data-parallel one. Routers sum and
+    gather over all ranks, in training only.
     """
-    if topology.ep > 1:
-        for module in model.modules():
-            if isinstance(module, MoELayer):
-                assert isinstance(module.routed, RoutedExperts), "the model is already expert-parallel"
-                module.routed = ExpertParallelExperts(module.routed, topology)
+    for module in model.modules():
+        if isinstance(module, Router) and topology.world > 1:
+            module.all_reduce, module.all_gather = all_reduce_sum, all_gather_rows
+        if isinstance(module, MoELayer) and topology.ep > 1:
+            assert isinstance(module.routed, RoutedExperts), "the model is already expert-parallel"
+            module.routed = ExpertParallelExperts(module.routed, topology)
     return model
 
 

@@ -104,9 +104,7 @@ def _validate_moe(config: Config) -> None:
     if not config.moe_layers():
         conflict = f"selects no block of model.depth={config.model.depth}"
         reject("moe.layers", moe.layers, conflict, "write all, or moe: null for a dense model")
-    validate_router = getattr(moe.router, "validate", None)
-    if validate_router is not None:
-        validate_router(config)
+    moe.router.validate(config)
 
 
 def _validate_training(config: Config) -> None:
@@ -197,6 +195,5 @@ def validate_data(config: Config) -> None:
     """Check the files that training reads; before training, not before a dry run. Raises `ConfigError`."""
     if config.data.name != "digits" and config.data.path is None:
         reject("data.path", "null", f"data.name={config.data.name} needs one", "add data.path=PATH")
-    validate_files = getattr(config.moe.router, "validate_files", None) if config.moe else None
-    if validate_files is not None:
-        validate_files(config)
+    if config.moe is not None:
+        config.moe.router.validate_files(config)

@@ -23,7 +23,6 @@ from promoe_ds.config.schema import Channels, Config, ConfigError, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.utils.pictures import IMAGE_MODES
 
 Precision = Literal["fp32", "bf16"]
@@ -141,7 +140,6 @@ def draw_batches(
     """
     m, objective = config.model, make_objective(config.diffusion, device)
     sampler, channels = how.sampler or objective.samplers[0], how.channels or config.guidance.channels
-    context_of = partial(RoutingContext.build, null_label=m.num_classes, device=device)
 
     def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
         return image_noise(how.seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
@@ -149,7 +147,7 @@ def draw_batches(
     @torch.no_grad()
     def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
         label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
-        predict = guided_prediction(model, context_of, label, m.num_classes, how.cfg, device, channels)
+        predict = guided_prediction(model, label, m.num_classes, how.cfg, device, channels)
         with torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16"):
             return objective.sample(predict, noise(index_B), partial(noise, index_B), how.steps, sampler, how.eta, tick)
 

@@ -34,7 +34,7 @@ from promoe_ds.models.compiled import check_compiler, compile_model, untested_to
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
-from promoe_ds.moe.router import ROUTERS, Router, RoutingContext
+from promoe_ds.moe.router import ROUTERS, Router
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
@@ -244,7 +244,7 @@ class Trainer:
         if math.isfinite(norm):
             self.skips_in_a_row = 0
             for router in self.routers:
-                router.after_step(self.engine.all_reduce)
+                router.after_step()
         else:
             record["skipped"] = self._not_finite(batches, mine[:-1].tolist(), norm)
         self.throughput.images += self.config.train.global_batch_size
@@ -298,11 +298,7 @@ class Trainer:
         """-> model output and [total loss, diffusion loss, auxiliary losses]; L = Eq. (1) + lambda * Eq. (6)."""
         device = self.topology.device
         z, eps, gauss = (x.to(device, non_blocking=True) for x in (batch.x_BCHW, batch.noise_BCHW, batch.gauss_B))
-        engine, null_label = self.engine, self.config.model.num_classes
-        ctx = RoutingContext.build(
-            batch.label_B, null_label, device, engine.all_reduce, engine.all_gather, row_B=batch.rows
-        )
-        output, losses = self.objective.loss(lambda x, t: self.engine(x, t, ctx), z, eps, gauss)
+        output, losses = self.objective.loss(lambda x, t: self.engine(x, t, batch.label_B, batch.rows), z, eps, gauss)
         total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux.items()}
         if extra := sorted(output.aux.keys() - self.aux_weights.keys()):
             raise RankFailed(

@@ -14,7 +14,6 @@ from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.observe import top_expert, watching
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import image_noise
@@ -42,7 +41,7 @@ def test_observe_counts_every_edge(router: str) -> None:
             seen = []
             noisy = objective.noised(z, image_noise(0, np.array([index]), (1, 8, 8), t), time)
             with watching(model, lambda block, r, x, routing, seen=seen: seen.append(routing)), torch.no_grad():
-                model(*noisy, RoutingContext.build(label, 10, "cpu"))
+                model(*noisy, label)
             for layer, routing in enumerate(seen):
                 for token, expert in zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True):
                     count[layer, t, int(label), expert] += 1

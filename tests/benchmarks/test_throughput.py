@@ -26,21 +26,21 @@ def layer() -> tuple[MoELayer, torch.Tensor, Any]:
     torch.manual_seed(0)
     made = MoELayer(load_config("imagenet256_promoe_s", [*SMALL, "train.precision=fp32"]))
     throughput.draw_weights(made)
-    x, ctx = torch.randn(4, 16, 48), throughput.context(4, CPU)
-    return made, x[ctx.order_B], ctx
+    x, split = torch.randn(4, 16, 48), throughput.split_of(4, CPU)
+    return made, x[split.order_B], split
 
 
 @pytest.mark.parametrize("routing", ["learned", "uniform", "skewed"])
 def test_the_loop_computes_what_the_layer_computes(routing: str) -> None:
-    made, x, ctx = layer()
+    made, x, split = layer()
     if routing != "learned":
         moe_peers.force_routing(made, routing)
-    out, (terms, end_E, _) = made(x, ctx)
-    loop, (losses, loop_end_E, _) = moe_peers.loop_layer(made, x, ctx)
+    out, (terms, end_E, _) = made(x, split)
+    loop, (losses, loop_end_E, _) = moe_peers.loop_layer(made, x, split)
     torch.testing.assert_close(out, loop, rtol=1e-4, atol=1e-5)
     assert torch.equal(end_E, loop_end_E)
     if routing == "learned":  # a forced choice comes after the layer's terms, and before the loop's loss
-        (ours,) = auxiliary_losses(made.router, [terms], segment_sizes(end_E)[None], ctx)["routing_contrastive"]  # type: ignore[arg-type]
+        (ours,) = auxiliary_losses(made.router, [terms], segment_sizes(end_E)[None])["routing_contrastive"]  # type: ignore[arg-type]
         torch.testing.assert_close(ours, losses["routing_contrastive"], rtol=1e-4, atol=1e-5)
 
 
@@ -49,12 +49,12 @@ def test_operators_and_host_syncs_of_promoe_s() -> None:
     found = {}
     for name in ("dense", "promoe"):
         model = throughput.make_model(f"{name}_s", CPU, "model.image_size=8")
-        x, t, ctx = torch.randn(4, 4, 8, 8), torch.rand(4), throughput.context(4, CPU)
-        model(x, t, ctx)  # constants are made once
+        x, t, y = torch.randn(4, 4, 8, 8), torch.rand(4), throughput.labels(4)
+        model(x, t, y)  # constants are made once
         with torch.profiler.profile() as profile:
-            model(x, t, ctx)
+            model(x, t, y)
         with torch.no_grad():
-            modes = [lambda m=model, x=x, t=t, ctx=ctx, on=on: m.train(on)(x, t, ctx) for on in (False, True)]
+            modes = [lambda m=model, x=x, t=t, y=y, on=on: m.train(on)(x, t, y) for on in (False, True)]
             counts = [count_operators(mode) for mode in modes]
         seen = sum(event.count for event in profile.key_averages() if event.key == "aten::detach")
         assert counts[1].names["detach"] == seen, "with gradients off nothing is missed of what a training forward does"
@@ -147,14 +147,14 @@ def test_megablocks_agrees_with_the_loop() -> None:
     problem = backend_problem("megablocks", "cuda" if torch.cuda.is_available() else "cpu")
     if problem:
         pytest.skip(f"moe.experts_backend=megablocks {problem}")
-    made, x, ctx = layer()
+    made, x, split = layer()
     made, x = made.cuda(), x.cuda()
-    ctx = throughput.context(4, torch.device("cuda"))
+    split = throughput.split_of(4, torch.device("cuda"))
     outs = []
     for backend in ("loop", "megablocks"):
         made.routed.experts.backend = backend  # type: ignore[union-attr, assignment]
         with torch.autocast("cuda", torch.bfloat16):
-            y = made(x, ctx)[0]
+            y = made(x, split)[0]
         y.sum().backward()
         outs.append((y.detach(), *(p.grad.clone() for p in made.routed.parameters() if p.grad is not None)))  # type: ignore[union-attr]
         made.zero_grad()

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from promoe_ds.config.schema import Config, MoEConfig
 from promoe_ds.costs import dry_run, flops
 from promoe_ds.models.init import build, materialize
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.parallel.ds_config import resolve
 from promoe_ds.recipes.load import load_config
 
@@ -145,10 +144,9 @@ def test_flops_equal_those_torch_counts(recipe: str) -> None:
     config = load_config(recipe, ["moe.experts_backend=loop"])
     m, images = config.model, 3
     model = materialize(build(config), seed=0).eval()
-    ctx = RoutingContext.build(torch.arange(images), m.num_classes, "cpu")
     # the counter knows the plain products of attention, not the fused CPU kernel
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(images, m.channels, m.image_size, m.image_size), torch.zeros(images), ctx)
+        model(torch.zeros(images, m.channels, m.image_size, m.image_size), torch.zeros(images), torch.arange(images))
     assert counter.get_total_flops() == pytest.approx(images * flops.forward_flops(config), rel=1e-6)
 
 
@@ -241,10 +239,10 @@ def saved_bytes(config: Config, images: int) -> int:
 
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(images, m.channels, m.image_size, m.image_size, generator=generator)
-    ctx = RoutingContext.build(torch.arange(images) % m.num_classes, m.num_classes, "cpu")
+    y_B = torch.arange(images) % m.num_classes
     cast: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bf16_autocast" else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), cast:
-        output = model(x_BCHW, torch.full((images,), 500.0), ctx)
+        output = model(x_BCHW, torch.full((images,), 500.0), y_B)
     assert output.prediction.requires_grad
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 

@@ -15,8 +15,8 @@ from promoe_ds.models.init import build, materialize
 from promoe_ds.models.recompute import recomputed
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import RoutingContext, auxiliary_losses
-from promoe_ds.parallel.collectives import all_reduce_sum
+from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.split import split_by_label
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects, leave
 from promoe_ds.recipes.load import load_tree
@@ -97,16 +97,16 @@ def make(topology: Topology, top_k: int, skewed: bool) -> MoELayer:
 
 
 def step(
-    layer: MoELayer, x: Tensor, labels: list[int], reduce: Any, contrastive: float = 1.0, mode: str = "none"
+    layer: MoELayer, x: Tensor, labels: list[int], contrastive: float = 1.0, mode: str = "none"
 ) -> tuple[Tensor, Tensor]:
-    ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", reduce)
-    x = x[ctx.order_B].requires_grad_()
-    out, (terms, end_E, _) = recomputed(layer, mode, x, ctx)
-    losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None], ctx)  # type: ignore[arg-type]
+    split = split_by_label(torch.tensor(labels), NULL, "cpu")
+    x = x[split.order_B].requires_grad_()
+    out, (terms, end_E, _) = recomputed(layer, mode, x, split)
+    losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None])  # type: ignore[arg-type]
     probe = torch.linspace(-1, 1, S * D).view(1, S, D)
     ((out * probe).sum() + contrastive * losses["routing_contrastive"].sum()).backward()
     assert x.grad is not None
-    return out.detach()[ctx.restore_B], x.grad[ctx.restore_B]
+    return out.detach()[split.restore_B], x.grad[split.restore_B]
 
 
 def largest(x: Tensor) -> float:
@@ -124,9 +124,9 @@ def compare(
     sharded = make(topology, top_k, skewed)
     with Recorder(topology) as record:
         record.watch(sharded)
-        out, grad = step(sharded, x[mine].clone(), labels[rank], all_reduce_sum, mode=mode)
+        out, grad = step(sharded, x[mine].clone(), labels[rank], mode=mode)
     # Each rank computes the same global contrastive loss, so a sum over ranks counts it `world` times.
-    expected, expected_grad = step(whole, x.clone(), sum(labels[:world], []), lambda v: v, contrastive=world)
+    expected, expected_grad = step(whole, x.clone(), sum(labels[:world], []), contrastive=world)
     worst = {"output": largest(out - expected[mine]), "input grad": largest(grad - expected_grad[mine])}
     reference = dict(whole.named_parameters())
     for name, p in sharded.named_parameters():
@@ -145,8 +145,8 @@ def compare(
 
 def traffic(topology: Topology, layer: MoELayer, x: Tensor, labels: list[int], record: Recorder) -> dict[str, Any]:
     """Rows this rank sent away in the four exchanges, and how many the routing says it must."""
-    ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu")
-    routing = layer.router(x[ctx.order_B][: ctx.num_conditional].flatten(0, 1), x.shape[1], ctx)
+    split = split_by_label(torch.tensor(labels), NULL, "cpu")
+    routing = layer.router(x[split.order_B][: split.num_conditional].flatten(0, 1), x.shape[1], split)
     local = 12 // topology.ep
     away = int((routing.expert_N // local != topology.ep_rank).sum())
     group = topology.ep_groups()[topology.rank // topology.ep]
@@ -174,9 +174,8 @@ def reductions(topology: Topology, mode: str) -> list[int]:
         if topology.ep > 1 and block.is_moe:
             block.mlp.routed.set_deepspeed_parallelism()  # type: ignore[operator, union-attr]
     labels = torch.tensor(MIXES["one rank all null"][topology.rank])
-    ctx = RoutingContext.build(labels, NULL, "cpu", all_reduce_sum)
     with Recorder(topology) as record:
-        out = model(torch.randn(3, 4, 8, 8), torch.rand(3), ctx)
+        out = model(torch.randn(3, 4, 8, 8), torch.rand(3), labels)
         (out.prediction.sum() + sum(loss_L.sum() for loss_L in out.aux.values())).backward()
     return [n for kind, n, _ in record.calls if kind == "all_reduce"]
 

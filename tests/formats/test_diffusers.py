@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from promoe_ds.formats.diffusers_folder import CUT, model_code, write_diffusers
 from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import image_noise, to_pixels
@@ -50,6 +48,7 @@ given = pipe(flow, vae=AutoencoderKL.from_pretrained(vae))
 np.savez(
     out,
     flow=with_vae(**kind, seed=4, output_type="latent").images,
+    answer=with_vae.transformer(torch.ones(3, 4, 8, 8), torch.full((3,), 500.0), torch.tensor([0, 3, 10])),
     batch=with_vae(**kind, latents=torch.ones(3, 4, 8, 8), output_type="latent").images,
     decoded=with_vae(**kind, seed=4, output_type="pt").images,
     again=given(**kind, seed=4, output_type="pt").images,
@@ -91,15 +90,7 @@ def weights(made: DiT) -> Weights:
 def ancestral_with_their_noise(made: DiT) -> Tensor:
     """Our DDPM sampler, its steps' noise drawn as DDPMScheduler draws it."""
     config, device, shape = made.config, torch.device("cpu"), (len(LABELS), 1, 8, 8)
-    predict = guided_prediction(
-        made,
-        partial(RoutingContext.build, null_label=10, device=device),
-        torch.tensor(LABELS),
-        10,
-        SCALE,
-        device,
-        config.guidance.channels,
-    )
+    predict = guided_prediction(made, torch.tensor(LABELS), 10, SCALE, device, config.guidance.channels)
     generator = torch.Generator().manual_seed(9)
     noise = image_noise(SEED, np.arange(len(LABELS)), shape[1:])
     objective = make_objective(config.diffusion, device)
@@ -122,9 +113,12 @@ def test_a_stranger_draws_our_images(tmp_path: Path) -> None:
     with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
         theirs = {name: torch.from_numpy(found[name]) for name in found.files}
     write(weights(flow), tmp_path / "plain")
-    ours = promoe_ds.generate(promoe_ds.load_model(tmp_path / "plain"), LABELS, SCALE, STEPS, SEED)
+    loaded = promoe_ds.load_model(tmp_path / "plain")
+    ours = promoe_ds.generate(loaded, LABELS, SCALE, STEPS, SEED)
     assert 0.1 < ours.std() < 10
     torch.testing.assert_close(theirs["flow"], ours, rtol=0, atol=1e-4)
+    answer = loaded(torch.ones(3, 4, 8, 8), torch.full((3,), 500.0), torch.tensor(LABELS)).prediction  # model(x, t, y)
+    torch.testing.assert_close(theirs["answer"], answer, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(theirs["batch"], ours, atol=0.1)
     with torch.no_grad():
         decoded = vae.decode(ours / 0.5).sample

@@ -24,7 +24,7 @@ from promoe_ds.models.compiled import (
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.mlp import Mlp
 from promoe_ds.moe.observe import watching
-from promoe_ds.moe.router import Routing, RoutingContext
+from promoe_ds.moe.router import Routing
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
 from tests.launch import CXX, ROOT
@@ -61,7 +61,7 @@ def step(model: DiT, labels: list[int], mixed: bool = False) -> tuple[DiTOutput,
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(len(labels), 1, 8, 8, generator=generator), torch.rand(len(labels), generator=generator) * 1000
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        out = model(x, t, RoutingContext.build(torch.tensor(labels), NULL, "cpu"))
+        out = model(x, t, torch.tensor(labels))
     (out.prediction.float().square().mean() + sum(v.sum() for v in out.aux.values())).backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

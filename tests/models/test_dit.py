@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.op_counting import OperatorCount
+from benchmarks.op_counting import OperatorCount, host_syncs
 from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology
 from promoe_ds.recipes.load import load_config, load_tree
@@ -58,16 +57,30 @@ def test_starts_at_zero() -> None:
     """adaLN-zero and a zero last layer: the prediction is 0, and blocks are the identity."""
     x, t, labels = inputs()
     model = materialize(build(tiny()), 0)
-    assert (model(x, t, RoutingContext.build(labels, 10, "cpu")).prediction == 0).all()
+    assert (model(x, t, labels).prediction == 0).all()
 
 
 def test_images_do_not_see_each_other_nor_their_order() -> None:
     x, t, labels = inputs()
     model = awake(tiny()).eval()
-    whole = model(x, t, RoutingContext.build(labels, 10, "cpu")).prediction
+    whole = model(x, t, labels).prediction
     for i in range(len(x)):
-        one = model(x[i : i + 1], t[i : i + 1], RoutingContext.build(labels[i : i + 1], 10, "cpu")).prediction
+        one = model(x[i : i + 1], t[i : i + 1], labels[i : i + 1]).prediction
         torch.testing.assert_close(one[0], whole[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_labels_lie_on_the_host_or_on_the_device(device: str) -> None:
+    """On the host they make no forward wait for the device; from the device they are copied to the host once."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = awake(tiny()).eval().to(device)
+    x, t, labels = inputs()
+    x, t, there = x.to(device), t.to(device), labels.to(device, torch.int32)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, labels).prediction, model(x, t, there).prediction)
+        assert host_syncs(lambda: model(x, t, labels), torch.device(device)) == 0
+        assert host_syncs(lambda: model(x, t, there), torch.device(device)) == int(device == "cuda")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +89,7 @@ def test_images_do_not_see_each_other_nor_their_order() -> None:
 def test_variants_train(override: str) -> None:
     x, t, labels = inputs()
     model = awake(tiny(override))
-    out = model(x, t, RoutingContext.build(labels, 10, "cpu"))
+    out = model(x, t, labels)
     (out.prediction.square().mean() + sum(loss_L.sum() for loss_L in out.aux.values())).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert out.load_LE.shape == ((len(model.config.moe_layers()), 12) if model.config.moe else (0, 0))
@@ -85,7 +98,7 @@ def test_variants_train(override: str) -> None:
 def gradients(model: DiT) -> list[torch.Tensor]:
     """Gradients of a step."""
     x, t, labels = inputs()
-    out = model(x, t, RoutingContext.build(labels, 10, "cpu"))
+    out = model(x, t, labels)
     (out.prediction.square().mean() + sum(loss_L.sum() for loss_L in out.aux.values())).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -107,7 +120,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 def test_learn_sigma_doubles_the_output() -> None:
     x, t, labels = inputs()
     model = awake(tiny("model.learn_sigma=true"))
-    assert model(x, t, RoutingContext.build(labels, 10, "cpu")).prediction.shape == (5, 2, 8, 8)
+    assert model(x, t, labels).prediction.shape == (5, 2, 8, 8)
 
 
 def test_initial_experts_do_not_depend_on_the_sharding() -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.recipes.load import load_config
 
 State = dict[str, Tensor]
@@ -117,7 +116,7 @@ def test_forward_equals_the_plain_transformer(overrides: tuple[str, ...]) -> Non
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, m.channels, 8, 8, generator=generator, dtype=torch.float64)
     t, labels = torch.tensor([0.0, 321.5, 1000.0]), torch.tensor([3, NULL, 7])
-    out = model(x, t, RoutingContext.build(labels, NULL, "cpu")).prediction
+    out = model(x, t, labels).prediction
     for i in range(3):
         expected = plain_dit(model, x[i], float(t[i]), int(labels[i]))
         # the timestep's sinusoids are float32 by design

@@ -1,39 +1,16 @@
-"""CONTRIBUTING's example of a router: each token goes to an expert drawn from a hash of its position and its label."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""The example of docs/routers.md: each token goes to an expert drawn from a hash of its position and its label."""
 
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import RouterConfig
-from promoe_ds.moe.router import Router, Routing, RoutingContext, register_router
-
-
-@dataclass(frozen=True, kw_only=True)
-class HashConfig(RouterConfig):
-    name: str = "hash"
+from promoe_ds.moe.router import Router, Routing, register_router
+from promoe_ds.moe.split import Split
 
 
 @register_router("hash")
 class HashRouter(Router):
-    Config = HashConfig
-
-    def __init__(self, config: HashConfig, num_experts: int, width: int):
-        super().__init__()
-        self.num_experts = num_experts
-
-    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        """A hash has nothing to draw."""
-
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return 0
-
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         token_N = torch.arange(len(x_TD), device=x_TD.device)
-        key_N = (token_N % S + 1) * 2654435761 + ctx.label_B[: len(x_TD) // S].repeat_interleave(S) * 40503
-        expert_N = (key_N >> 7) % self.num_experts
+        label_N = split.label_B[: len(x_TD) // S].repeat_interleave(S)
+        expert_N = ((token_N % S + 1) * 2654435761 + label_N * 40503 >> 7) % self.num_experts
         return Routing(token_N, expert_N, torch.ones(len(x_TD), device=x_TD.device), 1, {})

@@ -20,7 +20,7 @@ from promoe_ds.moe.observe import (
     top_expert,
     watching,
 )
-from promoe_ds.moe.router import Router, Routing, RoutingContext
+from promoe_ds.moe.router import Router, Routing
 from promoe_ds.recipes.load import load_config
 
 
@@ -53,10 +53,6 @@ def tiny(*overrides: str) -> DiT:
     return materialize(build(load_config("tiny", overrides)), 0).eval()
 
 
-def context(labels: list[int]) -> RoutingContext:
-    return RoutingContext.build(torch.tensor(labels), 10, "cpu")
-
-
 def test_watching_sees_every_router_and_leaves_nothing_behind() -> None:
     model, seen = tiny(), []
     x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 500.0)
@@ -65,9 +61,9 @@ def test_watching_sees_every_router_and_leaves_nothing_behind() -> None:
         seen.append((block, tuple(x_ISD.shape), len(routing.token_N)))
 
     with watching(model, see):
-        out = model(x, t, context([1, 10, 2])).prediction
+        out = model(x, t, torch.tensor([1, 10, 2])).prediction
     assert seen == [(1, (2, 16, 32), 32), (3, (2, 16, 32), 32)]  # the null-label image goes round the router
-    assert torch.equal(model(x, t, context([1, 10, 2])).prediction, out) and len(seen) == 2
+    assert torch.equal(model(x, t, torch.tensor([1, 10, 2])).prediction, out) and len(seen) == 2
     assert prototypes_of(routers_of(model)[1]) is not None
     assert prototypes_of(routers_of(tiny("moe.router={name: token_choice}"))[1]) is None
     assert prototypes_of(routers_of(tiny("moe.router={name: kmeans}"))[1]) is not None
@@ -77,10 +73,10 @@ def test_last_choice() -> None:
     model, t = tiny(), torch.full((4,), 500.0)
     first, last = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     with LastChoice(model) as choice:
-        model(first, t, context([1, 2, 10, 10]))
-        model(last, t, context([1, 2, 10, 10]))
+        model(first, t, torch.tensor([1, 2, 10, 10]))
+        model(last, t, torch.tensor([1, 2, 10, 10]))
         choice.keep(2)
-        model(last[:2], t[:2], context([1, 2]))
+        model(last[:2], t[:2], torch.tensor([1, 2]))
         choice.keep(1)
     expert_BS = choice.experts_BS()
     assert choice.block == 3 and expert_BS is not None and expert_BS.shape == (3, 16)

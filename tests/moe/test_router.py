@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 from promoe_ds.config.schema import ROUTER_CONFIGS, ConfigError, RouterConfig
-from promoe_ds.moe.router import Router, Routing, RoutingContext, register_router
+from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.split import Split, split_by_label
 
 
 def test_conditional_images_come_first_and_order_is_restored() -> None:
     labels = torch.tensor([10, 3, 10, 1, 2])
-    ctx = RoutingContext.build(labels, 10, "cpu")
-    assert ctx.num_conditional == 3
-    assert ctx.label_B.tolist() == [3, 1, 2, 10, 10]
-    assert torch.equal(ctx.label_B[ctx.restore_B], labels)
-    assert torch.equal(labels[ctx.order_B], ctx.label_B)
+    split = split_by_label(labels, 10, "cpu")
+    assert split.num_conditional == 3
+    assert split.label_B.tolist() == [3, 1, 2, 10, 10]
+    assert torch.equal(split.label_B[split.restore_B], labels)
+    assert torch.equal(labels[split.order_B], split.label_B)
 
 
 def test_two_routers_cannot_share_a_name() -> None:
@@ -27,49 +26,40 @@ def test_two_routers_cannot_share_a_name() -> None:
     assert ROUTERS["promoe"] is not Router
 
 
-@dataclass(frozen=True, kw_only=True)
-class WideConfig(RouterConfig):
-    name: str = "wide"
-
-
 def test_a_router_with_a_mistake_is_not_registered() -> None:
-    class Mine(Router):
+    class Empty(Router):
         pass
 
-    with pytest.raises(ConfigError, match="router 'mine' of tests.*: set Config to a class of its own"):
-        register_router("mine")(Mine)
-
-    @dataclass(frozen=True, kw_only=True)
-    class MyConfig(RouterConfig):
-        name: str = "mine"
-
     class Old(Router):
-        Config = MyConfig
-
-        def forward(self, x_BSD: torch.Tensor, ctx: RoutingContext) -> Routing:  # type: ignore[override]
+        def forward(self, x_BSD: torch.Tensor, split: Split) -> Routing:  # type: ignore[override]
             raise AssertionError
 
     class Keywords(Router):
-        Config = MyConfig
-
-        def forward(self, x_TD: torch.Tensor, S: int, *, ctx: RoutingContext) -> Routing:  # type: ignore[override]
+        def forward(self, x_TD: torch.Tensor, S: int, *, split: Split) -> Routing:  # type: ignore[override]
             raise AssertionError
 
-    for wrong in (Old, Keywords):
-        with pytest.raises(ConfigError, match=r"router 'mine' of tests.*: forward must take \(self, x_TD, S, ctx\); "):
+    for wrong in (Empty, Old, Keywords):
+        with pytest.raises(ConfigError, match=r"router 'mine' of tests.*: forward must take \(self, x_TD, S, split\)"):
             register_router("mine")(wrong)
     assert "mine" not in ROUTERS
 
 
+def test_a_router_with_parameters_must_draw_them() -> None:
+    router = Router(RouterConfig(), 4, 8)
+    router.init_weights(lambda name: torch.Generator())  # none to draw
+    router.register_buffer("seen", torch.empty(4))
+    with pytest.raises(TypeError, match="Router does not define init_weights"):
+        router.init_weights(lambda name: torch.Generator())
+
+
 def test_a_router_may_take_more_than_it_is_given() -> None:
     class Wide(Router):
-        Config = WideConfig
-
         def forward(self, *args: object, scale: float = 1.0) -> Routing:  # type: ignore[override]
             raise AssertionError
 
     try:
-        assert register_router("wide")(Wide) is ROUTERS["wide"] and ROUTER_CONFIGS["wide"] is WideConfig
+        assert register_router("wide")(Wide) is ROUTERS["wide"] and ROUTER_CONFIGS["wide"] is Wide.Config
+        assert Wide.Config().name == "wide" and Router.Config().name == "promoe", "it has a Config of its own"
     finally:
         ROUTERS.pop("wide", None)
         ROUTER_CONFIGS.pop("wide", None)

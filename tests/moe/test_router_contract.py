@@ -11,17 +11,30 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.schema import Config
+from promoe_ds.costs import flops
 from promoe_ds.moe.dispatch import segment_sizes
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import Router, Routing, RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import Router, Routing, auxiliary_losses
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_tree
 from tests.moe import example_router
-from tests.moe.test_layer import MIXES, Operations, losses_of
+from tests.moe.test_layer import MIXES, Operations, losses_of, split_of
 
 D, S, E, NULL = 16, 16, 4, 10
 NAMES = sorted(ROUTERS)
 assert ROUTERS["hash"] is example_router.HashRouter, "the example of CONTRIBUTING is tested like the rest"
+SIZES = {
+    "promoe": (E * D, E * D),
+    "promoe_ec": (E * D, E * D),
+    "token_choice": (E * D, E * D),
+    "expert_choice": (E * D, E * D),
+    "diffmoe": (2 * E * D + E + D * D + D, 2 * E * D + D * D),  # no multiplication by a bias
+    "kmeans": (0, E * D),
+    "classification": (E * D + E, 0),  # one product an image
+    "uniform": (0, 0),
+    "hash": (0, 0),
+}
+"""parameters, and multiply-adds a token"""
 EXTRA: dict[str, dict[str, Any]] = {"classification": {"superclasses": "digits"}}
 
 
@@ -50,18 +63,14 @@ def images(labels: list[int], seed: int = 1) -> Tensor:
     return torch.randn(len(labels), S, D, generator=torch.Generator().manual_seed(seed))
 
 
-def context(labels: list[int]) -> RoutingContext:
-    return RoutingContext.build(torch.tensor(labels), NULL, "cpu")
-
-
 def step(layer: MoELayer, labels: list[int], seed: int = 1) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One training step without an optimizer: forward, backward, after_step."""
-    ctx, x = context(labels), images(labels, seed)
-    out, (terms, end_E, _) = layer(x[ctx.order_B], ctx)
-    aux, count_E = losses_of(layer, terms, end_E, ctx), segment_sizes(end_E)
+    split, x = split_of(labels), images(labels, seed)
+    out, (terms, end_E, _) = layer(x[split.order_B], split)
+    aux, count_E = losses_of(layer, terms, end_E), segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
-    router_of(layer).after_step(lambda v: v)
-    return out[ctx.restore_B].detach(), aux, count_E
+    router_of(layer).after_step()
+    return out[split.restore_B].detach(), aux, count_E
 
 
 def check_edges(routing: Routing, tokens: int) -> None:
@@ -80,11 +89,11 @@ def check_edges(routing: Routing, tokens: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_edges_losses_and_gradients(name: str, conditional: bool, labels: list[int]) -> None:
     layer = make_layer(name, conditional=conditional)
-    router, ctx = router_of(layer), context(labels)
-    routed = ctx.num_conditional if conditional else len(labels)
-    x_ISD = images(labels)[ctx.order_B][:routed]
+    router, split = router_of(layer), split_of(labels)
+    routed = split.num_conditional if conditional else len(labels)
+    x_ISD = images(labels)[split.order_B][:routed]
     for mode in (True, False):
-        routing = layer.train(mode).router(x_ISD.flatten(0, 1), S, ctx)  # type: ignore[operator]
+        routing = layer.train(mode).router(x_ISD.flatten(0, 1), S, split)  # type: ignore[operator]
         check_edges(routing, routed * S)
         assert mode or routing.terms == {}
     _, aux, count_E = step(layer.train(), labels)
@@ -93,7 +102,7 @@ def test_edges_losses_and_gradients(name: str, conditional: bool, labels: list[i
     assert count_E.sum() > 0 or routed == 0
     for key, p in layer.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), key
-        if key.startswith("router.") and ctx.num_conditional and routed:
+        if key.startswith("router.") and split.num_conditional and routed:
             assert (p.grad != 0).any(), key
     for p in layer.routed.parameters():
         for expert in range(E):  # an expert without rows has a zero gradient, one with rows has not
@@ -106,8 +115,8 @@ def test_equal_tokens_leave_experts_empty(name: str, conditional: bool) -> None:
     """All tokens alike: whoever chooses by token and image sends all to one expert; the others do no harm."""
     layer, labels = make_layer(name, conditional=conditional), [1, 1, 1]
     x = torch.linspace(-1, 1, D).expand(len(labels), S, D)
-    out, (terms, end_E, _) = layer(x, context(labels))
-    aux, count_E = losses_of(layer, terms, end_E, context(labels)), segment_sizes(end_E)
+    out, (terms, end_E, _) = layer(x, split_of(labels))
+    aux, count_E = losses_of(layer, terms, end_E), segment_sizes(end_E)
     (out.square().sum() + sum(aux.values())).backward()
     assert out.isfinite().all() and all(loss.isfinite() for loss in aux.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
@@ -117,7 +126,7 @@ def test_equal_tokens_leave_experts_empty(name: str, conditional: bool) -> None:
         assert (count_E > 0).sum() > 1
     for p in layer.routed.parameters():
         assert p.grad is not None and all((p.grad[i] == 0).all() for i in range(E) if count_E[i] == 0)
-    router_of(layer).after_step(lambda v: v)
+    router_of(layer).after_step()
     assert all(b.isfinite().all() for b in layer.buffers())
 
 
@@ -142,11 +151,11 @@ def test_a_state_dict_holds_everything_that_inference_needs(name: str) -> None:
     fresh = make_layer(name, seed=9)
     fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
     labels = MIXES["mixed"]
-    ctx, x = context(labels), images(labels, 5)
-    a, b = (layer.eval()(x[ctx.order_B], ctx)[0] for layer in (trained, fresh))
+    split, x = split_of(labels), images(labels, 5)
+    a, b = (layer.eval()(x[split.order_B], split)[0] for layer in (trained, fresh))
     assert torch.equal(a, b)
     before = copy.deepcopy(fresh.state_dict())
-    router_of(fresh).after_step(lambda v: v)  # no training forward since: nothing to learn from
+    router_of(fresh).after_step()  # no training forward since: nothing to learn from
     assert all(torch.equal(v, before[key]) for key, v in fresh.state_dict().items())
 
 
@@ -156,9 +165,9 @@ def test_an_image_does_not_depend_on_its_batch_in_inference(name: str) -> None:
     layer = make_layer(name)
     step(layer, labels)
     layer.eval()
-    whole = layer(images(labels), context(labels))[0]
+    whole = layer(images(labels), split_of(labels))[0]
     for i, label in enumerate(labels):
-        alone = layer(images(labels)[i : i + 1], context([label]))[0]
+        alone = layer(images(labels)[i : i + 1], split_of([label]))[0]
         torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-5, atol=1e-6)
 
 
@@ -166,16 +175,16 @@ def test_an_image_does_not_depend_on_its_batch_in_inference(name: str) -> None:
 def test_scores_are_fp32_under_autocast_and_buffers_in_a_bf16_model(name: str) -> None:
     layer, labels = make_layer(name), [0, 1, 2]
     step(layer, labels)
-    plain = layer.router(images(labels).flatten(0, 1), S, context(labels))  # type: ignore[operator]
+    plain = layer.router(images(labels).flatten(0, 1), S, split_of(labels))  # type: ignore[operator]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        routing = layer.router(images(labels).flatten(0, 1), S, context(labels))  # type: ignore[operator]
+        routing = layer.router(images(labels).flatten(0, 1), S, split_of(labels))  # type: ignore[operator]
     assert torch.equal(plain.expert_N, routing.expert_N) and torch.equal(plain.weight_N, routing.weight_N)
     before = {key: b.clone() for key, b in layer.named_buffers()}
     layer.bfloat16()
     assert all(torch.equal(b, before[key]) and b.dtype == torch.float32 for key, b in layer.named_buffers())
-    _, (terms, end_E, _) = layer(images(labels).bfloat16(), context(labels))
+    _, (terms, end_E, _) = layer(images(labels).bfloat16(), split_of(labels))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        aux = losses_of(layer, terms, end_E, context(labels))
+        aux = losses_of(layer, terms, end_E)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in aux.values())
 
 
@@ -185,11 +194,11 @@ def test_training_on_one_device_waits_for_nothing(name: str) -> None:
     layer = make_layer(name, experts_backend="grouped_mm")
     for _ in range(2):
         step(layer, MIXES["mixed"])
-    ctx, x = context(MIXES["mixed"]), images(MIXES["mixed"])
+    split, x = split_of(MIXES["mixed"]), images(MIXES["mixed"])
     with Operations() as operations:
-        out, (terms, end_E, _) = layer(x, ctx)
-        (out.sum() + sum(losses_of(layer, terms, end_E, ctx).values())).backward()
-        router_of(layer).after_step(lambda v: v)
+        out, (terms, end_E, _) = layer(x, split)
+        (out.sum() + sum(losses_of(layer, terms, end_E).values())).backward()
+        router_of(layer).after_step()
     assert not operations.waiting()
 
 
@@ -198,16 +207,14 @@ def test_losses_of_several_layers_are_those_of_each(name: str) -> None:
     """With one all-reduce for all of them, none where there is no loss, and the gradients of each alone."""
     layers, labels = [make_layer(name, seed) for seed in (1, 2, 3)], MIXES["mixed"]
     reduced: list[Tensor] = []
-    ctx = RoutingContext.build(torch.tensor(labels), NULL, "cpu", lambda v: reduced.append(v) or v)
-    seen = [layer(images(labels, seed)[ctx.order_B], ctx) for seed, layer in enumerate(layers)]
+    router_of(layers[0]).all_reduce, split = lambda v: reduced.append(v) or v, split_of(labels)
+    seen = [layer(images(labels, seed)[split.order_B], split) for seed, layer in enumerate(layers)]
     load_LE = segment_sizes(torch.stack([facts.end_E for _, facts in seen]))
-    losses = auxiliary_losses(router_of(layers[0]), [facts.terms for _, facts in seen], load_LE, ctx)
+    losses = auxiliary_losses(router_of(layers[0]), [facts.terms for _, facts in seen], load_LE)
     assert len(reduced) == bool(losses) and all(loss_L.shape == (3,) for loss_L in losses.values())
     parameters = [p for layer in layers for p in layer.router.parameters()]
     for key, loss_L in losses.items():
-        alone = [
-            losses_of(layer, terms, end, ctx)[key] for layer, (_, (terms, end, _)) in zip(layers, seen, strict=True)
-        ]
+        alone = [losses_of(layer, terms, end)[key] for layer, (_, (terms, end, _)) in zip(layers, seen, strict=True)]
         torch.testing.assert_close(loss_L, torch.stack(alone))
         grads = (
             torch.autograd.grad(loss.prod(), parameters, retain_graph=True, materialize_grads=True)
@@ -217,12 +224,16 @@ def test_losses_of_several_layers_are_those_of_each(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sizes_and_names_are_stated_by_the_class(name: str) -> None:
-    config = make_config(name)
+def test_sizes_and_names(name: str) -> None:
+    config, layer, kind = make_config(name), make_layer(name), ROUTERS[name]
     assert config.moe is not None
-    layer, kind = make_layer(name), ROUTERS[name]
-    assert sum(p.numel() for p in layer.router.parameters()) == kind.num_parameters(config.moe.router, E, D)
-    assert kind.macs_per_token(config.moe.router, E, D) >= 0
+    found = sum(p.numel() for p in layer.router.parameters()), router_of(layer).macs_per_token()
+    parameters, macs = SIZES.get(name, found)
+    assert (
+        found == (parameters, macs)
+        and flops.count_parameters(config).by_part["router"] == len(config.moe_layers()) * parameters
+    )
+    assert flops.router_of(config).macs_per_token() == macs
     assert kind.Config is type(config.moe.router) and kind.Config().name == name
     assert all(b.is_floating_point() for b in layer.router.buffers())
     assert inspect.getdoc(kind.forward)

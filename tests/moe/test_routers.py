@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.moe.router import Router, Routing, RoutingContext, auxiliary_losses
+from promoe_ds.moe.router import Router, Routing, auxiliary_losses
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routers.diffmoe import choose_here, choose_in_pool
+from promoe_ds.moe.split import Split, split_by_label
 
 D, S, E, NULL = 8, 12, 4, 10
 LABELS = [3, 1, 9, 3, 0]
@@ -32,18 +33,18 @@ def tokens(images: int = len(LABELS), seed: int = 0) -> Tensor:
     return torch.randn(images, S, D, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def context(labels: list[int] = LABELS, **options: Any) -> RoutingContext:
-    return RoutingContext.build(torch.tensor(labels), NULL, "cpu", **options)
+def split_of(labels: list[int] = LABELS, **options: Any) -> Split:
+    return split_by_label(torch.tensor(labels), NULL, "cpu", **options)
 
 
-def losses_of(router: Router, routing: Routing, ctx: RoutingContext) -> dict[str, Tensor]:
+def losses_of(router: Router, routing: Routing) -> dict[str, Tensor]:
     """The auxiliary losses of one router alone, scalars."""
     load_1E = torch.bincount(routing.expert_N, minlength=E)[None]
-    return {name: loss_L.squeeze(0) for name, loss_L in auxiliary_losses(router, [routing.terms], load_1E, ctx).items()}
+    return {name: loss_L.squeeze(0) for name, loss_L in auxiliary_losses(router, [routing.terms], load_1E).items()}
 
 
-def route(router: Router, x_BSD: Tensor, ctx: RoutingContext) -> Routing:
-    return router(x_BSD.flatten(0, 1), x_BSD.shape[1], ctx)
+def route(router: Router, x_BSD: Tensor, split: Split) -> Routing:
+    return router(x_BSD.flatten(0, 1), x_BSD.shape[1], split)
 
 
 def edges(routing: Routing) -> dict[tuple[int, int], Tensor]:
@@ -79,10 +80,10 @@ def test_token_choice(top_k: int) -> None:
             expected[t, i] = p[i]
             share[i] += 1 / (len(x_TD) * top_k)
         mean = [m + q / len(x_TD) for m, q in zip(mean, p, strict=True)]
-    routing = route(router, x, context())
+    routing = route(router, x, split_of())
     check(routing, expected)
     loss = E * sum(f * P for f, P in zip(share, mean, strict=True))
-    ours = losses_of(router, routing, context())["load_balance"]
+    ours = losses_of(router, routing)["load_balance"]
     torch.testing.assert_close(ours, loss)
     same_gradients(ours, loss, [x, gate])  # type: ignore[arg-type]
 
@@ -100,12 +101,12 @@ def test_load_balance_of_prototypes(activation: str, top_k: int) -> None:
         for i in sorted(range(E), key=lambda i: -s[i].item())[:top_k]:  # noqa: B023
             share[i] += 1 / (len(x_TD) * top_k)
         mean = [m + v / len(x_TD) for m, v in zip(mean, q, strict=True)]
-    aux = losses_of(router, route(router, x, context()), context())
+    aux = losses_of(router, route(router, x, split_of()))
     loss = E * sum(f * v for f, v in zip(share, mean, strict=True))
     torch.testing.assert_close(aux["load_balance"], loss)
     same_gradients(aux["load_balance"], loss, [x, P])  # type: ignore[arg-type]
     other = make("promoe", activation=activation, top_k=top_k)
-    plain = losses_of(other, route(other, x, context()), context())
+    plain = losses_of(other, route(other, x, split_of()))
     assert plain.keys() == {"routing_contrastive"}
     assert torch.equal(plain["routing_contrastive"], aux["routing_contrastive"])
 
@@ -115,8 +116,8 @@ def test_the_load_balance_loss_follows_the_scope_and_costs_nothing_at_0(scope: s
     def reductions(**options: Any) -> int:
         calls: list[int] = []
         router = make("promoe", contrastive_scope=scope, **options)
-        ctx = context(all_reduce=lambda v: calls.append(v.numel()) or v)
-        losses_of(router, route(router, tokens(), ctx), ctx)
+        router.all_reduce = lambda v: calls.append(v.numel()) or v
+        losses_of(router, route(router, tokens(), split_of()))
         return sum(calls)
 
     kind = ROUTERS["promoe"]
@@ -134,7 +135,7 @@ def test_perfect_balance_costs_one() -> None:
     x = torch.zeros(1, 2, D, dtype=torch.float64)
     x[0, 0, 0] = x[0, 1, 1] = 1.0
     load_2 = torch.tensor([[1, 1]])
-    loss_1 = auxiliary_losses(router, [route(router, x, context([1])).terms], load_2, context([1]))["load_balance"]
+    loss_1 = auxiliary_losses(router, [route(router, x, split_of([1])).terms], load_2)["load_balance"]
     torch.testing.assert_close(loss_1, torch.ones(1).double())
 
 
@@ -156,7 +157,7 @@ def per_image_choice(x: Tensor, score: Any, quota: int) -> dict[tuple[int, int],
 def test_expert_choice(top_k: int) -> None:
     router, x = make("expert_choice", top_k=top_k), tokens()
     softmax = lambda token, i: (router.gate @ token).softmax(0)[i]  # noqa: E731
-    check(route(router, x, context()), per_image_choice(x, softmax, S * top_k // E))
+    check(route(router, x, split_of()), per_image_choice(x, softmax, S * top_k // E))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -165,7 +166,7 @@ def test_promoe_expert_choice(top_k: int) -> None:
     P: Any = router.prototypes
     cosine = lambda token, i: token @ P[i] / (token.norm() * P[i].norm())  # noqa: E731, Eq. (4)
     expected = per_image_choice(x, cosine, S * top_k // E)
-    routing = route(router, x, context())
+    routing = route(router, x, split_of())
     check(routing, expected)
     loss = torch.zeros(()).double()
     for b in range(len(x)):  # Eq. (6) within the image
@@ -173,7 +174,7 @@ def test_promoe_expert_choice(top_k: int) -> None:
         for i in range(E):
             sim = torch.stack([F.cosine_similarity(P[i], m[j], dim=0) for j in range(E)]) / tau
             loss = loss - (sim[i] - torch.logsumexp(sim, 0)) / (len(x) * E)
-    ours = losses_of(router, routing, context())["routing_contrastive"]
+    ours = losses_of(router, routing)["routing_contrastive"]
     torch.testing.assert_close(ours, loss)
     same_gradients(ours, loss, [x, P])
 
@@ -182,7 +183,7 @@ def test_the_paper_takes_21_of_256_tokens() -> None:
     kind = ROUTERS["promoe_ec"]
     router = kind(kind.Config(), 12, D)  # type: ignore[call-arg]
     torch.nn.init.normal_(router.prototypes)  # type: ignore[arg-type]
-    assert len(route(router, torch.randn(1, 256, D), context([0])).token_N) == 12 * 21
+    assert len(route(router, torch.randn(1, 256, D), split_of([0])).token_N) == 12 * 21
 
 
 # -------------------------------------------------------------------------------------------------------------- k-means
@@ -194,7 +195,7 @@ def test_kmeans_nearest_centroid_and_its_update() -> None:
     for seed in range(4):
         x = tokens(seed=seed)
         before = router.centroids.clone()
-        routing = route(router, x, context())
+        routing = route(router, x, split_of())
         if seed == 0:  # E distinct tokens of the first batch
             before = router.centroids.clone()
             places = [int((x.reshape(-1, D) - c).norm(dim=1).argmin()) for c in before]
@@ -202,7 +203,7 @@ def test_kmeans_nearest_centroid_and_its_update() -> None:
         nearest = [min(range(E), key=lambda i: float((t - before[i]).norm())) for t in x.detach().reshape(-1, D)]  # noqa: B023
         assert routing.expert_N.tolist() == nearest and (routing.weight_N == 1).all()
         assert torch.equal(router.centroids, before), "centroids move after the step, not in it"
-        router.after_step(lambda v: v)
+        router.after_step()
         for i in range(E):
             own = [t for t, j in zip(x.reshape(-1, D), nearest, strict=True) if j == i]
             torch.testing.assert_close(router.centroids[i], torch.stack(own).mean(0) if own else before[i])
@@ -210,21 +211,21 @@ def test_kmeans_nearest_centroid_and_its_update() -> None:
 
 def test_kmeans_empty_centroid_keeps_its_place() -> None:
     router: Any = make("kmeans")
-    route(router, tokens(), context())
+    route(router, tokens(), split_of())
     router.centroids[2] = 1e3
-    router.sums_ED1 = None
-    route(router, tokens(), context())
-    router.after_step(lambda v: v)
+    router.drop_step()
+    route(router, tokens(), split_of())
+    router.after_step()
     assert (router.centroids[2] == 1e3).all() and (router.centroids[[0, 1, 3]].abs() < 10).all()
 
 
 def test_kmeans_forgets_centroids_placed_on_tokens_that_are_not_finite() -> None:
     router: Any = make("kmeans")
-    route(router, tokens() * float("nan"), context())
+    route(router, tokens() * float("nan"), split_of())
     assert not router.centroids.isfinite().any()
     router.drop_step()
     assert not router.placed.any() and router.centroids.isfinite().all()
-    route(router, tokens(), context())
+    route(router, tokens(), split_of())
     assert router.placed.all() and router.centroids.isfinite().all()
 
 
@@ -232,19 +233,21 @@ def test_kmeans_starts_the_same_however_the_batch_is_split() -> None:
     """Two ranks that gather each other's candidates, and a batch too small to place every centroid."""
     whole: Any = make("kmeans")
     x = tokens(4)
-    route(whole, x, context(LABELS[:4]))
+    route(whole, x, split_of(LABELS[:4]))
     halves, mine = [make("kmeans") for _ in range(2)], []
     parts = [(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2, 3]))]
     for router, (part, rows) in zip(halves, parts, strict=True):  # first pass: see what each rank offers
-        route(router, part, context(LABELS[:2], row_B=rows, all_gather=lambda v: mine.append(v) or v))
+        router.all_gather = lambda v: mine.append(v) or v
+        route(router, part, split_of(LABELS[:2], row_B=rows))
     for part, rows in parts:
         router: Any = make("kmeans")
-        route(router, part, context(LABELS[:2], row_B=rows, all_gather=lambda v: torch.cat(mine)))
+        router.all_gather = lambda v: torch.cat(mine)
+        route(router, part, split_of(LABELS[:2], row_B=rows))
         assert torch.equal(router.centroids, whole.centroids)
     few: Any = make("kmeans", experts=S + 3)
-    route(few, tokens(1), context([1]))
+    route(few, tokens(1), split_of([1]))
     assert few.placed.sum() == S
-    route(few, tokens(2, seed=3), context([1, 2]))
+    route(few, tokens(2, seed=3), split_of([1, 2]))
     assert few.placed.sum() == S + 3
 
 
@@ -266,18 +269,18 @@ def test_diffmoe_training(scope: str, top_k: int) -> None:
             for t in x_TD
         ])  # fmt: skip
         taken = {(t, i) for i in range(E) for t in sorted(range(len(x_TD)), key=lambda t: -score[t, i].item())[:k]}  # noqa: B023
-        routing = route(router, x, context())
+        routing = route(router, x, split_of())
         check(routing, {(t, i): score[t, i] for t, i in taken})
         terms = [
             -F.logsigmoid(logit[t, i] if (t, i) in taken else -logit[t, i]) for t in range(len(x_TD)) for i in range(E)
         ]
         loss = sum(terms) / len(terms)
-        ours = losses_of(router, routing, context())["capacity"]
+        ours = losses_of(router, routing)["capacity"]
         torch.testing.assert_close(ours, loss)
         predictor = [router.hidden_weight, router.hidden_bias, router.out_weight, router.out_bias]
         same_gradients(ours, loss, predictor)  # type: ignore[arg-type]
         assert torch.autograd.grad(ours, x, allow_unused=True) == (None,), "x is detached"
-        router.after_step(lambda v: v)
+        router.after_step()
         kth = torch.stack(
             [sorted(logit[:, i].sigmoid().tolist(), reverse=True)[k - 1] * torch.ones(()) for i in range(E)]
         )
@@ -298,7 +301,7 @@ def test_diffmoe_inference(inference: str) -> None:
         above = {
             (t, i) for i in range(E) for t in sorted(range(len(x_TD)), key=lambda t: -score[t, i].item())[: number[i]]
         }
-    routing = route(router, x, context())
+    routing = route(router, x, split_of())
     check(routing, {(t, i): score[t, i] for t, i in above})
     assert routing.terms == {} and 3 not in routing.expert_N and 0 < len(above) < len(x_TD) * E
 
@@ -341,16 +344,16 @@ def test_classification(labels: list[int]) -> None:
         expected |= {(j * S + s, best): p[best] for s in range(S)}
         if labels[j] != NULL:
             losses.append(-p[group[labels[j]]].log())
-    routing = route(router, x, context(labels))
+    routing = route(router, x, split_of(labels))
     check(routing, expected)
-    ours = losses_of(router, routing, context(labels))["superclass"]
+    ours = losses_of(router, routing)["superclass"]
     torch.testing.assert_close(ours, torch.stack(losses).mean())
     same_gradients(ours, torch.stack(losses).mean(), [x, W, b])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_uniform(top_k: int) -> None:
-    routing = route(make("uniform", experts=5, top_k=top_k), tokens(), context())
+    routing = route(make("uniform", experts=5, top_k=top_k), tokens(), split_of())
     expected = {}
     for b, label in enumerate(LABELS):
         for s in range(S):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from promoe_ds.evaluation.collect import FeatureSet, collect
 from promoe_ds.evaluation.feature_store import FeatureStore
 from promoe_ds.evaluation.features import DigitsCNN
 from promoe_ds.evaluation.samples import load_samples
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.sampling.generate import image_noise, to_pixels
 from promoe_ds.sampling.store import BatchStore, read_image
 from tests.photographs import tiny_kl
@@ -77,8 +75,7 @@ def test_latents_are_decoded(command: Command, tmp_path: Path) -> None:
     assert images.shape == (5, 16, 16, 3)
     model, config, _ = load_ema(file)
     noise = image_noise(0, np.arange(5), (4, 8, 8))
-    context_of = partial(RoutingContext.build, null_label=10, device="cpu")
-    predict = guided_prediction(model, context_of, torch.from_numpy(labels), 10, 1.0, torch.device("cpu"))
+    predict = guided_prediction(model, torch.from_numpy(labels), 10, 1.0, torch.device("cpu"))
     with torch.no_grad():
         x = make_objective(config.diffusion).sample(predict, noise, lambda step: noise, 2, "euler")
         drawn = to_pixels(codec.decode(x / 0.18215))

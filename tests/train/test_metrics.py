@@ -13,7 +13,6 @@ import torch
 from benchmarks.processes import PATIENCE
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.observe import watching
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.recipes.load import load_config
 from promoe_ds.train import metrics
 from promoe_ds.train.metrics import LAYERS_SHOWN, ExpertWatch, MetricsLog, duration, expert_load, shown
@@ -94,13 +93,13 @@ def test_a_lost_tensorboard_writer_does_not_hold_up_the_end(
 
 def test_report_is_what_the_routers_did() -> None:
     model = materialize(build(load_config("tiny")), 0)
-    watch, cpu = ExpertWatch(model), torch.device("cpu")
+    watch = ExpertWatch(model)
     label_B = torch.tensor([1, 2, 10, 3])
-    ctx, t_B = RoutingContext.build(label_B, 10, cpu), torch.full((4,), 300.0)
+    t_B = torch.full((4,), 300.0)
     images, seen, outputs = torch.randn(2, 4, 1, 8, 8), [], []
     with watching(model, lambda block, router, x, routing: seen.append((block, routing))):
         for x_BCHW in images:  # two micro-batches
-            outputs.append(model(x_BCHW, t_B, ctx))
+            outputs.append(model(x_BCHW, t_B, label_B))
             watch.see(outputs[-1])
     load = [output.load_LE for output in outputs]
     layers = watch.report(load[0] + load[1], lambda x: 2 * x)  # as if a second rank had the same
@@ -120,7 +119,7 @@ def test_report_is_what_the_routers_did() -> None:
 def test_a_dense_model_has_nothing_to_report() -> None:
     model = materialize(build(load_config("tiny", ["moe=null"])), 0)
     watch = ExpertWatch(model)
-    watch.see(model(torch.randn(1, 1, 8, 8), torch.ones(1), RoutingContext.build(torch.tensor([1]), 10, "cpu")))
+    watch.see(model(torch.randn(1, 1, 8, 8), torch.ones(1), torch.tensor([1])))
     assert watch.report(torch.zeros(0, 0), lambda x: x) == {} == shown({})
 
 

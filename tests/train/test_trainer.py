@@ -20,10 +20,8 @@ from promoe_ds.train.trainer import RankFailed, Trainer, claim
 class Captured:
     """Stands where the engine is: keeps the inputs, answers with a fixed prediction and auxiliary loss."""
 
-    all_reduce = all_gather = staticmethod(lambda x: x)
-
-    def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, ctx: Any) -> DiTOutput:
-        self.x, self.t, self.ctx = x_BCHW, t_B, ctx
+    def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor, row_B: torch.Tensor) -> DiTOutput:
+        self.x, self.t, self.y, self.row = x_BCHW, t_B, y_B, row_B
         self.prediction = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(0))
         return DiTOutput(self.prediction, {"routing_contrastive": torch.tensor([1.0, 2.0])}, torch.zeros(2, 12), [])
 
@@ -51,8 +49,7 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     torch.testing.assert_close(diffusion, expected)
     torch.testing.assert_close(total, expected + 0.5 * 3.0)
     assert contrastive == 3.0
-    assert torch.equal(seen.ctx.label_B[seen.ctx.restore_B], batch.label_B)
-    assert seen.ctx.num_conditional == int((batch.label_B != 10).sum())
+    assert torch.equal(seen.y, batch.label_B) and torch.equal(seen.row, batch.rows)
     trainer.aux_weights = {}
     with pytest.raises(RankFailed, match=r"losses\(\) return 'routing_contrastive': name it in aux_weights"):
         trainer._forward(batch)

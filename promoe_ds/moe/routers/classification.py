@@ -10,26 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import RouterConfig, reject
-from promoe_ds.moe.losses import mean_over_scope, sum_and_number
-from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32, check_not_negative, register_router
+from promoe_ds.moe.gates import at_least_fp32, check_not_negative
+from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
+from promoe_ds.moe.router import Reducer, Router, Routing, register_router
+from promoe_ds.moe.split import Split
 from promoe_ds.moe.superclasses import assignment, read_superclasses
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(RouterConfig):
-    name: str = "classification"
     superclasses: str | None = None
     """a superclass file (format: promoe_ds/moe/superclasses), or `digits` for the built-in one; needed for training"""
     class_weight: float = 1.0
     """weight of the cross-entropy, per MoE layer"""
-    class_scope: Literal["global", "rank"] = "global"
+    class_scope: Scope = "global"
     """the mean over conditional images: of all ranks, or of each rank, averaged"""
 
     def validate(self, config: Any) -> None:
@@ -51,8 +52,7 @@ class ClassificationRouter(Router):
     Config = ClassificationConfig
 
     def __init__(self, config: ClassificationConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_experts, width)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.bias = nn.Parameter(torch.empty(num_experts))
         self.superclass_C: Tensor | None = None
@@ -62,20 +62,10 @@ class ClassificationRouter(Router):
         nn.init.xavier_uniform_(self.weight, generator=generator("weight"))
         nn.init.zeros_(self.bias)
 
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return num_experts * width + num_experts
-
-    @classmethod
-    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
+    def macs_per_token(self) -> int:
         return 0  # one product an image
 
-    @staticmethod
-    def aux_weights(config: RouterConfig) -> dict[str, float]:
-        assert isinstance(config, ClassificationConfig)
-        return {"superclass": config.class_weight}
-
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Route each image as a whole. x_TD [T, D], S tokens an image -> Routing with N = T."""
         with torch.autocast(x_TD.device.type, enabled=False):
             mean_BD = at_least_fp32(x_TD).unflatten(0, (-1, S)).mean(dim=1)
@@ -83,15 +73,20 @@ class ClassificationRouter(Router):
             weight_B, expert_B = logit_BE.softmax(dim=-1).max(dim=-1)
             terms = {}
             if self.training:
-                target_B = self.superclasses(x_TD.device).index_select(0, ctx.label_B[: len(mean_BD)])
+                target_B = self.superclasses(x_TD.device).index_select(0, split.label_B[: len(mean_BD)])
                 total = F.cross_entropy(logit_BE, target_B, ignore_index=-1, reduction="sum")
                 terms["superclass"] = sum_and_number(total, (target_B >= 0).sum())
         token_T = torch.arange(len(x_TD), device=x_TD.device)
         return Routing(token_T, expert_B.repeat_interleave(S), weight_B.repeat_interleave(S), 1, terms)
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+    @staticmethod
+    def aux_weights(config: Any) -> dict[str, float]:
+        return {"superclass": config.class_weight}
+
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
         """The cross-entropy: its mean over the conditional images of the scope."""
-        return {"superclass": mean_over_scope(terms["superclass"], self.config.class_scope, ctx.all_reduce)}
+        return {"superclass": mean_over_scope(terms["superclass"], config.class_scope, all_reduce)}
 
     def superclasses(self, device: torch.device) -> Tensor:
         """int64 [classes + 1] on the device; the last is the null label's, -1. Reads the file once."""

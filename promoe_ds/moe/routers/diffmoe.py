@@ -21,40 +21,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig, reject
-from promoe_ds.moe.losses import mean_over_scope, sum_and_number
-from promoe_ds.moe.router import (
-    Router,
-    Routing,
-    RoutingContext,
+from promoe_ds.config.schema import reject
+from promoe_ds.moe.gates import (
+    LinearGateRouter,
+    TopKConfig,
     at_least_fp32,
     check_not_negative,
     check_quota,
-    check_top_k,
     expert_major,
     images_a_forward,
-    register_router,
 )
+from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
+from promoe_ds.moe.router import Reducer, Routing, register_router
+from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffMoEConfig(RouterConfig):
-    name: str = "diffmoe"
-    top_k: int = 1
-    """K, experts a token on average over the pool"""
+class DiffMoEConfig(TopKConfig):
     capacity_weight: float = 0.01
     """weight of the capacity predictor's loss, per MoE layer. 0.01 is what the official ProMoE code trains with (its
     config says 1, but is not read); DiffMoE's own code uses 1. Only the predictor's gradient depends on it"""
     threshold_decay: float = 0.95
     """decay of the moving average of the thresholds"""
-    scope: Literal["global", "rank"] = "global"
+    scope: Scope = "global"
     """the pool: the micro-batch of all ranks (independent of the topology) or of one rank, as in the official code"""
     inference: Literal["token", "pool"] = "token"
     """token: an expert takes the tokens whose prediction is above its threshold: an image does not depend on its batch;
     pool: it takes that many tokens, but those of highest score in the batch, as in the official code"""
 
     def validate(self, config: Any) -> None:
-        check_top_k(self, config)
+        super().validate(config)
         check_quota(self, config, images_a_forward(config), "the pool")
         check_not_negative(self, "capacity_weight")
         if not 0 <= self.threshold_decay < 1:
@@ -102,13 +98,11 @@ def choose_in_pool(score_TE: Tensor, pool_PC: Tensor, top_k: int) -> Choice:
 
 
 @register_router("diffmoe")
-class DiffMoERouter(Router):
+class DiffMoERouter(LinearGateRouter):
     Config = DiffMoEConfig
 
     def __init__(self, config: DiffMoEConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
-        self.gate = nn.Parameter(torch.empty(num_experts, width))
+        super().__init__(config, num_experts, width)
         self.hidden_weight, self.hidden_bias = nn.Parameter(torch.empty(width, width)), nn.Parameter(torch.empty(width))
         self.out_weight = nn.Parameter(torch.empty(num_experts, width))
         self.out_bias = nn.Parameter(torch.empty(num_experts))
@@ -117,29 +111,14 @@ class DiffMoERouter(Router):
         self.register_buffer("threshold", torch.empty(num_experts))
         """of the sigmoid of the prediction"""
         self.register_buffer("updates", torch.empty(1))
-        self.kth_E1: Tensor | None = None
-        """sum of `Choice.kth_E1` over the forwards since the last step"""
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        nn.init.normal_(self.gate, std=0.006, generator=generator("gate"))
+        super().init_weights(generator)
         for name in ("hidden", "out"):
             nn.init.xavier_uniform_(getattr(self, f"{name}_weight"), generator=generator(f"{name}_weight"))
             nn.init.zeros_(getattr(self, f"{name}_bias"))
         nn.init.constant_(self.threshold, 0.5)
         nn.init.zeros_(self.updates)
-
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return 2 * num_experts * width + num_experts + width * width + width
-
-    @classmethod
-    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
-        return 2 * num_experts * width + width * width
-
-    @staticmethod
-    def aux_weights(config: RouterConfig) -> dict[str, float]:
-        assert isinstance(config, DiffMoEConfig)
-        return {"capacity": config.capacity_weight}
 
     def predict(self, x_TD: Tensor) -> Tensor:
         """Logits of "expert i takes token t", Linear(D, D) - SiLU - Linear(D, E) on detached tokens; [T, E].
@@ -150,35 +129,38 @@ class DiffMoERouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(at_least_fp32(h_TD), at_least_fp32(self.out_weight), at_least_fp32(self.out_bias))
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Each expert takes k tokens of the pool (training) or those above its threshold. x_TD [T, D]."""
-        terms = {}
-        logit_TE = self.predict(x_TD)
+        score_TE, logit_TE, terms = self.scores(x_TD), self.predict(x_TD), {}
         with torch.autocast(x_TD.device.type, enabled=False):
-            score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
             if self.training:
-                choice = self._choose(score_TE.detach(), logit_TE.detach().sigmoid(), S, ctx)
+                choice = self._choose(score_TE.detach(), logit_TE.detach().sigmoid(), S, split)
                 token_N, expert_N, taken_TE, kth_E1 = choice
-                self.kth_E1 = kth_E1 if self.kth_E1 is None else self.kth_E1 + kth_E1
+                self.accumulate(kth_E1)
                 total = F.binary_cross_entropy_with_logits(logit_TE, taken_TE, reduction="sum")
                 terms["capacity"] = sum_and_number(total, taken_TE.numel())
             else:
                 token_N, expert_N = self._above_threshold(score_TE, logit_TE.sigmoid())
-            weight_N = score_TE.reshape(-1).index_select(0, token_N * len(self.gate) + expert_N)
+            weight_N = score_TE.reshape(-1).index_select(0, token_N * self.num_experts + expert_N)
         return Routing(token_N, expert_N, weight_N, 0, terms)
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
-        """The capacity predictor's loss: its mean over the tokens of the pool and the experts."""
-        return {"capacity": mean_over_scope(terms["capacity"], self.config.scope, ctx.all_reduce)}
+    @staticmethod
+    def aux_weights(config: Any) -> dict[str, float]:
+        return {"capacity": config.capacity_weight}
 
-    def _choose(self, score_TE: Tensor, likely_TE: Tensor, tokens: int, ctx: RoutingContext) -> Choice:
-        quota = len(score_TE) * self.config.top_k // len(self.gate)
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+        """The capacity predictor's loss: its mean over the tokens of the pool and the experts."""
+        return {"capacity": mean_over_scope(terms["capacity"], config.scope, all_reduce)}
+
+    def _choose(self, score_TE: Tensor, likely_TE: Tensor, tokens: int, split: Split) -> Choice:
+        quota = len(score_TE) * self.config.top_k // self.num_experts
         if self.config.scope == "rank":
             return choose_here(score_TE, likely_TE, quota)
         mine_PC = torch.cat([score_TE, likely_TE], dim=1)
-        padding = len(ctx.label_B) * tokens - len(score_TE)  # null-label images: a rank's number of tokens varies
+        padding = len(split.label_B) * tokens - len(score_TE)  # null-label images: a rank's number of tokens varies
         mine_PC = F.pad(mine_PC, (0, 0, 0, padding), value=-1.0)
-        pool_PC = ctx.all_gather(mine_PC)
+        pool_PC = self.all_gather(mine_PC)
         if len(pool_PC) == len(mine_PC):  # one rank
             return choose_here(score_TE, likely_TE, quota)
         return choose_in_pool(score_TE, pool_PC, self.config.top_k)
@@ -191,20 +173,10 @@ class DiffMoERouter(Router):
         token_N, expert_N = taken_TE.nonzero().unbind(1)
         return token_N, expert_N
 
-    def drop_step(self) -> None:
-        self.kth_E1 = None
-
-    @torch.no_grad()
-    def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Thresholds move towards the k-th largest prediction (mean over ranks and micro-batches); the first sets them.
-
-        Recomputation under activation checkpointing counts every forward twice, which leaves the mean as it is.
-        """
-        if self.kth_E1 is None:  # no training forward since, on any rank
-            return
-        *_, number = total_E1 = all_reduce(self.kth_E1)
-        kth_E = (total_E1[:-1] / number.clamp(min=1)).to(self.threshold.dtype)
+    def update(self, sums: Tensor) -> None:
+        """Thresholds move towards the k-th largest prediction, over ranks and micro-batches; the first sets them."""
+        number = sums[-1]
+        kth_E = (sums[:-1] / number.clamp(min=1)).to(self.threshold.dtype)
         step = torch.where(self.updates > 0, 1 - self.config.threshold_decay, 1.0) * (number > 0)
         self.threshold.lerp_(kth_E, step.to(kth_E.dtype))
         self.updates.add_(number > 0)
-        self.kth_E1 = None

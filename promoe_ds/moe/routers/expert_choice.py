@@ -7,58 +7,18 @@ same in training and in inference, and an image does not depend on its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from promoe_ds.config.schema import RouterConfig
-from promoe_ds.moe.router import (
-    Router,
-    Routing,
-    RoutingContext,
-    at_least_fp32,
-    check_quota,
-    check_top_k,
-    register_router,
-    top_tokens_per_image,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertChoiceConfig(RouterConfig):
-    name: str = "expert_choice"
-    top_k: int = 1
-    """K, experts a token on average"""
-
-    def validate(self, config: Any) -> None:
-        check_top_k(self, config)
-        check_quota(self, config, 1, "an image")
+from promoe_ds.moe.gates import LinearGateRouter, PerImageConfig, top_tokens_per_image
+from promoe_ds.moe.router import Routing, register_router
+from promoe_ds.moe.split import Split
 
 
 @register_router("expert_choice")
-class ExpertChoiceRouter(Router):
-    Config = ExpertChoiceConfig
+class ExpertChoiceRouter(LinearGateRouter):
+    Config = PerImageConfig
     one_graph = True
 
-    def __init__(self, config: ExpertChoiceConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
-        self.gate = nn.Parameter(torch.empty(num_experts, width))
-
-    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        nn.init.normal_(self.gate, std=0.006, generator=generator("gate"))
-
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return num_experts * width
-
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Each expert takes k tokens of each of B images. x_TD [T, D] -> Routing with N = B*E*k, expert by expert."""
-        quota = S * self.config.top_k // len(self.gate)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
-            token_N, expert_N, weight_N = top_tokens_per_image(score_TE.unflatten(0, (-1, S)), quota)
-        return Routing(token_N, expert_N, weight_N, 0, {})
+        return top_tokens_per_image(self.scores(x_TD), S, S * self.config.top_k // self.num_experts)

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import RouterConfig, reject
+from promoe_ds.moe.gates import at_least_fp32, images_a_forward
 from promoe_ds.moe.losses import centroid_sums
-from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32, images_a_forward, register_router
+from promoe_ds.moe.router import Router, Routing, register_router
+from promoe_ds.moe.split import Split
 
 PRIME = 16_777_213
 """the largest prime below 2^24: keys are exact in float32. 5 does not divide PRIME - 1, so x^5 permutes the residues"""
@@ -28,8 +30,6 @@ PRIME = 16_777_213
 
 @dataclass(frozen=True, kw_only=True)
 class KMeansConfig(RouterConfig):
-    name: str = "kmeans"
-
     def validate(self, config: Any) -> None:
         E, tokens = config.moe.num_experts, images_a_forward(config) * config.model.tokens
         if tokens < E:
@@ -49,7 +49,7 @@ class KMeansRouter(Router):
     Config = KMeansConfig
 
     def __init__(self, config: KMeansConfig, num_experts: int, width: int):
-        super().__init__()
+        super().__init__(config, num_experts, width)
         self.centroids: Tensor
         self.placed: Tensor
         self.register_buffer("centroids", torch.empty(num_experts, width))
@@ -58,8 +58,6 @@ class KMeansRouter(Router):
         self.all_placed = False
         """whether `placed` is known, on the host, to be full; alike on every rank"""
         self.shift = 0
-        self.sums_ED1: Tensor | None = None
-        """of this rank's tokens since the last step: `losses.centroid_sums`, and their number in the last column"""
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
         """Small random centroids, until the first training batch; and the seed of the draw from that batch."""
@@ -68,31 +66,22 @@ class KMeansRouter(Router):
         self.shift = int(torch.randint(PRIME, (), generator=generator("shift")))
         self.all_placed = False
 
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return 0
-
-    @classmethod
-    def macs_per_token(cls, config: RouterConfig, num_experts: int, width: int) -> int:
-        return num_experts * width
-
     @torch.no_grad()
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Route each token to its nearest centroid. x_TD [T, D] -> Routing with N = T, weights 1."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = at_least_fp32(x_TD)
             if self.training:
-                self.place(x_TD, S, ctx)
+                self.place(x_TD, S, split)
             c_ED = self.centroids.to(x_TD.dtype)
             # argmin |x - c|^2 = argmax x.c - |c|^2 / 2
             expert_T = (x_TD @ c_ED.T - c_ED.square().sum(1) / 2).argmax(dim=1)
             if self.training:
-                sums_ED1 = centroid_sums(F.pad(x_TD, (0, 1), value=1.0), expert_T, len(c_ED))
-                self.sums_ED1 = sums_ED1 if self.sums_ED1 is None else self.sums_ED1 + sums_ED1
+                self.accumulate(centroid_sums(F.pad(x_TD, (0, 1), value=1.0), expert_T, len(c_ED)))  # and their number
         token_T = torch.arange(len(x_TD), device=x_TD.device)
         return Routing(token_T, expert_T, x_TD.new_ones(len(x_TD)), 1, {})
 
-    def place(self, x_TD: Tensor, tokens: int, ctx: RoutingContext) -> None:
+    def place(self, x_TD: Tensor, tokens: int, split: Split) -> None:
         """Put centroids that have no place yet on random tokens of all ranks; waits for the device until all have one.
 
         A batch with too few conditional tokens leaves the rest for the next one.
@@ -100,14 +89,14 @@ class KMeansRouter(Router):
         self.all_placed = self.all_placed or bool(self.placed.all())
         if self.all_placed:
             return
-        E, row_I = len(self.centroids), ctx.row_B[: len(x_TD) // tokens]
+        E, row_I = len(self.centroids), split.row_B[: len(x_TD) // tokens]
         index_T = (row_I[:, None] * tokens + torch.arange(tokens, device=x_TD.device)).reshape(-1)
         key_T = torch.cat([shuffled(index_T, self.shift).to(x_TD.dtype), x_TD.new_full((E,), -1.0)])
         best = key_T.topk(E)
         mine_ED1 = torch.cat(
             [best.values[:, None], torch.cat([x_TD, x_TD.new_zeros(E, x_TD.shape[1])])[best.indices]], 1
         )
-        found_WD1 = ctx.all_gather(mine_ED1)  # W*E rows
+        found_WD1 = self.all_gather(mine_ED1)  # W*E rows
         best = found_WD1[:, 0].topk(E)
         fresh_E1 = ((self.placed == 0) & (best.values >= 0))[:, None]
         self.centroids.copy_(
@@ -118,20 +107,12 @@ class KMeansRouter(Router):
     @torch.no_grad()
     def drop_step(self) -> None:
         """Centroids that were put on tokens that are not finite, alike on every rank, have no place yet."""
-        self.sums_ED1 = None
+        super().drop_step()
         lost_E = ~self.centroids.isfinite().all(dim=1)
         self.centroids[lost_E], self.placed[lost_E], self.all_placed = 0.0, 0.0, False
 
-    @torch.no_grad()
-    def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Each centroid becomes the mean of its tokens over all ranks and micro-batches of the step.
-
-        Recomputation under activation checkpointing counts every token twice, which leaves the means as they are.
-        """
-        if self.sums_ED1 is None:  # no training forward since, on any rank
-            return
-        sums_ED1 = all_reduce(self.sums_ED1)
-        count_E1 = sums_ED1[:, -1:]
-        mean_ED = (sums_ED1[:, :-1] / count_E1.clamp(min=1)).to(self.centroids.dtype)
+    def update(self, sums: Tensor) -> None:
+        """Each centroid becomes the mean of its tokens over all ranks and micro-batches of the step."""
+        count_E1 = sums[:, -1:]
+        mean_ED = (sums[:, :-1] / count_E1.clamp(min=1)).to(self.centroids.dtype)
         self.centroids.copy_(torch.where(count_E1 > 0, mean_ED, self.centroids))
-        self.sums_ED1 = None

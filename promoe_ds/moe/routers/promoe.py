@@ -13,20 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig, reject
-from promoe_ds.moe.constants import counting
 from promoe_ds.moe.cosine import cosine, unit
-from promoe_ds.moe.losses import centroid_sums, load_balance, routing_contrastive, sums_over_scope
-from promoe_ds.moe.router import (
-    Router,
-    Routing,
-    RoutingContext,
-    at_least_fp32,
-    check_not_negative,
-    check_top_k,
-    register_router,
-    top_experts,
-)
+from promoe_ds.moe.gates import TopKConfig, at_least_fp32, check_not_negative, check_positive, top_experts
+from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
+from promoe_ds.moe.router import Reducer, Router, Routing, register_router
+from promoe_ds.moe.split import Split
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z_TE: z_TE,
@@ -36,51 +27,52 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProMoEConfig(RouterConfig):
-    name: str = "promoe"
-    top_k: int = 1
-    """K, experts a token"""
-    activation: Literal["identity", "sigmoid", "softmax"] = "identity"
-    """A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"""
-    alpha: float = 1.0
-    """scale of the cosine, Eq. (4)"""
+class PrototypicalConfig(TopKConfig):
+    """What token choice and expert choice share."""
+
     contrastive_weight: float = 1.0
     """lambda_RCL, per MoE layer"""
     temperature: float = 0.07
     """tau of Eq. (6)"""
-    contrastive_scope: Literal["global", "rank"] = "global"
-    """global: centroids over the micro-batch of all ranks (independent of the topology); rank: each rank's own tokens,
+    contrastive_scope: Scope = "global"
+    """global: the micro-batch of all ranks, so that the loss does not depend on the topology; rank: each rank's own,
     averaged, as in the official code"""
-    balance_weight: float = 0.0
-    """weight of a load-balance loss beside it, per MoE layer and in the same scope (Tab. 12: it does not help); at 0 it
-    is not computed"""
 
     def validate(self, config: Any) -> None:
-        check_top_k(self, config)
-        for key in ("alpha", "temperature"):
-            if getattr(self, key) <= 0:
-                reject(f"moe.router.{key}", getattr(self, key), "must be positive", "choose a value above 0")
-        check_not_negative(self, "contrastive_weight", "balance_weight")
+        super().validate(config)
+        check_positive(self, "temperature")
+        check_not_negative(self, "contrastive_weight")
 
 
 class PrototypicalRouter(Router):
-    """What token choice and expert choice share: prototypes, their drawing, and the weight of the contrastive loss."""
+    """What they share too: prototypes, their drawing, and the weight of the contrastive loss."""
 
     def __init__(self, config: Any, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_experts, width)
         self.prototypes = nn.Parameter(torch.empty(num_experts, width))
 
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
         nn.init.normal_(self.prototypes, std=0.02, generator=generator("prototypes"))
 
     @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return num_experts * width
-
-    @staticmethod
     def aux_weights(config: Any) -> dict[str, float]:
         return {"routing_contrastive": config.contrastive_weight}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProMoEConfig(PrototypicalConfig):
+    activation: Literal["identity", "sigmoid", "softmax"] = "identity"
+    """A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"""
+    alpha: float = 1.0
+    """scale of the cosine, Eq. (4)"""
+    balance_weight: float = 0.0
+    """weight of a load-balance loss beside it, per MoE layer and in the same scope (Tab. 12: it does not help); at 0 it
+    is not computed"""
+
+    def validate(self, config: Any) -> None:
+        super().validate(config)
+        check_positive(self, "alpha")
+        check_not_negative(self, "balance_weight")
 
 
 @register_router("promoe")
@@ -88,34 +80,34 @@ class ProMoERouter(PrototypicalRouter):
     Config = ProMoEConfig
     one_graph = True
 
-    @staticmethod
-    def aux_weights(config: Any) -> dict[str, float]:
-        weights = PrototypicalRouter.aux_weights(config)
-        return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
-
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Route each token to the K prototypes nearest in cosine. x_TD [T, D] -> Routing with N = T*K."""
         cfg = self.config
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
             x_TD, unit_DE = at_least_fp32(x_TD), unit(at_least_fp32(self.prototypes)).T
             z_TE = cosine(x_TD, unit_DE)  # Eq. (4)
             score_TE = ACTIVATIONS[cfg.activation](z_TE if cfg.alpha == 1 else cfg.alpha * z_TE)  # Eq. (2)
-            weight_N, expert_N = top_experts(score_TE, cfg.top_k)  # Eq. (3)
+            routing = top_experts(score_TE, cfg.top_k)  # Eq. (3)
             terms = {}
             if self.training:
-                terms = {"unit": unit_DE, "sum": centroid_sums(x_TD, expert_N, len(self.prototypes), cfg.top_k)}
+                terms = {"unit": unit_DE, "sum": centroid_sums(x_TD, routing.expert_N, self.num_experts, cfg.top_k)}
                 if cfg.balance_weight:
                     # It needs shares that sum to 1 over the experts, which cosines and sigmoids do not.
                     share_TE = score_TE if cfg.activation == "softmax" else score_TE.softmax(dim=-1)
                     terms["share"] = share_TE.sum(0)
-        return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, terms)
+        return routing._replace(terms=terms)
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+    @staticmethod
+    def aux_weights(config: Any) -> dict[str, float]:
+        weights = PrototypicalRouter.aux_weights(config)
+        return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
+
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
-        cfg = self.config
-        parts = [terms["sum"], load_LE, *([terms["share"]] if cfg.balance_weight else [])]
-        sum_LED, load_LE, *share = sums_over_scope(cfg.contrastive_scope, ctx.all_reduce, *parts)
-        losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, load_LE, cfg.temperature)}
+        parts = [terms["sum"], load_LE, *([terms["share"]] if config.balance_weight else [])]
+        sum_LED, load_LE, *share = sums_over_scope(config.contrastive_scope, all_reduce, *parts)
+        losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, load_LE, config.temperature)}
         if share:
-            losses["load_balance"] = load_balance(share[0], load_LE, cfg.top_k)
+            losses["load_balance"] = load_balance(share[0], load_LE, config.top_k)
         return losses

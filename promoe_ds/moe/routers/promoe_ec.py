@@ -8,45 +8,22 @@ each image: every expert has tokens there, so none is left out. Images do not de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import RouterConfig, reject
 from promoe_ds.moe.cosine import cosine, unit
+from promoe_ds.moe.gates import PerImageConfig, at_least_fp32, top_tokens_per_image
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
-from promoe_ds.moe.router import (
-    Routing,
-    RoutingContext,
-    at_least_fp32,
-    check_not_negative,
-    check_quota,
-    check_top_k,
-    register_router,
-    top_tokens_per_image,
-)
-from promoe_ds.moe.routers.promoe import PrototypicalRouter
+from promoe_ds.moe.router import Reducer, Routing, register_router
+from promoe_ds.moe.routers.promoe import PrototypicalConfig, PrototypicalRouter
+from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProMoEECConfig(RouterConfig):
-    name: str = "promoe_ec"
-    top_k: int = 1
-    """K, experts a token on average"""
-    contrastive_weight: float = 1.0
-    """lambda_RCL, per MoE layer"""
-    temperature: float = 0.07
-    """tau of Eq. (6)"""
-    contrastive_scope: Literal["global", "rank"] = "global"
-    """the mean over conditional images: of all ranks, or of each rank, averaged, as in the official code"""
-
-    def validate(self, config: Any) -> None:
-        check_top_k(self, config)
-        check_quota(self, config, 1, "an image")
-        check_not_negative(self, "contrastive_weight")
-        if self.temperature <= 0:
-            reject("moe.router.temperature", self.temperature, "must be positive", "choose a value above 0")
+class ProMoEECConfig(PrototypicalConfig, PerImageConfig):
+    pass
 
 
 @register_router("promoe_ec")
@@ -54,22 +31,19 @@ class ProMoEECRouter(PrototypicalRouter):
     Config = ProMoEECConfig
     one_graph = True
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
         """Each expert takes k tokens of each of B images. x_TD [T, D] -> Routing with N = B*E*k, expert by expert."""
-        cfg = self.config
-        quota = S * cfg.top_k // len(self.prototypes)
+        quota, terms = S * self.config.top_k // self.num_experts, {}
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
-            z_TE = cosine(x_TD, unit(prototype_ED).T)  # Eq. (4), alpha = 1
-            token_N, expert_N, weight_N = top_tokens_per_image(z_TE.unflatten(0, (-1, S)), quota)
-            terms = {}
+            routing = top_tokens_per_image(cosine(x_TD, unit(prototype_ED).T), S, quota)  # Eq. (4), alpha = 1
             if self.training:
-                x_BSD = x_TD.unflatten(0, (-1, S))
-                total = routing_contrastive_per_image(prototype_ED, x_BSD, token_N, quota, cfg.temperature)
+                x_BSD, tau = x_TD.unflatten(0, (-1, S)), self.config.temperature
+                total = routing_contrastive_per_image(prototype_ED, x_BSD, routing.token_N, quota, tau)
                 terms["contrastive"] = sum_and_number(total, len(x_BSD))
-        return Routing(token_N, expert_N, weight_N, 0, terms)
+        return routing._replace(terms=terms)
 
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
         """The contrastive loss: its mean over the conditional images of the scope."""
-        mean_L = mean_over_scope(terms["contrastive"], self.config.contrastive_scope, ctx.all_reduce)
-        return {"routing_contrastive": mean_L}
+        return {"routing_contrastive": mean_over_scope(terms["contrastive"], config.contrastive_scope, all_reduce)}

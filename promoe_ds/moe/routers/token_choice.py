@@ -9,74 +9,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig
-from promoe_ds.moe.constants import counting
-from promoe_ds.moe.losses import load_balance, sums_over_scope
-from promoe_ds.moe.router import (
-    Router,
-    Routing,
-    RoutingContext,
-    at_least_fp32,
-    check_not_negative,
-    check_top_k,
-    register_router,
-    top_experts,
-)
+from promoe_ds.moe.gates import LinearGateRouter, TopKConfig, check_not_negative, top_experts
+from promoe_ds.moe.losses import Scope, load_balance, sums_over_scope
+from promoe_ds.moe.router import Reducer, Routing, register_router
+from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenChoiceConfig(RouterConfig):
-    name: str = "token_choice"
-    top_k: int = 1
-    """K, experts a token"""
+class TokenChoiceConfig(TopKConfig):
     balance_weight: float = 0.01
     """weight of the load-balance loss, per MoE layer; at 0 it is computed and logged, not trained"""
-    balance_scope: Literal["global", "rank"] = "global"
+    balance_scope: Scope = "global"
     """global: shares over the micro-batch of all ranks; rank: each rank's own, averaged, as in the official code"""
 
     def validate(self, config: Any) -> None:
-        check_top_k(self, config)
+        super().validate(config)
         check_not_negative(self, "balance_weight")
 
 
 @register_router("token_choice")
-class TokenChoiceRouter(Router):
+class TokenChoiceRouter(LinearGateRouter):
     Config = TokenChoiceConfig
     one_graph = True
 
-    def __init__(self, config: TokenChoiceConfig, num_experts: int, width: int):
-        super().__init__()
-        self.config = config
-        self.gate = nn.Parameter(torch.empty(num_experts, width))
-
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
-        bound = 1 / math.sqrt(self.gate.shape[1])
+        bound = 1 / math.sqrt(self.width)
         nn.init.uniform_(self.gate, -bound, bound, generator=generator("gate"))
 
-    @staticmethod
-    def num_parameters(config: RouterConfig, num_experts: int, width: int) -> int:
-        return num_experts * width
+    def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
+        """Route each token to its K best experts. x_TD [T, D] -> Routing with N = T*K."""
+        score_TE = self.scores(x_TD)
+        terms = {"score": score_TE.sum(0)} if self.training else {}
+        return top_experts(score_TE, self.config.top_k)._replace(terms=terms)
 
     @staticmethod
-    def aux_weights(config: RouterConfig) -> dict[str, float]:
-        assert isinstance(config, TokenChoiceConfig)
+    def aux_weights(config: Any) -> dict[str, float]:
         return {"load_balance": config.balance_weight}
 
-    def forward(self, x_TD: Tensor, S: int, ctx: RoutingContext) -> Routing:
-        """Route each token to its K best experts. x_TD [T, D] -> Routing with N = T*K."""
-        cfg = self.config
-        with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
-            score_TE = (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
-            weight_N, expert_N = top_experts(score_TE, cfg.top_k)
-            terms = {"score": score_TE.sum(0)} if self.training else {}
-        return Routing(counting(len(x_TD), x_TD.device, cfg.top_k), expert_N, weight_N, cfg.top_k, terms)
-
-    def losses(self, terms: dict[str, Tensor], load_LE: Tensor, ctx: RoutingContext) -> dict[str, Tensor]:
-        """The load-balance loss."""
-        score_LE, load_LE = sums_over_scope(self.config.balance_scope, ctx.all_reduce, terms["score"], load_LE)
-        return {"load_balance": load_balance(score_LE, load_LE, self.config.top_k)}
+    @staticmethod
+    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+        score_LE, load_LE = sums_over_scope(config.balance_scope, all_reduce, terms["score"], load_LE)
+        return {"load_balance": load_balance(score_LE, load_LE, config.top_k)}
