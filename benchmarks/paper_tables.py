@@ -75,8 +75,10 @@ def train_until(config: Config, run: Path, step: int) -> int:
     """Train a run up to `step`, in this process; its output goes to RUN/log.txt. Returns the trainer's exit code."""
     from dataclasses import replace
 
-    from promoe_ds.parallel import ds_config, topology
+    from promoe_ds.parallel import ds_config
+    from promoe_ds.parallel.topology import Topology
     from promoe_ds.train.trainer import Trainer
+    from promoe_ds.utils.ranks import Ranks
 
     chunk = -(-config.train.steps // paper_rows.CHUNKS)
     config = replace(
@@ -84,9 +86,10 @@ def train_until(config: Config, run: Path, step: int) -> int:
         train=replace(config.train, steps=step, checkpoint_every=chunk, log_every=max(1, chunk // WINDOWS)),
         sample=replace(config.sample, steps=2),
     )
+    here = Topology.of(Ranks.from_environment(), ep=1)
     run.mkdir(parents=True, exist_ok=True)
     with (run / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        trainer = Trainer(config, ds_config.resolve(None, config, 1), run, topology.from_environment(1))
+        trainer = Trainer(config, ds_config.resolve(None, config, 1), run, here)
         try:
             return trainer.run()
         finally:

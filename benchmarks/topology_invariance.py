@@ -78,6 +78,7 @@ def train_cases(folder: Path, steps: int, cases: list[Case]) -> None:
     from promoe_ds.parallel import ds_config, topology
     from promoe_ds.recipes.load import load_config
     from promoe_ds.train.trainer import Trainer
+    from promoe_ds.utils.ranks import Ranks
 
     for case in cases:
         config = load_config("tiny", [
@@ -85,7 +86,7 @@ def train_cases(folder: Path, steps: int, cases: list[Case]) -> None:
             f"train.checkpoint_every={steps}", f"train.global_batch_size={GLOBAL_BATCH}", *case.overrides,
         ])  # fmt: skip
         ds = ds_config.resolve(str(ROOT / f"ds_configs/zero{case.stage}.json"), config, case.world)
-        trainer = Trainer(config, ds, folder / case.name, topology.from_environment(case.ep))
+        trainer = Trainer(config, ds, folder / case.name, topology.Topology.of(Ranks.from_environment(), case.ep))
         assert trainer.run() == 0
         trainer.close()
     topology.disconnect()

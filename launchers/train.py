@@ -72,9 +72,9 @@ def prepare_environment() -> None:
 def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.costs.dry_run import render, report
     from promoe_ds.parallel import ds_config, ds_values
-    from promoe_ds.parallel.topology import world_size
+    from promoe_ds.utils.ranks import Ranks
 
-    world = world_size() if args.world is None else args.world
+    world = Ranks.from_environment().world if args.world is None else args.world
     if args.check_files:
         check_files(args, config)
     ds = ds_config.resolve(args.ds_config, config, world)
@@ -104,9 +104,10 @@ def train(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.parallel import ds_config, ds_values, topology
     from promoe_ds.recipes.validate import validate_data
     from promoe_ds.train.trainer import RESUMABLE, USER_ERROR, RankFailed, StoppedEarly, Trainer, TrainingStopped
+    from promoe_ds.utils.ranks import Ranks
 
     validate_data(config)
-    here = topology.from_environment(config.parallel.expert_parallel)
+    here = topology.Topology.of(Ranks.from_environment(), config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
     ds_values.check_values(args.ds_config, ds)
     trainer = None
@@ -118,7 +119,7 @@ def train(args: argparse.Namespace, config: Config) -> int:
     except (ConfigError, RankFailed, TrainingStopped) as error:
         if isinstance(error, ConfigError) and not topology.watched():
             raise
-        return topology.fail(str(error), 1 if isinstance(error, TrainingStopped) else USER_ERROR)
+        return topology.fail(str(error), 1 if isinstance(error, TrainingStopped) else USER_ERROR, here)
     except Exception as error:
         return topology.crash(error, here)
     finally:

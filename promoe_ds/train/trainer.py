@@ -39,7 +39,7 @@ from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import Meter
-from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
+from promoe_ds.parallel.topology import Topology, connect, sum_over_ranks
 from promoe_ds.train import nonfinite
 from promoe_ds.train.grids import GridFailed, keep_grid
 from promoe_ds.train.metrics import ExpertWatch, MetricsLog, Throughput, expert_load, memory_gib
@@ -71,7 +71,6 @@ class Trainer:
 
     def __init__(self, config: Config, ds: ResolvedDS, run: Path, topology: Topology):
         self.config, self.run_folder, self.topology = config, run, topology
-        self.ranks = layout.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
         self.dataset = self._connect()
         data = fingerprint(self.dataset)
         if self.dataset.left_out:
@@ -83,7 +82,7 @@ class Trainer:
             signals.remove_marker(run)
         self._stop_early(layout.step_of(found[-1]) if (found := layout.candidates(run)) else 0)
         torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
-        found = layout.find_whole(run, self.ranks)
+        found = layout.find_whole(run, topology)
         if found:
             resume.check_same_run(layout.manifest(found)["config"], config, found)
             resume.check_same_data(found, data)
@@ -93,7 +92,7 @@ class Trainer:
         self.engine = self._make_engine(ds, found)
         facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
                  "data": data}  # fmt: skip
-        self.saver = Saver(run, self.engine, config, self.ranks, facts, self._say)
+        self.saver = Saver(run, self.engine, config, topology, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
         self.aux_weights = self.objective.aux_weights | router_weights
@@ -170,7 +169,7 @@ class Trainer:
         cfg = self.config.train
         self._say(self._banner())
         self._stop_early(self.step)
-        with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
+        with BatchStream(self.config, self.dataset, self.topology, self.step) as stream:
             while self.step < cfg.steps:
                 try:
                     self.profiler.before(self.step + 1)
@@ -280,7 +279,7 @@ class Trainer:
         self.engine.drop()
         for router in self.routers:
             router.drop_step()
-        answers = gather_objects((losses, probe.findings()), self.topology)
+        answers = self.topology.gather((losses, probe.findings()))
         what = nonfinite.culprit(self.terms, [values for values, _ in answers])
         text = f"{what or f'the gradient norm is {norm}'}; {nonfinite.place([found for _, found in answers])}"
         text = f"step {self.step}{', ' if what else ': '}{text}"
@@ -358,7 +357,7 @@ class Trainer:
     def _draw_samples(self) -> None:
         """Rank 0 draws a grid with the EMA weights, fixed noise: samples/grid.png, and by step."""
         start = time.perf_counter()
-        weights = ema_state_dict(self.engine, self._fixed(), self.ranks)
+        weights = ema_state_dict(self.engine, self._fixed(), self.topology)
         if self.log:
             try:
                 target = self.run_folder / "samples"
@@ -367,7 +366,7 @@ class Trainer:
                 self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
             except GridFailed as error:
                 self._say(f"  no sample grid: {error}")
-        barrier(self.topology)
+        self.topology.barrier()
 
     def _paused(self, work: Callable[..., None], *args: Any) -> None:
         """Do it; its time does not count as time of training."""

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from promoe_ds.checkpoint import layout, resume
-from promoe_ds.checkpoint.layout import Ranks
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.recipes.load import load_config
+from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import CONFIG, State, save, save_on
 from tests.disk import loop
 
@@ -25,7 +25,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, world: int) -> None:
     """Also with more ranks than parameters: some files are empty."""
     state = State(7)
     assert save_on(world, tmp_path, 7) == [None] * world
-    found = layout.find_whole(tmp_path, Ranks())
+    found = layout.find_whole(tmp_path, ALONE)
     assert found == layout.folder(tmp_path, 7) == layout.newest(tmp_path)
     other = State(99)
     resume.restore(Reader(found), other, 7)
@@ -63,7 +63,7 @@ def test_what_is_advised_after_a_nan_may_change_on_resume() -> None:
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
     state = State(1)
-    Saver(tmp_path, state, CONFIG, Ranks(), {"data": "7 images of 2 classes, ab"}, say=lambda text: None).save(
+    Saver(tmp_path, state, CONFIG, ALONE, {"data": "7 images of 2 classes, ab"}, say=lambda text: None).save(
         1, {}, last=True
     )
     (found,) = layout.candidates(tmp_path)
