@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from promoe_ds.checkpoint import layout, resume
 from promoe_ds.checkpoint.resume import Reader
@@ -77,18 +78,20 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     save(tmp_path, 5)
     reader = Reader(layout.folder(tmp_path, 5))
     with pytest.raises(ConfigError, match="holds no zebra/fp32"):
-        resume.load_weights(reader, {"zebra": torch.zeros(3, 2)}, lambda p, full: full)
+        resume.load_weights(reader, nn.ParameterDict({"zebra": torch.zeros(3, 2)}), lambda p, full: full)
     with pytest.raises(ConfigError, match=r"a has shape \[3, 2\], the model \[4, 2\]"):
-        resume.load_weights(reader, {"a": torch.zeros(4, 2)}, lambda p, full: full)
+        resume.load_weights(reader, nn.ParameterDict({"a": torch.zeros(4, 2)}), lambda p, full: full)
 
 
 def test_buffers_come_back_from_the_ema_file(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    reader, buffer = Reader(layout.folder(tmp_path, 5)), torch.zeros(2)
-    resume.load_fixed(reader, {"fixed": buffer})
-    assert (buffer == 1).all()
+    reader, model = Reader(layout.folder(tmp_path, 5)), nn.Module()
+    model.register_buffer("fixed", torch.zeros(2))
+    resume.load_weights(reader, model, lambda p, full: full)
+    assert (model.fixed == 1).all()
+    model.register_buffer("zebra", torch.zeros(2))
     with pytest.raises(ConfigError, match="holds no ema/zebra"):
-        resume.load_fixed(reader, {"zebra": buffer})
+        resume.load_weights(reader, model, lambda p, full: full)
 
 
 def test_unreadable_run_configuration(tmp_path: Path) -> None:
