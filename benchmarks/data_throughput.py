@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.common import page, spread, table
 from promoe_ds.data import build_dataset, shards
-from promoe_ds.data.batches import BatchMaker, share_of
+from promoe_ds.data.batches import BatchMaker
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import SD_CODEC
@@ -71,7 +71,7 @@ def loader(args: argparse.Namespace) -> list[list[str]]:
         config = load_config("imagenet256_promoe_s", [f"data.path={folder}"])
         config = replace(config, train=replace(config.train, global_batch_size=args.batch))
         data = build_dataset(config)
-        maker = BatchMaker(config, data, share_of(config, 0, 1))
+        maker = BatchMaker(config, data)
         steps = iter(range(10**6))
         indices = iter(np.random.default_rng(1).integers(0, len(data), (10**4, args.batch)))
         whole = "loader, whole step: order, reading, posterior, flip, label drop, noise"

@@ -144,9 +144,10 @@ def deepspeed_layer(width: int, hidden: int, experts: int, device: torch.device)
     """DeepSpeed's MoE, k=1, capacity factor 1.25, on one process. Starts a process group of one."""
     from deepspeed.moe.layer import MoE  # a benchmark may: it compares with it
 
-    from promoe_ds.parallel.topology import Topology, connect
+    from promoe_ds.parallel.topology import connect
+    from promoe_ds.utils.ranks import ALONE
 
-    connect(Topology(0, 1, 0, 1), 30.0)
+    connect(ALONE, 30.0)
     moe = MoE(width, Mlp(width, hidden), experts, ep_size=1, k=1, capacity_factor=1.25)
     moe.set_deepspeed_parallelism()
     module = nn.ModuleDict({"moe": moe, "shared": Mlp(width, hidden)}).to(device)

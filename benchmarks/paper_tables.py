@@ -42,11 +42,13 @@ from promoe_ds.config.schema import Config, reject  # noqa: E402
 from promoe_ds.costs.flops import count_parameters  # noqa: E402
 from promoe_ds.data import ImageDataset, build_dataset  # noqa: E402
 from promoe_ds.evaluation.features import DigitsCNN  # noqa: E402
-from promoe_ds.parallel import ds_config, topology  # noqa: E402
+from promoe_ds.parallel import ds_config  # noqa: E402
+from promoe_ds.parallel.topology import Topology  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
 from promoe_ds.train.trainer import Trainer  # noqa: E402
 from promoe_ds.utils.command_line import STOPPED, Parser, guarded  # noqa: E402
 from promoe_ds.utils.files import write_text  # noqa: E402
+from promoe_ds.utils.ranks import Ranks  # noqa: E402
 
 TABLES = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text(encoding="utf-8"))
 TURNS = 10
@@ -104,7 +106,7 @@ def train_until(config: Config, run: Path, step: int) -> int:
     config = replace(config, train=train, sample=replace(config.sample, steps=2))
     run.mkdir(parents=True, exist_ok=True)
     with (run / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        trainer = Trainer(config, ds_config.resolve(None, config, 1), run, topology.from_environment(1))
+        trainer = Trainer(config, ds_config.resolve(None, config, 1), run, Topology.of(Ranks.from_environment(), ep=1))
         try:
             return trainer.run()
         finally:

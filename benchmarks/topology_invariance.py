@@ -80,18 +80,19 @@ def train_cases(folder: Path, steps: int) -> None:
     from promoe_ds.parallel import ds_config, topology
     from promoe_ds.recipes.load import load_config
     from promoe_ds.train.trainer import Trainer
+    from promoe_ds.utils.ranks import Ranks
 
-    world = topology.world_size()
+    ranks = Ranks.from_environment()
     for case in dict.fromkeys([*(case.reference for case in CASES), *CASES]):
-        if case.world != world:
+        if case.world != ranks.world:
             continue
         config = load_config("tiny", [
             f"parallel.expert_parallel={case.ep}", f"train.micro_batch_size={case.micro}", f"train.steps={steps}",
             f"train.checkpoint_every={steps}", f"train.global_batch_size={GLOBAL_BATCH}",
             "parallel.timeout_minutes=5", *([case.override] if case.override else []),
         ])  # fmt: skip
-        ds = ds_config.resolve(str(ROOT / f"ds_configs/zero{case.stage}.json"), config, world)
-        trainer = Trainer(config, ds, folder / case.name, topology.from_environment(case.ep))
+        ds = ds_config.resolve(str(ROOT / f"ds_configs/zero{case.stage}.json"), config, ranks.world)
+        trainer = Trainer(config, ds, folder / case.name, topology.Topology.of(ranks, case.ep))
         assert trainer.run() == 0
         trainer.close()
 

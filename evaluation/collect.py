@@ -24,12 +24,11 @@ from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.features import FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments
-from promoe_ds.evaluation.workers import Workers
 from promoe_ds.utils.files import NOT_FOUND, atomic, check_readable
+from promoe_ds.utils.ranks import ALONE, Ranks
 
 FORMAT = "evaluation features 1"
 SUFFIX = ".safetensors"
-ALONE = Workers()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +110,13 @@ class Collector:
         name: str,
         labels_N: Labels | None = None,
         sampling: Mapping[str, Any] | None = None,
-        workers: Workers = ALONE,
+        ranks: Ranks = ALONE,
     ) -> FeatureSet | None:
         """All processes' images in order of rank, on rank 0; None elsewhere. Raises ValueError below two images."""
         for moments in (self._part.moments, self._part.spatial):
             if moments is not None:
                 moments.flush()
-        parts = workers.gather(self._part)
+        parts = ranks.gather_to_first(self._part)
         if parts is None:
             return None
         whole = _Part()
@@ -139,12 +138,21 @@ class Collector:
         )
 
 
+def share_of(ranks: Ranks, num: int, batch: int) -> range:
+    """Starts of this process's batches among those of `num` items: consecutive, shares within one batch of another.
+
+    Batches are whole, so that one holds the same images at every world size.
+    """
+    starts = range(0, num, batch)
+    return starts[len(starts) * ranks.rank // ranks.world : len(starts) * (ranks.rank + 1) // ranks.world]
+
+
 def collect(
     extractor: FeatureExtractor,
     images: ImageSet,
     *,
     sampling: Mapping[str, Any] | None = None,
-    workers: Workers = ALONE,
+    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> FeatureSet | None:
     """Features of an image set, each process its share; the result on rank 0, None elsewhere.
@@ -152,17 +160,17 @@ def collect(
     Features are those of one process to the bit, Gaussians to rounding in float64. `progress` shows a bar on rank 0.
     """
     collector, num = Collector(extractor), len(images)
-    share = workers.share(num, extractor.batch)
-    who = f" (process 1/{workers.world})" if workers.world > 1 else ""
+    share = share_of(ranks, num, extractor.batch)
+    who = f" (process 1/{ranks.world})" if ranks.world > 1 else ""
     total = min(num, share.stop) - share.start if len(share) else 0
     with tqdm(
-        total=total, desc=f"{images.name}{who}", unit="image", disable=not progress or workers.rank > 0, leave=False
+        total=total, desc=f"{images.name}{who}", unit="image", disable=not progress or ranks.rank > 0, leave=False
     ) as bar:
         for start in share:
             batch = np.asarray(images.images_NHWC[start : min(num, start + extractor.batch)])
             collector.add(batch)
             bar.update(len(batch))
-    return collector.result(images.name, images.labels_N, sampling, workers)
+    return collector.result(images.name, images.labels_N, sampling, ranks)
 
 
 # -------------------------------------------------------------------------------------------------------------- files

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
+from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
 from promoe_ds.evaluation.digits import noise_images
 from promoe_ds.evaluation.extractors import BATCH, load_extractor
 from promoe_ds.evaluation.features import Classifier, FeatureExtractor
@@ -25,7 +25,7 @@ from promoe_ds.evaluation.manifold import NEIGHBOURS, Distances, precision_recal
 from promoe_ds.evaluation.metrics import IS_SPLIT, Gaussian, frechet_distance, inception_score, label_agreement
 from promoe_ds.evaluation.reference import Source, find_reference, reference_features
 from promoe_ds.evaluation.samples import Samples, cfg_of
-from promoe_ds.evaluation.workers import Workers
+from promoe_ds.utils.ranks import ALONE, Ranks
 
 NOISE_SEED = 0
 """the noise of `fd_over_noise` is the same for every sample set of a size"""
@@ -46,7 +46,7 @@ class Evaluator:
         device: torch.device | str = "cpu",
         batch: int = BATCH,
         distances: Distances = "fp32",
-        workers: Workers = ALONE,
+        ranks: Ranks = ALONE,
         progress: bool = False,
     ) -> None:
         """Finds the reference and builds the extractor by name; features are first extracted by `score` or `prepare`.
@@ -60,7 +60,7 @@ class Evaluator:
         if self._source.images is not None:
             check_shape(self._source.images, self.extractor, "--ref")
         self._distances: Distances = distances
-        self._device, self._workers, self._progress = device, workers, progress
+        self._device, self._ranks, self._progress = device, ranks, progress
         self._reference: FeatureSet | None = None
         self._prepared = False
 
@@ -84,7 +84,7 @@ class Evaluator:
         """Features of the reference, once."""
         if not self._prepared:
             self._reference = reference_features(
-                self._source, self.extractor, workers=self._workers, progress=self._progress
+                self._source, self.extractor, ranks=self._ranks, progress=self._progress
             )
             self._prepared = True
 
@@ -124,10 +124,8 @@ class Evaluator:
         """Features of one set, on rank 0; None elsewhere. Raises `ConfigError` as `check` does."""
         self.check(samples)
         if isinstance(samples, FeatureSet):
-            return samples if self._workers.rank == 0 else None
-        return collect(
-            self.extractor, samples, sampling=samples.sampling, workers=self._workers, progress=self._progress
-        )
+            return samples if self._ranks.rank == 0 else None
+        return collect(self.extractor, samples, sampling=samples.sampling, ranks=self._ranks, progress=self._progress)
 
     def score(self, samples: Samples) -> dict[str, Any]:
         """All numbers of one set, ready for JSON; {} on ranks above 0. Shares and accuracies lie in [0, 1].
@@ -212,7 +210,7 @@ class Evaluator:
             "reference_features": None if reference.features_Nd is None else len(reference.features_Nd),
             "inception_score_split": IS_SPLIT,
             "device": str(self._device),
-            "world": self._workers.world,
+            "world": self._ranks.world,
             "torch": str(torch.__version__),
             "numpy": np.__version__,
             "python": platform.python_version(),

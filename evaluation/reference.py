@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.collect import ALONE, SUFFIX, FeatureSet, check_extractor, collect, load_features
+from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
 from promoe_ds.evaluation.digits import digits_images, digits_split
 from promoe_ds.evaluation.features import FeatureExtractor
 from promoe_ds.evaluation.images import Folder, ImageSet, check_count, check_pixels, npz_keys, pictures_in, read_npz
 from promoe_ds.evaluation.metrics import Gaussian
-from promoe_ds.evaluation.workers import Workers
+from promoe_ds.utils.ranks import ALONE, Ranks
 
 REFERENCES = ("digits",)
 KEEP = 10_000
@@ -83,7 +83,7 @@ def reference_features(
     extractor: FeatureExtractor,
     *,
     keep: int = KEEP,
-    workers: Workers = ALONE,
+    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> FeatureSet | None:
     """Features of a reference, on rank 0; None elsewhere. At most `keep` rows are kept for precision and recall.
@@ -94,11 +94,11 @@ def reference_features(
     if source.path and source.path.suffix == SUFFIX:
         found = load_features(source.path, "--ref")
         check_extractor(found, extractor.name, "--ref")
-        return found.for_reference(keep) if workers.rank == 0 else None
+        return found.for_reference(keep) if ranks.rank == 0 else None
     drawn = None
     if source.images is not None:
-        drawn = collect(extractor, source.images, workers=workers, progress=progress)
-    if workers.rank > 0:
+        drawn = collect(extractor, source.images, ranks=ranks, progress=progress)
+    if ranks.rank > 0:
         return None
     if source.arrays is None:
         assert drawn is not None

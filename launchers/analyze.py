@@ -16,7 +16,7 @@ if not __package__:
 
 from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.utils.command_line import Parser, guarded, leave
-from promoe_ds.utils.ranks import Worker, pick_device
+from promoe_ds.utils.ranks import ALONE
 
 EXAMPLES = """examples:
   python launchers/analyze.py --run runs/digits
@@ -93,7 +93,7 @@ def look(args: argparse.Namespace, path: Path, option: str, name: str, plan: Any
     from promoe_ds.checkpoint.load_weights import find_weights, load_ema
     from promoe_ds.data.codecs import open_codec
 
-    device = pick_device(args.device, Worker())
+    device = ALONE.pick_device(args.device)
     model, config, step = load_ema(find_weights(path, option), device)
     config = with_data(config, args.data)
     check_rank(config, args.subspace)

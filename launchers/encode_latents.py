@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -21,7 +20,7 @@ from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import DTYPES, verify
 from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, versions
 from promoe_ds.utils.files import left_out_words
-from promoe_ds.utils.ranks import Worker, pick_device, worker_from
+from promoe_ds.utils.ranks import Ranks
 
 EXAMPLES = """examples:
   python launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents --dry-run
@@ -69,14 +68,14 @@ def check(args: argparse.Namespace) -> None:
         reject("--vae", args.vae, "--from-latents copies latents as they are", "remove it")
 
 
-def open_source(args: argparse.Namespace, worker: Worker) -> EncodedImages | ConvertedTree:
+def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | ConvertedTree:
     """The codec is opened first: it is the usual thing to be absent, and listing a million files takes a while."""
     if args.images is None:
         try:
             return ConvertedTree(LatentTree(args.from_latents))
         except ConfigError as error:
             raise ConfigError(renamed(error, "--from-latents")) from error
-    device = pick_device(args.device, worker)
+    device = ranks.pick_device(args.device)
     codec = open_codec(args.vae, device)
     try:
         images = open_images(args.images, split=args.split, channels=max(MODES), image_size=args.size)
@@ -99,14 +98,14 @@ def describe(source: EncodedImages | ConvertedTree, args: argparse.Namespace) ->
 
 def encode(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    worker = worker_from(os.environ, srun=True)
+    ranks = Ranks.from_environment(srun=True)
     if args.verify is not None:
         index = verify(args.verify)
         print(f"{index.items} items in {len(index.shards)} shards match their checksums")
         return
     check(args)
-    source = open_source(args, worker)
-    if worker.rank == 0:
+    source = open_source(args, ranks)
+    if ranks.rank == 0:
         print(describe(source, args), flush=True)
         if source.left_out:
             print(f"{args.images or args.from_latents}: {left_out_words(source.left_out)}", flush=True)
@@ -114,7 +113,7 @@ def encode(argv: list[str]) -> None:
         return
     job = EncodeJob(args.out, args.shard_size, args.dtype, args.precision, args.skip_damaged)
     command = shlex.join(["launchers/encode_latents.py", *own_words(argv)])
-    index = run_encoding(Encoder(source, job, command, versions()), worker)
+    index = run_encoding(Encoder(source, job, command, versions()), ranks)
     if index is not None:
         skipped = f", {len(index.skipped)} damaged left out" if index.skipped else ""
         print(f"{index.items} items in {len(index.shards)} shards in {args.out}{skipped}", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,11 +21,10 @@ from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.evaluation.reference import KEEP, REFERENCES, find_reference, reference_features
 from promoe_ds.evaluation.report import check_output, format_table, notes, write_metrics
 from promoe_ds.evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
-from promoe_ds.evaluation.workers import Workers
-from promoe_ds.parallel.rendezvous import barrier_of
+from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave
 from promoe_ds.utils.files import left_out_words
-from promoe_ds.utils.ranks import Worker, pick_device, worker_from
+from promoe_ds.utils.ranks import Ranks
 
 EXAMPLES = """examples:
   score what launchers/sample.py wrote for a run of the demo; writes runs/digits/metrics.json
@@ -133,16 +131,16 @@ def _say_left_out(*sets: str) -> None:
                 print(f"note: {name}: {left_out_words(count)}", file=sys.stderr)
 
 
-def score(argv: Sequence[str], worker: Worker) -> None:
+def score(argv: Sequence[str], ranks: Ranks) -> None:
     """Parse, check everything, score, print, write. Raises `ConfigError` before the output file is touched."""
     args = _parser().parse_args(argv)
     check_positive(args, "batch")
-    features, device = _features(args, args.ref), pick_device(args.device, worker)
+    features, device = _features(args, args.ref), ranks.pick_device(args.device)
     sets = _read_sets(args)
-    if args.run is not None and worker.rank == 0 and (begun := unfinished(args.run)):
+    if args.run is not None and ranks.rank == 0 and (begun := unfinished(args.run)):
         folders = ", ".join(map(str, begun))
         print(f"note: not finished, and left out: {folders}; launchers/sample.py finishes them", file=sys.stderr)
-    if worker.rank == 0:
+    if ranks.rank == 0:
         _say_left_out(*(samples.name for samples in sets), args.ref)
     out = args.run / "metrics.json" if args.run is not None and args.out is None else args.out
     if out is not None:
@@ -156,10 +154,10 @@ def score(argv: Sequence[str], worker: Worker) -> None:
         device=device,
         batch=args.batch,
         distances=args.distances,
-        workers=Workers(worker.rank, worker.world),
+        ranks=ranks,
         progress=True,
     )
-    with barrier_of(worker):
+    with joined(ranks):
         scores = score_all(evaluator, sets)
     if not scores:
         return
@@ -171,12 +169,11 @@ def score(argv: Sequence[str], worker: Worker) -> None:
         print(f"wrote {out}")
 
 
-def make_features(command: str, argv: Sequence[str], worker: Worker) -> None:
+def make_features(command: str, argv: Sequence[str], ranks: Ranks) -> None:
     """`ref` and `features`: extract, write one features file. Raises `ConfigError` before it is touched."""
-    args, workers = _tool_parser(command).parse_args(argv), Workers(worker.rank, worker.world)
-    is_reference = command == "ref"
+    args, is_reference = _tool_parser(command).parse_args(argv), command == "ref"
     check_positive(args, "batch", *(("keep", "size") if is_reference else ()))
-    name, device = _features(args, args.images), pick_device(args.device, worker)
+    name, device = _features(args, args.images), ranks.pick_device(args.device)
     check_output(args.out, ".safetensors", "features are safetensors")
     found: FeatureSet | None
     if is_reference:
@@ -184,10 +181,10 @@ def make_features(command: str, argv: Sequence[str], worker: Worker) -> None:
         extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
         if source.images is not None:
             check_shape(source.images, extractor, "IMAGES")
-        if worker.rank == 0:
+        if ranks.rank == 0:
             _say_left_out(source.name)
-        with barrier_of(worker):
-            found = reference_features(source, extractor, keep=args.keep, workers=workers, progress=True)
+        with joined(ranks):
+            found = reference_features(source, extractor, keep=args.keep, ranks=ranks, progress=True)
     else:
         paths = find_samples(Path(args.images))
         if len(paths) > 1:
@@ -197,10 +194,10 @@ def make_features(command: str, argv: Sequence[str], worker: Worker) -> None:
             reject("SAMPLES", args.images, "is a features file already", "name images")
         extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
         check_shape(samples, extractor, "SAMPLES")
-        if worker.rank == 0:
+        if ranks.rank == 0:
             _say_left_out(samples.name)
-        with barrier_of(worker):
-            found = collect(extractor, samples, sampling=samples.sampling, workers=workers, progress=True)
+        with joined(ranks):
+            found = collect(extractor, samples, sampling=samples.sampling, ranks=ranks, progress=True)
     if found is not None:
         _write(args.out, found)
 
@@ -217,11 +214,11 @@ def _write(path: Path, found: FeatureSet) -> None:
 
 def run(argv: Sequence[str]) -> None:
     """`ref ...`, `features ...`, or scoring."""
-    worker = worker_from(os.environ)
+    ranks = Ranks.from_environment()
     if argv and argv[0] in ("ref", "features"):
-        make_features(argv[0], argv[1:], worker)
+        make_features(argv[0], argv[1:], ranks)
     else:
-        score(argv, worker)
+        score(argv, ranks)
 
 
 def main(argv: list[str] | None = None) -> int:

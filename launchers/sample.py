@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import shlex
 import signal
 import sys
@@ -22,7 +21,7 @@ from promoe_ds.config.schema import Channels, Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
-from promoe_ds.parallel.rendezvous import barrier_of
+from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.recipes.validate import check_guidance, validate
 from promoe_ds.sampling.generate import How, check_channels, pixel_shape
 from promoe_ds.sampling.job import (
@@ -37,7 +36,7 @@ from promoe_ds.sampling.job import (
     run_of,
 )
 from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, parse_scales, parse_steps
-from promoe_ds.utils.ranks import pick_device, worker_from
+from promoe_ds.utils.ranks import Ranks
 
 EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
@@ -191,8 +190,8 @@ def sample(argv: list[str]) -> None:
     check_numbers(args)
     check_features(args)
     scales = parse_scales(args.cfg) if args.cfg is not None else None
-    worker = worker_from(os.environ)
-    device = pick_device(args.device, worker)
+    ranks = Ranks.from_environment()
+    device = ranks.pick_device(args.device)
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
     model, config, step = load_ema(weights, "cpu" if args.expert_parallel > 1 else device)
     codec = choose_codec(args, config, weights, device)
@@ -204,43 +203,33 @@ def sample(argv: list[str]) -> None:
         check_folder(job.out, record)
     if args.dry_run:
         return
-    sampler = Sampler(model, config, device, worker, codec=codec, pack=pack)
-    with sharing_experts(sampler, args) if args.expert_parallel > 1 else joined(sampler) as sampler:
+    sampler = Sampler(model, config, device, ranks, codec=codec, pack=pack)
+    with connected(sampler, args.expert_parallel) as sampler:
         for job, record in zip(jobs, records, strict=True):
             run_job(sampler, job, record)
-            if worker.rank == 0:
+            if ranks.rank == 0:
                 print(f"{job.num} images at cfg {job.how.cfg} in {job.out}")
 
 
 @contextlib.contextmanager
-def joined(sampler: Sampler) -> Iterator[Sampler]:
-    """Each process holds the whole model."""
-    with barrier_of(sampler.worker) as barrier:
-        yield dataclasses.replace(sampler, barrier=barrier)
+def connected(sampler: Sampler, ep: int) -> Iterator[Sampler]:
+    """Inside, the processes can talk. Groups of `ep` hold one model together; only that needs DeepSpeed."""
+    if ep == 1:
+        with joined(sampler.ranks):
+            yield sampler
+        return
+    from promoe_ds.parallel import expert_parallel
+    from promoe_ds.parallel.topology import Topology
 
-
-@contextlib.contextmanager
-def sharing_experts(sampler: Sampler, args: argparse.Namespace) -> Iterator[Sampler]:
-    """Groups of --expert-parallel processes hold one model together. Only here sampling needs DeepSpeed."""
-    from promoe_ds.parallel import expert_parallel, topology
-
-    ep, worker = args.expert_parallel, sampler.worker
-    parallel = ParallelConfig(expert_parallel=ep)
-    config = dataclasses.replace(sampler.config, parallel=parallel)
-    validate(config)
-    if worker.world % ep:
-        reject("--expert-parallel", ep, f"does not divide the {worker.world} processes", "change one of them")
-    here = topology.Topology(worker.rank, worker.world, worker.local, ep)
+    here = Topology.of(sampler.ranks, ep)
+    validate(dataclasses.replace(sampler.config, parallel=ParallelConfig(expert_parallel=ep)))
+    if here.world % ep:
+        reject("--expert-parallel", ep, f"does not divide the {here.world} processes", "change one of them")
     if here.device.type != sampler.device.type:
         reject("--device", sampler.device, f"experts are shared on {here.device.type} here", "leave --device out")
     with expert_parallel.connected(here):
-        yield dataclasses.replace(
-            sampler,
-            model=expert_parallel.share_experts(cast(DiT, sampler.model), here),
-            device=here.device,
-            barrier=lambda: topology.barrier(here),
-            most=lambda count: expert_parallel.most_of(here, count),
-        )
+        model = expert_parallel.share_experts(cast(DiT, sampler.model), here)
+        yield dataclasses.replace(sampler, model=model, device=here.device, lockstep=True)
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ if __name__ == "__main__":
     signals.listen()  # before the slow imports
 
 from promoe_ds.config.schema import Config, ConfigError  # noqa: E402
-from promoe_ds.utils.command_line import Parser, mistake  # noqa: E402
+from promoe_ds.utils.command_line import STOPPED, USER_ERROR, Parser, mistake  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,9 +72,9 @@ def prepare_environment() -> None:
 def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.costs.dry_run import render, report
     from promoe_ds.parallel import ds_config, ds_values
-    from promoe_ds.parallel.topology import world_size
+    from promoe_ds.utils.ranks import Ranks
 
-    world = world_size() if args.world is None else args.world
+    world = Ranks.from_environment().world if args.world is None else args.world
     if args.check_files:
         check_files(args, config)
     ds = ds_config.resolve(args.ds_config, config, world)
@@ -103,10 +103,11 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
 def train(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.parallel import ds_config, ds_values, topology
     from promoe_ds.recipes.validate import validate_data
-    from promoe_ds.train.trainer import RESUMABLE, USER_ERROR, RankFailed, StoppedEarly, Trainer, TrainingStopped
+    from promoe_ds.train.trainer import RankFailed, StoppedEarly, Trainer, TrainingStopped
+    from promoe_ds.utils.ranks import Ranks
 
     validate_data(config)
-    here = topology.from_environment(config.parallel.expert_parallel)
+    here = topology.Topology.of(Ranks.from_environment(), config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
     ds_values.check_values(args.ds_config, ds)
     trainer = None
@@ -114,20 +115,20 @@ def train(args: argparse.Namespace, config: Config) -> int:
         trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)
         code = trainer.run()
     except StoppedEarly:
-        code = RESUMABLE
+        code = STOPPED
     except (ConfigError, RankFailed, TrainingStopped) as error:
         if isinstance(error, ConfigError) and not topology.watched():
             raise
-        return topology.fail(str(error), 1 if isinstance(error, TrainingStopped) else USER_ERROR)
+        return topology.fail(str(error), 1 if isinstance(error, TrainingStopped) else USER_ERROR, here)
     except Exception as error:
         return topology.crash(error, here)
     finally:
         if trainer is not None:
             trainer.close()
     topology.disconnect()
-    if code == RESUMABLE and args.exit_zero_on_signal:
+    if code == STOPPED and args.exit_zero_on_signal:
         code = 0
-    elif code == RESUMABLE and signals.requested() == "SIGINT":
+    elif code == STOPPED and signals.requested() == "SIGINT":
         code = signals.INTERRUPTED
     return code if here.world == 1 else topology.leave(code)
 

@@ -23,7 +23,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.utils.files import NOT_FOUND, write_text
+from promoe_ds.utils.ranks import Ranks
 
 FORMAT = "promoe_ds/1"
 MANIFEST = "manifest.json"
@@ -54,16 +54,6 @@ class StateAccess(Protocol):
     def write(self, name: str, state: str, full: Tensor) -> None: ...
     def allocate(self, step: int) -> None: ...
     def relink(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How the ranks of a job talk while saving and loading."""
-
-    rank: int = 0
-    world: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """the value of every rank, on every rank; also a barrier"""
 
 
 # --------------------------------------------------------------------------------------------------------- run folder

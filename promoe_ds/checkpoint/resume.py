@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from promoe_ds.checkpoint.layout import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
@@ -119,16 +119,19 @@ class Reader:
         return file.get_tensor(inner)
 
 
-def load_weights(reader: TensorSource, params: Mapping[str, Tensor], local: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Copy master weights into a model before the engine is made.
+def load_weights(reader: TensorSource, model: nn.Module, local: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Copy weights into a model before the engine is made: the master weights of what is trained, and of the EMA file
+    what is not (the position table, buffers).
 
     Args:
-        params: trainable parameters by name.
         local: (parameter, full tensor) -> this rank's part of it.
+
+    Raises:
+        ConfigError: one is missing or has another shape.
     """
     with torch.no_grad():
-        for name, p in params.items():
-            part = local(p, reader(name, "fp32"))
+        for name, p in (*model.named_parameters(), *model.named_buffers()):
+            part = local(p, reader(name, "fp32" if p.requires_grad else "ema"))
             if part.shape != p.shape:
                 reject(
                     "checkpoint",
@@ -137,16 +140,6 @@ def load_weights(reader: TensorSource, params: Mapping[str, Tensor], local: Call
                     "use a checkpoint of this model",
                 )
             p.copy_(part)
-
-
-def load_fixed(reader: TensorSource, fixed: Mapping[str, Tensor]) -> None:
-    """Copy what is not trained and equal on every rank: position table and buffers, from the EMA file.
-
-    Raises ConfigError if one is missing.
-    """
-    with torch.no_grad():
-        for name, tensor in fixed.items():
-            tensor.copy_(reader(name, "ema"))
 
 
 def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) -> None:

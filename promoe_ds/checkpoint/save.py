@@ -32,7 +32,6 @@ from promoe_ds.checkpoint.layout import (
     EMA,
     FORMAT,
     RESUMED_STATES,
-    Ranks,
     StateAccess,
     candidates,
     file_entry,
@@ -45,6 +44,7 @@ from promoe_ds.checkpoint.layout import (
 from promoe_ds.config.decode import dump, encode
 from promoe_ds.config.schema import Config, ConfigError, reject
 from promoe_ds.utils.files import atomic, fsync
+from promoe_ds.utils.ranks import Ranks
 
 HEADER_BYTES = 256
 """of a tensor in a safetensors header and of a file in the manifest, generously"""
@@ -190,7 +190,7 @@ class Saver:
         run: the run folder.
         engine: whose state is saved.
         config: of the run; `train.keep_last` and `train.on_save_error` are obeyed.
-        ranks: how to talk to the others.
+        ranks: this process among them.
         facts: what to record besides (topology, versions).
         say: where rank 0 reports.
     """

@@ -27,6 +27,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.data import ImageDataset
 from promoe_ds.data.latents import Latents
 from promoe_ds.data.order import Purpose, row_generator, step_indices
+from promoe_ds.utils.ranks import ALONE, Ranks
 
 JOIN_SECONDS = 5.0
 """how long `close` waits for the image being read; the thread is a daemon and cannot keep the process alive"""
@@ -52,35 +53,6 @@ class Batch:
         return Batch(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which rows of the global batch a rank holds."""
-
-    rank: int
-    world: int
-    micro: int
-    """m, images a forward"""
-    accumulation: int
-    """a, forwards an optimizer step"""
-
-    def rows(self, micro_step: int) -> np.ndarray:
-        """Global rows of micro-batch `micro_step`: int64 [m]."""
-        first = (micro_step * self.world + self.rank) * self.micro
-        return np.arange(first, first + self.micro, dtype=np.int64)
-
-
-def share_of(config: Config, rank: int, world: int) -> Share:
-    """Divide `train.global_batch_size` over ranks and micro-batches.
-
-    Raises:
-        ConfigError: it does not divide.
-        ValueError: `rank` is not in [0, world).
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of a world of {world}")
-    return Share(rank, world, *batch_plan(config, world))
-
-
 def item_path(config: Config, dataset: ImageDataset, step: int, row: int) -> str:
     """Path of the latent in a row of the global batch of optimizer step `step` (0-based); "" of pixels.
 
@@ -93,18 +65,26 @@ def item_path(config: Config, dataset: ImageDataset, step: int, row: int) -> str
 
 
 class BatchMaker:
-    """Pure: optimizer step -> the micro-batches of one rank."""
+    """Pure: optimizer step -> the micro-batches of one rank (a of them, of m images each).
 
-    def __init__(self, config: Config, dataset: ImageDataset, share: Share) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.share = share
+    Raises:
+        ConfigError: the global batch does not divide over ranks and micro-batches.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, ranks: Ranks = ALONE) -> None:
+        self.config, self.dataset, self.ranks = config, dataset, ranks
+        self.micro, self.accumulation = batch_plan(config, ranks.world)
+
+    def rows(self, micro_step: int) -> np.ndarray:
+        """Rows of the global batch in micro-batch `micro_step`: int64 [m]."""
+        first = (micro_step * self.ranks.world + self.ranks.rank) * self.micro
+        return np.arange(first, first + self.micro, dtype=np.int64)
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (0-based), in the order of accumulation."""
         train = self.config.train
         index_G = step_indices(train.seed, step, train.global_batch_size, len(self.dataset))
-        return [self._batch(step, index_G, self.share.rows(j)) for j in range(self.share.accumulation)]
+        return [self._batch(step, index_G, self.rows(j)) for j in range(self.accumulation)]
 
     def _batch(self, step: int, index_G: np.ndarray, rows: np.ndarray) -> Batch:
         x_BCHW, label_B = self._images(step, index_G[rows], rows)
@@ -184,19 +164,18 @@ class BatchStream(Iterator[list[Batch]]):
     Args:
         config: reads `train`, `data`, `diffusion.label_drop` and `model.num_classes`.
         dataset: from `build_dataset`.
-        rank: of this process, in [0, world).
-        world: number of processes; each holds different images, whatever ep is.
+        ranks: this process among them; each holds different images, whatever ep is.
         start_step: optimizer step of the first item, 0-based; equal to skipping that many items.
 
     Raises:
         ConfigError: the batch sizes do not divide.
-        ValueError: `rank` or `start_step` is out of range.
+        ValueError: `start_step` is negative.
     """
 
-    def __init__(self, config: Config, dataset: ImageDataset, rank: int, world: int, start_step: int = 0) -> None:
+    def __init__(self, config: Config, dataset: ImageDataset, ranks: Ranks = ALONE, start_step: int = 0) -> None:
         if start_step < 0:
             raise ValueError(f"start_step {start_step} is negative")
-        maker = BatchMaker(config, dataset, share_of(config, rank, world))
+        maker = BatchMaker(config, dataset, ranks)
         stop = threading.Event()
         self._ready: queue.Queue[list[Batch] | _Failure] = queue.Queue(maxsize=config.data.prefetch)
         self._failure: _Failure | None = None

@@ -41,7 +41,7 @@ from promoe_ds.data.shards import (
     write_tensors,
 )
 from promoe_ds.utils.files import write_text
-from promoe_ds.utils.ranks import Worker
+from promoe_ds.utils.ranks import Ranks
 
 RECORD, PROGRESS = "encoding.json", "progress"
 AHEAD = 2
@@ -307,15 +307,15 @@ class Encoder:
         return index
 
 
-def _progress(encoder: Encoder, mine: Sequence[int], worker: Worker) -> tqdm:
+def _progress(encoder: Encoder, mine: Sequence[int], ranks: Ranks) -> tqdm:
     total = sum(len(encoder.items(shard)) for shard in mine)
     done = sum(len(encoder.items(shard)) for shard in mine if encoder.done(shard))
-    who = f" of process 1/{worker.world}" if worker.world > 1 else ""
-    return tqdm(total=total, initial=done, desc=f"latents{who}", unit="image", disable=worker.rank != 0,
+    who = f" of process 1/{ranks.world}" if ranks.world > 1 else ""
+    return tqdm(total=total, initial=done, desc=f"latents{who}", unit="image", disable=ranks.rank != 0,
                 mininterval=0.5, smoothing=0.05)  # fmt: skip
 
 
-def run_encoding(encoder: Encoder, worker: Worker) -> Index | None:
+def run_encoding(encoder: Encoder, ranks: Ranks) -> Index | None:
     """Make this process's shards; the index where it is the last, else None.
 
     Raises:
@@ -324,9 +324,9 @@ def run_encoding(encoder: Encoder, worker: Worker) -> Index | None:
     finished = encoder.finished()
     if finished is not None:
         return finished
-    mine, damaged = range(worker.rank, encoder.count, worker.world), 0
+    mine, damaged = range(ranks.rank, encoder.count, ranks.world), 0
     try:
-        with _progress(encoder, mine, worker) as bar:
+        with _progress(encoder, mine, ranks) as bar:
             for shard in mine:
                 if encoder.done(shard) is None:
                     damaged += encoder.make(shard, bar.update, _complain)

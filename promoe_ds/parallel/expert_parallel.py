@@ -46,7 +46,8 @@ from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
 from promoe_ds.moe.router import Router
 from promoe_ds.parallel.collectives import AllToAllHandle, all_gather_rows, all_reduce_sum, swap_counts
-from promoe_ds.parallel.topology import Topology, connect, disconnect, gather_objects
+from promoe_ds.parallel.topology import Topology, connect, disconnect
+from promoe_ds.utils.ranks import Ranks
 
 
 class ExpertParallelExperts(AutoEPMoELayer):
@@ -135,9 +136,9 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def connected(topology: Topology) -> Iterator[None]:
+def connected(ranks: Ranks) -> Iterator[None]:
     """Inside, the ranks can talk (NCCL on GPUs, gloo on CPUs). They may be a day apart: one may decode for long."""
-    connect(topology, timeout_minutes=24 * 60, meeting_minutes=30)
+    connect(ranks, timeout_minutes=24 * 60, meeting_minutes=30)
     yield  # after an exception the others may be inside a collective: no farewell
     disconnect()
 
@@ -158,8 +159,3 @@ def share_experts(model: DiT, topology: Topology) -> DiT:
         if isinstance(module, ExpertParallelExperts):
             module.ep_group = groups[topology.rank // topology.ep]
     return model.to(topology.device).eval().requires_grad_(False)
-
-
-def most_of(topology: Topology, count: int) -> int:
-    """The largest `count` over all ranks; collective."""
-    return max(gather_objects(count, topology))

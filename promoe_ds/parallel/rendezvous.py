@@ -13,14 +13,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 import torch
 import torch.distributed as dist
 
 from promoe_ds.config.schema import reject
-from promoe_ds.utils.ranks import Worker
+from promoe_ds.utils.ranks import Ranks
 
 NAME_SECONDS = 5.0
 """how long a name that cannot be resolved is tried: name servers have moments, too"""
@@ -35,12 +35,13 @@ def address(world: int) -> tuple[str, int]:
     """(host, port) where rank 0 waits for the others, by MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        ConfigError: one of them is missing, or RANK, or the port is no port.
+        ConfigError: one of them is missing, or the port is no port.
     """
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             conflict = f"WORLD_SIZE={world} processes cannot find each other without it"
-            reject(f"environment {name}", "(not set)", conflict, "start with deepspeed or torchrun, or export it")
+            way_out = "start with deepspeed, torchrun or slurm/launch.sh, or export it"
+            reject(f"environment {name}", "(not set)", conflict, way_out)
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isascii() and port.isdecimal() and 1 <= int(port) < 2**16):
         reject("environment MASTER_PORT", repr(port), "is no port", "choose a number from 1 to 65535")
@@ -49,8 +50,7 @@ def address(world: int) -> tuple[str, int]:
 
 def join(
     backend: str,
-    rank: int,
-    world: int,
+    ranks: Ranks,
     minutes: float,
     meeting_minutes: float = 30.0,
     device: torch.device | None = None,
@@ -59,6 +59,7 @@ def join(
 
     Args:
         backend: gloo or nccl.
+        ranks: this process among them.
         minutes: timeout of its collectives.
         meeting_minutes: how long the processes wait for each other here.
         device: of this process, for a group that is bound to it (NCCL).
@@ -66,7 +67,7 @@ def join(
     Raises:
         ConfigError: they cannot meet: the port is taken, rank 0 has no address or does not listen, or some never came.
     """
-    timeout = datetime.timedelta(minutes=minutes)
+    rank, world, timeout = ranks.rank, ranks.world, datetime.timedelta(minutes=minutes)
     if world == 1:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device
@@ -94,18 +95,18 @@ def join(
 
 
 @contextlib.contextmanager
-def barrier_of(worker: Worker) -> Iterator[Callable[[], object]]:
-    """Yields a barrier of all processes (gloo); for one process it does nothing.
+def joined(ranks: Ranks) -> Iterator[None]:
+    """Inside, the processes can talk (gloo, without DeepSpeed).
 
-    Processes join at the start, while they are close in time, and may then be a day apart. Raises ConfigError where
-    they cannot meet.
+    They join at the start, while they are close in time, and may then be a day apart. Raises ConfigError where they
+    cannot meet.
     """
-    if worker.world == 1:
-        yield lambda: None
+    if ranks.world == 1:
+        yield
         return
-    join("gloo", worker.rank, worker.world, minutes=24 * 60)
+    join("gloo", ranks, minutes=24 * 60)
     try:
-        yield dist.barrier
+        yield
     finally:
         dist.destroy_process_group()
 

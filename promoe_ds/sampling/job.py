@@ -32,7 +32,7 @@ from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, writ
 from promoe_ds.utils.command_line import versions
 from promoe_ds.utils.files import NOT_FOUND, write_text
 from promoe_ds.utils.pictures import grid, write_png
-from promoe_ds.utils.ranks import Worker
+from promoe_ds.utils.ranks import ALONE, Ranks
 
 RECORD = "sampling.json"
 CONFIG = "config.yaml"
@@ -187,13 +187,13 @@ def claim_folder(out: Path, record: Mapping[str, Any], config: Config) -> None:
         reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
 
 
-def _progress(job: Job, worker: Worker, total: int, done: int) -> tqdm:
-    who = f" of process 1/{worker.world}" if worker.world > 1 else ""
+def _progress(job: Job, ranks: Ranks, total: int, done: int) -> tqdm:
+    who = f" of process 1/{ranks.world}" if ranks.world > 1 else ""
     return tqdm(
         total=total,
         initial=done,
         desc=f"cfg {job.how.cfg}: images{who}",
-        disable=worker.rank != 0,
+        disable=ranks.rank != 0,
         mininterval=0.5,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
         unit="image",
@@ -207,11 +207,10 @@ class Sampler:
     model: Callable[..., Any]
     config: Config
     device: torch.device
-    worker: Worker = Worker()
-    barrier: Callable[[], object] = lambda: None
+    ranks: Ranks = ALONE
     codec: Codec | None = None
-    most: Callable[[int], int] = lambda count: count
-    """the largest count over the processes that must run equally many batches"""
+    lockstep: bool = False
+    """the processes hold one model together, so all of them must run equally many batches"""
     pack: Callable[[Path], Pack] | None = None
     """folder -> the store of jobs whose format is features"""
 
@@ -236,12 +235,14 @@ def _store(sampler: Sampler, job: Job) -> Store:
 def make_share(sampler: Sampler, job: Job) -> None:
     """Images r, r + W, ... of the job: those on disk are kept, the others made and written batch by batch."""
     store, labels = _store(sampler, job), sampler.labels(job)
-    indices = np.arange(sampler.worker.rank, job.num, sampler.worker.world)
+    indices = np.arange(sampler.ranks.rank, job.num, sampler.ranks.world)
     found = [pixels is not None for pixels in read_all(store, indices.tolist())]
     missing = indices[~np.array(found, dtype=bool)]
-    rounds = sampler.most(-(-len(missing) // job.how.batch))
+    rounds = -(-len(missing) // job.how.batch)
+    if sampler.lockstep:
+        rounds = max(sampler.ranks.gather(rounds))
     _, steps = choose_sampler(sampler.config, job.how.sampler, job.how.steps, job.how.eta)
-    with _progress(job, sampler.worker, len(indices), len(indices) - len(missing)) as bar:
+    with _progress(job, sampler.ranks, len(indices), len(indices) - len(missing)) as bar:
         batches = draw_batches(
             sampler.model,
             sampler.config,
@@ -310,8 +311,8 @@ def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
     done = complete(job, sampler.shape)
     if not done:
         make_share(sampler, job)
-    sampler.barrier()  # also where all is done: nobody claims the next folder alone
-    if sampler.worker.rank == 0:
+    sampler.ranks.barrier()  # also where all is done: nobody claims the next folder alone
+    if sampler.ranks.rank == 0:
         if not done:
             assemble_features(sampler, job, record) if "features" in job.formats else assemble(sampler, job)
         for path in (path for pattern in LEFTOVERS for path in job.out.glob(pattern)):

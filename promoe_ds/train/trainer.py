@@ -20,13 +20,12 @@ from torch import Tensor
 
 from promoe_ds.checkpoint import layout, resume
 from promoe_ds.checkpoint.init_from import InitialWeights
-from promoe_ds.checkpoint.layout import claim
 from promoe_ds.checkpoint.save import Saver, ema_state_dict
 from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.costs import flops
 from promoe_ds.costs.comm_volume import KINDS, PARTS
-from promoe_ds.data import ImageDataset, build_dataset, fingerprint
+from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchStream, item_path
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
@@ -39,18 +38,16 @@ from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.engine import Engine
 from promoe_ds.parallel.expert_parallel import local_part, parallelize
 from promoe_ds.parallel.meter import Meter
-from promoe_ds.parallel.topology import Topology, barrier, connect, gather_objects, sum_over_ranks
+from promoe_ds.parallel.topology import Topology, connect, sum_over_ranks
 from promoe_ds.train import nonfinite
 from promoe_ds.train.grids import GridFailed, keep_grid
 from promoe_ds.train.metrics import ExpertWatch, MetricsLog, Throughput, expert_load, memory_gib
 from promoe_ds.train.nonfinite import TrainingStopped
 from promoe_ds.train.profiling import StepProfiler
 from promoe_ds.utils import signals
+from promoe_ds.utils.command_line import DONE, STOPPED
 from promoe_ds.utils.files import left_out_words, write_text
 from promoe_ds.utils.pictures import load_map
-
-DONE, USER_ERROR, RESUMABLE = 0, 2, 85
-"""exit codes"""
 
 
 class StoppedEarly(Exception):
@@ -71,29 +68,11 @@ class Trainer:
 
     def __init__(self, config: Config, ds: ResolvedDS, run: Path, topology: Topology):
         self.config, self.run_folder, self.topology = config, run, topology
-        self.ranks = layout.Ranks(topology.rank, topology.world, lambda value: gather_objects(value, topology))
-        self.dataset = self._connect()
-        data = fingerprint(self.dataset)
-        if self.dataset.left_out:
-            self._say(f"data.path={config.data.path}: {left_out_words(self.dataset.left_out)}")
-        check_backend(config, topology.device.type)
-        check_compiler(config, topology.device.type)
-        self.lock = claim(run) if topology.rank == 0 else None
-        if self.lock:
-            signals.remove_marker(run)
-        self._stop_early(layout.step_of(found[-1]) if (found := layout.candidates(run)) else 0)
-        torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
-        found = layout.find_whole(run, self.ranks)
-        if found:
-            resume.check_same_run(layout.manifest(found)["config"], config, found)
-            resume.check_same_data(found, data)
-        self.step = resume.check_history(run, found, config)
-        self.lr_before = resume.changed_lr(found, config)
-        self.renewed = self.step + 1 if self.lr_before else 0
-        self.engine = self._make_engine(ds, found)
+        checkpoint, data = self._open_run()
+        self.engine = self._build_engine(ds, checkpoint)
         facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
                  "data": data}  # fmt: skip
-        self.saver = Saver(run, self.engine, config, self.ranks, facts, self._say)
+        self.saver = Saver(run, self.engine, config, topology, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
         router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
         self.aux_weights = self.objective.aux_weights | router_weights
@@ -106,21 +85,63 @@ class Trainer:
         self.skips_in_a_row = 0
         self.image_flops = flops.train_flops(config, config.diffusion.label_drop)
 
-    def _connect(self) -> ImageDataset:
+    def _open_run(self) -> tuple[Path | None, str]:
+        """Collective: join the others, lock and check the run folder -> the checkpoint to go on from, whose data."""
+        config, run, device = self.config, self.run_folder, self.topology.device
+        self._connect()
+        data = fingerprint(self.dataset)
+        if self.dataset.left_out:
+            self._say(f"data.path={config.data.path}: {left_out_words(self.dataset.left_out)}")
+        check_backend(config, device.type)
+        check_compiler(config, device.type)
+        self.lock = layout.claim(run) if self.topology.rank == 0 else None
+        if self.lock:
+            signals.remove_marker(run)
+        self._stop_early(layout.step_of(found[-1]) if (found := layout.candidates(run)) else 0)
+        checkpoint = layout.find_whole(run, self.topology)
+        if checkpoint:
+            resume.check_same_run(layout.manifest(checkpoint)["config"], config, checkpoint)
+            resume.check_same_data(checkpoint, data)
+        self.step = resume.check_history(run, checkpoint, config)
+        self.lr_before = resume.changed_lr(checkpoint, config)
+        self.renewed = self.step + 1 if self.lr_before else 0
+        return checkpoint, data
+
+    def _connect(self) -> None:
         """Join the other ranks, then raise what was wrong before: a rank that leaves alone would be waited for."""
-        problem, dataset = None, None
+        problem = None
         try:
-            dataset = build_dataset(self.config)
-            saved = resume.saved_config(self.run_folder)
-            if saved is not None:
+            self.dataset = build_dataset(self.config)
+            if (saved := resume.saved_config(self.run_folder)) is not None:
                 resume.check_same_run(saved, self.config, self.run_folder)
         except ConfigError as error:
             problem = error
         if problem is None or self.topology.world > 1:
             connect(self.topology, self.config.parallel.timeout_minutes)
-        if problem is not None or dataset is None:
-            raise problem or AssertionError
-        return dataset
+        if problem:
+            raise problem
+
+    def _build_engine(self, ds: ResolvedDS, checkpoint: Path | None) -> Engine:
+        """Collective: the model, its weights (of the checkpoint, of `train.init`, or drawn), and DeepSpeed."""
+        topology = self.topology
+        torch.backends.cudnn.allow_tf32 = self.config.train.precision != "fp32"
+        model = parallelize(build(self.config), topology)
+        materialize(model, self.config.train.seed, topology.device)
+        self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
+        reader = resume.Reader(checkpoint) if checkpoint else None
+        source = InitialWeights(self.config) if self.config.train.init and not reader else reader
+        if source:
+            resume.load_weights(source, model, lambda p, full: local_part(p, full, topology))
+        self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
+        if self.config.train.compile:
+            compile_model(model, whole=not self.config.train.measure)
+            self._say("train.compile: the first steps take a minute or more")
+            if warning := untested_torch():
+                self._say(warning)
+        engine = Engine(model, self.config, ds, topology)
+        if reader:
+            resume.restore(reader, engine, self.step, quiet=topology.rank > 0)
+        return engine
 
     def _open_log(self, ds: ResolvedDS) -> MetricsLog:
         """Everything is checked: from here on the run folder is written."""
@@ -135,30 +156,6 @@ class Trainer:
         except OSError as error:
             raise RankFailed(f"--run={run}: cannot be written ({error}); choose another folder") from error
 
-    def _make_engine(self, ds: ResolvedDS, found: Path | None) -> Engine:
-        topology = self.topology
-        model = parallelize(build(self.config), topology)
-        self.total_parameters = flops.count_parameters(self.config).total
-        materialize(model, self.config.train.seed, topology.device)
-        self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
-        reader = resume.Reader(found) if found else None
-        source = InitialWeights(self.config) if self.config.train.init and not reader else reader
-        untrained = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-        if source:
-            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            resume.load_weights(source, trained, lambda p, full: local_part(p, full, topology))
-            resume.load_fixed(source, untrained | dict(model.named_buffers()))
-        self.positions = {n: p.detach().cpu() for n, p in untrained.items()}
-        if self.config.train.compile:
-            compile_model(model, whole=not self.config.train.measure)
-            self._say("train.compile: the first steps take a minute or more")
-            if warning := untested_torch():
-                self._say(warning)
-        engine = Engine(model, self.config, ds, topology)
-        if reader:
-            resume.restore(reader, engine, self.step, quiet=topology.rank > 0)
-        return engine
-
     def _fixed(self) -> dict[str, Tensor]:
         """What the model holds besides trained parameters: the position table, and the buffers of routers as of now."""
         return self.positions | dict(self.model.named_buffers())
@@ -170,7 +167,7 @@ class Trainer:
         cfg = self.config.train
         self._say(self._banner())
         self._stop_early(self.step)
-        with BatchStream(self.config, self.dataset, self.topology.rank, self.topology.world, self.step) as stream:
+        with BatchStream(self.config, self.dataset, self.topology, self.step) as stream:
             while self.step < cfg.steps:
                 try:
                     self.profiler.before(self.step + 1)
@@ -192,8 +189,7 @@ class Trainer:
                 if record["stop"] and self.step < cfg.steps:
                     return self._leave_marker(self.step)
         self._paused(self._draw_samples)
-        weights = layout.folder(self.run_folder, self.step) / layout.EMA
-        self._say(f"done: {self.step} steps; weights in {weights}")
+        self._say(f"done: {self.step} steps; weights in {layout.folder(self.run_folder, self.step) / layout.EMA}")
         return DONE
 
     def _logged(self, step: int) -> bool:
@@ -212,7 +208,7 @@ class Trainer:
         if self.lock:
             signals.write_marker(self.run_folder, step)
         self._say(f"stopped by a signal at step {step}; the same command continues")
-        return RESUMABLE
+        return STOPPED
 
     def _next(self, stream: BatchStream) -> list[Batch]:
         try:
@@ -280,7 +276,7 @@ class Trainer:
         self.engine.drop()
         for router in self.routers:
             router.drop_step()
-        answers = gather_objects((losses, probe.findings()), self.topology)
+        answers = self.topology.gather((losses, probe.findings()))
         what = nonfinite.culprit(self.terms, [values for values, _ in answers])
         text = f"{what or f'the gradient norm is {norm}'}; {nonfinite.place([found for _, found in answers])}"
         text = f"step {self.step}{', ' if what else ': '}{text}"
@@ -354,7 +350,7 @@ class Trainer:
     def _draw_samples(self) -> None:
         """Rank 0 draws a grid with the EMA weights, fixed noise: samples/grid.png, and by step."""
         start = time.perf_counter()
-        weights = ema_state_dict(self.engine, self._fixed(), self.ranks)
+        weights = ema_state_dict(self.engine, self._fixed(), self.topology)
         if self.log:
             try:
                 target = self.run_folder / "samples"
@@ -363,7 +359,7 @@ class Trainer:
                 self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
             except GridFailed as error:
                 self._say(f"  no sample grid: {error}")
-        barrier(self.topology)
+        self.topology.barrier()
 
     def _paused(self, work: Callable[..., None], *args: Any) -> None:
         """Do it; its time does not count as time of training."""
@@ -378,8 +374,9 @@ class Trainer:
         fresh = f"starting from {cfg.init}" if cfg.init else "starting"
         where = f"resuming at step {self.step}" if self.step else fresh
         lr = f", optimizer.lr {self.config.optimizer.lr:g} instead of {self.lr_before:g}" if self.lr_before else ""
+        parameters = flops.count_parameters(self.config).total
         return (
-            f"{self.config.name}: {where} of {cfg.steps}{lr}; {self.total_parameters / 1e6:.1f} M parameters, "
+            f"{self.config.name}: {where} of {cfg.steps}{lr}; {parameters / 1e6:.1f} M parameters, "
             f"{len(self.dataset)} images; {t.world} x {t.device.type}, ep {t.ep}, ZeRO-{self.engine.stage}, "
             f"{cfg.precision}, global batch {cfg.global_batch_size}; run folder {self.run_folder}"
         )

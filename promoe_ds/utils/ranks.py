@@ -1,72 +1,111 @@
-"""Processes that share a job without DeepSpeed: who this one is, and its device."""
+"""The processes of a job: which of them this one is, its device, and how they exchange values. Needs no DeepSpeed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from promoe_ds.config.schema import reject
 
-LAUNCHER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-SLURM = {"SLURM_PROCID": "RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE", "SLURM_LOCALID": "LOCAL_RANK"}
-"""what srun calls them"""
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        way_out = "start with deepspeed, torchrun or slurm/launch.sh, or unset it"
+        reject(f"environment {name}", repr(text), "is not a number", way_out)
+    return int(text)
 
 
 @dataclass(frozen=True)
-class Worker:
-    """This process among those that share a job."""
+class Ranks:
+    """This process among those of its job; by default it is alone.
+
+    `gather`, `gather_to_first` and `barrier` are collective, and need torch's default process group where there are
+    several processes (`parallel.rendezvous.joined`, `parallel.topology.connect`).
+
+    Raises:
+        ValueError: the rank is not in [0, world).
+    """
 
     rank: int = 0
     world: int = 1
-    local: int = 0
+    local_rank: int = 0
     """number on this machine: picks the GPU"""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} of a world of {self.world}")
 
-def worker_from(environ: Mapping[str, str], srun: bool = False) -> Worker:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK as torchrun and the deepspeed launcher set them; absent means one process.
+    @staticmethod
+    def from_environment(srun: bool = False) -> Ranks:
+        """RANK, WORLD_SIZE and LOCAL_RANK as launchers set them; one process without a launcher.
 
-    Args:
-        srun: where they are absent, take srun's own numbers: for jobs whose processes need not talk to each other.
+        Args:
+            srun: srun's own numbers will do where those are absent: the processes need not talk to each other.
 
-    Raises:
-        ConfigError: they are no integers, or the rank is not below the world size.
-    """
-    if srun and not any(key in environ for key in LAUNCHER):
-        environ = {ours: environ[theirs] for theirs, ours in SLURM.items() if theirs in environ}
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if not srun and tasks != "1" and "RANK" not in environ:
-        conflict = "each task would make everything: RANK and WORLD_SIZE are not set"
-        reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, "start tasks with slurm/launch.sh, or export them")
-    way_out = "start through torchrun or the deepspeed launcher, or unset it"
-    values = []
-    for key, default in LAUNCHER.items():
-        text = environ.get(key, default)
-        if not text.isdecimal():
-            reject(key, repr(text), "the environment variable is not a number", way_out)
-        values.append(int(text))
-    worker = Worker(*values)
-    if worker.rank >= worker.world:
-        reject("RANK", worker.rank, f"the environment variable is not below WORLD_SIZE={worker.world}", way_out)
-    if worker.world > 1 and "RANK" not in environ:
-        reject("WORLD_SIZE", worker.world, "is set in the environment without RANK", way_out)
-    return worker
+        Raises:
+            ConfigError: one is not a number or absent, the rank is not below the world size, or srun has started
+                several tasks that do not know of each other.
+        """
+        rank_name, world_name = "RANK", "WORLD_SIZE"
+        way_out = "start with deepspeed, torchrun or slurm/launch.sh, or export RANK and WORLD_SIZE"
+        told, tasks = {rank_name, world_name} & os.environ.keys(), _number("SLURM_STEP_NUM_TASKS", 1)
+        if srun and not told:
+            rank_name, world_name = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+        elif tasks > 1 and len(told) < 2:
+            conflict = "each task would do everything: RANK and WORLD_SIZE are not both set"
+            reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, way_out)
+        rank, world = _number(rank_name, 0), _number(world_name, 1)
+        if world > 1 and rank_name not in os.environ:
+            conflict = f"{world_name}={world} processes cannot be told apart without it"
+            reject(f"environment {rank_name}", "(not set)", conflict, way_out)
+        if rank >= world:
+            reject(f"environment {rank_name}", rank, f"is not below {world_name}={world}", way_out)
+        return Ranks(rank, world, _number("LOCAL_RANK", _number("SLURM_LOCALID", 0)))
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU of its own, or the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def pick_device(self, name: str) -> torch.device:
+        """What --device names. auto and cuda: this process's GPU; processes in excess of the GPUs share them."""
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            reject("--device", name, "is no device", "write auto, cpu, cuda or cuda:N")
+        if device.type not in ("cpu", "cuda"):
+            reject("--device", name, "is not supported", "write auto, cpu, cuda or cuda:N")
+        if device.type == "cpu":
+            return device
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= (device.index or 0):
+            conflict = f"this machine offers {count} CUDA devices"
+            reject("--device", name, conflict, "write cpu or auto, or a lower number")
+        return device if device.index is not None else torch.device("cuda", self.local_rank % count)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank; also a barrier."""
+        out: list[Any] = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(out, value)
+        return out
+
+    def gather_to_first(self, value: Any) -> list[Any] | None:
+        """`value` of every rank, in rank order, on rank 0; None elsewhere. For what is too large to be everywhere."""
+        out = [value] * self.world if self.rank == 0 else None
+        if self.world > 1:
+            torch.distributed.gather_object(value, out)
+        return out
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
 
 
-def pick_device(name: str, worker: Worker) -> torch.device:
-    """auto and cuda: this process's GPU by LOCAL_RANK; processes in excess of the GPUs share them."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        reject("--device", name, "is no device", "write auto, cpu, cuda or cuda:N")
-    if device.type not in ("cpu", "cuda"):
-        reject("--device", name, "is not supported", "write auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count <= (device.index or 0):
-        reject("--device", name, f"this machine offers {count} CUDA devices", "write cpu or auto, or a lower number")
-    return device if device.index is not None else torch.device("cuda", worker.local % count)
+ALONE = Ranks()

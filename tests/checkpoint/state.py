@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.processes import PATIENCE
-from promoe_ds.checkpoint.layout import Ranks
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_config
+from promoe_ds.utils.ranks import ALONE, Ranks
 
 CONFIG = load_config("tiny")
 FACTS = {"world": 1, "ep": 1, "stage": 0, "torch": torch.__version__}
@@ -45,8 +45,8 @@ class State:
         pass
 
 
-def saver(run: Path, state: State, config: Config = CONFIG, ranks: Ranks | None = None) -> Saver:
-    return Saver(run, state, config, ranks or Ranks(), FACTS, say=lambda text: None)
+def saver(run: Path, state: State, config: Config = CONFIG, ranks: Ranks = ALONE) -> Saver:
+    return Saver(run, state, config, ranks, FACTS, say=lambda text: None)
 
 
 def save(run: Path, step: int, config: Config = CONFIG, rows: int = 3) -> State:
@@ -61,16 +61,17 @@ def on_ranks(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
     table: list[Any] = [None] * world
     barrier = threading.Barrier(world, timeout=PATIENCE)
 
-    def one(rank: int) -> Any:
-        def gather(value: Any) -> list[Any]:
-            table[rank] = value
+    class Threads(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            table[self.rank] = value
             barrier.wait()
             out = list(table)
             barrier.wait()
             return out
 
+    def one(rank: int) -> Any:
         try:
-            return work(Ranks(rank, world, gather))
+            return work(Threads(rank, world))
         except Exception as error:
             return error
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.checkpoint import layout
-from promoe_ds.checkpoint.layout import Ranks
 from promoe_ds.checkpoint.load_weights import find_weights
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.config.schema import ConfigError
+from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import on_ranks, save, save_on
 from tests.disk import loop
 
@@ -56,7 +56,7 @@ def test_every_damage_to_every_file_is_named_and_nothing_loads(tmp_path: Path, v
         with pytest.raises(ConfigError, match=f"is damaged.*{victim}|no complete checkpoint"):
             find_weights(found)
     shutil.rmtree(found)  # the way out, followed
-    assert layout.find_whole(tmp_path, Ranks()) == layout.folder(tmp_path, 5)
+    assert layout.find_whole(tmp_path, ALONE) == layout.folder(tmp_path, 5)
 
 
 @pytest.mark.parametrize("victim", [*FILES, ""])
@@ -113,14 +113,14 @@ def test_no_whole_checkpoint_left_is_an_error_not_a_fresh_start(tmp_path: Path) 
     save(tmp_path, 5)
     (layout.folder(tmp_path, 5) / "ema.safetensors").unlink()
     with pytest.raises(ConfigError, match="no whole one is left"):
-        layout.find_whole(tmp_path, Ranks())
+        layout.find_whole(tmp_path, ALONE)
     assert layout.newest(tmp_path) is None
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path: Path) -> None:
     save(tmp_path, 5)
     shutil.copytree(layout.folder(tmp_path, 5), tmp_path / "checkpoints" / "tmp_step_00000010")
-    assert layout.find_whole(tmp_path, Ranks()) == layout.folder(tmp_path, 5)
+    assert layout.find_whole(tmp_path, ALONE) == layout.folder(tmp_path, 5)
     save(tmp_path, 6)  # the next save clears it away
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000005", "step_00000006"]
 
@@ -142,14 +142,14 @@ def test_a_changed_manifest_is_damage(tmp_path: Path, old: str, new: str) -> Non
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ConfigError, match="does not match its own checksum"):
-        layout.find_whole(tmp_path, Ranks())
+        layout.find_whole(tmp_path, ALONE)
 
 
 def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
     save(tmp_path, 5)
     layout.folder(tmp_path, 5).rename(layout.folder(tmp_path, 7))
     with pytest.raises(ConfigError, match="says step 5"):
-        layout.find_whole(tmp_path, Ranks())
+        layout.find_whole(tmp_path, ALONE)
 
 
 def test_a_manifest_cannot_point_elsewhere(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from promoe_ds.checkpoint import layout, resume
-from promoe_ds.checkpoint.layout import Ranks
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.recipes.load import load_config
+from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import CONFIG, State, save, save_on
 from tests.disk import loop
 
@@ -25,7 +26,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, world: int) -> None:
     """Also with more ranks than parameters: some files are empty."""
     state = State(7)
     assert save_on(world, tmp_path, 7) == [None] * world
-    found = layout.find_whole(tmp_path, Ranks())
+    found = layout.find_whole(tmp_path, ALONE)
     assert found == layout.folder(tmp_path, 7) == layout.newest(tmp_path)
     other = State(99)
     resume.restore(Reader(found), other, 7)
@@ -63,7 +64,7 @@ def test_what_is_advised_after_a_nan_may_change_on_resume() -> None:
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
     state = State(1)
-    Saver(tmp_path, state, CONFIG, Ranks(), {"data": "7 images of 2 classes, ab"}, say=lambda text: None).save(
+    Saver(tmp_path, state, CONFIG, ALONE, {"data": "7 images of 2 classes, ab"}, say=lambda text: None).save(
         1, {}, last=True
     )
     (found,) = layout.candidates(tmp_path)
@@ -77,18 +78,20 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     save(tmp_path, 5)
     reader = Reader(layout.folder(tmp_path, 5))
     with pytest.raises(ConfigError, match="holds no zebra/fp32"):
-        resume.load_weights(reader, {"zebra": torch.zeros(3, 2)}, lambda p, full: full)
+        resume.load_weights(reader, nn.ParameterDict({"zebra": torch.zeros(3, 2)}), lambda p, full: full)
     with pytest.raises(ConfigError, match=r"a has shape \[3, 2\], the model \[4, 2\]"):
-        resume.load_weights(reader, {"a": torch.zeros(4, 2)}, lambda p, full: full)
+        resume.load_weights(reader, nn.ParameterDict({"a": torch.zeros(4, 2)}), lambda p, full: full)
 
 
 def test_buffers_come_back_from_the_ema_file(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    reader, buffer = Reader(layout.folder(tmp_path, 5)), torch.zeros(2)
-    resume.load_fixed(reader, {"fixed": buffer})
-    assert (buffer == 1).all()
+    reader, model = Reader(layout.folder(tmp_path, 5)), nn.Module()
+    model.register_buffer("fixed", torch.zeros(2))
+    resume.load_weights(reader, model, lambda p, full: full)
+    assert (model.fixed == 1).all()
+    model.register_buffer("zebra", torch.zeros(2))
     with pytest.raises(ConfigError, match="holds no ema/zebra"):
-        resume.load_fixed(reader, {"zebra": buffer})
+        resume.load_weights(reader, model, lambda p, full: full)
 
 
 def test_unreadable_run_configuration(tmp_path: Path) -> None:

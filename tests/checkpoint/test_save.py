@@ -15,11 +15,11 @@ import torch
 from benchmarks.processes import PATIENCE
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint import save as saving
-from promoe_ds.checkpoint.layout import Ranks
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import share
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.recipes.load import load_config
+from promoe_ds.utils.ranks import ALONE, Ranks
 from tests.checkpoint.state import CONFIG, State, on_ranks, save, saver
 from tests.disk import loop, resize, tmpfs
 
@@ -61,7 +61,7 @@ def test_training_goes_on_while_the_files_are_written(tmp_path: Path, held: thre
         tensor.fill_(-1)
     job.poll()
     assert not job.written and names(tmp_path) == ["tmp_step_00000005"]
-    assert layout.find_whole(tmp_path, Ranks()) is None
+    assert layout.find_whole(tmp_path, ALONE) is None
     held.set()
     while not job.written:
         pass
@@ -163,7 +163,7 @@ def test_a_write_error_on_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: 
     text = str(errors[0])
     assert "step_00000010: cannot be written (rank 1: [Errno 28] No space left on device; it needs " in text
     assert "step_00000005 is unharmed; free space or mend the folder, then resume" in text
-    assert names(tmp_path) == ["step_00000005"] and layout.find_whole(tmp_path, Ranks())
+    assert names(tmp_path) == ["step_00000005"] and layout.find_whole(tmp_path, ALONE)
 
 
 @pytest.mark.parametrize("config", [CONFIG, CONTINUE])
@@ -227,7 +227,7 @@ def test_disk_full_is_seen_before_writing(small_disk: Path) -> None:
     ):
         job.save(10, FIXED)
     assert names(small_disk / "run") == ["step_00000005"]
-    assert layout.find_whole(small_disk / "run", Ranks())
+    assert layout.find_whole(small_disk / "run", ALONE)
     resize(small_disk, "800k")
     job.save(11, FIXED, last=True)
     assert names(small_disk / "run") == ["step_00000005", "step_00000011"]
@@ -243,4 +243,4 @@ def test_disk_filling_up_while_writing(small_disk: Path, monkeypatch: pytest.Mon
     ):
         saver(small_disk / "run", State(1, rows)).save(10, FIXED, last=True)
     assert names(small_disk / "run") == ["step_00000005"]
-    assert layout.find_whole(small_disk / "run", Ranks())
+    assert layout.find_whole(small_disk / "run", ALONE)

@@ -14,11 +14,12 @@ from PIL import Image
 from benchmarks.processes import wait_until
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset
-from promoe_ds.data.batches import Batch, BatchMaker, BatchStream, share_of
+from promoe_ds.data.batches import Batch, BatchMaker, BatchStream
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.order import Purpose, step_indices
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router
+from promoe_ds.utils.ranks import Ranks
 
 FIELDS = ("x_BCHW", "label_B", "noise_BCHW", "gauss_B", "rows")
 DIGITS = Digits()
@@ -37,7 +38,7 @@ def make_config(
 
 
 def take(config: Config, steps: int, rank: int = 0, world: int = 1, start_step: int = 0) -> list[list[Batch]]:
-    with BatchStream(config, DIGITS, rank, world, start_step) as stream:
+    with BatchStream(config, DIGITS, Ranks(rank, world), start_step) as stream:
         return [next(stream) for _ in range(steps)]
 
 
@@ -65,8 +66,8 @@ def test_ranks_hold_slices_of_one_global_batch(world: int, micro: int | None):
 
 
 def test_rows_of_a_micro_batch():
-    share = share_of(make_config(micro=3), rank=1, world=2)
-    assert [share.rows(j).tolist() for j in range(share.accumulation)] == [
+    maker = BatchMaker(make_config(micro=3), DIGITS, Ranks(rank=1, world=2))
+    assert [maker.rows(j).tolist() for j in range(maker.accumulation)] == [
         [3, 4, 5],
         [9, 10, 11],
         [15, 16, 17],
@@ -137,13 +138,13 @@ def test_one_epoch_visits_every_image_once():
 @pytest.mark.parametrize(("micro", "world", "key"), [(None, 5, "global_batch_size"), (5, 2, "micro_batch_size")])
 def test_batches_that_do_not_divide(micro: int | None, world: int, key: str):
     with pytest.raises(ConfigError, match=f"^train.{key}="):
-        BatchStream(make_config(24, micro), DIGITS, 0, world)
+        BatchStream(make_config(24, micro), DIGITS, Ranks(0, world))
 
 
 @pytest.mark.parametrize(("rank", "start_step"), [(-1, 0), (2, 0), (0, -1)])
 def test_programming_errors(rank: int, start_step: int):
     with pytest.raises(ValueError):
-        BatchStream(make_config(), DIGITS, rank, 2, start_step)
+        BatchStream(make_config(), DIGITS, Ranks(rank, 2), start_step)
 
 
 # ------------------------------------------------------------------------------------------------------------ thread
@@ -161,7 +162,7 @@ def test_an_exception_reaches_the_consumer_and_stays(tmp_path: Path):
     broken = tmp_path / "dog" / "0.png"
     broken.write_bytes(b"")
     first_bad = next(s for s in range(10) if 1 in step_indices(0, s, 1, 2))
-    with BatchStream(make_config(1), images, 0, 1) as stream:
+    with BatchStream(make_config(1), images) as stream:
         for _ in range(first_bad):
             next(stream)
         for _ in range(2):
@@ -171,7 +172,7 @@ def test_an_exception_reaches_the_consumer_and_stays(tmp_path: Path):
 
 
 def test_close_ends_a_thread_that_waits_and_the_iteration():
-    stream = BatchStream(make_config(), DIGITS, 0, 1)
+    stream = BatchStream(make_config(), DIGITS)
     next(stream)
     time.sleep(0.05)  # the queue is full now
     assert threads() == 1
@@ -183,8 +184,8 @@ def test_close_ends_a_thread_that_waits_and_the_iteration():
 
 def test_close_at_once_and_a_forgotten_stream():
     for _ in range(20):
-        BatchStream(make_config(), DIGITS, 0, 1).close()
-    stream = BatchStream(make_config(), DIGITS, 0, 1)
+        BatchStream(make_config(), DIGITS).close()
+    stream = BatchStream(make_config(), DIGITS)
     next(stream)
     del stream
     gc.collect()
@@ -193,7 +194,7 @@ def test_close_at_once_and_a_forgotten_stream():
 
 def test_the_queue_is_bounded():
     config = replace(make_config(), data=DataConfig(prefetch=3))
-    with BatchStream(config, DIGITS, 0, 1) as stream:
+    with BatchStream(config, DIGITS) as stream:
         next(stream)
         wait_until(lambda: stream._ready.qsize() == 3)
         time.sleep(0.2)
@@ -203,7 +204,7 @@ def test_the_queue_is_bounded():
 def test_speed_of_the_noise():
     """64 images of latent size cost a few times what NumPy's own generator takes, which is not keyed by image."""
     config = replace(make_config(64), model=ModelConfig(image_size=32, channels=4))
-    maker, generator = BatchMaker(config, DIGITS, share_of(config, 0, 1)), np.random.default_rng(0)
+    maker, generator = BatchMaker(config, DIGITS), np.random.default_rng(0)
     ours, numpys = [], []
     for step in range(20):
         start = time.perf_counter()
@@ -232,5 +233,5 @@ def test_a_pack_streams(tmp_path: Path):
         model=ModelConfig(image_size=8, channels=3, num_classes=1),
         data=DataConfig(name="images", path=str(path)),
     )
-    with BatchStream(config, build_dataset(config), 0, 1) as stream:
+    with BatchStream(config, build_dataset(config)) as stream:
         assert next(stream)[0].x_BCHW.shape == (4, 3, 8, 8)

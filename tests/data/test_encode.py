@@ -25,7 +25,7 @@ from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encod
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.latents import LatentTree, open_latents
 from promoe_ds.data.shards import Index
-from promoe_ds.utils.ranks import Worker
+from promoe_ds.utils.ranks import ALONE, Ranks
 from tests.data.test_codecs import write_taef2
 from tests.photographs import write_tree
 
@@ -61,14 +61,14 @@ def files(folder: Path) -> dict[str, bytes]:
 # ----------------------------------------------------------------------------------------------------- many processes
 
 
-def _work(tree: Path, vae: str, out: Path, worker: Worker, pause: float) -> None:
+def _work(tree: Path, vae: str, out: Path, ranks: Ranks, pause: float) -> None:
     torch.set_num_threads(1)
-    run_encoding(encoder(tree, vae, out, pause), worker)
+    run_encoding(encoder(tree, vae, out, pause), ranks)
 
 
 def start(tree: Path, vae: str, out: Path, world: int, pause: float) -> list[multiprocessing.process.BaseProcess]:
     fork = multiprocessing.get_context("fork")  # spares each the import of torch; the launcher is run elsewhere
-    workers = [fork.Process(target=_work, args=(tree, vae, out, Worker(r, world), pause)) for r in range(world)]
+    workers = [fork.Process(target=_work, args=(tree, vae, out, Ranks(r, world), pause)) for r in range(world)]
     for worker in workers:
         worker.start()
     return workers
@@ -81,7 +81,7 @@ def shards(folder: Path) -> int:
 def test_three_processes_killed_twice_write_the_bytes_of_one(tree: Path, vae: Path, tmp_path: Path) -> None:
     alone, shared, threads = tmp_path / "alone", tmp_path / "shared", torch.get_num_threads()
     torch.set_num_threads(1)
-    index = run_encoding(encoder(tree, str(vae), alone), Worker())
+    index = run_encoding(encoder(tree, str(vae), alone), ALONE)
     torch.set_num_threads(threads)
     assert index is not None and index.items == 30 and len(index.shards) == 8
     for kill_at in (2, 4):
@@ -112,19 +112,19 @@ def test_three_processes_killed_twice_write_the_bytes_of_one(tree: Path, vae: Pa
 
 def test_a_finished_folder_is_left_alone_and_a_lost_shard_made_again(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run_encoding(encoder(tree, "identity", out), Worker())
+    run_encoding(encoder(tree, "identity", out), ALONE)
     before, times = files(out), {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert run_encoding(encoder(tree, "identity", out), Worker()) is not None
+    assert run_encoding(encoder(tree, "identity", out), ALONE) is not None
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == times
     (out / "shard-00003-of-00008.safetensors").unlink()
-    run_encoding(encoder(tree, "identity", out), Worker(1, 3))  # not its shard
+    run_encoding(encoder(tree, "identity", out), Ranks(1, 3))  # not its shard
     assert not (out / "shard-00003-of-00008.safetensors").exists()
-    run_encoding(encoder(tree, "identity", out), Worker(0, 3))
+    run_encoding(encoder(tree, "identity", out), Ranks(0, 3))
     assert files(out) == before
     for name in ("items.safetensors", "index.json"):  # the way out of their messages is to encode again
         for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"damaged")):
             damage(out / name)
-            assert run_encoding(encoder(tree, "identity", out), Worker(2, 3)) is not None
+            assert run_encoding(encoder(tree, "identity", out), Ranks(2, 3)) is not None
             assert files(out) == before
 
 
@@ -136,7 +136,7 @@ def test_a_finished_folder_is_left_alone_and_a_lost_shard_made_again(tree: Path,
     ],
 )
 def test_another_job_is_refused(tree: Path, tmp_path: Path, job: dict[str, object], message: str) -> None:
-    run_encoding(encoder(tree, "identity", tmp_path / "out"), Worker())
+    run_encoding(encoder(tree, "identity", tmp_path / "out"), ALONE)
     with pytest.raises(ConfigError, match=message):
         encoder(tree, "identity", tmp_path / "out", **job)
 
@@ -176,14 +176,14 @@ def strange_tree(root: Path) -> Path:
 def test_strange_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree, out = strange_tree(tmp_path / "tree"), tmp_path / "out"
     with pytest.raises(ConfigError, match=r"^--out=.*: 2 damaged image\(s\), named above; their shards are"):
-        run_encoding(encoder(tree, "identity", out), Worker())
+        run_encoding(encoder(tree, "identity", out), ALONE)
     complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("damaged: ")]
     assert len(complaints) == 2
     assert complaints[0].startswith(f"damaged: --images={tree}/china/truncated.jpg: is damaged (OSError: ")
     assert complaints[1].startswith(f"damaged: --images={tree}/flower/text.jpg: is not an image")
     done = {p.name for p in out.glob("shard-*")}
     assert len(done) == 2  # of four; both damaged ones lie in others
-    run_encoding(encoder(tree, "identity", out, skip_damaged=True), Worker())
+    run_encoding(encoder(tree, "identity", out, skip_damaged=True), ALONE)
     data = open_latents(str(out))
     index = json.loads((out / "index.json").read_text())
     assert len(data) == 12 and [s["name"] for s in index["skipped"]] == ["china/truncated.jpg", "flower/text.jpg"]
@@ -214,7 +214,7 @@ def test_a_latent_that_is_not_finite_is_a_damaged_item(tmp_path: Path, capsys: p
 
     def encode(out: Path, **job: object) -> Index | None:
         source = EncodedImages(FolderImages(tree, 3, 8), Overflows(), 4, torch.device("cpu"))
-        return run_encoding(Encoder(source, EncodeJob(out, 2, **job), "", {}), Worker())  # type: ignore[arg-type]
+        return run_encoding(Encoder(source, EncodeJob(out, 2, **job), "", {}), ALONE)  # type: ignore[arg-type]
 
     line = f"--images={tree}/a/1.png: its latent is not finite; replace the file"
     for dtype in ("float16", "float32"):
@@ -239,7 +239,7 @@ def test_an_official_latent_that_is_not_finite_is_a_damaged_item(tmp_path: Path)
         moments[0] = item  # the mirror image counts, too
         np.savez(tmp_path / f"tree/a/{item}.latent.npz", latent=moments[0], latent_flip=moments[1])
     job = EncodeJob(tmp_path / "out", dtype="float32", skip_damaged=True)
-    index = run_encoding(Encoder(ConvertedTree(LatentTree(tmp_path / "tree")), job, "", {}), Worker())
+    index = run_encoding(Encoder(ConvertedTree(LatentTree(tmp_path / "tree")), job, "", {}), ALONE)
     reason = f"--from-latents={tmp_path}/tree/a/2.latent.npz: its latent is not finite; replace the file"
     assert index is not None and index.skipped == [{"name": "a/2.latent.npz", "reason": reason}]
 
@@ -259,10 +259,10 @@ def test_damage_mended_is_encoded_by_the_same_command(tmp_path: Path) -> None:
     whole = (tree / "china/002.jpg").read_bytes()
     (tree / "china/002.jpg").write_bytes(whole[:300])
     with pytest.raises(ConfigError, match="1 damaged image"):
-        run_encoding(encoder(tree, "identity", out), Worker())
+        run_encoding(encoder(tree, "identity", out), ALONE)
     assert len(list(out.glob("shard-*"))) == 2 and not (out / "index.json").exists()
     (tree / "china/002.jpg").write_bytes(whole)
-    index = run_encoding(encoder(tree, "identity", out), Worker())
+    index = run_encoding(encoder(tree, "identity", out), ALONE)
     assert index is not None and index.items == 12 and not index.skipped
 
 

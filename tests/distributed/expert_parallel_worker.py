@@ -18,8 +18,9 @@ from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import auxiliary_losses
 from promoe_ds.moe.split import split_by_label
 from promoe_ds.parallel.expert_parallel import parallelize
-from promoe_ds.parallel.topology import Topology, connect, disconnect, from_environment, gather_objects, leave
+from promoe_ds.parallel.topology import Topology, connect, disconnect, leave
 from promoe_ds.recipes.load import load_tree
+from promoe_ds.utils.ranks import Ranks
 
 D, S, NULL, ITEM = 16, 5, 10, 4
 MIXES = {  # labels of each rank; 3 images a rank
@@ -119,7 +120,7 @@ def compare(
     """Largest difference between the sharded layer on this rank's images and one device with all images."""
     world, rank = topology.world, topology.rank
     x = torch.randn(world * 3, S, D, generator=torch.Generator().manual_seed(0)) + (5.0 if skewed else 0.0)
-    whole = make(Topology(0, 1, 0, 1), top_k, skewed)
+    whole = make(Topology(), top_k, skewed)
     mine = slice(rank * 3, rank * 3 + 3)
     sharded = make(topology, top_k, skewed)
     with Recorder(topology) as record:
@@ -136,7 +137,7 @@ def compare(
         if getattr(p, "allreduce", True):
             dist.all_reduce(total)
         else:  # summed over the replicas of these experts
-            owners = gather_objects((topology.ep_rank, p.grad), topology)
+            owners = topology.gather((topology.ep_rank, p.grad))
             total = torch.stack([grad for owner, grad in owners if owner == topology.ep_rank]).sum(0)
             want = want.chunk(topology.ep)[topology.ep_rank]  # type: ignore[union-attr]
         worst["gradients"] = max(worst.get("gradients", 0.0), largest(total - want))  # type: ignore[operator]
@@ -150,7 +151,7 @@ def traffic(topology: Topology, layer: MoELayer, x: Tensor, labels: list[int], r
     local = 12 // topology.ep
     away = int((routing.expert_N // local != topology.ep_rank).sum())
     group = topology.ep_groups()[topology.rank // topology.ep]
-    everyone = gather_objects((routing.expert_N // local).tolist(), topology)
+    everyone = topology.gather((routing.expert_N // local).tolist())
     arriving = sum(owner == topology.ep_rank for r in group if r != topology.rank for owner in everyone[r])
     rows = [call for call in record.calls if call[0] == "rows"]
     return {
@@ -194,7 +195,7 @@ def arrives_twice(topology: Topology) -> bool:
 
 def main() -> None:
     ep = int(sys.argv[1])
-    topology = from_environment(ep)
+    topology = Topology.of(Ranks.from_environment(), ep)
     connect(topology)
     results = {}
     for name, labels in MIXES.items():
@@ -206,7 +207,7 @@ def main() -> None:
     results["everything to one expert"] = compare(topology, MIXES["mixed"], 1, skewed=True)
     assert not arrives_twice(topology)
     reduced = {mode: reductions(topology, mode) for mode in ("none", "block", "selective")}
-    everyone = gather_objects({"cases": results, "reductions": reduced}, topology)
+    everyone = topology.gather({"cases": results, "reductions": reduced})
     if topology.rank == 0:
         print("RESULT " + json.dumps(everyone), flush=True)
     disconnect()

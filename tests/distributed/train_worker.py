@@ -13,6 +13,7 @@ from promoe_ds.models import compiled
 from promoe_ds.parallel import ds_config, topology
 from promoe_ds.recipes.load import load_config
 from promoe_ds.train.trainer import Trainer, TrainingStopped
+from promoe_ds.utils.ranks import Ranks
 from tests.moe import example_router
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +26,8 @@ def make(folder: Path, ds: str, *overrides: str) -> Trainer:
     config = load_config(
         recipe or "tiny", ["parallel.expert_parallel=2", "train.steps=6", "train.checkpoint_every=6", *overrides]
     )
-    resolved = ds_config.resolve(ds, config, topology.world_size())
-    return Trainer(config, resolved, folder, topology.from_environment(config.parallel.expert_parallel))
+    here = topology.Topology.of(Ranks.from_environment(), config.parallel.expert_parallel)
+    return Trainer(config, ds_config.resolve(ds, config, here.world), folder, here)
 
 
 class Poisoned:

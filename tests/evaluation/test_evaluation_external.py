@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import ConfigError
-from promoe_ds.evaluation.collect import Collector, FeatureSet, collect, load_features, save_features
+from promoe_ds.evaluation.collect import Collector, FeatureSet, collect, load_features, save_features, share_of
 from promoe_ds.evaluation.evaluate import Evaluator, score_all
 from promoe_ds.evaluation.external import load_external
 from promoe_ds.evaluation.extractors import load_extractor
@@ -21,7 +21,7 @@ from promoe_ds.evaluation.images import Images, ImageSet
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics
 from promoe_ds.evaluation.reference import find_reference, reference_features
 from promoe_ds.evaluation.samples import load_samples
-from promoe_ds.evaluation.workers import Workers
+from promoe_ds.utils.ranks import Ranks
 from tests.evaluation.random_inception import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the format is still in wide use
@@ -154,15 +154,15 @@ def gathered(images: ImageSet, world: int) -> FeatureSet | None:
     """`collect` as each of several processes would call it, rank 0 last."""
     parts = []
 
-    class Process(Workers):
-        def gather(self, part):
+    class Process(Ranks):
+        def gather_to_first(self, value):
             if self.rank == 0:
-                return [part, *parts]
-            parts.append(part)
+                return [value, *parts]
+            parts.append(value)
             return None
 
-    assert all(collect(Everything(), images, workers=Process(rank, world)) is None for rank in range(1, world))
-    return collect(Everything(), images, workers=Process(0, world))
+    assert all(collect(Everything(), images, ranks=Process(rank, world)) is None for rank in range(1, world))
+    return collect(Everything(), images, ranks=Process(0, world))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -179,9 +179,9 @@ def test_any_number_of_processes_gives_the_same(world: int):
 
 @pytest.mark.parametrize(("num", "batch", "world"), [(10, 3, 1), (10, 3, 2), (10, 3, 9), (0, 4, 2), (64, 64, 3)])
 def test_shares_are_whole_batches_in_order(num: int, batch: int, world: int):
-    starts = [start for rank in range(world) for start in Workers(rank, world).share(num, batch)]
+    starts = [start for rank in range(world) for start in share_of(Ranks(rank, world), num, batch)]
     assert starts == list(range(0, num, batch))
-    sizes = [len(Workers(rank, world).share(num, batch)) for rank in range(world)]
+    sizes = [len(share_of(Ranks(rank, world), num, batch)) for rank in range(world)]
     assert max(sizes) - min(sizes) <= 1
 
 

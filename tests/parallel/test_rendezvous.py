@@ -13,6 +13,7 @@ import pytest
 
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.parallel import rendezvous
+from promoe_ds.utils.ranks import Ranks
 from tests.launch import ENVIRONMENT, ROOT, free_port, run
 from tests.sample_folder import write_run
 
@@ -36,7 +37,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, host: str, port: object, rank: int 
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(ConfigError) as caught:
-        rendezvous.join("gloo", rank, 2, minutes=A_DAY, meeting_minutes=minutes)
+        rendezvous.join("gloo", Ranks(rank, 2), minutes=A_DAY, meeting_minutes=minutes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -85,8 +86,8 @@ def test_half_an_address(host: str, port: str, missing: str, monkeypatch: pytest
 def meet(world: int, host: str, port: int) -> list[str]:
     """What each process of a job says after a collective."""
     code = (
-        "import os, torch; from promoe_ds.parallel import rendezvous; "
-        f"rendezvous.join('gloo', int(os.environ['RANK']), {world}, minutes=1.0); x = torch.ones(1); "
+        "import os, torch; from promoe_ds.parallel import rendezvous; from promoe_ds.utils.ranks import Ranks; "
+        f"rendezvous.join('gloo', Ranks(int(os.environ['RANK']), {world}), minutes=1.0); x = torch.ones(1); "
         "torch.distributed.all_reduce(x); print(x.item(), flush=True); torch.distributed.barrier(); os._exit(0)"
     )
     address = {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
@@ -123,10 +124,10 @@ def test_ranks_that_torchrun_starts_again_meet_again(tmp_path: Path) -> None:
     """Its store keeps the addresses of the ranks that died. Rank 1 comes late, when rank 0 might have read them."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, time, torch; from promoe_ds.parallel import rendezvous\n"
+        "import os, time, torch; from promoe_ds.parallel import rendezvous; from promoe_ds.utils.ranks import Ranks\n"
         "rank, attempt = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         "time.sleep(2 * rank * attempt)\n"
-        "rendezvous.join('gloo', rank, 2, minutes=1.0); x = torch.ones(1); torch.distributed.all_reduce(x)\n"
+        "rendezvous.join('gloo', Ranks(rank, 2), minutes=1.0); x = torch.ones(1); torch.distributed.all_reduce(x)\n"
         "print('attempt', attempt, 'rank', rank, x.item(), flush=True)\n"
         "torch.distributed.barrier(); os._exit(0 if attempt else 1)\n"
     )

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from promoe_ds.checkpoint import layout
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.data import build_dataset
-from promoe_ds.data.batches import BatchMaker, share_of
+from promoe_ds.data.batches import BatchMaker
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.recipes.load import load_config
-from promoe_ds.train.trainer import RankFailed, Trainer, claim
+from promoe_ds.train.trainer import RankFailed, Trainer
 
 
 class Captured:
@@ -34,7 +35,7 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     trainer.topology = type("T", (), {"device": torch.device("cpu")})()  # type: ignore[assignment]
     trainer.objective = make_objective(config.diffusion)
     trainer.aux_weights = {"routing_contrastive": 0.5}
-    (batch,) = BatchMaker(config, build_dataset(config), share_of(config, 0, 1)).step(3)
+    (batch,) = BatchMaker(config, build_dataset(config)).step(3)
     _, (total, diffusion, contrastive) = trainer._forward(batch)
     seen: Any = trainer.engine
 
@@ -59,8 +60,8 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
 
 
 def test_a_claimed_folder_is_free_again_when_its_owner_ends(tmp_path: Path) -> None:
-    lock = claim(tmp_path / "run")
+    lock = layout.claim(tmp_path / "run")
     with pytest.raises(ConfigError, match="another process is training in it"):
-        claim(tmp_path / "run")
+        layout.claim(tmp_path / "run")
     lock.close()
-    claim(tmp_path / "run").close()
+    layout.claim(tmp_path / "run").close()
