@@ -24,8 +24,7 @@ import torch
 
 from promoe_ds.config.batching import batch_plan
 from promoe_ds.config.schema import Config
-from promoe_ds.data import ImageDataset
-from promoe_ds.data.latents import Latents
+from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.data.order import Purpose, row_generator, step_indices
 
 JOIN_SECONDS = 5.0
@@ -52,107 +51,63 @@ class Batch:
         return Batch(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which rows of the global batch a rank holds."""
-
-    rank: int
-    world: int
-    micro: int
-    """m, images a forward"""
-    accumulation: int
-    """a, forwards an optimizer step"""
-
-    def rows(self, micro_step: int) -> np.ndarray:
-        """Global rows of micro-batch `micro_step`: int64 [m]."""
-        first = (micro_step * self.world + self.rank) * self.micro
-        return np.arange(first, first + self.micro, dtype=np.int64)
-
-
-def share_of(config: Config, rank: int, world: int) -> Share:
-    """Divide `train.global_batch_size` over ranks and micro-batches.
-
-    Raises:
-        ConfigError: it does not divide.
-        ValueError: `rank` is not in [0, world).
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of a world of {world}")
-    return Share(rank, world, *batch_plan(config, world))
-
-
 def item_path(config: Config, dataset: ImageDataset, step: int, row: int) -> str:
-    """Path of the latent in a row of the global batch of optimizer step `step` (0-based); "" of pixels.
-
-    Pixels are bytes and always finite; a latent need not be.
-    """
-    if not isinstance(dataset, Latents):
-        return ""
+    """Path of the image or latent in a row of the global batch of optimizer step `step` (0-based), if it has one."""
     train = config.train
     return dataset.where(int(step_indices(train.seed, step, train.global_batch_size, len(dataset))[row]))
 
 
 class BatchMaker:
-    """Pure: optimizer step -> the micro-batches of one rank."""
+    """Pure: optimizer step -> the micro-batches of one rank.
 
-    def __init__(self, config: Config, dataset: ImageDataset, share: Share) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.share = share
+    Raises:
+        ConfigError: the batch sizes do not divide.
+        ValueError: `rank` is not in [0, world).
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, rank: int = 0, world: int = 1) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of a world of {world}")
+        self.config, self.dataset = config, dataset
+        self.rank, self.world = rank, world
+        self.micro, self.accumulation = batch_plan(config, world)
+
+    def rows(self, micro_step: int) -> np.ndarray:
+        """Rows of the global batch in micro-batch `micro_step`: int64 [m]."""
+        first = (micro_step * self.world + self.rank) * self.micro
+        return np.arange(first, first + self.micro, dtype=np.int64)
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (0-based), in the order of accumulation."""
         train = self.config.train
         index_G = step_indices(train.seed, step, train.global_batch_size, len(self.dataset))
-        return [self._batch(step, index_G, self.share.rows(j)) for j in range(self.share.accumulation)]
+        return [self._batch(step, index_G, self.rows(j)) for j in range(self.accumulation)]
 
     def _batch(self, step: int, index_G: np.ndarray, rows: np.ndarray) -> Batch:
-        x_BCHW, label_B = self._images(step, index_G[rows], rows)
-        drop_B = self._coin(step, rows, Purpose.DROP, self.config.diffusion.label_drop)
+        flip_B = self._coin(step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
+        x_BCHW, label_B = self.dataset.draw(
+            index_G[rows], flip_B, lambda shape: self._normal(step, rows, Purpose.POSTERIOR, shape)
+        )
+        drop_B = torch.from_numpy(self._coin(step, rows, Purpose.DROP, self.config.diffusion.label_drop))
         return Batch(
             x_BCHW=x_BCHW,
             label_B=label_B.masked_fill(drop_B, self.config.model.num_classes),
-            noise_BCHW=self._normal(step, rows, Purpose.NOISE, tuple(x_BCHW.shape[1:])),
-            gauss_B=self._normal(step, rows, Purpose.TIME, ()),
+            noise_BCHW=torch.from_numpy(self._normal(step, rows, Purpose.NOISE, tuple(x_BCHW.shape[1:]))),
+            gauss_B=torch.from_numpy(self._normal(step, rows, Purpose.TIME, ())),
             rows=torch.from_numpy(rows),
         )
 
-    def _images(self, step: int, index_B: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images or latents, flipped by coin, and their labels."""
-        flip_B = self._coin(step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
-        if isinstance(self.dataset, Latents):
-            return self.dataset.draw(
-                index_B, flip_B.numpy(), lambda shape: self._normal(step, rows, Purpose.POSTERIOR, shape).numpy()
-            )
-        x_BCHW, label_B = self.dataset.get(index_B)
-        return _mirror(x_BCHW, flip_B) if self.config.data.hflip else x_BCHW, label_B
+    def _generators(self, step: int, rows: np.ndarray, purpose: Purpose) -> Iterator[np.random.Generator]:
+        return (row_generator(self.config.train.seed, step, int(row), purpose) for row in rows)
 
-    def _coin(self, step: int, rows: np.ndarray, purpose: Purpose, probability: float) -> torch.Tensor:
+    def _coin(self, step: int, rows: np.ndarray, purpose: Purpose, probability: float) -> np.ndarray:
         """bool [B], true with `probability`."""
-        seed = self.config.train.seed
-        heads = [row_generator(seed, step, int(row), purpose).random() < probability for row in rows]
-        return torch.tensor(heads, dtype=torch.bool)
+        return np.array([rng.random() < probability for rng in self._generators(step, rows, purpose)])
 
-    def _normal(self, step: int, rows: np.ndarray, purpose: Purpose, shape: tuple[int, ...]) -> torch.Tensor:
+    def _normal(self, step: int, rows: np.ndarray, purpose: Purpose, shape: tuple[int, ...]) -> np.ndarray:
         """float32 [B, *shape], standard normal."""
-        seed = self.config.train.seed
-        out = np.empty((len(rows), *shape), dtype=np.float32)
-        for i, row in enumerate(rows):
-            out[i] = row_generator(seed, step, int(row), purpose).standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(out)
-
-
-def _mirror(x_BCHW: torch.Tensor, flip_B: torch.Tensor) -> torch.Tensor:
-    """Left and right exchanged where `flip_B`. In NumPy: torch would start a second pool of threads under this one."""
-    x, flip = x_BCHW.numpy(), flip_B.numpy()
-    return torch.from_numpy(np.where(flip[:, None, None, None], x[..., ::-1], x))
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What stopped the thread, on its way to the consumer."""
-
-    error: BaseException
+        draws = (rng.standard_normal(shape, dtype=np.float32) for rng in self._generators(step, rows, purpose))
+        return np.stack(list(draws))
 
 
 def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threading.Event) -> None:
@@ -164,7 +119,7 @@ def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threa
             if stop.is_set():
                 return
     except BaseException as error:  # whatever it is, it belongs to the consumer
-        ready.put(_Failure(error))
+        ready.put(error)
 
 
 def _shut(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
@@ -196,10 +151,10 @@ class BatchStream(Iterator[list[Batch]]):
     def __init__(self, config: Config, dataset: ImageDataset, rank: int, world: int, start_step: int = 0) -> None:
         if start_step < 0:
             raise ValueError(f"start_step {start_step} is negative")
-        maker = BatchMaker(config, dataset, share_of(config, rank, world))
+        maker = BatchMaker(config, dataset, rank, world)
         stop = threading.Event()
-        self._ready: queue.Queue[list[Batch] | _Failure] = queue.Queue(maxsize=config.data.prefetch)
-        self._failure: _Failure | None = None
+        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=config.data.prefetch)
+        self._failure: BaseException | None = None
         thread = threading.Thread(
             target=_produce, args=(maker, start_step, self._ready, stop), name="batches", daemon=True
         )
@@ -210,9 +165,9 @@ class BatchStream(Iterator[list[Batch]]):
         if not self._finalizer.alive:
             raise StopIteration
         item = self._failure or self._ready.get()
-        if isinstance(item, _Failure):
+        if isinstance(item, BaseException):
             self._failure = item
-            raise item.error
+            raise item
         return item
 
     def close(self) -> None:
