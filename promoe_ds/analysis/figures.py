@@ -5,10 +5,9 @@ Legend: as in `collect`.
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -26,20 +25,12 @@ MOST_CLASSES = 20
 """rows of a figure by class; the CSV has all"""
 MOST_LAYERS = 6
 """panels of a figure by layer; the CSV has all"""
-P = ParamSpec("P")
 
 
-def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
-    """What `draw` draws, in the style of the report, as the bytes of a PNG."""
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
-        stream = io.BytesIO()
-        with mpl.rc_context(STYLE):
-            draw(*args, **kwargs).savefig(stream, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
-        return stream.getvalue()
-
-    return drawn
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    return stream.getvalue()
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -60,8 +51,8 @@ def spread(number: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, number - 1, min(number, most)).tolist()})
 
 
-@_png
-def training(records: Sequence[Mapping[str, Any]]) -> Figure:
+@mpl.rc_context(STYLE)
+def training(records: Sequence[Mapping[str, Any]]) -> bytes:
     """The loss and the evenness of the load over the steps of metrics.jsonl."""
     figure, (top, bottom) = _figure(5, 4.2, 2)
     kept = [r for r in records if isinstance(r.get("loss/diffusion"), int | float)]
@@ -73,11 +64,11 @@ def training(records: Sequence[Mapping[str, Any]]) -> Figure:
     loads = [r.get("load_max_over_mean", np.nan) for r in records]
     bottom.plot([r["step"] for r in records], loads, color="#d62728")
     bottom.set(xlabel="step", ylabel="load max/mean")
-    return figure
+    return _png(figure)
 
 
-@_png
-def load(o: Observed) -> Figure:
+@mpl.rc_context(STYLE)
+def load(o: Observed) -> bytes:
     """Layers downwards, experts to the right: the share of each expert times E."""
     load_LE = o.count_LTCE.sum((1, 2)).astype(float)
     ratio = load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12)
@@ -89,11 +80,11 @@ def load(o: Observed) -> Figure:
             ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
     ax.set(ylabel="block", yticks=range(len(o.blocks)), yticklabels=map(str, o.blocks))
     ax.set_title("tokens of an expert over the mean")
-    return figure
+    return _png(figure)
 
 
-@_png
-def use(o: Observed, layer: int, by: str, title: str = "") -> Figure:
+@mpl.rc_context(STYLE)
+def use(o: Observed, layer: int, by: str, title: str = "") -> bytes:
     """Rows are classes or timesteps, columns experts: the share of a row's tokens at each expert."""
     count_GE = o.count_LTCE[layer].sum(0 if by == "class" else 1)
     names = o.classes if by == "class" else [f"{t:g}" for t in o.plan.timesteps]
@@ -103,11 +94,11 @@ def use(o: Observed, layer: int, by: str, title: str = "") -> Figure:
     figure, ax = _heat(4.2, height, share, "share of tokens", cmap="viridis", vmin=0, aspect="auto")
     ax.set(ylabel=by, yticks=range(len(rows)), yticklabels=[names[row][:14] for row in rows])
     ax.set_title(title or f"block {o.blocks[layer]}")
-    return figure
+    return _png(figure)
 
 
-@_png
-def explained(s: Summary) -> Figure:
+@mpl.rc_context(STYLE)
+def explained(s: Summary) -> bytes:
     """How much of the choice of expert class, timestep and position explain, by layer."""
     figure, (ax,) = _figure(5, 2.9)
     place = np.arange(len(s.rows))
@@ -118,11 +109,11 @@ def explained(s: Summary) -> Figure:
     ax.set(xlabel="block", ylabel="explained share of H(expert)", xticks=place)
     ax.set_xticklabels([str(block) for block in s.observed.blocks])
     ax.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-    return figure
+    return _png(figure)
 
 
-@_png
-def maps(o: Observed, along: str) -> Figure:
+@mpl.rc_context(STYLE)
+def maps(o: Observed, along: str) -> bytes:
     """A row per image: the image, then the expert of each of its tokens, by timestep (middle layer) or by layer."""
     if along == "timestep":
         map_MXS, heads = o.map_LMTS[o.middle], [f"t {t:g}" for t in o.plan.timesteps]
@@ -140,11 +131,11 @@ def maps(o: Observed, along: str) -> Figure:
         ax.imshow(tile, cmap="gray", interpolation="nearest")
     for ax, head in zip(axes, heads, strict=False):  # the first row
         ax.set_title(head, fontsize=9)
-    return figure
+    return _png(figure)
 
 
-@_png
-def scatter(s: Summary, by: str, title: str) -> Figure:
+@mpl.rc_context(STYLE)
+def scatter(s: Summary, by: str, title: str) -> bytes:
     """t-SNE of the middle layer's tokens, coloured by expert, cluster or class (Fig. 6, Fig. 1a)."""
     o = s.observed
     group_N = {"expert": o.expert_LN[o.middle], "cluster": s.cluster_N, "class": o.class_N}[by]
@@ -163,19 +154,19 @@ def scatter(s: Summary, by: str, title: str) -> Figure:
             handles=dots, ncols=columns, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0),
             handletextpad=0.1, columnspacing=0.7,
         )  # fmt: skip
-    return figure
+    return _png(figure)
 
 
-@_png
-def matrix(values_EE: np.ndarray, title: str, low: float, high: float) -> Figure:
+@mpl.rc_context(STYLE)
+def matrix(values_EE: np.ndarray, title: str, low: float, high: float) -> bytes:
     """Experts against experts."""
     figure, ax = _heat(4.2, 3.6, values_EE, cmap="RdBu_r" if low < 0 else "viridis", vmin=low, vmax=high)
     ax.set(ylabel="expert", title=title)
-    return figure
+    return _png(figure)
 
 
-@_png
-def diversity(summaries: Sequence[Summary]) -> Figure:
+@mpl.rc_context(STYLE)
+def diversity(summaries: Sequence[Summary]) -> bytes:
     """Similarity of experts' subspaces by layer (Fig. 1b): a line per run; dotted is chance."""
     figure, axes = _figure(5, 4.6, 2)
     for ax, key, title in zip(axes, ("similar_in", "similar_out"), ("read (in)", "written (out)"), strict=True):
@@ -186,4 +177,4 @@ def diversity(summaries: Sequence[Summary]) -> Figure:
         ax.set(ylabel="mean similarity", title=f"subspaces {title}")
     axes[1].set_xlabel("depth: first to last MoE layer")
     axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2)
-    return figure
+    return _png(figure)
