@@ -15,10 +15,9 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +26,16 @@ import torch
 from tqdm import tqdm
 
 from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages
 from promoe_ds.data.latents import LatentTree
-from promoe_ds.data.shards import (
-    DTYPES,
-    FORMAT,
-    ITEMS,
-    Index,
-    Shard,
-    file_digest,
-    read_index,
-    shard_name,
-    write_index,
-    write_tensors,
-)
 from promoe_ds.utils.files import write_text
 from promoe_ds.utils.ranks import Worker
 
 RECORD, PROGRESS = "encoding.json", "progress"
 AHEAD = 2
-"""batches decoded ahead of the codec"""
+"""batches loaded ahead of the codec"""
 
 
 def renamed(error: ConfigError, option: str) -> str:
@@ -59,7 +47,7 @@ class Source(ABC):
     """What is turned into shards: items in a fixed order.
 
     Args:
-        data: names the items and their classes.
+        data: names the items and their classes, and loads them.
         codec: the record of what makes the moments.
         shape: (M, h, w) of an item.
         image_size: H, in pixels.
@@ -68,6 +56,7 @@ class Source(ABC):
     option: str
     """of the launcher, which names the path of the data"""
     crop: str
+    batch = 32
 
     def __init__(
         self, data: DecodedImages | LatentTree, codec: dict[str, Any], shape: tuple[int, ...], image_size: int
@@ -75,24 +64,39 @@ class Source(ABC):
         self.data, self.codec, self.shape, self.image_size = data, codec, shape, image_size
         self.classes, self.label_N, self.left_out = data.classes, data.label_B, data.left_out
 
+    @abstractmethod
+    def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
+        """What `data.load` gave of some items to float32 [2, M, h, w] of each."""
+
     def where(self, item: int) -> str:
         """Option and path, for messages."""
         return f"{self.option}={self.data.where(item)}"
 
-    def tried(self, read: Callable[[int], np.ndarray], item: int) -> np.ndarray | str:
-        """What `read` gives of an item, or what is wrong with it: the other items are looked at all the same."""
+    def read(self, items: range) -> Iterator[np.ndarray | str]:
+        """float32 [2, M, h, w] of each item in turn, or what is wrong with it. Loading runs ahead, on threads."""
+        waiting: deque[Iterator[np.ndarray | str]] = deque()
+        with ThreadPoolExecutor(thread_name_prefix="load") as pool:
+            for start in range(0, len(items), self.batch):
+                waiting.append(pool.map(self._tried, items[start : start + self.batch]))
+                if len(waiting) > AHEAD:
+                    yield from self._computed(list(waiting.popleft()))
+            while waiting:
+                yield from self._computed(list(waiting.popleft()))
+
+    def _tried(self, item: int) -> np.ndarray | str:
         try:
-            return read(item)
-        except ConfigError as error:
+            return self.data.load(item)
+        except ConfigError as error:  # the other items are looked at all the same
             return renamed(error, self.option)
 
-    @abstractmethod
-    def read(self, items: range) -> Iterator[np.ndarray | str]:
-        """float32 [2, M, h, w] of each item in turn, or what is wrong with it."""
+    def _computed(self, batch: list[np.ndarray | str]) -> Iterator[np.ndarray | str]:
+        whole = [loaded for loaded in batch if not isinstance(loaded, str)]
+        moments = iter(self.compute(whole) if whole else ())
+        return (loaded if isinstance(loaded, str) else next(moments) for loaded in batch)
 
 
 class EncodedImages(Source):
-    """Image files through a codec: each image and its mirror image. Decoding runs ahead of the codec, on threads."""
+    """Image files through a codec: each image and its mirror image."""
 
     option, crop = "--images", "ADM: box halvings, bicubic to the shorter side, central square"
 
@@ -102,34 +106,15 @@ class EncodedImages(Source):
             reject("--size", images.image_size, conflict, "choose another size")
         cells = images.image_size // codec.factor
         super().__init__(images, codec.record(), (codec.moments, cells, cells), images.image_size)
-        self._images, self._codec, self._batch, self._device = images, codec, batch, device
-        self._bf16 = precision == "bf16"
+        self.batch = batch
+        self._codec, self._device, self._bf16 = codec, device, precision == "bf16"
 
     @torch.inference_mode()
-    def _encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] to moments float32 [B, 2, M, h, w]."""
-        x_BCHW = torch.from_numpy(pixels_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
+        x_BCHW = torch.from_numpy(np.stack(loaded)).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             both = [self._codec.encode(x.contiguous()) for x in (x_BCHW, x_BCHW.flip(-1))]
         return torch.stack(both, dim=1).float().cpu().numpy()
-
-    def _encoded(self, waiting: deque[list[Future]]) -> Iterator[np.ndarray | str]:
-        """The oldest batch of those that are being decoded."""
-        batch = [future.result() for future in waiting.popleft()]
-        whole = [pixels for pixels in batch if not isinstance(pixels, str)]
-        moments = iter(self._encode(np.stack(whole)) if whole else ())
-        return (pixels if isinstance(pixels, str) else next(moments) for pixels in batch)
-
-    def read(self, items: range) -> Iterator[np.ndarray | str]:
-        waiting: deque[list[Future]] = deque()
-        with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-            for start in range(0, len(items), self._batch):
-                batch = items[start : start + self._batch]
-                waiting.append([pool.submit(self.tried, self._images.pixels, item) for item in batch])
-                if len(waiting) > AHEAD:
-                    yield from self._encoded(waiting)
-            while waiting:
-                yield from self._encoded(waiting)
 
 
 class ConvertedTree(Source):
@@ -139,11 +124,9 @@ class ConvertedTree(Source):
 
     def __init__(self, tree: LatentTree):
         super().__init__(tree, tree.codec, tree.shape, tree.image_size * tree.codec["factor"])
-        self._tree = tree
 
-    def read(self, items: range) -> Iterator[np.ndarray | str]:
-        with ThreadPoolExecutor(thread_name_prefix="read") as pool:
-            yield from pool.map(partial(self.tried, self._tree.both), items)
+    def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
+        return loaded
 
 
 # --------------------------------------------------------------------------------------------------------------- job
@@ -170,7 +153,7 @@ class Encoder:
         self.names = [source.data.name(item) for item in range(len(source.label_N))]
         self.count = -(-len(self.names) // job.shard_size)
         facts = {
-            "format": FORMAT,
+            "format": shards.FORMAT,
             "items": len(self.names),
             "items_blake2b": self._items_digest(),
             "classes": len(source.classes),
@@ -237,7 +220,7 @@ class Encoder:
             ConfigError: the moments do not fit their type.
         """
         items, skipped, kept = self.items(shard), {}, 0
-        moments = np.empty((len(items), 2, *self.source.shape), dtype=DTYPES[self.job.dtype])
+        moments = np.empty((len(items), 2, *self.source.shape), dtype=shards.DTYPES[self.job.dtype])
         for item, value in zip(items, self.source.read(items), strict=True):
             tick(1)
             if not isinstance(value, str) and not np.isfinite(value).all():
@@ -254,24 +237,24 @@ class Encoder:
             kept += 1
         if skipped and not self.job.skip_damaged:
             return len(skipped)
-        file = self.job.out / shard_name(shard, self.count)
-        write_tensors(file, {"moments": moments[:kept]})
-        entry = Shard(file.name, kept, file.stat().st_size, file_digest(file))
+        file = self.job.out / shards.shard_name(shard, self.count)
+        shards.write_tensors(file, {"moments": moments[:kept]})
+        entry = shards.Shard(file.name, kept, file.stat().st_size, shards.file_digest(file))
         note = {"shard": asdict(entry), "skipped": {str(item): reason for item, reason in skipped.items()}}
         write_text(self._note(shard), json.dumps(note) + "\n")
         return 0
 
-    def finished(self) -> Index | None:
+    def finished(self) -> shards.Index | None:
         """The index of a folder that lacks nothing; None also where index or items are damaged: `finish` makes them."""
         if not all(self.done(shard) for shard in range(self.count)):
             return None
         try:
-            index = read_index(self.job.out, "--out")
-            return index if file_digest(self.job.out / ITEMS) == index.items_blake2b else None
+            index = shards.read_index(self.job.out, "--out")
+            return index if shards.file_digest(self.job.out / shards.ITEMS) == index.items_blake2b else None
         except (ConfigError, OSError):
             return None
 
-    def finish(self) -> Index | None:
+    def finish(self) -> shards.Index | None:
         """Write the index if every shard is done; None if some are not (another process is at them)."""
         notes = [note for shard in range(self.count) if (note := self.done(shard))]
         if len(notes) < self.count:
@@ -281,8 +264,8 @@ class Encoder:
         if not kept:
             reject("--out", self.job.out, "every image is damaged", "mend them and start again in another folder")
         names = np.frombuffer("\n".join(self.names[item] for item in kept).encode(), np.uint8)
-        write_tensors(self.job.out / ITEMS, {"label": self.source.label_N[kept], "names": names})
-        index = Index(
+        shards.write_tensors(self.job.out / shards.ITEMS, {"label": self.source.label_N[kept], "names": names})
+        index = shards.Index(
             classes=self.source.classes,
             items=len(kept),
             shape=[2, *self.source.shape],
@@ -290,17 +273,17 @@ class Encoder:
             image_size=self.source.image_size,
             crop=self.source.crop,
             codec=self.source.codec,
-            items_blake2b=file_digest(self.job.out / ITEMS),
-            shards=[Shard(**note["shard"]) for note in notes],
+            items_blake2b=shards.file_digest(self.job.out / shards.ITEMS),
+            shards=[shards.Shard(**note["shard"]) for note in notes],
             skipped=[{"name": self.names[item], "reason": reasons[item]} for item in sorted(reasons)],
         )
-        write_index(self.job.out, index)
+        shards.write_index(self.job.out, index)
         for leftover in [*self.job.out.glob(".shard-*.tmp"), *(self.job.out / PROGRESS).glob(".*.tmp")]:
             leftover.unlink(missing_ok=True)  # of processes that were killed
         return index
 
 
-def run_encoding(encoder: Encoder, worker: Worker) -> Index | None:
+def run_encoding(encoder: Encoder, worker: Worker) -> shards.Index | None:
     """Make this process's shards; the index where it is the last, else None.
 
     Raises:

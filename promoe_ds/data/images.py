@@ -113,7 +113,7 @@ class DecodedImages(ImageDataset):
     def read(self, index: int) -> bytes:
         """Content of the file of image `index`. Raises `ConfigError`."""
 
-    def pixels(self, index: int) -> np.ndarray:
+    def load(self, index: int) -> np.ndarray:
         """Image `index` as uint8 [H, W, C]. Raises `ConfigError` where it is missing or damaged."""
         return decode(self.read(index), self.where(index), self.channels, self.image_size)
 
@@ -126,7 +126,7 @@ class DecodedImages(ImageDataset):
 
         def fill(start: int) -> None:
             for index in range(start, min(start + FILL_CHUNK, len(self))):
-                held_BHWC[index] = self.pixels(index)
+                held_BHWC[index] = self.load(index)
 
         list(self.pool.map(fill, range(0, len(self), FILL_CHUNK)))  # a list raises what they raise
         self.held_BHWC = held_BHWC
@@ -137,7 +137,7 @@ class DecodedImages(ImageDataset):
         if self.held_BHWC is not None:
             x_BHWC = self.held_BHWC[indices]
         else:
-            x_BHWC = np.stack(list(self.pool.map(self.pixels, map(int, indices))))
+            x_BHWC = np.stack(list(self.pool.map(self.load, map(int, indices))))
         x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
         x_BCHW /= 127.5
         x_BCHW -= 1

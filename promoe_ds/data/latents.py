@@ -157,7 +157,7 @@ class LatentTree(Latents):
             conflict = f"cannot be read ({' '.join(str(error).split())})"
             reject("data.path", self.where(index), conflict, "encode the image again")
 
-    def both(self, index: int) -> np.ndarray:
+    def load(self, index: int) -> np.ndarray:
         """float32 [2, M, h, w]: moments of the image and of its mirror image. Raises `ConfigError`."""
         pair = self._read(index)
         if pair.shape[1:] != self.shape:
@@ -166,7 +166,7 @@ class LatentTree(Latents):
         return pair
 
     def moments(self, index: int, flip: bool) -> np.ndarray:
-        return self.both(index)[int(flip)]
+        return self.load(index)[int(flip)]
 
 
 def open_latents(path: str) -> LatentShards | LatentTree:
