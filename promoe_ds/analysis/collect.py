@@ -3,7 +3,7 @@
 Every image is shown at every timestep with its own label and without guidance (Sec. C.2 of the paper). Noise depends on
 (seed, image, timestep) alone.
 
-Legend: B images of a batch, S tokens an image, D width, L MoE layers, T timesteps, C classes, E routed experts,
+Legend: B images of a batch, S tokens per image, D width, L MoE layers, T timesteps, C classes, E routed experts,
 I images shown, M images drawn as maps, N sampled tokens.
 """
 
@@ -115,7 +115,7 @@ def choose_images(dataset: ImageDataset, plan: Plan) -> np.ndarray:
 
 
 class Watcher:
-    """Adds up what the routers do, a forward at a time: of the images from `first` on, at timestep `time`."""
+    """Adds up what the routers do, one forward at a time: of the images from `first` on, at timestep `time`."""
 
     def __init__(self, observed: Observed):
         self.observed, self.first, self.time = observed, 0, 0

@@ -1,4 +1,4 @@
-"""The folder of an analysis: `report.html`, a PNG a figure, CSVs with every number."""
+"""The folder of an analysis: `report.html`, a PNG per figure, CSVs with every number."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
     samples = {"experts.png": ", and the expert of each token in the last step (middle layer)", "grid.png": ""}
     name = next((name for name in samples if (run / "samples" / name).is_file()), None)
     if name:
-        caption = f"EMA samples, one row a class{samples[name]}"
+        caption = f"EMA samples, one row per class{samples[name]}"
         parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
     scores = _scores(run)
     shown = page.figures(*parts) + (page.table(*scores) if scores else "")
@@ -197,7 +197,7 @@ def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
 
 
 def _layer_table(s: Summary) -> str:
-    """A row a number, a column a layer, and what the number means."""
+    """A row per number, a column per layer, and what the number means."""
     keys = [key for key in COLUMNS if key in s.rows[0]]
     rows = [[COLUMNS[k][0], *(number(row.get(k, math.nan)) for row in s.rows), COLUMNS[k][1]] for k in keys]
     return page.table(["", *(f"block {int(row['block'])}" for row in s.rows), "meaning"], rows, words=True)

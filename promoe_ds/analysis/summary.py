@@ -59,10 +59,10 @@ class Summary:
 
     observed: Observed
     rows: list[dict[str, float]]
-    """a row a layer: `block`, and those of `COLUMNS` that exist"""
+    """a row per layer: `block`, and those of `COLUMNS` that exist"""
     similar_in: list[np.ndarray]
     similar_out: list[np.ndarray]
-    """[E, E] a layer"""
+    """[E, E] per layer"""
     prototype_cos: list[np.ndarray]
     cluster_N: np.ndarray
     """k-means clusters of the middle layer's tokens"""
@@ -143,7 +143,7 @@ def number(value: float) -> str:
 
 
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the comparison: a row a run, the means over its layers."""
+    """Heads and cells of the comparison: a row per run, the means over its layers."""
     means = [summary.means() for summary in summaries]
     keys = [key for key in COLUMNS if any(key in mean for mean in means)]
     heads = ["run", "step", *(COLUMNS[key][0] for key in keys)]
@@ -151,9 +151,6 @@ def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
         [s.observed.name, str(s.observed.step), *(number(mean.get(key, math.nan)) for key in keys)]
         for s, mean in zip(summaries, means, strict=True)
     ]
-
-
-# --------------------------------------------------------------------------------------------------------------- CSV
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -105,9 +105,6 @@ def report(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- rendering
-
-
 def _table(title: str, rows: list[tuple[str, str]]) -> str:
     left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
     return "\n".join([title, *(f"  {name:<{left}}  {value:>{right}}" for name, value in rows)])
@@ -124,9 +121,9 @@ def render(facts: dict[str, Any]) -> str:
         name: params[name] for name in ("total", "trainable", "activated")
     }
     speed = [
-        ("forward, an image", f"{work['forward_gflops_per_image']:,.2f} GFLOP"),
-        ("training, an image", f"{work['train_gflops_per_image']:,.2f} GFLOP"),
-        ("training, a step", f"{work['train_tflops_per_step']:,.3f} TFLOP"),
+        ("forward, per image", f"{work['forward_gflops_per_image']:,.2f} GFLOP"),
+        ("training, per image", f"{work['train_gflops_per_image']:,.2f} GFLOP"),
+        ("training, per step", f"{work['train_tflops_per_step']:,.3f} TFLOP"),
     ]
     memory = dict(facts["memory_gib"])
     host = memory.pop("host")
@@ -136,8 +133,8 @@ def render(facts: dict[str, Any]) -> str:
         f"# {facts['name']}",
         _table("Parameters", [(name, f"{size:,}") for name, size in sizes.items()]),
         _table("Work", speed),
-        _sizes("Memory a device (estimate)", memory),
-        _sizes("Host memory a rank (offloaded)", host) if host else "",
+        _sizes("Memory per device (estimate)", memory),
+        _sizes("Host memory per rank (offloaded)", host) if host else "",
         _table("Groups", [(name.replace("_", " "), str(value)) for name, value in groups.items()])
         + f"\n  expert-parallel groups of ranks: {' '.join(shown)}",
         f"Configuration\n{yaml.safe_dump(facts['config'], sort_keys=False).rstrip()}",

@@ -1,7 +1,7 @@
 """Parameters, floating-point operations and memory, from the configuration alone: no model is built.
 
-Legend: D width, S tokens an image, H hidden width of a dense MLP, F hidden width of an expert, E routed experts,
-K experts a token, W world size, ep expert-parallel degree. A MAC is one multiply-add; FLOPs = 2 * MACs.
+Legend: D width, S tokens per image, H hidden width of a dense MLP, F hidden width of an expert, E routed experts,
+K experts per token, W world size, ep expert-parallel degree. A MAC is one multiply-add; FLOPs = 2 * MACs.
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ def device_peak(name: str) -> float | None:
     words = f" {name.replace('-', ' ').lower()} "
     known = [part for part in PEAK_FLOPS if f" {part.lower()} " in words]
     return PEAK_FLOPS[max(known, key=len)] if known else None
-
-
-# ---------------------------------------------------------------------------------------------------------- parameters
 
 
 @dataclass(frozen=True)
@@ -119,9 +116,6 @@ def count_parameters(config: Config) -> ParameterCount:
     return ParameterCount(by_part, sum(by_part.values()) - idle)
 
 
-# --------------------------------------------------------------------------------------------------------------- FLOPs
-
-
 def forward_macs(config: Config, null_fraction: float = 0.0) -> float:
     """Multiply-adds of one image's forward pass: matrix products only, activated experts only.
 
@@ -156,9 +150,6 @@ def train_flops(config: Config, null_fraction: float = 0.0) -> float:
     return 3 * forward_flops(config, null_fraction)
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
 def _held_and_share(config: Config, world: int, ep: int) -> tuple[float, float]:
     """Trained parameters held by one rank, and its even share of all of them under ZeRO.
 
@@ -177,7 +168,7 @@ def _optimizer_states(config: Config, world: int, ep: int, stage: int) -> dict[s
 
 
 def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> float:
-    """Bytes that autograd keeps of one block, a token. `wide`: residual stream and norms; `narrow`: matrix products."""
+    """Bytes that autograd keeps of one block per token; `wide`: residual stream, norms; `narrow`: matrix products."""
     D = config.model.width
     # wide: both norms' inputs and outputs; narrow: qkv and MLP inputs, q k v, attention output, both gated outputs
     kept = D * (4 * wide + 8 * narrow)

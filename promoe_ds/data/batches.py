@@ -111,7 +111,7 @@ class BatchMaker:
 
 
 def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threading.Event) -> None:
-    """Body of the thread. A function, not a method: holding the stream would keep a forgotten one alive for ever."""
+    """Body of the thread. A function, not a method: holding the stream would keep a forgotten one alive forever."""
     try:
         for step in itertools.count(first_step):
             batches = maker.step(step)

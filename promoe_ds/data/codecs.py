@@ -157,9 +157,6 @@ def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
     return module.float().to(device).eval().requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------- opening
-
-
 def find_codec(path: str, option: str = "--vae") -> str:
     """The kind of codec at a local path, judged by its files; nothing is loaded.
 

@@ -129,9 +129,6 @@ class ConvertedTree(Source):
         return loaded
 
 
-# --------------------------------------------------------------------------------------------------------------- job
-
-
 @dataclass(frozen=True)
 class EncodeJob:
     """One folder of shards."""
@@ -183,10 +180,10 @@ class Encoder:
             foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
             if path.exists():
                 record = json.loads(path.read_text(encoding="utf-8"))
-                differs = next((key for key in facts if record.get(key) != facts[key]), None)
-                if differs:
-                    conflict = f"{differs}={record.get(differs)}, this command has {differs}={facts[differs]}"
-                    reject("--out", out, f"holds latents of {conflict}", "name another folder or remove this one")
+                for key, value in facts.items():
+                    if (old := record.get(key)) != value:
+                        conflict = f"holds latents of {key}={old}, this command has {key}={value}"
+                        reject("--out", out, conflict, "name another folder or remove this one")
             elif foreign:
                 reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
             else:
@@ -262,7 +259,7 @@ class Encoder:
         reasons = {int(item): reason for note in notes for item, reason in note["skipped"].items()}
         kept = [item for item in range(len(self.names)) if item not in reasons]
         if not kept:
-            reject("--out", self.job.out, "every image is damaged", "mend them and start again in another folder")
+            reject("--out", self.job.out, "every image is damaged", "replace them and start again in another folder")
         names = np.frombuffer("\n".join(self.names[item] for item in kept).encode(), np.uint8)
         shards.write_tensors(self.job.out / shards.ITEMS, {"label": self.source.label_N[kept], "names": names})
         index = shards.Index(
@@ -305,7 +302,7 @@ def run_encoding(encoder: Encoder, worker: Worker) -> shards.Index | None:
                 damaged += encoder.make(shard, bar.update)
         if damaged:
             conflict = f"{damaged} damaged image(s), named above; their shards are not written, all others are"
-            reject("--out", encoder.job.out, conflict, "mend them and run again, or add --skip-damaged")
+            reject("--out", encoder.job.out, conflict, "replace them and run again, or add --skip-damaged")
         return encoder.finish()
     except OSError as error:
         reject("--out", encoder.job.out, f"cannot be written ({error.strerror or error})", "make room and run again")

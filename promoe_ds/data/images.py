@@ -41,9 +41,6 @@ FILL_CHUNK = 256
 """images a thread decodes at a time when a pack is read into memory"""
 
 
-# ------------------------------------------------------------------------------------------------------------ pixels
-
-
 def square(image: Image.Image, size: int) -> Image.Image:
     """Scale the shorter side to `size` and cut out the central square, as in ADM.
 
@@ -77,21 +74,19 @@ def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
         size: side in pixels.
 
     Raises:
-        ConfigError: not an image, damaged, or of more than 8 bits a channel.
+        ConfigError: not an image, damaged, or of more than 8 bits per channel.
     """
-    way_out = "replace the file"
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if not image.mode.startswith(("I", "F")):
-                pixels = np.asarray(square(image.convert(MODES[channels]), size))
-                return pixels.reshape(size, size, channels)
-            # Pillow would cut 16-bit and float pixels at 255
-            conflict, way_out = f"has pixels of mode {image.mode}", "convert it to 8 bits a channel"
+            mode = image.mode
+            if not mode.startswith(("I", "F")):  # Pillow would cut 16-bit and float pixels at 255
+                return np.asarray(square(image.convert(MODES[channels]), size)).reshape(size, size, channels)
     except Image.UnidentifiedImageError:  # whose own message shows an address in memory
-        conflict = "is not an image or its head is damaged"
+        reject("data.path", where, "is not an image or its head is damaged", "replace the file")
     except Exception as error:  # a decoder fed with broken bytes raises OSError, SyntaxError, struct.error, ...
         conflict = f"is damaged ({type(error).__name__}: {' '.join(str(error).split())})"
-    reject("data.path", where, conflict, way_out)
+        reject("data.path", where, conflict, "replace the file")
+    reject("data.path", where, f"has pixels of mode {mode}", "convert it to 8 bits a channel")
 
 
 class DecodedImages(ImageDataset):
@@ -142,9 +137,6 @@ class DecodedImages(ImageDataset):
         x_BCHW /= 127.5
         x_BCHW -= 1
         return torch.from_numpy(x_BCHW), label_B
-
-
-# ----------------------------------------------------------------------------------------------------------- folders
 
 
 def list_tree(root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str], np.ndarray, int]:
@@ -203,9 +195,6 @@ class FolderImages(DecodedImages):
             return Path(path).read_bytes()
         except OSError as error:
             reject("data.path", path, f"cannot be read ({error.strerror})", "put the file back and start again")
-
-
-# ------------------------------------------------------------------------------------------------------------- packs
 
 
 def _load_arrays(path: Path, split: str) -> dict[str, np.ndarray]:
@@ -272,9 +261,6 @@ class PackedImages(DecodedImages):
     def read(self, index: int) -> bytes:
         start, end = self._offset[index : index + 2]
         return self._jpeg[start:end].tobytes()
-
-
-# ----------------------------------------------------------------------------------------------------------- opening
 
 
 def open_images(path: str, *, split: str, channels: int, image_size: int) -> FolderImages | PackedImages:

@@ -44,6 +44,7 @@ class Latents(ImageDataset):
     """
 
     unit = "cells"
+    shape: tuple[int, ...]
 
     def __init__(
         self, classes: list[str], label_B: np.ndarray, shape: tuple[int, ...], codec: dict[str, Any], left_out: int = 0
@@ -131,10 +132,13 @@ class LatentTree(Latents):
         ConfigError: no class folders, one without latents, or a first file that is none.
     """
 
+    shape = ()
+    """of the first file, once it is read"""
+
     def __init__(self, root: Path):
         self.root = root
         classes, self.names, label_B, left_out = list_tree(root, (SUFFIX,))
-        shape = self._read(0).shape[1:]
+        shape = self.load(0).shape[1:]
         if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
             conflict = f"holds {list(shape)}, not mean and log-variance [2C, h, h]"
             reject("data.path", self.where(0), conflict, "name a tree of VAE moments")
@@ -146,21 +150,18 @@ class LatentTree(Latents):
     def where(self, index: int) -> str:
         return str(self.root / self.names[index])
 
-    def _read(self, index: int) -> np.ndarray:
+    def load(self, index: int) -> np.ndarray:
+        """float32 [2, M, h, w]: moments of the image and of its mirror image. Raises `ConfigError`."""
         try:
             with np.load(self.where(index), allow_pickle=False) as archive:
                 keys = next((pair for pair in PAIRS if set(pair) <= set(archive.files)), None)
                 if keys is None:
                     raise ValueError(f"has the arrays {', '.join(archive.files)}, needs latent and latent_flip")
-                return np.stack([np.asarray(archive[key], dtype=np.float32).squeeze() for key in keys])
+                pair = np.stack([np.asarray(archive[key], dtype=np.float32).squeeze() for key in keys])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             conflict = f"cannot be read ({' '.join(str(error).split())})"
             reject("data.path", self.where(index), conflict, "encode the image again")
-
-    def load(self, index: int) -> np.ndarray:
-        """float32 [2, M, h, w]: moments of the image and of its mirror image. Raises `ConfigError`."""
-        pair = self._read(index)
-        if pair.shape[1:] != self.shape:
+        if self.shape and pair.shape[1:] != self.shape:
             conflict = f"holds {list(pair.shape[1:])}, other files {list(self.shape)}"
             reject("data.path", self.where(index), conflict, "encode the image again")
         return pair
