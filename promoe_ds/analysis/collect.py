@@ -26,6 +26,7 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.moe.observe import prototypes_of, routers_of, top_expert, watching
 from promoe_ds.moe.router import Router, Routing, RoutingContext
 from promoe_ds.sampling.generate import image_noise, to_pixels
+from promoe_ds.utils.pictures import IMAGE_MODES
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
                 model(*objective.noised(z_BCHW.to(device), eps_BCHW.to(device), t), ctx)
                 bar.update()
     z_MCHW = torch.cat(shown)
-    if codec is not None or m.channels in (1, 3):
+    if codec is not None or m.channels in IMAGE_MODES:
         observed.pictures = to_pixels(z_MCHW if codec is None else codec.to_pixels(z_MCHW))
     return observed
 

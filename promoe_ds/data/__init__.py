@@ -1,5 +1,5 @@
-"""Images in, micro-batches out: data sets (`digits`, `images`, `latents`), the global order (`order`), the stream
-(`batches`); `codecs` turn images into latents and back, `shards` is how latents lie on disk."""
+"""Images in, micro-batches out: data sets (`dataset`: `digits`, `images`, `latents`), the global order (`order`), the
+stream (`batches`); `codecs` turn images into latents and back, `shards` is how latents lie on disk."""
 
 from __future__ import annotations
 

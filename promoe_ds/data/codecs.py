@@ -42,7 +42,7 @@ class Codec(ABC):
     Attributes:
         kind: AutoencoderKL, AutoencoderTiny, TAEF2 or identity.
         channels: C, of a latent.
-        factor: pixels a latent cell, per side.
+        factor: pixels per side of a latent cell.
         scale, shift: the model is trained on (z - shift) * scale.
         stochastic: `encode` gives mean and log-variance (M = 2C) of a Gaussian posterior, not a point (M = C).
         digest: BLAKE2b of the weight files, 32 hex digits: the same latents mean the same digest.

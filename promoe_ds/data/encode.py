@@ -148,7 +148,9 @@ class Encoder:
     def __init__(self, source: Source, job: EncodeJob, command: str, versions: dict[str, str]):
         self.source, self.job = source, job
         self.names = [source.data.name(item) for item in range(len(source.label_N))]
-        self.count = -(-len(self.names) // job.shard_size)
+        items = range(len(self.names))
+        self.shards = [items[first : first + job.shard_size] for first in items[:: job.shard_size]]
+        """the items of each"""
         facts = {
             "format": shards.FORMAT,
             "items": len(self.names),
@@ -192,10 +194,6 @@ class Encoder:
         except (OSError, ValueError, AttributeError) as error:
             reject("--out", out, f"cannot be used ({' '.join(str(error).split())})", "name another folder")
 
-    def items(self, shard: int) -> range:
-        size = self.job.shard_size
-        return range(shard * size, min((shard + 1) * size, len(self.names)))
-
     def _note(self, shard: int) -> Path:
         return self.job.out / PROGRESS / f"{shard:05d}.json"
 
@@ -216,7 +214,7 @@ class Encoder:
         Raises:
             ConfigError: the moments do not fit their type.
         """
-        items, skipped, kept = self.items(shard), {}, 0
+        items, skipped, kept = self.shards[shard], {}, 0
         moments = np.empty((len(items), 2, *self.source.shape), dtype=shards.DTYPES[self.job.dtype])
         for item, value in zip(items, self.source.read(items), strict=True):
             tick(1)
@@ -234,7 +232,7 @@ class Encoder:
             kept += 1
         if skipped and not self.job.skip_damaged:
             return len(skipped)
-        file = self.job.out / shards.shard_name(shard, self.count)
+        file = self.job.out / shards.shard_name(shard, len(self.shards))
         shards.write_tensors(file, {"moments": moments[:kept]})
         entry = shards.Shard(file.name, kept, file.stat().st_size, shards.file_digest(file))
         note = {"shard": asdict(entry), "skipped": {str(item): reason for item, reason in skipped.items()}}
@@ -243,7 +241,7 @@ class Encoder:
 
     def finished(self) -> shards.Index | None:
         """The index of a folder that lacks nothing; None also where index or items are damaged: `finish` makes them."""
-        if not all(self.done(shard) for shard in range(self.count)):
+        if not all(map(self.done, range(len(self.shards)))):
             return None
         try:
             index = shards.read_index(self.job.out, "--out")
@@ -253,8 +251,8 @@ class Encoder:
 
     def finish(self) -> shards.Index | None:
         """Write the index if every shard is done; None if some are not (another process is at them)."""
-        notes = [note for shard in range(self.count) if (note := self.done(shard))]
-        if len(notes) < self.count:
+        notes = [note for shard in range(len(self.shards)) if (note := self.done(shard))]
+        if len(notes) < len(self.shards):
             return None
         reasons = {int(item): reason for note in notes for item, reason in note["skipped"].items()}
         kept = [item for item in range(len(self.names)) if item not in reasons]
@@ -289,11 +287,10 @@ def run_encoding(encoder: Encoder, worker: Worker) -> shards.Index | None:
     finished = encoder.finished()
     if finished is not None:
         return finished
-    mine, damaged = range(worker.rank, encoder.count, worker.world), 0
-    sizes = {shard: len(encoder.items(shard)) for shard in mine}
+    mine, damaged = range(worker.rank, len(encoder.shards), worker.world), 0
     todo = [shard for shard in mine if encoder.done(shard) is None]
-    total = sum(sizes.values())
-    bar = tqdm(total=total, initial=total - sum(sizes[shard] for shard in todo), unit="image", mininterval=0.5,
+    total, left = (sum(len(encoder.shards[shard]) for shard in part) for part in (mine, todo))
+    bar = tqdm(total=total, initial=total - left, unit="image", mininterval=0.5,
                desc=f"latents of process 1/{worker.world}" if worker.world > 1 else "latents", smoothing=0.05,
                disable=worker.rank != 0)  # fmt: skip
     try:

@@ -29,10 +29,9 @@ from PIL import Image
 from promoe_ds.config.schema import reject
 from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.utils.files import above, hidden, walk
+from promoe_ds.utils.pictures import IMAGE_MODES
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's name of the pixel type, by model.channels"""
 MEMORY_LIMIT = 2**30
 """bytes of decoded pixels up to which a pack is held in memory (CIFAR-10: 154 MB; 50 classes at 64x64: 307 MB)"""
 LONGEST = 16
@@ -80,7 +79,7 @@ def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             mode = image.mode
             if not mode.startswith(("I", "F")):  # Pillow would cut 16-bit and float pixels at 255
-                return np.asarray(square(image.convert(MODES[channels]), size)).reshape(size, size, channels)
+                return np.asarray(square(image.convert(IMAGE_MODES[channels]), size)).reshape(size, size, channels)
     except Image.UnidentifiedImageError:  # whose own message shows an address in memory
         reject("data.path", where, "is not an image or its head is damaged", "replace the file")
     except Exception as error:  # a decoder fed with broken bytes raises OSError, SyntaxError, struct.error, ...
@@ -269,7 +268,7 @@ def open_images(path: str, *, split: str, channels: int, image_size: int) -> Fol
     Raises:
         ConfigError: no such path, a path that is neither, an unusable number of channels, or what the two report.
     """
-    if channels not in MODES:
+    if channels not in IMAGE_MODES:
         reject("model.channels", channels, "images have 1 channel (grey) or 3 (RGB)", "choose one of these")
     place = Path(path).expanduser()
     if os.path.isdir(place):  # unlike Path.is_dir, never an OSError of its own

@@ -110,7 +110,7 @@ class LatentShards(Latents):
 
     def moments(self, index: int, flip: bool) -> np.ndarray:
         number = self._shard(index)
-        if number not in self._mapped:
+        if number not in self._mapped:  # two threads may both map a shard, which does no harm
             self._mapped[number] = self._map(self.index.shards[number])
         return self._mapped[number][index - int(self._first[number]), int(flip)]
 
