@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from promoe_ds.data import build_dataset, shards
-from promoe_ds.data.batches import BatchMaker
+from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import SD_CODEC
@@ -72,7 +72,7 @@ def loader(args: argparse.Namespace) -> None:
         config = load_config("imagenet256_promoe_s", [f"data.path={folder}"])
         config = replace(config, train=replace(config.train, global_batch_size=args.batch))
         data = build_dataset(config)
-        maker = BatchMaker(config, data, 0, 1)
+        maker = BatchMaker(config, data, share_of(config, 0, 1))
         steps = iter(range(10**6))
         print(f"loader, whole step (order, posterior, flip, label drop, noise): "
               f"{rate(args.batch, lambda: maker.step(next(steps)), args.repeats)}")  # fmt: skip

@@ -51,6 +51,35 @@ class Batch:
         return Batch(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which rows of the global batch a rank holds."""
+
+    rank: int
+    world: int
+    micro: int
+    """m, images a forward"""
+    accumulation: int
+    """a, forwards an optimizer step"""
+
+    def rows(self, micro_step: int) -> np.ndarray:
+        """Global rows of micro-batch `micro_step`: int64 [m]."""
+        first = (micro_step * self.world + self.rank) * self.micro
+        return np.arange(first, first + self.micro, dtype=np.int64)
+
+
+def share_of(config: Config, rank: int, world: int) -> Share:
+    """Divide `train.global_batch_size` over ranks and micro-batches.
+
+    Raises:
+        ConfigError: it does not divide.
+        ValueError: `rank` is not in [0, world).
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of a world of {world}")
+    return Share(rank, world, *batch_plan(config, world))
+
+
 def item_path(config: Config, dataset: ImageDataset, step: int, row: int) -> str:
     """Path of the image or latent in a row of the global batch of optimizer step `step` (0-based), if it has one."""
     train = config.train
@@ -58,30 +87,18 @@ def item_path(config: Config, dataset: ImageDataset, step: int, row: int) -> str
 
 
 class BatchMaker:
-    """Pure: optimizer step -> the micro-batches of one rank.
+    """Pure: optimizer step -> the micro-batches of one rank."""
 
-    Raises:
-        ConfigError: the batch sizes do not divide.
-        ValueError: `rank` is not in [0, world).
-    """
-
-    def __init__(self, config: Config, dataset: ImageDataset, rank: int = 0, world: int = 1) -> None:
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of a world of {world}")
-        self.config, self.dataset = config, dataset
-        self.rank, self.world = rank, world
-        self.micro, self.accumulation = batch_plan(config, world)
-
-    def rows(self, micro_step: int) -> np.ndarray:
-        """Rows of the global batch in micro-batch `micro_step`: int64 [m]."""
-        first = (micro_step * self.world + self.rank) * self.micro
-        return np.arange(first, first + self.micro, dtype=np.int64)
+    def __init__(self, config: Config, dataset: ImageDataset, share: Share) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.share = share
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (0-based), in the order of accumulation."""
         train = self.config.train
         index_G = step_indices(train.seed, step, train.global_batch_size, len(self.dataset))
-        return [self._batch(step, index_G, self.rows(j)) for j in range(self.accumulation)]
+        return [self._batch(step, index_G, self.share.rows(j)) for j in range(self.share.accumulation)]
 
     def _batch(self, step: int, index_G: np.ndarray, rows: np.ndarray) -> Batch:
         flip_B = self._coin(step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
@@ -151,7 +168,7 @@ class BatchStream(Iterator[list[Batch]]):
     def __init__(self, config: Config, dataset: ImageDataset, rank: int, world: int, start_step: int = 0) -> None:
         if start_step < 0:
             raise ValueError(f"start_step {start_step} is negative")
-        maker = BatchMaker(config, dataset, rank, world)
+        maker = BatchMaker(config, dataset, share_of(config, rank, world))
         stop = threading.Event()
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=config.data.prefetch)
         self._failure: BaseException | None = None

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.processes import wait_until
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset
-from promoe_ds.data.batches import Batch, BatchMaker, BatchStream
+from promoe_ds.data.batches import Batch, BatchMaker, BatchStream, share_of
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.order import Purpose, step_indices
@@ -65,8 +65,8 @@ def test_ranks_hold_slices_of_one_global_batch(world: int, micro: int | None):
 
 
 def test_rows_of_a_micro_batch():
-    maker = BatchMaker(make_config(micro=3), DIGITS, rank=1, world=2)
-    assert [maker.rows(j).tolist() for j in range(maker.accumulation)] == [
+    share = share_of(make_config(micro=3), rank=1, world=2)
+    assert [share.rows(j).tolist() for j in range(share.accumulation)] == [
         [3, 4, 5],
         [9, 10, 11],
         [15, 16, 17],
@@ -203,7 +203,7 @@ def test_the_queue_is_bounded():
 def test_speed_of_the_noise():
     """64 images of latent size cost a few times what NumPy's own generator takes, which is not keyed by image."""
     config = replace(make_config(64), model=ModelConfig(image_size=32, channels=4))
-    maker, generator = BatchMaker(config, DIGITS, 0, 1), np.random.default_rng(0)
+    maker, generator = BatchMaker(config, DIGITS, share_of(config, 0, 1)), np.random.default_rng(0)
     ours, numpys = [], []
     for step in range(20):
         start = time.perf_counter()

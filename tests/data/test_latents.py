@@ -10,7 +10,7 @@ import torch
 
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset, shards
-from promoe_ds.data.batches import BatchMaker, item_path
+from promoe_ds.data.batches import BatchMaker, item_path, share_of
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
@@ -95,10 +95,10 @@ def test_half_precision_storage_costs_little(tmp_path: Path) -> None:
 def test_steps_draw_flips_and_posteriors_by_row_of_the_global_batch(tmp_path: Path) -> None:
     config = config_for(write_shards(tmp_path), hflip=True)
     data = build_dataset(config)
-    alone = BatchMaker(config, data, 0, 1).step(3)[0]
-    halves = [BatchMaker(config, data, rank, 2).step(3)[0] for rank in (0, 1)]
+    alone = BatchMaker(config, data, share_of(config, 0, 1)).step(3)[0]
+    halves = [BatchMaker(config, data, share_of(config, rank, 2)).step(3)[0] for rank in (0, 1)]
     assert torch.equal(alone.x_BCHW, torch.cat([half.x_BCHW for half in halves]))
-    assert not torch.equal(alone.x_BCHW, BatchMaker(config, data, 0, 1).step(4)[0].x_BCHW)
+    assert not torch.equal(alone.x_BCHW, BatchMaker(config, data, share_of(config, 0, 1)).step(4)[0].x_BCHW)
     gauss = row_generator(5, 3, 2, Purpose.POSTERIOR).standard_normal((4, 4, 4), dtype=np.float32)
     flip = row_generator(5, 3, 2, Purpose.FLIP).random() < 0.5
     candidates = [moments_of(item)[int(flip)] for item in range(ITEMS)]
@@ -177,7 +177,7 @@ def test_items_are_found_again(tmp_path: Path) -> None:
     assert tree.where(4) == f"{tmp_path}/a/dog/4.JPEG.latent.npz"
     assert packed.where(4) == f"{tmp_path}/shards/shard-00001-of-00003.safetensors (dog/4.JPEG.latent.npz)"
     config = config_for(tmp_path)
-    labels = BatchMaker(config, packed, 0, 1).step(3)[0].label_B.tolist()
+    labels = BatchMaker(config, packed, share_of(config, 0, 1)).step(3)[0].label_B.tolist()
     paths = [item_path(config, packed, 3, row) for row in range(8)]
     assert [path.partition("(")[2].partition("/")[0] for path in paths] == [CLASSES[label] for label in labels]
     assert item_path(config, Digits(), 3, 0) == ""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from promoe_ds.checkpoint import layout
 from promoe_ds.data import build_dataset
-from promoe_ds.data.batches import BatchMaker
+from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
 from tests.launch import run, torchrun
@@ -77,7 +77,7 @@ def same_run(run: Path, reference_run: Path) -> None:
 def test_some_ranks_have_nothing_to_route() -> None:
     """The premise of the runs below: ranks without a conditional image, but never all of them."""
     config = load_config("tiny", FEW)
-    maker = BatchMaker(config, build_dataset(config), 0, 1)
+    maker = BatchMaker(config, build_dataset(config), share_of(config, 0, 1))
     conditional = [(maker.step(i)[0].label_B != config.model.num_classes).view(4, 2).sum(1) for i in range(STEPS)]
     assert any((images_R == 0).any() for images_R in conditional) and all(n.sum() > 0 for n in conditional)
 

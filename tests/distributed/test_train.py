@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from benchmarks import topology_invariance
 from benchmarks.processes import PATIENCE, kill, wait_until
 from promoe_ds.checkpoint import layout
-from promoe_ds.data.batches import BatchMaker
+from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.order import step_indices
 from promoe_ds.recipes.load import load_config
@@ -242,7 +242,7 @@ def test_compiled_models_train_alike(tmp_path: Path) -> None:
         "blocks": ("zero2", "train.steps=4", "model.depth=2", "parallel.expert_parallel=1", *few),
     }
     config = load_config("tiny", [*few])
-    makers = [BatchMaker(config, Digits(), rank, 2) for rank in (0, 1)]
+    makers = [BatchMaker(config, Digits(), share_of(config, rank, 2)) for rank in (0, 1)]
     labelled = [[int((maker.step(s)[0].label_B < 10).sum()) for maker in makers] for s in range(4)]
     assert labelled == [[1, 0], [2, 2], [1, 0], [0, 2]], "every graph, and ranks that need different ones"
     runs = {name: (*case, "train.precision=fp32") for name, case in cases.items()}

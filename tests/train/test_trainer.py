@@ -10,7 +10,7 @@ import torch
 
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.data import build_dataset
-from promoe_ds.data.batches import BatchMaker
+from promoe_ds.data.batches import BatchMaker, share_of
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.recipes.load import load_config
@@ -36,7 +36,7 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     trainer.topology = type("T", (), {"device": torch.device("cpu")})()  # type: ignore[assignment]
     trainer.objective = make_objective(config.diffusion)
     trainer.aux_weights = {"routing_contrastive": 0.5}
-    (batch,) = BatchMaker(config, build_dataset(config), 0, 1).step(3)
+    (batch,) = BatchMaker(config, build_dataset(config), share_of(config, 0, 1)).step(3)
     _, (total, diffusion, contrastive) = trainer._forward(batch)
     seen: Any = trainer.engine
 
