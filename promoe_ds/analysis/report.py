@@ -62,7 +62,6 @@ class Writer:
             ConfigError: the folder cannot be written.
         """
         try:
-            out.mkdir(parents=True, exist_ok=True)
             old, new = _listed(out), list(self.files)
             write_text(out / FILES, json.dumps(sorted({*old, *new})))
             for name, data in self.files.items():
@@ -91,7 +90,7 @@ def _listed(out: Path) -> list[str]:
 
 
 def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, command: str) -> None:
-    """Write the folder.
+    """Write the folder, which `check_folder` and `prepare_folder` have seen.
 
     Args:
         summaries: of the model that the report is about, then of those it is compared with.
@@ -99,9 +98,8 @@ def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, comm
         command: the command line, shown in the report.
 
     Raises:
-        ConfigError: the folder holds something else or cannot be written.
+        ConfigError: the folder cannot be written.
     """
-    check_folder(out)
     writer, (first, *others) = Writer(), summaries
     sections = _training(writer, run) if run else []
     if first.observed.has_experts:
