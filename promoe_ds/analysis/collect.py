@@ -90,6 +90,7 @@ class Observed:
         self.place_N = np.sort(rng.choice(images * S, number, replace=False))
         """of the sampled tokens, among those of all images"""
         self.class_N = self.label_I[self.place_N // S]
+        """int64, of the image that each sampled token is from"""
         self.token_LND = np.zeros((L, number, self.config.model.width), np.float32)
         """inputs of the routers"""
         self.expert_LN = np.zeros((L, number), np.int64)
@@ -126,7 +127,7 @@ class Watcher:
         if self.observed.has_experts:
             return watching(model, self.see)
         block = self.observed.blocks[0]
-        mlp: Any = model.blocks[block].mlp
+        mlp: Any = model.blocks[block].mlp  # the handle of its hook is a context, which removes it
         return mlp.register_forward_hook(lambda _, args, __: self.see(block, None, args[0], None))
 
     def see(self, block: int, _: Router | None, x_BSD: Tensor, routing: Routing | None) -> None:
