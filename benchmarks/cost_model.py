@@ -139,7 +139,7 @@ def exchanges(config: Config, hw: Hardware, world: int, ep: int, accumulation: i
     tokens = config.model.tokens * config.train.global_batch_size / world / accumulation
     expert = 2 * 2 * config.model.width * flops.expert_hidden(config) * tokens
     shared = moe.num_shared * expert
-    null = flops.num_unconditional(config) * config.diffusion.label_drop * expert
+    null = (moe.num_unconditional if moe.conditional else 0) * config.diffusion.label_drop * expert
     speed = hw.peak_tflops * 1e12 * hw.efficiency
     hidden = [min(travel, hw.overlap * work / speed) for work in (shared, null, 2 * null, 2 * shared)]
     fixed = (hw.latency_us + hw.sync_us) * 1e-6

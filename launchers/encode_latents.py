@@ -15,7 +15,7 @@ if not __package__:
 from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
-from promoe_ds.data.images import MODES, open_images
+from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import DTYPES, verify
 from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, versions
@@ -78,7 +78,7 @@ def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | Conve
     device = ranks.pick_device(args.device)
     codec = open_codec(args.vae, device)
     try:
-        images = open_images(args.images, split=args.split, channels=max(MODES), image_size=args.size)
+        images = open_images(args.images, split=args.split, channels=3, image_size=args.size)
     except ConfigError as error:
         raise ConfigError(renamed(error, "--images")) from error
     return EncodedImages(images, codec, args.batch, device, args.precision)

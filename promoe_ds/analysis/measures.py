@@ -72,10 +72,8 @@ def subspace_similarity(w_EMD: np.ndarray, k: int) -> np.ndarray:
         k: at most min(M, D).
     """
     u_EMk = np.linalg.svd(np.asarray(w_EMD, dtype=np.float64), full_matrices=False)[0][:, :, :k]
-    E, M, _ = u_EMk.shape
-    flat_MEk = u_EMk.transpose(1, 0, 2).reshape(M, E * k)
-    gram = (flat_MEk.T @ flat_MEk).reshape(E, k, E, k)
-    return (gram**2).sum((1, 3)) / k
+    gram_EkEk = np.tensordot(u_EMk, u_EMk, (1, 1))
+    return (gram_EkEk**2).sum((1, 3)) / k
 
 
 def mean_of_pairs(matrix_EE: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The folder of an analysis: `report.html`, a PNG a figure, CSVs with every number."""
+"""The folder of an analysis: `report.html`, a PNG per figure, CSVs with every number."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
+from promoe_ds.analysis.collect import Observed
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
 from promoe_ds.config.schema import reject
 from promoe_ds.costs import flops
@@ -61,7 +62,6 @@ class Writer:
             ConfigError: the folder cannot be written.
         """
         try:
-            out.mkdir(parents=True, exist_ok=True)
             old, new = _listed(out), list(self.files)
             write_text(out / FILES, json.dumps(sorted({*old, *new})))
             for name, data in self.files.items():
@@ -90,7 +90,7 @@ def _listed(out: Path) -> list[str]:
 
 
 def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, command: str) -> None:
-    """Write the folder.
+    """Write the folder, which `check_folder` and `prepare_folder` have seen.
 
     Args:
         summaries: of the model that the report is about, then of those it is compared with.
@@ -98,17 +98,19 @@ def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, comm
         command: the command line, shown in the report.
 
     Raises:
-        ConfigError: the folder holds something else or cannot be written.
+        ConfigError: the folder cannot be written.
     """
-    check_folder(out)
     writer, (first, *others) = Writer(), summaries
     sections = _training(writer, run) if run else []
     if first.observed.has_experts:
-        sections += [*_use(writer, first), *_where(writer, first)]
-    sections += [*_tokens(writer, first), *_diversity(writer, first)]
-    if others:
-        sections.append(_comparison(writer, summaries))
+        sections += [("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(first))]
+        sections += [("Who uses which expert", _use(writer, first)), ("Token maps", _maps(writer, first.observed))]
+    sections.append(("Tokens", _tokens(writer, first)))
+    if first.observed.has_experts:
+        sections.append(("Diversity", _diversity(writer, first)))
     slug = slugs([s.observed.name for s in summaries])
+    if others:
+        sections.append(("Comparison", _comparison(writer, summaries, slug)))
     for s in summaries:
         prefix = "" if s is first else f"{slug[s.observed.name]}."
         writer.files |= {f"{prefix}{name}": text.encode() for name, text in csv_files(s).items()}
@@ -154,16 +156,14 @@ def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
     records = _records(run)
     if len(records) > 1:
         parts.append(writer.figure("training", draw.training(records), "Loss and busiest expert while training"))
-    for name, caption in (
-        ("experts.png", "EMA samples, one row a class, and the expert of each token in the last step (middle layer)"),
-        ("grid.png", "EMA samples, one row a class"),
-    ):
-        if (run / "samples" / name).is_file():
-            parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
-            break
+    samples = {"experts.png": ", and the expert of each token in the last step (middle layer)", "grid.png": ""}
+    name = next((name for name in samples if (run / "samples" / name).is_file()), None)
+    if name:
+        caption = f"EMA samples, one row per class{samples[name]}"
+        parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
     scores = _scores(run)
     shown = page.figures(*parts) + (page.table(*scores) if scores else "")
-    return [("Training", shown)] if shown != page.figures() else []
+    return [("Training", shown)] if parts or scores else []
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
@@ -179,32 +179,30 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
-    """RUN/metrics.json of launchers/evaluate.py as a table: a row a set of samples; None if there is no such file."""
+    """RUN/metrics.json of launchers/evaluate.py as a table: a row per set of samples; None if there is no such file."""
+
+    def short(samples: str) -> str:  # runs/digits/samples/cfg1.0/samples.npz is cfg1.0
+        path = Path(samples)
+        return path.parent.name if path.name == "samples.npz" else path.name
+
     try:
         sets = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["sets"]
         keys = [key for key, value in sets[0].items() if key.split("[")[0] in SCORES and value is not None]
-        rows = [[_short(str(s["samples"])), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
+        rows = [[short(str(s["samples"])), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
         return ["samples", *(key.replace("_", " ") for key in keys)], rows
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
 
 
-def _short(samples: str) -> str:
-    """runs/digits/samples/cfg1.0/samples.npz is cfg1.0."""
-    path = Path(samples)
-    return path.parent.name if path.name == "samples.npz" else path.name
-
-
 def _layer_table(s: Summary) -> str:
-    """A row a number, a column a layer, and what the number means."""
+    """A row per number, a column per layer, and what the number means."""
     keys = [key for key in COLUMNS if key in s.rows[0]]
     rows = [[COLUMNS[k][0], *(number(row.get(k, math.nan)) for row in s.rows), COLUMNS[k][1]] for k in keys]
     return page.table(["", *(f"block {int(row['block'])}" for row in s.rows), "meaning"], rows, words=True)
 
 
-def _use(writer: Writer, s: Summary) -> list[tuple[str, str]]:
+def _use(writer: Writer, s: Summary) -> str:
     o = s.observed
-    numbers = ("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(s))
     explained = "What explains the choice of expert: 0 nothing, 1 decides it; black: shuffled classes"
     shown = page.figures(
         writer.figure("load", draw.load(o), "Load of each expert, over all timesteps: 1 is even, 0 is dead"),
@@ -213,103 +211,79 @@ def _use(writer: Writer, s: Summary) -> list[tuple[str, str]]:
     for by in ("class", "timestep"):
         cut = by == "class" and len(o.classes) > draw.MOST_CLASSES
         more = f" (the {draw.MOST_CLASSES} most frequent)" if cut else ""
-        layers = [(i, o.blocks[i]) for i in draw.spread(len(o.blocks), draw.MOST_LAYERS)]
-        parts = [
-            writer.figure(f"use_by_{by}_block{block}", draw.use(o, i, by), f"Expert use by {by}{more}, block {block}")
-            for i, block in layers
-        ]
+        parts = []
+        for i in draw.spread(len(o.blocks), draw.MOST_LAYERS):
+            caption = f"Expert use by {by}{more}, block {o.blocks[i]}"
+            parts.append(writer.figure(f"use_by_{by}_block{o.blocks[i]}", draw.use(o, i, by), caption))
         shown += page.figures(*parts)
-    return [numbers, ("Who uses which expert", shown)]
+    return shown
 
 
-def _where(writer: Writer, s: Summary) -> list[tuple[str, str]]:
-    o = s.observed
-    middle = o.blocks[o.middle]
-    by_time = writer.figure(
-        "maps_by_timestep", draw.maps(o, "timestep"), f"Expert of each token by timestep, block {middle}"
-    )
-    time = f"{o.plan.timesteps[o.plan.middle]:g}"
-    by_layer = writer.figure("maps_by_layer", draw.maps(o, "layer"), f"Expert of each token by layer, timestep {time}")
+def _maps(writer: Writer, o: Observed) -> str:
     note = "A square is a token (a patch of the image), a colour an expert of that layer; white: no expert took it."
-    both = [by_time] if len(o.blocks) == 1 else [by_time, by_layer]
-    return [("Token maps", page.text(note) + page.figures(*both))]
+    captions = {"timestep": f"Expert of each token by timestep, block {o.blocks[o.middle]}"}
+    time = f"{o.plan.timesteps[o.plan.middle]:g}"
+    if len(o.blocks) > 1:
+        captions["layer"] = f"Expert of each token by layer, timestep {time}"
+    parts = [writer.figure(f"maps_by_{along}", draw.maps(o, along), text) for along, text in captions.items()]
+    return page.text(note) + page.figures(*parts)
 
 
-def _tokens(writer: Writer, s: Summary) -> list[tuple[str, str]]:
+def _tokens(writer: Writer, s: Summary) -> str:
     o = s.observed
-    place = (
-        f"{len(o.class_N)} tokens of block {o.blocks[o.middle]} at timestep {o.plan.timesteps[o.plan.middle]:g}, t-SNE"
-    )
-    kinds = [("cluster", "k-means cluster"), ("class", "class of the image")]
-    kinds = [("expert", "expert"), *kinds] if o.has_experts else kinds
+    time = f"{o.plan.timesteps[o.plan.middle]:g}"
+    place = f"{len(o.class_N)} tokens of block {o.blocks[o.middle]} at timestep {time}, t-SNE"
+    kinds = {"expert": "expert"} if o.has_experts else {}
+    kinds |= {"cluster": "k-means cluster", "class": "class of the image"}
     parts = [
         writer.figure(f"tsne_by_{by}", draw.scatter(s, by, f"by {name}"), f"Coloured by {name}: {place}")
-        for by, name in kinds
+        for by, name in kinds.items()
     ]
     note = (
         "Tokens as the router sees them (Fig. 6 of the paper), or as they enter a dense block. Where experts are "
         "specialised, the colours of the first figure form islands. Distances of t-SNE mean little; the ratios "
         "inter/intra are taken in the full space."
     )
-    numbers = "" if o.has_experts else _layer_table(s)
-    return [("Tokens", page.text(note) + page.figures(*parts) + numbers)]
+    return page.text(note) + page.figures(*parts) + ("" if o.has_experts else _layer_table(s))
 
 
-def _diversity(writer: Writer, s: Summary) -> list[tuple[str, str]]:
-    o = s.observed
-    if not o.has_experts:
-        return []
-    block = o.blocks[o.middle]
-    parts = []
-    if o.num_experts > 1:
-        parts += [
-            writer.figure("diversity", draw.diversity([s]), "Similarity of experts by layer (Fig. 1b); dotted: chance"),
-            writer.figure(
-                "similarity_out", draw.matrix(s.similar_out[o.middle], f"similarity, out, block {block}", 0, 1),
-                f"Subspaces that the experts of block {block} write",
-            ),
-        ]  # fmt: skip
-    if s.prototype_cos:
-        picture = draw.matrix(s.prototype_cos[o.middle], f"cosine of prototypes, block {block}", -1, 1)
-        parts.append(writer.figure("prototypes", picture, f"Prototypes (or centroids) of block {block}"))
-    note = (
+def _diversity(writer: Writer, s: Summary) -> str:
+    o, parts = s.observed, []
+    block, shown = o.blocks[o.middle], page.text(
         "Subspace similarity (Hu et al. 2021, Sec. 7.2): of the top-k singular vectors of two experts' matrices, on "
         "the side of the tokens: right ones of the first matrix, what an expert reads; left ones of the second, what "
         "it writes. The hidden units of each expert have an order of their own and are not compared."
-    )
-    extra = (
-        ""
-        if s.prototype_cos
-        else page.text(f"The router `{o.config.moe.router.name}` has no prototypes.")
-        if o.config.moe
-        else ""
-    )
-    return [("Diversity", page.text(note) + extra + page.figures(*parts))]
+    )  # fmt: skip
+    if o.num_experts > 1:
+        picture = draw.matrix(s.similar_out[o.middle], f"similarity, out, block {block}", 0, 1)
+        parts += [
+            writer.figure("diversity", draw.diversity([s]), "Similarity of experts by layer (Fig. 1b); dotted: chance"),
+            writer.figure("similarity_out", picture, f"Subspaces that the experts of block {block} write"),
+        ]
+    if s.prototype_cos:
+        picture = draw.matrix(s.prototype_cos[o.middle], f"cosine of prototypes, block {block}", -1, 1)
+        parts.append(writer.figure("prototypes", picture, f"Prototypes (or centroids) of block {block}"))
+    elif o.config.moe:
+        shown += page.text(f"The router `{o.config.moe.router.name}` has no prototypes.")
+    return shown + page.figures(*parts)
 
 
-def _comparison(writer: Writer, summaries: Sequence[Summary]) -> tuple[str, str]:
-    heads, rows = table(summaries)
-    writer.files["comparison.csv"] = to_csv(
-        [{"run": s.observed.name} | _all_means(s, summaries) for s in summaries]
-    ).encode()
+def _comparison(writer: Writer, summaries: Sequence[Summary], slug: dict[str, str]) -> str:
+    keys, parts = [key for key in COLUMNS if any(key in s.rows[0] for s in summaries)], []
+    means = [s.means() for s in summaries]
+    csv = [
+        {"run": s.observed.name} | {key: m.get(key, "") for key in keys} for s, m in zip(summaries, means, strict=True)
+    ]
+    writer.files["comparison.csv"] = to_csv(csv).encode()
     sparse = [s for s in summaries if s.observed.has_experts]
-    parts = []
     if sparse:
-        parts.append(
-            writer.figure("compare_diversity", draw.diversity(sparse), "Similarity of experts by depth; dotted: chance")
-        )
-    names = slugs([s.observed.name for s in summaries])
+        text = "Similarity of experts by depth; dotted: chance"
+        parts.append(writer.figure("compare_diversity", draw.diversity(sparse), text))
     for s in sparse:
-        o, slug = s.observed, names[s.observed.name]
-        parts.append(writer.figure(f"{slug}.tsne", draw.scatter(s, "expert", o.name), f"{o.name}: tokens by expert"))
-        parts.append(
-            writer.figure(f"{slug}.use", draw.use(o, o.middle, "class", o.name), f"{o.name}: experts by class")
-        )
+        o, name = s.observed, slug[s.observed.name]
+        parts += [
+            writer.figure(f"{name}.tsne", draw.scatter(s, "expert", o.name), f"{o.name}: tokens by expert"),
+            writer.figure(f"{name}.use", draw.use(o, o.middle, "class", o.name), f"{o.name}: experts by class"),
+        ]
     note = "Means over the MoE layers; what the columns mean stands under Numbers. `comparison.csv` has all digits."
-    return "Comparison", page.text(note) + page.table(heads, rows) + page.figures(*parts)
-
-
-def _all_means(s: Summary, summaries: Sequence[Summary]) -> dict[str, float | str]:
-    means = s.means()
-    keys = [key for key in COLUMNS if any(key in other.rows[0] for other in summaries)]
-    return {key: means.get(key, "") for key in keys}
+    return page.text(note) + page.table(*table(summaries)) + page.figures(*parts)

@@ -59,10 +59,10 @@ class Summary:
 
     observed: Observed
     rows: list[dict[str, float]]
-    """a row a layer: `block`, and those of `COLUMNS` that exist"""
+    """a row per layer: `block`, and those of `COLUMNS` that exist"""
     similar_in: list[np.ndarray]
     similar_out: list[np.ndarray]
-    """[E, E] a layer"""
+    """[E, E] per layer"""
     prototype_cos: list[np.ndarray]
     cluster_N: np.ndarray
     """k-means clusters of the middle layer's tokens"""
@@ -76,11 +76,6 @@ class Summary:
         return {key: float(np.mean(found)) for key, found in values.items() if found}
 
 
-def default_rank(observed: Observed) -> int:
-    """k of the subspaces: an eighth of the width, so that chance is 1/8."""
-    return max(1, observed.config.model.width // 8)
-
-
 def check_rank(config: Config, rank: int | None) -> None:
     """Raises `ConfigError` if an expert's matrices have no `rank` singular vectors."""
     if rank is None or config.moe is None:
@@ -91,52 +86,52 @@ def check_rank(config: Config, rank: int | None) -> None:
 
 
 def summarise(observed: Observed, rank: int | None = None) -> Summary:
-    """Everything the report shows, from one model's choices; k-means and t-SNE take seconds a layer."""
-    seed, middle = observed.plan.seed, observed.middle
-    clusters = [kmeans_clusters(x_ND, CLUSTERS, seed) for x_ND in observed.token_LND]
-    rank = rank or default_rank(observed)
-    similar_in = [subspace_similarity(w1.transpose(0, 2, 1), rank) for w1, _ in observed.experts]
-    similar_out = [subspace_similarity(w2, rank) for _, w2 in observed.experts]
-    prototypes = [cosines(torch.from_numpy(p_ED)).numpy() for p_ED in observed.prototype_LED]
+    """Everything the report shows, from one model's choices; k-means and t-SNE take seconds per layer.
+
+    Args:
+        rank: k of the subspaces; by default an eighth of the width, so that chance is 1/8.
+    """
+    o, seed, width = observed, observed.plan.seed, observed.config.model.width
+    rank = rank or max(1, width // 8)
+    clusters = [kmeans_clusters(x_ND, CLUSTERS, seed) for x_ND in o.token_LND]
+    similar_in = [subspace_similarity(w1.transpose(0, 2, 1), rank) for w1, _ in o.experts]
+    similar_out = [subspace_similarity(w2, rank) for _, w2 in o.experts]
+    prototypes = [cosines(torch.from_numpy(p_ED)).numpy() for p_ED in o.prototype_LED]
     rows = []
-    for layer, block in enumerate(observed.blocks):
-        x_ND = observed.token_LND[layer]
-        row = {"block": float(block)} | (_use(observed, layer) if observed.has_experts else {})
-        row |= {
-            "ratio_kmeans": distance_ratio(x_ND, clusters[layer]),
-            "ratio_class": distance_ratio(x_ND, observed.class_N),
-        }
-        if observed.has_experts:
-            row |= {
-                "similar_in": mean_of_pairs(similar_in[layer]),
-                "similar_out": mean_of_pairs(similar_out[layer]),
-                "chance": rank / observed.config.model.width,
-            }
-        if prototypes:
-            off = prototypes[layer][~np.eye(len(prototypes[layer]), dtype=bool)]
-            row |= {"prototype_cos": float(off.mean()), "prototype_cos_max": float(off.max())} if off.size else {}
+    for layer, block in enumerate(o.blocks):
+        row = {"block": float(block)} | (_use(o, layer) if o.has_experts else {})
+        row["ratio_kmeans"] = distance_ratio(o.token_LND[layer], clusters[layer])
+        row["ratio_class"] = distance_ratio(o.token_LND[layer], o.class_N)
+        if o.has_experts:
+            row["similar_in"] = mean_of_pairs(similar_in[layer])
+            row["similar_out"] = mean_of_pairs(similar_out[layer])
+            row["chance"] = rank / width
+        if prototypes and o.num_experts > 1:
+            row["prototype_cos"] = mean_of_pairs(prototypes[layer])
+            row["prototype_cos_max"] = float(
+                np.max(prototypes[layer], where=~np.eye(o.num_experts, dtype=bool), initial=-1)
+            )
         rows.append(row)
-    plane = tsne(observed.token_LND[middle], seed)
-    return Summary(observed, rows, similar_in, similar_out, prototypes, clusters[middle], plane)
+    plane_N2 = tsne(o.token_LND[o.middle], seed)
+    return Summary(o, rows, similar_in, similar_out, prototypes, clusters[o.middle], plane_N2)
 
 
 def _use(o: Observed, layer: int) -> dict[str, float]:
-    count_TCE, count_SE = o.count_LTCE[layer], o.count_LSE[layer]
-    load_1E = torch.from_numpy(count_TCE.sum((0, 1)))[None]
-    shown = count_TCE.sum((0, 1)).sum()
-    taken = o.expert_LN[layer] >= 0
+    count_TCE = o.count_LTCE[layer]
+    load_E = count_TCE.sum((0, 1))
+    load_1E, taken_N = torch.from_numpy(load_E)[None], o.expert_LN[layer] >= 0
     tokens = len(o.plan.timesteps) * o.config.model.tokens * o.images
     return {
         "load_max": float(max_over_mean(load_1E)),
         "load_entropy": float(load_entropy(load_1E)),
         "dead": float(dead_experts(load_1E)),
-        "nobody": o.nobody_L[layer] / max(1, tokens),
-        "gate": o.weight_L[layer] / max(1, shown),
+        "nobody": o.nobody_L[layer] / tokens,
+        "gate": o.weight_L[layer] / max(1, load_E.sum()),
         "by_class": explained_entropy(count_TCE.sum(0)),
         "class_chance": chance_entropy(o.count_LIE[layer], o.label_I, o.plan.seed),
         "by_time": explained_entropy(count_TCE.sum(1)),
-        "by_position": explained_entropy(count_SE),
-        "ratio_expert": distance_ratio(o.token_LND[layer][taken], o.expert_LN[layer][taken]),
+        "by_position": explained_entropy(o.count_LSE[layer]),
+        "ratio_expert": distance_ratio(o.token_LND[layer][taken_N], o.expert_LN[layer][taken_N]),
     }
 
 
@@ -148,7 +143,7 @@ def number(value: float) -> str:
 
 
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the comparison: a row a run, the means over its layers."""
+    """Heads and cells of the comparison: a row per run, the means over its layers."""
     means = [summary.means() for summary in summaries]
     keys = [key for key in COLUMNS if any(key in mean for mean in means)]
     heads = ["run", "step", *(COLUMNS[key][0] for key in keys)]
@@ -156,9 +151,6 @@ def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
         [s.observed.name, str(s.observed.step), *(number(mean.get(key, math.nan)) for key in keys)]
         for s, mean in zip(summaries, means, strict=True)
     ]
-
-
-# --------------------------------------------------------------------------------------------------------------- CSV
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -173,27 +165,22 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 def csv_files(s: Summary) -> dict[str, str]:
     """File name -> text."""
     o = s.observed
-    files = {"layers.csv": to_csv(s.rows)}
     points = zip(s.plane_N2, o.expert_LN[o.middle], s.cluster_N, o.class_N, strict=True)
-    files["tokens.csv"] = to_csv(
-        [{"x": p[0], "y": p[1], "expert": e, "cluster": k, "class": o.classes[c]} for p, e, k, c in points]
-    )
+    tokens = [{"x": p[0], "y": p[1], "expert": e, "cluster": k, "class": o.classes[c]} for p, e, k, c in points]
+    files = {"layers.csv": to_csv(s.rows), "tokens.csv": to_csv(tokens)}
     if not o.has_experts:
         return files
     experts = [f"expert_{e}" for e in range(o.num_experts)]
 
-    def counts(group: str, names: Sequence[Any], count_LGE: np.ndarray) -> str:
+    def counts(group: str, names: Sequence[Any], count_LGE: Sequence[np.ndarray] | np.ndarray) -> str:
         return to_csv([
-            {"block": block, group: name} | dict(zip(experts, count_LGE[layer, g].tolist(), strict=True))
-            for layer, block in enumerate(o.blocks) for g, name in enumerate(names)
+            {"block": block, group: name} | dict(zip(experts, count_E.tolist(), strict=True))
+            for block, count_GE in zip(o.blocks, count_LGE, strict=True)
+            for name, count_E in zip(names, count_GE, strict=True)
         ])  # fmt: skip
 
     files["use_by_class.csv"] = counts("class", o.classes, o.count_LTCE.sum(1))
     files["use_by_timestep.csv"] = counts("timestep", o.plan.timesteps, o.count_LTCE.sum(2))
     files["use_by_position.csv"] = counts("position", range(o.config.model.tokens), o.count_LSE)
-    for name, matrices in (
-        ("similarity_in", s.similar_in), ("similarity_out", s.similar_out), ("prototypes", s.prototype_cos)
-    ):  # fmt: skip
-        if matrices:
-            files[f"{name}.csv"] = counts("expert", range(o.num_experts), np.stack(matrices))
-    return files
+    matrices = {"similarity_in": s.similar_in, "similarity_out": s.similar_out, "prototypes": s.prototype_cos}
+    return files | {f"{k}.csv": counts("expert", range(o.num_experts), v) for k, v in matrices.items() if v}

@@ -3,7 +3,7 @@
 All figures are sums over the ranks, for the ring's share of each collective (see `parallel/meter.py`); divide by W for
 a rank. fp32 gradients and parameters under fp32 and bf16_autocast, 2 bytes under bf16.
 
-Legend: T routed tokens a step over all ranks, K experts a token, D width, L MoE layers, E experts, W world size, ep
+Legend: T routed tokens per step over all ranks, K experts per token, D width, L MoE layers, E experts, W world size, ep
 expert-parallel degree, P_r routed parameters, P_d the other trained ones.
 """
 
@@ -41,14 +41,14 @@ def trained(config: Config) -> tuple[int, int]:
 
 
 def _padded(elements: int, ranks: int) -> int:
-    """ZeRO 1 and 2 pad a flat group to a multiple of 2 elements a rank (DeepSpeed 0.19.8, NCCL's alignment)."""
+    """ZeRO 1 and 2 pad a flat group to a multiple of 2 elements per rank (DeepSpeed 0.19.8, NCCL's alignment)."""
     return -(-elements // (2 * ranks)) * 2 * ranks
 
 
 def gradients(config: Config, world: int, ep: int, stage: int = 1, multi_rank: bool = True) -> int:
     """Stages 0 to 2 all-reduce: 2 (W-1) P_d + 2 (W/ep - 1) P_r elements, whatever `reduce_scatter` says (0.19.8).
 
-    Once a step at stages 0 and 1; stage 2, which keeps no whole gradients, after every micro-batch.
+    Once per step at stages 0 and 1; stage 2, which keeps no whole gradients, after every micro-batch.
 
     Args:
         multi_rank: DeepSpeed's `use_multi_rank_bucket_allreduce`; without it stages 1 and 2 reduce each gradient to the
@@ -81,7 +81,7 @@ def counts(config: Config, world: int, ep: int, accumulation: int = 1) -> int:
 
 
 def all_to_all_expected(config: Config, ep: int) -> float:
-    """4 K T D b (1 - 1/ep) a layer: dispatch and combine, forward and backward, for routing without locality.
+    """4 K T D b (1 - 1/ep) per layer: dispatch and combine, forward and backward, for routing without locality.
 
     T counts the conditional images that label dropping leaves on average. It is the least there is, since a token's
     expert is remote with probability 1 - 1/ep.

@@ -52,22 +52,14 @@ def _params(config: Config) -> dict[str, Any]:
     return {**built, "activated": count.activated, "by_part": count.by_part}
 
 
-def _bucket_elements(zero: dict[str, Any], stage: int) -> int:
-    """Elements of the gradient buckets; two of them where reduction overlaps the backward pass."""
-    if stage == 0:
-        return 0
-    zero = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's own default
-    overlap = zero.get("overlap_comm", stage == 3)
-    return int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)) * (2 if overlap else 1)
-
-
 def _memory(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
-    ep = config.parallel.expert_parallel
-    buckets = _bucket_elements(ds.json["zero_optimization"], ds.stage)
-    device = flops.memory_per_gpu(config, world, ep, ds.stage, ds.offload, buckets)
-    host = flops.host_memory_per_rank(config, world, ep, ds.stage, ds.offload)
+    topology = config, world, config.parallel.expert_parallel, ds.stage, ds.offload
+    zero = {key: value for key, value in ds.json["zero_optimization"].items() if value != "auto"}  # its own default
+    buckets = 2 if zero.get("overlap_comm", ds.stage == 3) else 1  # one fills while the other is reduced
+    device = flops.memory_per_gpu(*topology, buckets * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)))
     parts = {name: size / GIB for name, size in device.items()}
-    return {**parts, "total": sum(parts.values()), "host": {name: size / GIB for name, size in host.items()}}
+    host = {name: size / GIB for name, size in flops.host_memory_per_rank(*topology).items()}
+    return {**parts, "total": sum(parts.values()), "host": host}
 
 
 def _groups(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
@@ -113,57 +105,39 @@ def report(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- rendering
-
-
-def _table(rows: list[tuple[str, str]]) -> list[str]:
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
     left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return [f"  {name:<{left}}  {value:>{right}}" for name, value in rows]
+    return "\n".join([title, *(f"  {name:<{left}}  {value:>{right}}" for name, value in rows)])
 
 
-def _render_params(params: dict[str, Any], flops: dict[str, float]) -> list[str]:
-    rows = [(name, f"{size:,}") for name, size in params["by_part"].items() if size]
-    rows += [(name, f"{params[name]:,}") for name in ("total", "trainable", "activated")]
-    speed = [
-        ("forward, an image", f"{flops['forward_gflops_per_image']:,.2f} GFLOP"),
-        ("training, an image", f"{flops['train_gflops_per_image']:,.2f} GFLOP"),
-        ("training, a step", f"{flops['train_tflops_per_step']:,.3f} TFLOP"),
-    ]
-    return ["Parameters", *_table(rows), "", "Work", *_table(speed)]
-
-
-def _size(gib: float) -> str:
-    return f"{gib:,.2f} GiB" if gib >= 1 else f"{gib * 1024:,.1f} MiB"
-
-
-def _render_memory(memory: dict[str, Any]) -> list[str]:
-    rows = [(name, _size(size)) for name, size in memory.items() if name != "host" and size]
-    lines = ["Memory a device (estimate)", *_table(rows)]
-    if memory["host"]:
-        host = [(name, _size(size)) for name, size in memory["host"].items()]
-        lines += ["", "Host memory a rank (offloaded)", *_table(host)]
-    return lines
-
-
-def _shown_groups(groups: list[list[int]]) -> str:
-    shown = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups]
-    return " ".join(shown if len(shown) <= 8 else [*shown[:4], "...", shown[-1]])
-
-
-def _render_groups(groups: dict[str, Any]) -> list[str]:
-    rows = [(name.replace("_", " "), str(value)) for name, value in groups.items() if not isinstance(value, list)]
-    shown = _shown_groups(groups["expert_parallel_groups"])
-    return ["Groups", *_table(rows), f"  expert-parallel groups of ranks: {shown}"]
+def _sizes(title: str, memory: dict[str, float]) -> str:
+    return _table(title, [(k, f"{v:,.2f} GiB" if v >= 1 else f"{v * 1024:,.1f} MiB") for k, v in memory.items() if v])
 
 
 def render(facts: dict[str, Any]) -> str:
     """The report as a page of aligned tables."""
-    sections = [
-        [f"# {facts['name']}"],
-        _render_params(facts["params"], facts["flops"]),
-        _render_memory(facts["memory_gib"]),
-        _render_groups(facts["groups"]),
-        ["Configuration", yaml.safe_dump(facts["config"], sort_keys=False).rstrip()],
-        ["DeepSpeed JSON", json.dumps(facts["ds_config"], indent=2)],
+    params, work, groups = facts["params"], facts["flops"], dict(facts["groups"])
+    sizes = {k: v for k, v in params["by_part"].items() if v} | {
+        name: params[name] for name in ("total", "trainable", "activated")
+    }
+    speed = [
+        ("forward, per image", f"{work['forward_gflops_per_image']:,.2f} GFLOP"),
+        ("training, per image", f"{work['train_gflops_per_image']:,.2f} GFLOP"),
+        ("training, per step", f"{work['train_tflops_per_step']:,.3f} TFLOP"),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections)
+    memory = dict(facts["memory_gib"])
+    host = memory.pop("host")
+    shown = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups.pop("expert_parallel_groups")]
+    shown = shown if len(shown) <= 8 else [*shown[:4], "...", shown[-1]]
+    sections = [
+        f"# {facts['name']}",
+        _table("Parameters", [(name, f"{size:,}") for name, size in sizes.items()]),
+        _table("Work", speed),
+        _sizes("Memory per device (estimate)", memory),
+        _sizes("Host memory per rank (offloaded)", host) if host else "",
+        _table("Groups", [(name.replace("_", " "), str(value)) for name, value in groups.items()])
+        + f"\n  expert-parallel groups of ranks: {' '.join(shown)}",
+        f"Configuration\n{yaml.safe_dump(facts['config'], sort_keys=False).rstrip()}",
+        f"DeepSpeed JSON\n{json.dumps(facts['ds_config'], indent=2)}",
+    ]
+    return "\n\n".join(filter(None, sections))

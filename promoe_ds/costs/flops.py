@@ -1,7 +1,7 @@
 """Parameters, floating-point operations and memory, from the configuration alone: no model is built.
 
-Legend: D width, S tokens an image, H hidden width of a dense MLP, F hidden width of an expert, E routed experts,
-K experts a token, W world size, ep expert-parallel degree. A MAC is one multiply-add; FLOPs = 2 * MACs.
+Legend: D width, S tokens per image, H hidden width of a dense MLP, F hidden width of an expert, E routed experts,
+K experts per token, W world size, ep expert-parallel degree. A MAC is one multiply-add; FLOPs = 2 * MACs.
 """
 
 from __future__ import annotations
@@ -41,13 +41,8 @@ PEAK_FLOPS = {
 def device_peak(name: str) -> float | None:
     """Peak dense bf16 FLOP/s of `torch.cuda.get_device_name()`; None where it is not known (a CPU, say)."""
     words = f" {name.replace('-', ' ').lower()} "
-    for part in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if f" {part.lower()} " in words:
-            return PEAK_FLOPS[part]
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------- parameters
+    known = [part for part in PEAK_FLOPS if f" {part.lower()} " in words]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 @dataclass(frozen=True)
@@ -86,14 +81,9 @@ def expert_hidden(config: Config) -> int:
     return int(config.moe.hidden_ratio * config.model.width) if config.moe else 0
 
 
-def dense_hidden(config: Config) -> int:
+def _dense_hidden(config: Config) -> int:
     """H."""
     return int(config.model.mlp_ratio * config.model.width)
-
-
-def num_unconditional(config: Config) -> int:
-    """Unconditional experts a layer that exist: none without the conditional split."""
-    return config.moe.num_unconditional if config.moe and config.moe.conditional else 0
 
 
 def experts_per_token(config: Config) -> int:
@@ -101,8 +91,8 @@ def experts_per_token(config: Config) -> int:
     return getattr(config.moe.router, "top_k", 1) if config.moe else 0
 
 
-def router_of(config: Config) -> Router:
-    """One layer's router, on `meta`: sizes cost nothing."""
+def _router(config: Config) -> Router:
+    """One layer's router on `meta`, where sizes cost nothing."""
     assert config.moe is not None
     with torch.device("meta"):
         return ROUTERS[config.moe.router.name](config.moe.router, config.moe.num_experts, config.model.width)
@@ -112,9 +102,13 @@ def count_parameters(config: Config) -> ParameterCount:
     """Exact sizes, equal to those of the built model (the dry run compares them)."""
     m, moe, D = config.model, config.moe, config.model.width
     layers = len(config.moe_layers())
-    expert = _mlp(D, expert_hidden(config))
     qk_norm = 4 * (D // m.heads) if m.qk_norm else 0
-    pixels = m.patch**2
+    pixels, expert, router = m.patch**2, _mlp(D, expert_hidden(config)), 0
+    experts = {"shared": 0, "unconditional": 0, "routed": 0}
+    if moe:
+        unconditional = moe.num_unconditional if moe.conditional else 0
+        experts = {"shared": moe.num_shared, "unconditional": unconditional, "routed": moe.num_experts}
+        router = sum(p.numel() for p in _router(config).parameters())
     by_part = {
         "patch_embedding": _linear(m.channels * pixels, D),
         "positions": m.tokens * D,
@@ -122,29 +116,13 @@ def count_parameters(config: Config) -> ParameterCount:
         "label_embedding": (m.num_classes + 1) * D,
         "attention": m.depth * (_linear(D, 3 * D) + _linear(D, D) + qk_norm),
         "adaln": m.depth * _linear(D, 6 * D),
-        "dense_mlp": (m.depth - layers) * _mlp(D, dense_hidden(config)),
-        "shared": layers * (moe.num_shared if moe else 0) * expert,
-        "unconditional": layers * num_unconditional(config) * expert,
-        "routed": layers * (moe.num_experts if moe else 0) * expert,
-        "router": layers * (sum(p.numel() for p in router_of(config).parameters()) if moe else 0),
+        "dense_mlp": (m.depth - layers) * _mlp(D, _dense_hidden(config)),
+        **{name: layers * number * expert for name, number in experts.items()},
+        "router": layers * router,
         "final": _linear(D, 2 * D) + _linear(D, pixels * m.out_channels),
     }
     idle = by_part["routed"] + by_part["unconditional"] - layers * experts_per_token(config) * expert
     return ParameterCount(by_part, sum(by_part.values()) - idle)
-
-
-# --------------------------------------------------------------------------------------------------------------- FLOPs
-
-
-def _moe_macs(config: Config, null_fraction: float) -> float:
-    """MACs a token in one MoE layer."""
-    assert config.moe is not None
-    one_expert = 2 * config.model.width * expert_hidden(config)
-    routed = experts_per_token(config) * one_expert + router_of(config).macs_per_token()
-    null = num_unconditional(config) * one_expert
-    if not config.moe.conditional:
-        null_fraction = 0.0
-    return config.moe.num_shared * one_expert + (1 - null_fraction) * routed + null_fraction * null
 
 
 def forward_macs(config: Config, null_fraction: float = 0.0) -> float:
@@ -153,15 +131,17 @@ def forward_macs(config: Config, null_fraction: float = 0.0) -> float:
     Args:
         null_fraction: share of null-label images, which meet the unconditional experts instead of K routed ones.
     """
-    m, D, S = config.model, config.model.width, config.model.tokens
-    moe_layers = len(config.moe_layers())
-    patch = m.patch**2
+    m, moe, D, S = config.model, config.moe, config.model.width, config.model.tokens
+    moe_layers, patch = len(config.moe_layers()), m.patch**2
     per_image = TIMESTEP_FREQUENCIES * D + D * D + m.depth * 6 * D * D + 2 * D * D
     per_token = m.channels * patch * D + D * patch * m.out_channels
     per_token += m.depth * (4 * D * D + 2 * S * D)  # projections; Q K^T and A V
-    per_token += (m.depth - moe_layers) * 2 * D * dense_hidden(config)
-    if moe_layers:
-        per_token += moe_layers * _moe_macs(config, null_fraction)
+    per_token += (m.depth - moe_layers) * 2 * D * _dense_hidden(config)
+    if moe and moe_layers:
+        expert, null = 2 * D * expert_hidden(config), null_fraction if moe.conditional else 0.0
+        routed = experts_per_token(config) * expert + _router(config).macs_per_token()
+        unconditional = moe.num_unconditional * expert
+        per_token += moe_layers * (moe.num_shared * expert + (1 - null) * routed + null * unconditional)
     return per_image + S * per_token
 
 
@@ -178,50 +158,30 @@ def train_flops(config: Config, null_fraction: float = 0.0) -> float:
     return 3 * forward_flops(config, null_fraction)
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Parameters held by one rank, and its even share of all of them under ZeRO.
+def _held_and_share(config: Config, world: int, ep: int) -> tuple[float, float]:
+    """Trained parameters held by one rank, and its even share of all of them under ZeRO.
 
     The routed part is sharded by ep first and by ZeRO over the expert-data-parallel group W/ep after that, so its ZeRO
     share is (P_routed / ep) / (W / ep) = P_routed / W, like that of the rest.
     """
-
-    held: float
-    share: float
-    fixed: int
-
-    @staticmethod
-    def of(config: Config, world: int, ep: int) -> _Shard:
-        count = count_parameters(config)
-        trainable, fixed = count.trainable, count.by_part["positions"]
-        return _Shard(trainable - count.routed + count.routed / ep, trainable / world, fixed)
+    count = count_parameters(config)
+    return count.trainable - count.routed + count.routed / ep, count.trainable / world
 
 
-def _optimizer_states(shard: _Shard, stage: int) -> dict[str, float]:
+def _optimizer_states(config: Config, world: int, ep: int, stage: int) -> dict[str, float]:
     """fp32 states of one rank. ZeRO keeps a master copy even of fp32 weights; stage 0 steps the weights themselves."""
-    elements = shard.share if stage else shard.held
-    return {
-        "master_weights": 4 * elements if stage else 0.0,
-        "adam_moments": 8 * elements,
-        "ema": 4 * elements,
-    }
-
-
-def micro_batch(config: Config, world: int) -> int:
-    """Images a rank a forward."""
-    return config.train.micro_batch_size or max(1, config.train.global_batch_size // world)
+    held, share = _held_and_share(config, world, ep)
+    elements = share if stage else held
+    return {"master_weights": 4 * elements if stage else 0.0, "adam_moments": 8 * elements, "ema": 4 * elements}
 
 
 def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> float:
-    """Bytes that autograd keeps of one block, a token. `wide`: residual stream and norms; `narrow`: matrix products."""
+    """Bytes that autograd keeps of one block per token; `wide`: residual stream, norms; `narrow`: matrix products."""
     D = config.model.width
     # wide: both norms' inputs and outputs; narrow: qkv and MLP inputs, q k v, attention output, both gated outputs
     kept = D * (4 * wide + 8 * narrow)
     if not is_moe or config.moe is None:
-        return kept + 2 * narrow * dense_hidden(config)
+        return kept + 2 * narrow * _dense_hidden(config)
     F, K = expert_hidden(config), experts_per_token(config)
     router = D * (4 if narrow == 4 else 8)  # normalised tokens, and their fp32 source where it is not kept anyway
     rows = K * (2 * narrow * D + 2 * narrow * F)  # rows in, hidden before and after GELU, rows out
@@ -234,25 +194,18 @@ def activation_bytes(config: Config, images: int) -> float:
     With activation checkpointing: each block's input, plus everything of one block; `selective` also keeps attention's
     output and, counted as if all came from other ranks, the rows of the experts before and after.
     """
-    wide = 2 if config.train.precision == "bf16" else 4
-    narrow = 4 if config.train.precision == "fp32" else 2
+    precision, checkpointing = config.train.precision, config.train.activation_checkpointing
+    wide, narrow = 2 if precision == "bf16" else 4, 4 if precision == "fp32" else 2
     m, moe_layers = config.model, set(config.moe_layers())
     blocks = [_block_activations(config, i in moe_layers, wide, narrow) for i in range(m.depth)]
     per_token = 2 * wide * m.width + narrow * m.width  # the final layer
-    if config.train.activation_checkpointing not in (False, "none"):
-        per_token += m.depth * wide * m.width + max(blocks)
-        if config.train.activation_checkpointing == "selective":
-            sharded = len(moe_layers) if config.parallel.expert_parallel > 1 else 0
-            per_token += narrow * m.width * (m.depth + 2 * experts_per_token(config) * sharded)
-    else:
-        per_token += sum(blocks)
+    if checkpointing in (False, "none"):
+        return images * m.tokens * (per_token + sum(blocks))
+    per_token += m.depth * wide * m.width + max(blocks)
+    if checkpointing == "selective":
+        sharded = len(moe_layers) if config.parallel.expert_parallel > 1 else 0
+        per_token += narrow * m.width * (m.depth + 2 * experts_per_token(config) * sharded)
     return images * m.tokens * per_token
-
-
-def _gradient_bytes(shard: _Shard, stage: int, offload: bool, narrow: int) -> float:
-    if stage < 2:
-        return narrow * shard.held
-    return 0.0 if offload else narrow * shard.share
 
 
 def _largest_block(config: Config, ep: int) -> float:
@@ -262,12 +215,6 @@ def _largest_block(config: Config, ep: int) -> float:
     if layers == 0:
         return common + count["dense_mlp"] / m.depth
     return common + (count["shared"] + count["unconditional"] + count["router"] + count["routed"] / ep) / layers
-
-
-def _gathered_bytes(config: Config, shard: _Shard, ep: int, stage: int, weight: int) -> float:
-    """Whole weights alive beside the shards: two blocks at stage 3; under autocast also the bf16 copies."""
-    whole = min(shard.held, 2 * _largest_block(config, ep)) * weight if stage == 3 else 0.0
-    return whole + (2 * shard.held if config.train.precision == "bf16_autocast" else 0.0)
 
 
 def memory_per_gpu(
@@ -280,17 +227,23 @@ def memory_per_gpu(
         offload: optimizer states (and the gradient shards of stages 2 and 3) in host memory.
         bucket_elements: elements in the gradient buckets of ZeRO (twice the bucket size if they overlap).
     """
-    shard = _Shard.of(config, world, ep)
+    held, share = _held_and_share(config, world, ep)
     size = 2 if config.train.precision == "bf16" else 4
-    states = _optimizer_states(shard, stage)
-    buckets = bucket_elements if stage else (min(STAGE0_BUCKET, shard.held) if world > 1 else 0)
+    # whole weights alive beside the shards: two blocks at stage 3; under autocast also the bf16 copies
+    copies = min(held, 2 * _largest_block(config, ep)) * size if stage == 3 else 0.0
+    if config.train.precision == "bf16_autocast":
+        copies += 2 * held
+    buckets = bucket_elements if stage else min(STAGE0_BUCKET, held) if world > 1 else 0
+    gradients = held if stage < 2 else share if not offload else 0.0
+    states = _optimizer_states(config, world, ep, stage)
+    micro = config.train.micro_batch_size or max(1, config.train.global_batch_size // world)
     return {
-        "weights": size * ((shard.share if stage == 3 else shard.held) + shard.fixed),
-        "weight_copies": _gathered_bytes(config, shard, ep, stage, size),
-        "gradients": _gradient_bytes(shard, stage, offload, size),
+        "weights": size * ((share if stage == 3 else held) + count_parameters(config).by_part["positions"]),
+        "weight_copies": copies,
+        "gradients": size * gradients,
         "gradient_buckets": float(size * buckets),
         **{name: 0.0 if offload else value for name, value in states.items()},
-        "activations": activation_bytes(config, micro_batch(config, world)),
+        "activations": activation_bytes(config, micro),
     }
 
 
@@ -298,5 +251,5 @@ def host_memory_per_rank(config: Config, world: int, ep: int, stage: int, offloa
     """Bytes of host memory that one rank needs for offloaded state; empty without offload."""
     if not offload:
         return {}
-    shard = _Shard.of(config, world, ep)
-    return {**_optimizer_states(shard, stage), "gradients": 4 * shard.share}
+    _, share = _held_and_share(config, world, ep)
+    return {**_optimizer_states(config, world, ep, stage), "gradients": 4 * share}

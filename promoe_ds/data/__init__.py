@@ -1,56 +1,18 @@
-"""Images in, micro-batches out: data sets (`digits`, `images`, `latents`), the global order (`order`), the stream
-(`batches`); `codecs` turn images into latents and back, `shards` is how latents lie on disk."""
+"""Images in, micro-batches out: data sets (`dataset`: `digits`, `images`, `latents`), the global order (`order`), the
+stream (`batches`); `codecs` turn images into latents and back, `shards` is how latents lie on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Protocol
 
 import numpy as np
-import torch
 
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.data.codecs import find_codec
+from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.data.images import PackedImages, open_images
-from promoe_ds.data.latents import Latents, open_latents
-
-
-class ImageDataset(Protocol):
-    """What the stream, the samplers and the scores need to know of a data set. B images, C channels, H = W size."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Names, in the order of the labels."""
-        ...
-
-    label_B: np.ndarray
-    """int64, of every image"""
-    left_out: int
-    """hidden names, and links to folders that are read already, which are no images of it"""
-
-    @property
-    def num_classes(self) -> int: ...
-
-    @property
-    def channels(self) -> int: ...
-
-    @property
-    def image_size(self) -> int:
-        """Side of an image in pixels, of a latent in cells."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (or scaled latents) float32 [B, C, H, W] in [-1, 1] and labels int64 [B] of `indices` int64 [B].
-
-        Safe in any thread.
-
-        Raises:
-            ConfigError: an image is missing or damaged; the message has its path.
-        """
-        ...
+from promoe_ds.data.latents import open_latents
 
 
 def fingerprint(dataset: ImageDataset) -> str:
@@ -58,7 +20,7 @@ def fingerprint(dataset: ImageDataset) -> str:
 
     Not the pixels, which would take hours to read: "1281167 images of 1000 classes, 5f3e...".
     """
-    digest = hashlib.blake2b(json.dumps(list(dataset.classes)).encode(), digest_size=8)
+    digest = hashlib.blake2b(json.dumps(dataset.classes).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(dataset.label_B, dtype="<i8").tobytes())
     return f"{len(dataset)} images of {dataset.num_classes} classes, {digest.hexdigest()}"
 
@@ -74,8 +36,17 @@ def build_dataset(config: Config) -> ImageDataset:
             reject("data.vae", config.data.vae, f"data.name={config.data.name} has no latents to decode", "remove it")
         find_codec(config.data.vae, "data.vae")
     dataset = _open(config)
-    _check_agreement(config, dataset)  # before `hold`, which takes seconds
-    return dataset.hold() if isinstance(dataset, PackedImages) else dataset
+    source = "data.name=digits" if config.data.name == "digits" else f"data.path={config.data.path}"
+    for key, what in (
+        ("num_classes", "class(es)"),
+        ("channels", "channel(s)"),
+        ("image_size", f"{dataset.unit} a side"),
+    ):
+        wanted, found = getattr(config.model, key), getattr(dataset, key)
+        if wanted != found:
+            way_out = f"set model.{key}={found} or choose other data"
+            reject(f"model.{key}", wanted, f"{source} has {found} {what}", way_out)
+    return dataset.hold() if isinstance(dataset, PackedImages) else dataset  # last: it takes seconds
 
 
 def _open(config: Config) -> ImageDataset:
@@ -91,17 +62,3 @@ def _open(config: Config) -> ImageDataset:
     if data.name == "latents":
         return open_latents(data.path)
     return open_images(data.path, split=data.split, channels=model.channels, image_size=model.image_size)
-
-
-def _check_agreement(config: Config, dataset: ImageDataset) -> None:
-    source = "data.name=digits" if config.data.name == "digits" else f"data.path={config.data.path}"
-    unit = "cells" if isinstance(dataset, Latents) else "pixels"
-    for key, found, what in (
-        ("num_classes", dataset.num_classes, "class(es)"),
-        ("channels", dataset.channels, "channel(s)"),
-        ("image_size", dataset.image_size, f"{unit} a side"),
-    ):
-        wanted = getattr(config.model, key)
-        if wanted != found:
-            way_out = f"set model.{key}={found} or choose other data"
-            reject(f"model.{key}", wanted, f"{source} has {found} {what}", way_out)

@@ -24,8 +24,7 @@ import torch
 
 from promoe_ds.config.batching import batch_plan
 from promoe_ds.config.schema import Config
-from promoe_ds.data import ImageDataset
-from promoe_ds.data.latents import Latents
+from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.data.order import Purpose, row_generator, step_indices
 from promoe_ds.utils.ranks import ALONE, Ranks
 
@@ -54,12 +53,7 @@ class Batch:
 
 
 def item_path(config: Config, dataset: ImageDataset, step: int, row: int) -> str:
-    """Path of the latent in a row of the global batch of optimizer step `step` (0-based); "" of pixels.
-
-    Pixels are bytes and always finite; a latent need not be.
-    """
-    if not isinstance(dataset, Latents):
-        return ""
+    """Path of the image or latent in a row of the global batch of optimizer step `step` (0-based), if it has one."""
     train = config.train
     return dataset.where(int(step_indices(train.seed, step, train.global_batch_size, len(dataset))[row]))
 
@@ -87,56 +81,34 @@ class BatchMaker:
         return [self._batch(step, index_G, self.rows(j)) for j in range(self.accumulation)]
 
     def _batch(self, step: int, index_G: np.ndarray, rows: np.ndarray) -> Batch:
-        x_BCHW, label_B = self._images(step, index_G[rows], rows)
-        drop_B = self._coin(step, rows, Purpose.DROP, self.config.diffusion.label_drop)
+        flip_B = self._coin(step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
+        x_BCHW, label_B = self.dataset.draw(
+            index_G[rows], flip_B, lambda shape: self._normal(step, rows, Purpose.POSTERIOR, shape)
+        )
+        drop_B = torch.from_numpy(self._coin(step, rows, Purpose.DROP, self.config.diffusion.label_drop))
         return Batch(
             x_BCHW=x_BCHW,
             label_B=label_B.masked_fill(drop_B, self.config.model.num_classes),
-            noise_BCHW=self._normal(step, rows, Purpose.NOISE, tuple(x_BCHW.shape[1:])),
-            gauss_B=self._normal(step, rows, Purpose.TIME, ()),
+            noise_BCHW=torch.from_numpy(self._normal(step, rows, Purpose.NOISE, tuple(x_BCHW.shape[1:]))),
+            gauss_B=torch.from_numpy(self._normal(step, rows, Purpose.TIME, ())),
             rows=torch.from_numpy(rows),
         )
 
-    def _images(self, step: int, index_B: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images or latents, flipped by coin, and their labels."""
-        flip_B = self._coin(step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
-        if isinstance(self.dataset, Latents):
-            return self.dataset.draw(
-                index_B, flip_B.numpy(), lambda shape: self._normal(step, rows, Purpose.POSTERIOR, shape).numpy()
-            )
-        x_BCHW, label_B = self.dataset.get(index_B)
-        return _mirror(x_BCHW, flip_B) if self.config.data.hflip else x_BCHW, label_B
+    def _generators(self, step: int, rows: np.ndarray, purpose: Purpose) -> Iterator[np.random.Generator]:
+        return (row_generator(self.config.train.seed, step, int(row), purpose) for row in rows)
 
-    def _coin(self, step: int, rows: np.ndarray, purpose: Purpose, probability: float) -> torch.Tensor:
+    def _coin(self, step: int, rows: np.ndarray, purpose: Purpose, probability: float) -> np.ndarray:
         """bool [B], true with `probability`."""
-        seed = self.config.train.seed
-        heads = [row_generator(seed, step, int(row), purpose).random() < probability for row in rows]
-        return torch.tensor(heads, dtype=torch.bool)
+        return np.array([rng.random() < probability for rng in self._generators(step, rows, purpose)])
 
-    def _normal(self, step: int, rows: np.ndarray, purpose: Purpose, shape: tuple[int, ...]) -> torch.Tensor:
+    def _normal(self, step: int, rows: np.ndarray, purpose: Purpose, shape: tuple[int, ...]) -> np.ndarray:
         """float32 [B, *shape], standard normal."""
-        seed = self.config.train.seed
-        out = np.empty((len(rows), *shape), dtype=np.float32)
-        for i, row in enumerate(rows):
-            out[i] = row_generator(seed, step, int(row), purpose).standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(out)
-
-
-def _mirror(x_BCHW: torch.Tensor, flip_B: torch.Tensor) -> torch.Tensor:
-    """Left and right exchanged where `flip_B`. In NumPy: torch would start a second pool of threads under this one."""
-    x, flip = x_BCHW.numpy(), flip_B.numpy()
-    return torch.from_numpy(np.where(flip[:, None, None, None], x[..., ::-1], x))
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What stopped the thread, on its way to the consumer."""
-
-    error: BaseException
+        draws = (rng.standard_normal(shape, dtype=np.float32) for rng in self._generators(step, rows, purpose))
+        return np.stack(list(draws))
 
 
 def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threading.Event) -> None:
-    """Body of the thread. A function, not a method: holding the stream would keep a forgotten one alive for ever."""
+    """Body of the thread. A function, not a method: holding the stream would keep a forgotten one alive forever."""
     try:
         for step in itertools.count(first_step):
             batches = maker.step(step)
@@ -144,7 +116,7 @@ def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threa
             if stop.is_set():
                 return
     except BaseException as error:  # whatever it is, it belongs to the consumer
-        ready.put(_Failure(error))
+        ready.put(error)
 
 
 def _shut(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
@@ -177,8 +149,8 @@ class BatchStream(Iterator[list[Batch]]):
             raise ValueError(f"start_step {start_step} is negative")
         maker = BatchMaker(config, dataset, ranks)
         stop = threading.Event()
-        self._ready: queue.Queue[list[Batch] | _Failure] = queue.Queue(maxsize=config.data.prefetch)
-        self._failure: _Failure | None = None
+        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=config.data.prefetch)
+        self._failure: BaseException | None = None
         thread = threading.Thread(
             target=_produce, args=(maker, start_step, self._ready, stop), name="batches", daemon=True
         )
@@ -189,9 +161,9 @@ class BatchStream(Iterator[list[Batch]]):
         if not self._finalizer.alive:
             raise StopIteration
         item = self._failure or self._ready.get()
-        if isinstance(item, _Failure):
+        if isinstance(item, BaseException):
             self._failure = item
-            raise item.error
+            raise item
         return item
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class Codec(ABC):
     Attributes:
         kind: AutoencoderKL, AutoencoderTiny, TAEF2 or identity.
         channels: C, of a latent.
-        factor: pixels a latent cell, per side.
+        factor: pixels per side of a latent cell.
         scale, shift: the model is trained on (z - shift) * scale.
         stochastic: `encode` gives mean and log-variance (M = 2C) of a Gaussian posterior, not a point (M = C).
         digest: BLAKE2b of the weight files, 32 hex digits: the same latents mean the same digest.
@@ -92,13 +92,20 @@ class Identity(Codec):
 
 
 class TAEF2(Codec):
-    """The tiny autoencoder of `taef2.py`, in float32."""
+    """The tiny autoencoder of `taef2.py`, in float32. Raises `ConfigError` for files that do not fit."""
 
-    kind, channels, factor = "TAEF2", taef2.LATENT, taef2.FACTOR
+    kind, channels, factor = "TAEF2", taef2.LATENT, 8
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, device: torch.device, digest: str = ""):
-        self.encoder, self.decoder = _frozen(encoder, device), _frozen(decoder, device)
-        self.digest = digest
+    def __init__(self, folder: Path, device: torch.device, option: str):
+        parts, files = (taef2.encoder(), taef2.decoder()), [folder / name for name in TAEF2_FILES]
+        for file, module in zip(files, parts, strict=True):
+            try:
+                module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
+            except Exception as error:  # unpickling garbage raises anything
+                conflict = f"is not TAEF2's state dict ({_brief(error)})"
+                reject(option, file, conflict, "copy it from madebyollin/taesd again")
+        self.encoder, self.decoder = (_frozen(module, device) for module in parts)
+        self.digest = _digest(*files)
 
     def encode(self, x_BCHW: Tensor) -> Tensor:
         return self.encoder(x_BCHW * 0.5 + 0.5)
@@ -108,18 +115,35 @@ class TAEF2(Codec):
 
 
 class Diffusers(Codec):
-    """An `AutoencoderKL` or `AutoencoderTiny` of diffusers, in float32."""
+    """An `AutoencoderKL` or `AutoencoderTiny` of diffusers, in float32. Raises `ConfigError` for files that do not fit.
 
-    def __init__(self, model: Any, device: torch.device, digest: str = ""):
-        config = model.config
-        self.kind, self.digest = type(model).__name__, digest
+    Args:
+        kind: which of the two.
+    """
+
+    def __init__(self, folder: Path, kind: str, device: torch.device, option: str):
+        import diffusers  # late: its import takes seconds
+
+        again = f"copy config.json and {WEIGHTS} again"
+        try:
+            model, report = getattr(diffusers, kind).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+            reject(option, folder, f"does not load as {kind} ({_brief(error)})", again)
+        wrong = [f"{name} is {what}" for what in ("missing", "unexpected") for name in sorted(report[f"{what}_keys"])]
+        wrong += [f"{key} has another shape" for key in report["mismatched_keys"]]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            reject(option, folder / WEIGHTS, f"does not fit its config.json: {wrong[0]}{more}", "copy both again")
+        self.kind, self.stochastic = kind, kind == "AutoencoderKL"
         self.model: Any = _frozen(model, device)
-        self.channels = config.latent_channels
-        self.stochastic = self.kind == "AutoencoderKL"
-        blocks = len(config.block_out_channels) if self.stochastic else len(config.encoder_block_out_channels)
-        self.factor = 2 ** (blocks - 1)
-        self.scale = float(config.scaling_factor or 1.0)
-        self.shift = float(getattr(config, "shift_factor", None) or 0.0)
+        self.channels = model.config.latent_channels
+        widths = model.config.block_out_channels if self.stochastic else model.config.encoder_block_out_channels
+        self.factor = 2 ** (len(widths) - 1)
+        self.scale = float(model.config.scaling_factor or 1.0)
+        self.shift = float(getattr(model.config, "shift_factor", None) or 0.0)
+        self.digest = _digest(folder / WEIGHTS)
 
     def encode(self, x_BCHW: Tensor) -> Tensor:
         encoded = self.model.encode(x_BCHW)
@@ -131,9 +155,6 @@ class Diffusers(Codec):
 
 def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
     return module.float().to(device).eval().requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------------------------------- opening
 
 
 def find_codec(path: str, option: str = "--vae") -> str:
@@ -177,35 +198,7 @@ def open_codec(path: str, device: torch.device | str = "cpu", option: str = "--v
     kind, folder, device = find_codec(path, option), Path(path).expanduser(), torch.device(device)
     if kind == Identity.kind:
         return Identity()
-    return _open_taef2(folder, device, option) if kind == TAEF2.kind else _open_diffusers(folder, kind, device, option)
-
-
-def _open_taef2(folder: Path, device: torch.device, option: str) -> TAEF2:
-    parts = (taef2.encoder(), taef2.decoder())
-    files = [folder / name for name in TAEF2_FILES]
-    for file, module in zip(files, parts, strict=True):
-        try:
-            module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
-        except Exception as error:  # unpickling garbage raises anything
-            reject(option, file, f"is not TAEF2's state dict ({_brief(error)})", "copy it from madebyollin/taesd again")
-    return TAEF2(*parts, device, _digest(*files))
-
-
-def _open_diffusers(folder: Path, kind: str, device: torch.device, option: str) -> Diffusers:
-    import diffusers  # late: its import takes seconds
-
-    try:
-        model, report = getattr(diffusers, kind).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        reject(option, folder, f"does not load as {kind} ({_brief(error)})", f"copy config.json and {WEIGHTS} again")
-    wrong = [f"{name} is {what}" for what in ("missing", "unexpected") for name in sorted(report[f"{what}_keys"])]
-    wrong += [f"{key} has another shape" for key in report["mismatched_keys"]]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        reject(option, folder / WEIGHTS, f"does not fit its config.json: {wrong[0]}{more}", "copy both again")
-    return Diffusers(model, device, _digest(folder / WEIGHTS))
+    return TAEF2(folder, device, option) if kind == TAEF2.kind else Diffusers(folder, kind, device, option)
 
 
 def _digest(*files: Path) -> str:

@@ -13,62 +13,29 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages
 from promoe_ds.data.latents import LatentTree
-from promoe_ds.data.shards import (
-    DTYPES,
-    FORMAT,
-    ITEMS,
-    Index,
-    Shard,
-    file_digest,
-    read_index,
-    shard_name,
-    write_index,
-    write_tensors,
-)
 from promoe_ds.utils.files import write_text
 from promoe_ds.utils.ranks import Ranks
 
 RECORD, PROGRESS = "encoding.json", "progress"
 AHEAD = 2
-"""batches decoded ahead of the codec"""
-CROP = "ADM: box halvings, bicubic to the shorter side, central square"
-
-
-class Source(Protocol):
-    """What is turned into shards: items in a fixed order."""
-
-    classes: list[str]
-    label_N: np.ndarray
-    codec: dict[str, Any]
-    shape: tuple[int, int, int]
-    """[M, h, w]"""
-    image_size: int
-    crop: str
-
-    def name(self, item: int) -> str: ...
-
-    def where(self, item: int) -> str:
-        """Option and path, for messages."""
-        ...
-
-    def read(self, items: range) -> Iterator[np.ndarray | str]:
-        """float32 [2, M, h, w] of each item in turn, or what is wrong with it."""
-        ...
+"""batches loaded ahead of the codec"""
 
 
 def renamed(error: ConfigError, option: str) -> str:
@@ -76,84 +43,90 @@ def renamed(error: ConfigError, option: str) -> str:
     return str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
 
 
-class EncodedImages:
-    """Image files through a codec: each image and its mirror image. Decoding runs ahead of the codec, on threads."""
+class Source(ABC):
+    """What is turned into shards: items in a fixed order.
+
+    Args:
+        data: names the items and their classes, and loads them.
+        codec: the record of what makes the moments.
+        shape: (M, h, w) of an item.
+        image_size: H, in pixels.
+    """
+
+    option: str
+    """of the launcher, which names the path of the data"""
+    crop: str
+    batch = 32
+
+    def __init__(
+        self, data: DecodedImages | LatentTree, codec: dict[str, Any], shape: tuple[int, ...], image_size: int
+    ):
+        self.data, self.codec, self.shape, self.image_size = data, codec, shape, image_size
+        self.classes, self.label_N, self.left_out = data.classes, data.label_B, data.left_out
+
+    @abstractmethod
+    def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
+        """What `data.load` gave of some items to float32 [2, M, h, w] of each."""
+
+    def where(self, item: int) -> str:
+        """Option and path, for messages."""
+        return f"{self.option}={self.data.where(item)}"
+
+    def read(self, items: range) -> Iterator[np.ndarray | str]:
+        """float32 [2, M, h, w] of each item in turn, or what is wrong with it. Loading runs ahead, on threads."""
+        waiting: deque[Iterator[np.ndarray | str]] = deque()
+        with ThreadPoolExecutor(thread_name_prefix="load") as pool:
+            for start in range(0, len(items), self.batch):
+                waiting.append(pool.map(self._tried, items[start : start + self.batch]))
+                if len(waiting) > AHEAD:
+                    yield from self._computed(list(waiting.popleft()))
+            while waiting:
+                yield from self._computed(list(waiting.popleft()))
+
+    def _tried(self, item: int) -> np.ndarray | str:
+        try:
+            return self.data.load(item)
+        except ConfigError as error:  # the other items are looked at all the same
+            return renamed(error, self.option)
+
+    def _computed(self, batch: list[np.ndarray | str]) -> Iterator[np.ndarray | str]:
+        whole = [loaded for loaded in batch if not isinstance(loaded, str)]
+        moments = iter(self.compute(whole) if whole else ())
+        return (loaded if isinstance(loaded, str) else next(moments) for loaded in batch)
+
+
+class EncodedImages(Source):
+    """Image files through a codec: each image and its mirror image."""
+
+    option, crop = "--images", "ADM: box halvings, bicubic to the shorter side, central square"
 
     def __init__(self, images: DecodedImages, codec: Codec, batch: int, device: torch.device, precision: str = "fp32"):
         if images.image_size % codec.factor:
             conflict = f"is not divisible by the {codec.factor} pixels of a latent cell of {codec.kind}"
             reject("--size", images.image_size, conflict, "choose another size")
         cells = images.image_size // codec.factor
-        self.classes, self.label_N, self.codec = images.classes, images.label_B, codec.record()
-        self.left_out = images.left_out
-        self.shape, self.image_size, self.crop = (codec.moments, cells, cells), images.image_size, CROP
-        self._images, self._codec, self._batch, self._device = images, codec, batch, device
-        self._bf16 = precision == "bf16"
-
-    def name(self, item: int) -> str:
-        return self._images.name(item)
-
-    def where(self, item: int) -> str:
-        return f"--images={self._images.where(item)}"
-
-    def _pixels(self, item: int) -> np.ndarray | str:
-        try:
-            return self._images.pixels(item)
-        except ConfigError as error:
-            return renamed(error, "--images")
-
-    def _decoded(self, items: range) -> Iterator[list[np.ndarray | str]]:
-        waiting: deque[list[Future]] = deque()
-        with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-            for start in range(0, len(items), self._batch):
-                waiting.append([pool.submit(self._pixels, item) for item in items[start : start + self._batch]])
-                if len(waiting) > AHEAD:
-                    yield [future.result() for future in waiting.popleft()]
-            for futures in waiting:
-                yield [future.result() for future in futures]
+        super().__init__(images, codec.record(), (codec.moments, cells, cells), images.image_size)
+        self.batch = batch
+        self._codec, self._device, self._bf16 = codec, device, precision == "bf16"
 
     @torch.inference_mode()
-    def _encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] to moments float32 [B, 2, M, h, w]."""
-        x_BCHW = torch.from_numpy(pixels_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
+        x_BCHW = torch.from_numpy(np.stack(loaded)).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             both = [self._codec.encode(x.contiguous()) for x in (x_BCHW, x_BCHW.flip(-1))]
         return torch.stack(both, dim=1).float().cpu().numpy()
 
-    def read(self, items: range) -> Iterator[np.ndarray | str]:
-        for batch in self._decoded(items):
-            whole = [pixels for pixels in batch if not isinstance(pixels, str)]
-            moments = iter(self._encode(np.stack(whole)) if whole else ())
-            for pixels in batch:
-                yield pixels if isinstance(pixels, str) else next(moments)
 
-
-class ConvertedTree:
+class ConvertedTree(Source):
     """An official tree of `.latent.npz` files, as it is."""
 
+    option, crop = "--from-latents", "as in the tree"
+
     def __init__(self, tree: LatentTree):
-        self.classes, self.label_N, self.codec, self.shape = tree.classes, tree.label_B, tree.codec, tree.shape
-        self.image_size, self.crop, self._tree = tree.shape[1] * tree.codec["factor"], "as in the tree", tree
-        self.left_out = tree.left_out
+        super().__init__(tree, tree.codec, tree.shape, tree.image_size * tree.codec["factor"])
 
-    def name(self, item: int) -> str:
-        return self._tree.names[item]
-
-    def where(self, item: int) -> str:
-        return f"--from-latents={self._tree.where(item)}"
-
-    def _both(self, item: int) -> np.ndarray | str:
-        try:
-            return self._tree.both(item)
-        except ConfigError as error:
-            return renamed(error, "--from-latents")
-
-    def read(self, items: range) -> Iterator[np.ndarray | str]:
-        with ThreadPoolExecutor(thread_name_prefix="read") as pool:
-            yield from pool.map(self._both, items)
-
-
-# --------------------------------------------------------------------------------------------------------------- job
+    def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -174,10 +147,12 @@ class Encoder:
 
     def __init__(self, source: Source, job: EncodeJob, command: str, versions: dict[str, str]):
         self.source, self.job = source, job
-        self.names = [source.name(item) for item in range(len(source.label_N))]
-        self.count = -(-len(self.names) // job.shard_size)
+        self.names = [source.data.name(item) for item in range(len(source.label_N))]
+        items = range(len(self.names))
+        self.shards = [items[first : first + job.shard_size] for first in items[:: job.shard_size]]
+        """the items of each"""
         facts = {
-            "format": FORMAT,
+            "format": shards.FORMAT,
             "items": len(self.names),
             "items_blake2b": self._items_digest(),
             "classes": len(source.classes),
@@ -206,25 +181,18 @@ class Encoder:
             # Listed before the record is looked for: a process that started earlier writes its record first.
             foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
             if path.exists():
-                self._compare(json.loads(path.read_text(encoding="utf-8")), facts)
+                record = json.loads(path.read_text(encoding="utf-8"))
+                for key, value in facts.items():
+                    if (old := record.get(key)) != value:
+                        conflict = f"holds latents of {key}={old}, this command has {key}={value}"
+                        reject("--out", out, conflict, "name another folder or remove this one")
             elif foreign:
                 reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
             else:
                 write_text(path, json.dumps({**about, **facts}, indent=1) + "\n")
             (out / PROGRESS).mkdir(exist_ok=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             reject("--out", out, f"cannot be used ({' '.join(str(error).split())})", "name another folder")
-
-    def _compare(self, found: Any, facts: dict[str, Any]) -> None:
-        for key, value in facts.items():
-            old = found.get(key) if isinstance(found, dict) else None
-            if old != value:
-                conflict = f"holds latents of {key}={old}, this command has {key}={value}"
-                reject("--out", self.job.out, conflict, "name another folder or remove this one")
-
-    def items(self, shard: int) -> range:
-        size = self.job.shard_size
-        return range(shard * size, min((shard + 1) * size, len(self.names)))
 
     def _note(self, shard: int) -> Path:
         return self.job.out / PROGRESS / f"{shard:05d}.json"
@@ -238,58 +206,61 @@ class Encoder:
             return None
         return note if whole else None
 
-    def make(self, shard: int, tick: Callable[[int], object], complain: Callable[[str], object]) -> int:
-        """Make one shard; returns how many of its items are damaged. With any, and no `skip_damaged`, nothing is
-        written, but the others have been looked at. Raises `ConfigError` if the moments do not fit their type."""
-        items, skipped = self.items(shard), {}
-        moments = np.empty((len(items), 2, *self.source.shape), dtype=DTYPES[self.job.dtype])
-        kept = 0
+    def make(self, shard: int, tick: Callable[[int], object]) -> int:
+        """Make one shard; returns how many of its items are damaged, which are told to the user.
+
+        With any, and no `skip_damaged`, nothing is written, but the others have been looked at.
+
+        Raises:
+            ConfigError: the moments do not fit their type.
+        """
+        items, skipped, kept = self.shards[shard], {}, 0
+        moments = np.empty((len(items), 2, *self.source.shape), dtype=shards.DTYPES[self.job.dtype])
         for item, value in zip(items, self.source.read(items), strict=True):
+            tick(1)
             if not isinstance(value, str) and not np.isfinite(value).all():
                 value = f"{self.source.where(item)}: its latent is not finite; replace the file"
             if isinstance(value, str):
                 skipped[item] = value
-                complain(value)
-            else:
-                with np.errstate(over="ignore"):  # what is too large for float16 is said below
-                    moments[kept] = value
-                if not np.isfinite(moments[kept]).all():
-                    conflict = f"the latent of {self.names[item]} is not finite in {self.job.dtype}"
-                    reject("--dtype", self.job.dtype, conflict, "use --dtype float32 and --precision fp32")
-                kept += 1
-            tick(1)
+                tqdm.write(f"damaged: {value}", sys.stderr)
+                continue
+            with np.errstate(over="ignore"):  # what is too large for float16 is said below
+                moments[kept] = value
+            if not np.isfinite(moments[kept]).all():
+                conflict = f"the latent of {self.names[item]} is not finite in {self.job.dtype}"
+                reject("--dtype", self.job.dtype, conflict, "use --dtype float32 and --precision fp32")
+            kept += 1
         if skipped and not self.job.skip_damaged:
             return len(skipped)
-        file = self.job.out / shard_name(shard, self.count)
-        write_tensors(file, {"moments": moments[:kept]})
-        entry = Shard(file.name, kept, file.stat().st_size, file_digest(file))
+        file = self.job.out / shards.shard_name(shard, len(self.shards))
+        shards.write_tensors(file, {"moments": moments[:kept]})
+        entry = shards.Shard(file.name, kept, file.stat().st_size, shards.file_digest(file))
         note = {"shard": asdict(entry), "skipped": {str(item): reason for item, reason in skipped.items()}}
         write_text(self._note(shard), json.dumps(note) + "\n")
         return 0
 
-    def finished(self) -> Index | None:
-        """The index of a folder that lacks nothing; None also where index or items are damaged: `finish` mends them."""
-        if not all(self.done(shard) for shard in range(self.count)):
+    def finished(self) -> shards.Index | None:
+        """The index of a folder that lacks nothing; None also where index or items are damaged: `finish` makes them."""
+        if not all(map(self.done, range(len(self.shards)))):
             return None
         try:
-            index = read_index(self.job.out, "--out")
-            return index if file_digest(self.job.out / ITEMS) == index.items_blake2b else None
+            index = shards.read_index(self.job.out, "--out")
+            return index if shards.file_digest(self.job.out / shards.ITEMS) == index.items_blake2b else None
         except (ConfigError, OSError):
             return None
 
-    def finish(self) -> Index | None:
+    def finish(self) -> shards.Index | None:
         """Write the index if every shard is done; None if some are not (another process is at them)."""
-        notes = [self.done(shard) for shard in range(self.count)]
-        if any(note is None for note in notes):
+        notes = [note for shard in range(len(self.shards)) if (note := self.done(shard))]
+        if len(notes) < len(self.shards):
             return None
-        reasons = {int(item): reason for note in notes if note for item, reason in note["skipped"].items()}
-        kept = np.array([item for item in range(len(self.names)) if item not in reasons], dtype=np.int64)
-        if not len(kept):
-            reject("--out", self.job.out, "every image is damaged", "mend them and start again in another folder")
-        names = "\n".join(self.names[item] for item in kept).encode()
-        tensors = {"label": self.source.label_N[kept].astype(np.int64), "names": np.frombuffer(names, np.uint8)}
-        write_tensors(self.job.out / ITEMS, tensors)
-        index = Index(
+        reasons = {int(item): reason for note in notes for item, reason in note["skipped"].items()}
+        kept = [item for item in range(len(self.names)) if item not in reasons]
+        if not kept:
+            reject("--out", self.job.out, "every image is damaged", "replace them and start again in another folder")
+        names = np.frombuffer("\n".join(self.names[item] for item in kept).encode(), np.uint8)
+        shards.write_tensors(self.job.out / shards.ITEMS, {"label": self.source.label_N[kept], "names": names})
+        index = shards.Index(
             classes=self.source.classes,
             items=len(kept),
             shape=[2, *self.source.shape],
@@ -297,25 +268,17 @@ class Encoder:
             image_size=self.source.image_size,
             crop=self.source.crop,
             codec=self.source.codec,
-            items_blake2b=file_digest(self.job.out / ITEMS),
-            shards=[Shard(**note["shard"]) for note in notes if note],
+            items_blake2b=shards.file_digest(self.job.out / shards.ITEMS),
+            shards=[shards.Shard(**note["shard"]) for note in notes],
             skipped=[{"name": self.names[item], "reason": reasons[item]} for item in sorted(reasons)],
         )
-        write_index(self.job.out, index)
+        shards.write_index(self.job.out, index)
         for leftover in [*self.job.out.glob(".shard-*.tmp"), *(self.job.out / PROGRESS).glob(".*.tmp")]:
             leftover.unlink(missing_ok=True)  # of processes that were killed
         return index
 
 
-def _progress(encoder: Encoder, mine: Sequence[int], ranks: Ranks) -> tqdm:
-    total = sum(len(encoder.items(shard)) for shard in mine)
-    done = sum(len(encoder.items(shard)) for shard in mine if encoder.done(shard))
-    who = f" of process 1/{ranks.world}" if ranks.world > 1 else ""
-    return tqdm(total=total, initial=done, desc=f"latents{who}", unit="image", disable=ranks.rank != 0,
-                mininterval=0.5, smoothing=0.05)  # fmt: skip
-
-
-def run_encoding(encoder: Encoder, ranks: Ranks) -> Index | None:
+def run_encoding(encoder: Encoder, ranks: Ranks) -> shards.Index | None:
     """Make this process's shards; the index where it is the last, else None.
 
     Raises:
@@ -324,19 +287,19 @@ def run_encoding(encoder: Encoder, ranks: Ranks) -> Index | None:
     finished = encoder.finished()
     if finished is not None:
         return finished
-    mine, damaged = range(ranks.rank, encoder.count, ranks.world), 0
+    mine, damaged = range(ranks.rank, len(encoder.shards), ranks.world), 0
+    todo = [shard for shard in mine if encoder.done(shard) is None]
+    total, left = (sum(len(encoder.shards[shard]) for shard in part) for part in (mine, todo))
+    bar = tqdm(total=total, initial=total - left, unit="image", mininterval=0.5,
+               desc=f"latents of process 1/{ranks.world}" if ranks.world > 1 else "latents", smoothing=0.05,
+               disable=ranks.rank != 0)  # fmt: skip
     try:
-        with _progress(encoder, mine, ranks) as bar:
-            for shard in mine:
-                if encoder.done(shard) is None:
-                    damaged += encoder.make(shard, bar.update, _complain)
+        with bar:
+            for shard in todo:
+                damaged += encoder.make(shard, bar.update)
         if damaged:
             conflict = f"{damaged} damaged image(s), named above; their shards are not written, all others are"
-            reject("--out", encoder.job.out, conflict, "mend them and run again, or add --skip-damaged")
+            reject("--out", encoder.job.out, conflict, "replace them and run again, or add --skip-damaged")
         return encoder.finish()
     except OSError as error:
         reject("--out", encoder.job.out, f"cannot be written ({error.strerror or error})", "make room and run again")
-
-
-def _complain(text: str) -> None:
-    tqdm.write(f"damaged: {text}", sys.stderr)

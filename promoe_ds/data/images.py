@@ -13,33 +13,31 @@ Shape suffixes: B images, H rows, W columns, C channels.
 from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
 
 from promoe_ds.config.schema import reject
+from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.utils.files import above, hidden, walk
+from promoe_ds.utils.pictures import IMAGE_MODES
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's name of the pixel type, by model.channels"""
 MEMORY_LIMIT = 2**30
 """bytes of decoded pixels up to which a pack is held in memory (CIFAR-10: 154 MB; 50 classes at 64x64: 307 MB)"""
 LONGEST = 16
 """sides of a picture are to each other as 1 to 16 at most; what is longer is cut at the ends before it is scaled"""
 FILL_CHUNK = 256
 """images a thread decodes at a time when a pack is read into memory"""
-
-
-# ------------------------------------------------------------------------------------------------------------ pixels
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -75,143 +73,79 @@ def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
         size: side in pixels.
 
     Raises:
-        ConfigError: not an image, damaged, or of more than 8 bits a channel.
+        ConfigError: not an image, damaged, or of more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode = image.mode
             if not mode.startswith(("I", "F")):  # Pillow would cut 16-bit and float pixels at 255
-                grey_or_rgb = image if mode == MODES[channels] else image.convert(MODES[channels])
-                pixels = np.asarray(square(grey_or_rgb, size))
-                return pixels.reshape(size, size, channels)
+                return np.asarray(square(image.convert(IMAGE_MODES[channels]), size)).reshape(size, size, channels)
+    except Image.UnidentifiedImageError:  # whose own message shows an address in memory
+        reject("data.path", where, "is not an image or its head is damaged", "replace the file")
     except Exception as error:  # a decoder fed with broken bytes raises OSError, SyntaxError, struct.error, ...
-        reject("data.path", where, _reason(error), "replace the file")
+        conflict = f"is damaged ({type(error).__name__}: {' '.join(str(error).split())})"
+        reject("data.path", where, conflict, "replace the file")
     reject("data.path", where, f"has pixels of mode {mode}", "convert it to 8 bits a channel")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):  # whose own message shows an address in memory
-        return "is not an image or its head is damaged"
-    return f"is damaged ({type(error).__name__}: {' '.join(str(error).split())})"
+class DecodedImages(ImageDataset):
+    """Images decoded when they are asked for, by a small pool of threads; or once and for all, by `hold`."""
 
+    held_BHWC: np.ndarray | None = None
+    """uint8, of all images"""
 
-def _to_tensors(x_BHWC: np.ndarray, label_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 pixels to float32 [B, C, H, W] in [-1, 1], labels to int64 [B]."""
-    x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
-    x_BCHW /= 127.5
-    x_BCHW -= 1
-    return torch.from_numpy(x_BCHW), torch.from_numpy(label_B.astype(np.int64))
-
-
-def _workers() -> ThreadPoolExecutor:
-    """Threads that decode side by side: Pillow releases the interpreter lock while it works."""
-    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
-
-
-class _Labelled:
-    """Names, labels and shape: what every data set of this file has. `left_out` counts names, as in `ClassTree`.
-
-    Args:
-        classes: names, in the order of the labels.
-        label_B: int64 labels of all images.
-        channels: 1 or 3.
-        image_size: side in pixels.
-    """
-
-    left_out = 0
-
-    def __init__(self, classes: list[str], label_B: np.ndarray, channels: int, image_size: int) -> None:
-        self.classes = classes
-        self.channels = channels
-        self.image_size = image_size
-        self.label_B = label_B
-
-    def __len__(self) -> int:
-        return len(self.label_B)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-
-class DecodedImages(_Labelled, ABC):
-    """Images decoded when they are asked for, by a small pool of threads."""
-
-    def __init__(self, classes: list[str], label_B: np.ndarray, channels: int, image_size: int) -> None:
-        super().__init__(classes, label_B, channels, image_size)
-        self._pool = _workers()
+    def __init__(self, classes: list[str], label_B: np.ndarray, channels: int, image_size: int, left_out: int = 0):
+        super().__init__(classes, label_B, channels, image_size, left_out)
+        # Threads decode side by side: Pillow releases the interpreter lock while it works.
+        self.pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
     @abstractmethod
     def name(self, index: int) -> str:
         """What tells image `index` from the others, wherever the data set lies."""
 
     @abstractmethod
-    def where(self, index: int) -> str:
-        """Path of image `index`, for messages."""
+    def read(self, index: int) -> bytes:
+        """Content of the file of image `index`. Raises `ConfigError`."""
 
-    @abstractmethod
-    def read(self, index: int) -> tuple[bytes, str]:
-        """Content of the file of image `index` and its path for messages; raises `ConfigError`."""
-
-    def pixels(self, index: int) -> np.ndarray:
+    def load(self, index: int) -> np.ndarray:
         """Image `index` as uint8 [H, W, C]. Raises `ConfigError` where it is missing or damaged."""
-        return decode(*self.read(index), self.channels, self.image_size)
+        return decode(self.read(index), self.where(index), self.channels, self.image_size)
 
-    def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 [B, C, H, W] in [-1, 1] and labels int64 [B] of `indices` int64 [B].
-
-        Raises:
-            ConfigError: an image is missing or damaged.
-            IndexError: an index is outside the data set.
-        """
-        label_B = self.label_B[indices]
-        return _to_tensors(np.stack(list(self._pool.map(self.pixels, map(int, indices)))), label_B)
-
-
-class HeldImages(_Labelled):
-    """The images of another data set, decoded once and held as uint8."""
-
-    def __init__(self, source: DecodedImages) -> None:
-        super().__init__(source.classes, source.label_B, source.channels, source.image_size)
-        self._x_BHWC = np.empty((len(source), self.image_size, self.image_size, self.channels), dtype=np.uint8)
+    def hold(self, memory_limit: int = MEMORY_LIMIT) -> Self:
+        """Decode everything now, unless the pixels take more than `memory_limit` bytes. Raises `ConfigError`."""
+        shape = (len(self), self.image_size, self.image_size, self.channels)
+        if math.prod(shape) > memory_limit:
+            return self
+        held_BHWC = np.empty(shape, dtype=np.uint8)
 
         def fill(start: int) -> None:
-            for index in range(start, min(start + FILL_CHUNK, len(source))):
-                self._x_BHWC[index] = source.pixels(index)
+            for index in range(start, min(start + FILL_CHUNK, len(self))):
+                held_BHWC[index] = self.load(index)
 
-        with _workers() as pool:
-            for _ in pool.map(fill, range(0, len(source), FILL_CHUNK)):
-                pass  # waiting for each raises its exception here
+        list(self.pool.map(fill, range(0, len(self), FILL_CHUNK)))  # a list raises what they raise
+        self.held_BHWC = held_BHWC
+        return self
 
     def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 [B, C, H, W] in [-1, 1] and labels int64 [B] of `indices` int64 [B].
-
-        Raises:
-            IndexError: an index is outside the data set.
-        """
-        return _to_tensors(self._x_BHWC[indices], self.label_B[indices])
-
-
-# ----------------------------------------------------------------------------------------------------------- folders
-
-
-@dataclass(frozen=True, eq=False)
-class ClassTree:
-    """The files of a tree with one folder a class; class ids are the ranks of the sorted folder names."""
-
-    classes: list[str]
-    names: list[str]
-    """paths relative to the tree, sorted within a class; strings: a million Paths would take a gigabyte"""
-    label_B: np.ndarray
-    """int64, of every file"""
-    left_out: int
-    """names that are hidden, or links to folders that are read already (`files.walk`)"""
+        label_B = torch.from_numpy(self.label_B[indices])
+        if self.held_BHWC is not None:
+            x_BHWC = self.held_BHWC[indices]
+        else:
+            x_BHWC = np.stack(list(self.pool.map(self.load, map(int, indices))))
+        x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
+        x_BCHW /= 127.5
+        x_BCHW -= 1
+        return torch.from_numpy(x_BCHW), label_B
 
 
-def list_tree(root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> ClassTree:
-    """The files of a class-per-folder tree, at any depth in their class.
+def list_tree(root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str], np.ndarray, int]:
+    """The files of a tree with one folder per class, at any depth in their class; class ids are the ranks of the names.
 
     Classes may be links, also two to one folder: each has its files. A link to the tree itself is no class.
+
+    Returns:
+        names of the classes, sorted; paths of the files relative to the tree, sorted within a class (as strings: a
+        million Paths would take a gigabyte); int64 labels of the files; how many names were left out (`files.walk`).
 
     Raises:
         ConfigError: the tree cannot be listed, has no class folders, or one of them has no such files.
@@ -237,16 +171,16 @@ def list_tree(root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> ClassTree:
         reject("data.path", root, "has no class folders", "put the images of each class in a folder of its own")
     label_B = np.repeat(np.arange(len(folders), dtype=np.int64), [len(names) for names in by_class])
     names = [name for names in by_class for name in names]
-    return ClassTree([folder.name for folder in folders], names, label_B, left_out)
+    return [folder.name for folder in folders], names, label_B, left_out
 
 
 class FolderImages(DecodedImages):
-    """A `ClassTree` of image files. Raises `ConfigError` as `list_tree`."""
+    """Image files of `list_tree`, whose errors it raises."""
 
     def __init__(self, root: Path, channels: int, image_size: int) -> None:
-        tree = list_tree(root)
-        super().__init__(tree.classes, tree.label_B, channels, image_size)
-        self.left_out, self._root, self._names = tree.left_out, root, tree.names
+        classes, self._names, label_B, left_out = list_tree(root)
+        super().__init__(classes, label_B, channels, image_size, left_out)
+        self._root = root
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -254,15 +188,12 @@ class FolderImages(DecodedImages):
     def where(self, index: int) -> str:
         return str(self._root / self._names[index])
 
-    def read(self, index: int) -> tuple[bytes, str]:
-        path = self._root / self._names[index]
+    def read(self, index: int) -> bytes:
+        path = self.where(index)
         try:
-            return path.read_bytes(), str(path)
+            return Path(path).read_bytes()
         except OSError as error:
             reject("data.path", path, f"cannot be read ({error.strerror})", "put the file back and start again")
-
-
-# ------------------------------------------------------------------------------------------------------------- packs
 
 
 def _load_arrays(path: Path, split: str) -> dict[str, np.ndarray]:
@@ -317,31 +248,18 @@ class PackedImages(DecodedImages):
             reject("data.path", path, f"split {split}: {flaw}", "write the pack again")
         classes = [str(name) for name in arrays["classes"]]
         super().__init__(classes, arrays["labels"].astype(np.int64), channels, image_size)
-        self._split, self._where = split, f"{path} ({split} image %d)"
-        self._jpeg = arrays["jpeg"]
-        self._offset = arrays["offsets"].astype(np.int64)
+        self._split, self._path = split, path
+        self._jpeg, self._offset = arrays["jpeg"], arrays["offsets"].astype(np.int64)
 
     def name(self, index: int) -> str:
         return f"{self._split}/{index}"
 
     def where(self, index: int) -> str:
-        return self._where % index
+        return f"{self._path} ({self._split} image {index})"
 
-    def read(self, index: int) -> tuple[bytes, str]:
+    def read(self, index: int) -> bytes:
         start, end = self._offset[index : index + 2]
-        return self._jpeg[start:end].tobytes(), self.where(index)
-
-    def hold(self, memory_limit: int = MEMORY_LIMIT) -> PackedImages | HeldImages:
-        """Decode everything now, unless the pixels take more than `memory_limit` bytes.
-
-        Raises:
-            ConfigError: an image is damaged.
-        """
-        pixel_bytes = len(self) * self.channels * self.image_size**2
-        return HeldImages(self) if pixel_bytes <= memory_limit else self
-
-
-# ----------------------------------------------------------------------------------------------------------- opening
+        return self._jpeg[start:end].tobytes()
 
 
 def open_images(path: str, *, split: str, channels: int, image_size: int) -> FolderImages | PackedImages:
@@ -350,7 +268,7 @@ def open_images(path: str, *, split: str, channels: int, image_size: int) -> Fol
     Raises:
         ConfigError: no such path, a path that is neither, an unusable number of channels, or what the two report.
     """
-    if channels not in MODES:
+    if channels not in IMAGE_MODES:
         reject("model.channels", channels, "images have 1 channel (grey) or 3 (RGB)", "choose one of these")
     place = Path(path).expanduser()
     if os.path.isdir(place):  # unlike Path.is_dir, never an OSError of its own

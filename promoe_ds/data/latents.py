@@ -4,6 +4,9 @@ Both hold the moments of the codec's posterior, of every image and of its mirror
 with flips). A training step draws its own sample of the posterior, keyed by (seed, step, row) as all else; the model
 sees x = (z - shift) * scale.
 
+Another layout is another subclass of `Latents`, which says where an item is and what its moments are; `open_latents`
+finds it by what lies at the path.
+
 Shape suffixes: B images, M channels of moments, C of a latent, h w latent cells.
 """
 
@@ -11,8 +14,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from promoe_ds.config.schema import reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import SD_SCALE
+from promoe_ds.data.dataset import Gauss, ImageDataset
 from promoe_ds.data.images import list_tree
 
 SUFFIX = ".latent.npz"
@@ -31,37 +34,24 @@ SD_CODEC = {"kind": "AutoencoderKL", "channels": 4, "factor": 8, "scale": SD_SCA
             "digest": ""}  # fmt: skip
 """what official files hold: unscaled moments of stabilityai/sd-vae-ft-mse, whose weights they do not name"""
 
-Gauss = Callable[[tuple[int, ...]], np.ndarray]
-"""shape [C, h, w] -> standard normal draws float32 [B, C, h, w]"""
 
+class Latents(ImageDataset):
+    """Moments by item.
 
-class Latents(ABC):
-    """Moments by item. `shape` is [M, h, w], `codec` the record of what made them, `left_out` as in `ClassTree`."""
+    Args:
+        shape: (M, h, w) of an item.
+        codec: the record of what made them.
+    """
 
-    left_out = 0
+    unit = "cells"
+    shape: tuple[int, ...]
 
-    def __init__(self, classes: list[str], label_B: np.ndarray, shape: tuple[int, int, int], codec: dict[str, Any]):
-        self.classes, self.label_B, self.shape, self.codec = classes, label_B, shape, codec
-
-    def __len__(self) -> int:
-        return len(self.label_B)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def channels(self) -> int:
-        return self.shape[0] // (2 if self.codec["stochastic"] else 1)
-
-    @property
-    def image_size(self) -> int:
-        """Side of a latent in cells."""
-        return self.shape[1]
-
-    @abstractmethod
-    def where(self, index: int) -> str:
-        """Path of item `index`, for messages."""
+    def __init__(
+        self, classes: list[str], label_B: np.ndarray, shape: tuple[int, ...], codec: dict[str, Any], left_out: int = 0
+    ):
+        channels = shape[0] // 2 if codec["stochastic"] else shape[0]
+        super().__init__(classes, label_B, channels, shape[1], left_out)
+        self.shape, self.codec = shape, codec
 
     @abstractmethod
     def moments(self, index: int, flip: bool) -> np.ndarray:
@@ -102,15 +92,13 @@ class LatentShards(Latents):
     """
 
     def __init__(self, folder: Path):
-        index = shards.read_index(folder)
-        items = shards.open_tensors(folder / shards.ITEMS)
-        label_B = items.get_tensor("label")
-        _, *shape = index.shape
-        super().__init__(index.classes, label_B, (shape[0], shape[1], shape[2]), index.codec)
-        if len(label_B) != index.items or sum(shard.items for shard in index.shards) != index.items:
+        self.folder, self.index = folder, shards.read_index(folder)
+        label_B = shards.open_tensors(folder / shards.ITEMS).get_tensor("label")
+        super().__init__(self.index.classes, label_B, tuple(self.index.shape[1:]), self.index.codec)
+        self._first = np.cumsum([0, *(shard.items for shard in self.index.shards)])
+        """number of the first item of each shard"""
+        if not len(label_B) == self._first[-1] == self.index.items:
             reject("data.path", folder, f"{shards.INDEX} and {shards.ITEMS} disagree about items", shards.AGAIN)
-        self.folder, self.index, self._files = folder, index, [folder / shard.file for shard in index.shards]
-        self._first = np.cumsum([0, *(shard.items for shard in index.shards)])
         self._mapped: dict[int, Any] = {}
 
     def _shard(self, index: int) -> int:
@@ -118,68 +106,68 @@ class LatentShards(Latents):
 
     def where(self, index: int) -> str:
         names = shards.open_tensors(self.folder / shards.ITEMS).get_tensor("names").tobytes().decode().split("\n")
-        return f"{self._files[self._shard(index)]} ({names[index]})"
+        return f"{self.folder / self.index.shards[self._shard(index)].file} ({names[index]})"
 
     def moments(self, index: int, flip: bool) -> np.ndarray:
         number = self._shard(index)
-        mapped = self._mapped.get(number)
-        if mapped is None:
-            mapped = self._map(number)
-        return mapped[index - int(self._first[number]), int(flip)]
+        if number not in self._mapped:  # two threads may both map a shard, which does no harm
+            self._mapped[number] = self._map(self.index.shards[number])
+        return self._mapped[number][index - int(self._first[number]), int(flip)]
 
-    def _map(self, number: int) -> Any:
-        file = self._files[number]
+    def _map(self, shard: shards.Shard) -> Any:
+        file, expected = self.folder / shard.file, [shard.items, *self.index.shape]
         mapped = shards.open_tensors(file).get_slice("moments")
-        expected = [self.index.shards[number].items, *self.index.shape]
         if mapped.get_shape() != expected:
             conflict = f"holds {mapped.get_shape()}, the index says {expected}"
             reject("data.path", file, conflict, f"remove it and {shards.AGAIN}")
-        return self._mapped.setdefault(number, mapped)
+        return mapped
 
 
 class LatentTree(Latents):
     """The official code's tree: CLASS/NAME.latent.npz, moments of stabilityai/sd-vae-ft-mse at 256 pixels.
 
-    A file an item is slow to read by the million; `launchers/encode_latents.py --from-latents` turns it into shards.
+    A file per item is slow to read by the million; `launchers/encode_latents.py --from-latents` turns it into shards.
 
     Raises:
         ConfigError: no class folders, one without latents, or a first file that is none.
     """
 
+    shape = ()
+    """of the first file, once it is read"""
+
     def __init__(self, root: Path):
-        tree = list_tree(root, (SUFFIX,))
-        self.root, self.names, self.left_out = root, tree.names, tree.left_out
-        pair = self._read(0)
-        shape = pair.shape[1:]
+        self.root = root
+        classes, self.names, label_B, left_out = list_tree(root, (SUFFIX,))
+        shape = self.load(0).shape[1:]
         if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
             conflict = f"holds {list(shape)}, not mean and log-variance [2C, h, h]"
-            reject("data.path", root / self.names[0], conflict, "name a tree of VAE moments")
-        super().__init__(tree.classes, tree.label_B, shape, SD_CODEC | {"channels": shape[0] // 2})
+            reject("data.path", self.where(0), conflict, "name a tree of VAE moments")
+        super().__init__(classes, label_B, shape, SD_CODEC | {"channels": shape[0] // 2}, left_out)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
 
     def where(self, index: int) -> str:
         return str(self.root / self.names[index])
 
-    def _read(self, index: int) -> np.ndarray:
-        path = self.root / self.names[index]
+    def load(self, index: int) -> np.ndarray:
+        """float32 [2, M, h, w]: moments of the image and of its mirror image. Raises `ConfigError`."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with np.load(self.where(index), allow_pickle=False) as archive:
                 keys = next((pair for pair in PAIRS if set(pair) <= set(archive.files)), None)
                 if keys is None:
                     raise ValueError(f"has the arrays {', '.join(archive.files)}, needs latent and latent_flip")
-                return np.stack([np.asarray(archive[key], dtype=np.float32).squeeze() for key in keys])
+                pair = np.stack([np.asarray(archive[key], dtype=np.float32).squeeze() for key in keys])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            reject("data.path", path, f"cannot be read ({' '.join(str(error).split())})", "encode the image again")
-
-    def both(self, index: int) -> np.ndarray:
-        """float32 [2, M, h, w]: moments of the image and of its mirror image. Raises `ConfigError`."""
-        pair = self._read(index)
-        if pair.shape[1:] != self.shape:
+            conflict = f"cannot be read ({' '.join(str(error).split())})"
+            reject("data.path", self.where(index), conflict, "encode the image again")
+        if self.shape and pair.shape[1:] != self.shape:
             conflict = f"holds {list(pair.shape[1:])}, other files {list(self.shape)}"
-            reject("data.path", self.root / self.names[index], conflict, "encode the image again")
+            reject("data.path", self.where(index), conflict, "encode the image again")
         return pair
 
     def moments(self, index: int, flip: bool) -> np.ndarray:
-        return self.both(index)[int(flip)]
+        return self.load(index)[int(flip)]
 
 
 def open_latents(path: str) -> LatentShards | LatentTree:
@@ -192,6 +180,6 @@ def open_latents(path: str) -> LatentShards | LatentTree:
     if not folder.is_dir():
         way_out = "name the --out of launchers/encode_latents.py, or a tree of CLASS/NAME.latent.npz"
         reject("data.path", path, "is not a folder", way_out)
-    if (folder / shards.INDEX).exists() or next(folder.glob("shard-*"), None) or (folder / "encoding.json").exists():
+    if any(folder.glob("shard-*")) or (folder / shards.INDEX).exists() or (folder / "encoding.json").exists():
         return LatentShards(folder)
     return LatentTree(folder)

@@ -97,18 +97,14 @@ def read_index(folder: Path, option: str = "data.path") -> Index:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reject(option, path, f"cannot be used ({' '.join(str(error).split())})", AGAIN)
     for shard in index.shards:
-        check_length(folder / shard.file, shard.bytes, option)
+        file = folder / shard.file
+        try:
+            found = file.stat().st_size
+        except OSError as error:
+            reject(option, file, f"cannot be read ({error.strerror})", f"copy it back, or {AGAIN}")
+        if found != shard.bytes:
+            reject(option, file, f"has {found} bytes, the index says {shard.bytes}", f"remove it and {AGAIN}")
     return index
-
-
-def check_length(path: Path, length: int, option: str) -> None:
-    """Raises `ConfigError` if a shard is missing or has not `length` bytes."""
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        reject(option, path, f"cannot be read ({error.strerror})", f"copy it back, or {AGAIN}")
-    if found != length:
-        reject(option, path, f"has {found} bytes, the index says {length}", f"remove it and {AGAIN}")
 
 
 def open_tensors(path: Path, option: str = "data.path") -> Any:

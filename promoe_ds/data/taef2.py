@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 WIDTH, POOLED, LATENT = 64, 256, 32
 """channels inside, inside a middle block's 1x1 part, and of a latent"""
-FACTOR = 8
-"""pixels a latent cell, per side"""
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -30,18 +28,13 @@ class Block(nn.Module):
 
     def __init__(self, middle: bool = False):
         super().__init__()
-        self.conv = nn.Sequential(
-            _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH)
-        )  # fmt: skip
+        first, second, third = (_conv(WIDTH, WIDTH) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
         self.fuse = nn.ReLU()
         self.pool = None
         if middle:
-            self.pool = nn.Sequential(
-                nn.Conv2d(WIDTH, POOLED, 1, bias=False),
-                nn.GroupNorm(4, POOLED),
-                nn.ReLU(),
-                nn.Conv2d(POOLED, WIDTH, 1, bias=False),
-            )
+            inner, outer = nn.Conv2d(WIDTH, POOLED, 1, bias=False), nn.Conv2d(POOLED, WIDTH, 1, bias=False)
+            self.pool = nn.Sequential(inner, nn.GroupNorm(4, POOLED), nn.ReLU(), outer)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.pool is None else x + self.pool(x)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset, fingerprint
-from promoe_ds.data.images import FolderImages, HeldImages
+from promoe_ds.data.images import FolderImages, PackedImages
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 
 DIGITS = Config(moe=None, model=ModelConfig(image_size=8, channels=1, num_classes=10))
@@ -98,4 +98,5 @@ def test_a_pack_is_held(tree: Path):
         train_labels=np.array([1]),
     )
     dataset = build_dataset(images_config(path))
-    assert isinstance(dataset, HeldImages) and dataset.get(np.array([0]))[1].tolist() == [1]
+    assert isinstance(dataset, PackedImages) and dataset.held_BHWC is not None
+    assert dataset.get(np.array([0]))[1].tolist() == [1]

@@ -39,9 +39,12 @@ class Poisoned:
     def __len__(self) -> int:
         return len(self.real)
 
-    def get(self, indices: Any) -> Any:
+    def where(self, index: int) -> str:
+        return self.real.where(index)
+
+    def draw(self, *args: Any) -> Any:
         self.calls += 1
-        x, label = self.real.get(indices)
+        x, label = self.real.draw(*args)
         return (x * float("nan") if self.calls == 3 and self.rank == 1 else x), label
 
 
