@@ -103,8 +103,10 @@ class BatchMaker:
 
     def _normal(self, step: int, rows: np.ndarray, purpose: Purpose, shape: tuple[int, ...]) -> np.ndarray:
         """float32 [B, *shape], standard normal."""
-        draws = (rng.standard_normal(shape, dtype=np.float32) for rng in self._generators(step, rows, purpose))
-        return np.stack(list(draws))
+        out = np.empty((len(rows), *shape), dtype=np.float32)
+        for i, rng in enumerate(self._generators(step, rows, purpose)):
+            rng.standard_normal(dtype=np.float32, out=out[i, ...])  # in place: a stack of rows would be copied
+        return out
 
 
 def _produce(maker: BatchMaker, first_step: int, ready: queue.Queue, stop: threading.Event) -> None:
