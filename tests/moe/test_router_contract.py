@@ -233,7 +233,7 @@ def test_sizes_and_names(name: str) -> None:
         found == (parameters, macs)
         and flops.count_parameters(config).by_part["router"] == len(config.moe_layers()) * parameters
     )
-    assert flops.router_of(config).macs_per_token() == macs
+    assert flops._router(config).macs_per_token() == macs
     assert kind.Config is type(config.moe.router) and kind.Config().name == name
     assert all(b.is_floating_point() for b in layer.router.buffers())
     assert inspect.getdoc(kind.forward)

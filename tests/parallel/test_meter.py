@@ -7,7 +7,6 @@ import torch
 
 from promoe_ds.models.compiled import compile_model
 from promoe_ds.models.dit import DiT
-from promoe_ds.moe.router import RoutingContext
 from promoe_ds.parallel.meter import Meter
 from promoe_ds.recipes.load import load_config
 from tests.models.test_dit import awake
@@ -22,7 +21,7 @@ def model_of(*overrides: str) -> DiT:
 def parts(model: DiT) -> list[str]:
     """The parts of a step that took time, experts entered and left alike."""
     meter = Meter(model, CPU)
-    out = model(torch.randn(3, 1, 8, 8), torch.rand(3), RoutingContext.build(torch.tensor([1, 2, 10]), 10, CPU))
+    out = model(torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 2, 10]))
     forward = meter.seconds["experts"]
     out.prediction.sum().backward()
     assert meter.stack == ["other"] and (forward == 0 or meter.seconds["experts"] > forward)
