@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def test_a_dead_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A `b` (c)!\n[x](gone.md) [y](#a-b-c) [z](#nowhere) [w](https://x.y)\n`launchers/gone.py --a`\n")
     assert dead_links(page) == ["gone.md", "#nowhere"] and missing_files(page) == ["launchers/gone.py"]
+
+
+def test_the_tables_of_options_are_those_of_the_schema() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "options.py"))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "run python docs/options.py"
 
 
 def test_every_command_and_make_target_that_is_named_exists() -> None:

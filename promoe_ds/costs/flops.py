@@ -245,7 +245,7 @@ def activation_bytes(config: Config, images: int) -> float:
     m, moe_layers = config.model, set(config.moe_layers())
     blocks = [_block_activations(config, i in moe_layers, wide, narrow) for i in range(m.depth)]
     per_token = 2 * wide * m.width + narrow * m.width  # the final layer
-    if config.train.activation_checkpointing not in (False, "none"):
+    if config.train.activation_checkpointing != "none":
         per_token += m.depth * wide * m.width + max(blocks)
         if config.train.activation_checkpointing == "selective":
             sharded = len(moe_layers) if config.parallel.expert_parallel > 1 else 0

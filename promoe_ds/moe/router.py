@@ -261,12 +261,6 @@ def check_quota(router: Any, config: Config, images: int, pool: str) -> None:
         )
 
 
-def check_not_negative(router: Any, *keys: str) -> None:
-    for key in keys:
-        if getattr(router, key) < 0:
-            reject(f"moe.router.{key}", getattr(router, key), "must not be negative", "0 turns it off")
-
-
 def images_a_forward(config: Config) -> int:
     """Images in a forward pass of one process alone: what is sure before the number of processes is known."""
     return config.train.micro_batch_size or config.train.global_batch_size

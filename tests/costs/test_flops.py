@@ -222,7 +222,7 @@ def test_precision_sets_the_width_of_the_weights() -> None:
 
 
 def test_activation_checkpointing_keeps_one_block() -> None:
-    kept = memory(2, 1, 1, False, "train.activation_checkpointing=true")["activations"]
+    kept = memory(2, 1, 1, False, "train.activation_checkpointing=block")["activations"]
     assert kept < memory(2)["activations"] / 5
 
 

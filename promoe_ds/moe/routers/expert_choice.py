@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig
+from promoe_ds.config.schema import RouterConfig, option
 from promoe_ds.moe.router import (
     Router,
     Routing,
@@ -30,8 +30,7 @@ from promoe_ds.moe.router import (
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoiceConfig(RouterConfig):
     name: str = "expert_choice"
-    top_k: int = 1
-    """K, experts a token on average"""
+    top_k: int = option(1, "K, experts per token on average")
 
     def validate(self, config: Any) -> None:
         check_top_k(self, config)

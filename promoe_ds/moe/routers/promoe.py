@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig, option
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.losses import centroid_sums, load_balance, routing_contrastive, sums_over_scope
@@ -22,7 +22,6 @@ from promoe_ds.moe.router import (
     Routing,
     RoutingContext,
     at_least_fp32,
-    check_not_negative,
     check_top_k,
     register_router,
     top_experts,
@@ -38,29 +37,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @dataclass(frozen=True, kw_only=True)
 class ProMoEConfig(RouterConfig):
     name: str = "promoe"
-    top_k: int = 1
-    """K, experts a token"""
-    activation: Literal["identity", "sigmoid", "softmax"] = "identity"
-    """A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"""
-    alpha: float = 1.0
-    """scale of the cosine, Eq. (4)"""
-    contrastive_weight: float = 1.0
-    """lambda_RCL, per MoE layer"""
-    temperature: float = 0.07
-    """tau of Eq. (6)"""
-    contrastive_scope: Literal["global", "rank"] = "global"
-    """global: centroids over the micro-batch of all ranks (independent of the topology); rank: each rank's own tokens,
-    averaged, as in the official code"""
-    balance_weight: float = 0.0
-    """weight of a load-balance loss beside it, per MoE layer and in the same scope (Tab. 12: it does not help); at 0 it
-    is not computed"""
+    top_k: int = option(1, "K, experts per token")
+    activation: Literal["identity", "sigmoid", "softmax"] = option(
+        "identity", "A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"
+    )
+    alpha: float = option(1.0, "scale of the cosine, Eq. (4)", above=0)
+    contrastive_weight: float = option(1.0, "lambda_RCL, per MoE layer", at_least=0, change="finetune")
+    temperature: float = option(0.07, "tau of Eq. (6)", above=0, change="finetune")
+    contrastive_scope: Literal["global", "rank"] = option(
+        "global",
+        "global: centroids over the micro-batch of all ranks (independent of the topology); rank: each rank's own "
+        "tokens, averaged, as in the official code",
+        change="finetune",
+    )
+    balance_weight: float = option(
+        0.0,
+        "weight of a load-balance loss beside it, per MoE layer and in the same scope (Tab. 12: it does not help); "
+        "at 0 it is not computed",
+        at_least=0,
+        change="finetune",
+    )
 
     def validate(self, config: Any) -> None:
         check_top_k(self, config)
-        for key in ("alpha", "temperature"):
-            if getattr(self, key) <= 0:
-                reject(f"moe.router.{key}", getattr(self, key), "must be positive", "choose a value above 0")
-        check_not_negative(self, "contrastive_weight", "balance_weight")
 
 
 class PrototypicalRouter(Router):

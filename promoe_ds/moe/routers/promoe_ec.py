@@ -13,14 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig, option
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
 from promoe_ds.moe.router import (
     Routing,
     RoutingContext,
     at_least_fp32,
-    check_not_negative,
     check_quota,
     check_top_k,
     register_router,
@@ -32,21 +31,18 @@ from promoe_ds.moe.routers.promoe import PrototypicalRouter
 @dataclass(frozen=True, kw_only=True)
 class ProMoEECConfig(RouterConfig):
     name: str = "promoe_ec"
-    top_k: int = 1
-    """K, experts a token on average"""
-    contrastive_weight: float = 1.0
-    """lambda_RCL, per MoE layer"""
-    temperature: float = 0.07
-    """tau of Eq. (6)"""
-    contrastive_scope: Literal["global", "rank"] = "global"
-    """the mean over conditional images: of all ranks, or of each rank, averaged, as in the official code"""
+    top_k: int = option(1, "K, experts per token on average")
+    contrastive_weight: float = option(1.0, "lambda_RCL, per MoE layer", at_least=0, change="finetune")
+    temperature: float = option(0.07, "tau of Eq. (6)", above=0, change="finetune")
+    contrastive_scope: Literal["global", "rank"] = option(
+        "global",
+        "the mean over conditional images: of all ranks, or of each rank, averaged, as in the official code",
+        change="finetune",
+    )
 
     def validate(self, config: Any) -> None:
         check_top_k(self, config)
         check_quota(self, config, 1, "an image")
-        check_not_negative(self, "contrastive_weight")
-        if self.temperature <= 0:
-            reject("moe.router.temperature", self.temperature, "must be positive", "choose a value above 0")
 
 
 @register_router("promoe_ec")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig
+from promoe_ds.config.schema import RouterConfig, option
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.losses import load_balance, sums_over_scope
 from promoe_ds.moe.router import (
@@ -22,7 +22,6 @@ from promoe_ds.moe.router import (
     Routing,
     RoutingContext,
     at_least_fp32,
-    check_not_negative,
     check_top_k,
     register_router,
     top_experts,
@@ -32,16 +31,21 @@ from promoe_ds.moe.router import (
 @dataclass(frozen=True, kw_only=True)
 class TokenChoiceConfig(RouterConfig):
     name: str = "token_choice"
-    top_k: int = 1
-    """K, experts a token"""
-    balance_weight: float = 0.01
-    """weight of the load-balance loss, per MoE layer; at 0 it is computed and logged, not trained"""
-    balance_scope: Literal["global", "rank"] = "global"
-    """global: shares over the micro-batch of all ranks; rank: each rank's own, averaged, as in the official code"""
+    top_k: int = option(1, "K, experts per token")
+    balance_weight: float = option(
+        0.01,
+        "weight of the load-balance loss, per MoE layer; at 0 it is computed and logged, not trained",
+        at_least=0,
+        change="finetune",
+    )
+    balance_scope: Literal["global", "rank"] = option(
+        "global",
+        "global: shares over the micro-batch of all ranks; rank: each rank's own, averaged, as in the official code",
+        change="finetune",
+    )
 
     def validate(self, config: Any) -> None:
         check_top_k(self, config)
-        check_not_negative(self, "balance_weight")
 
 
 @register_router("token_choice")

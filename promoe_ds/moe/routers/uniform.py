@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import RouterConfig
+from promoe_ds.config.schema import RouterConfig, option
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32, check_top_k, register_router
 
@@ -21,8 +21,7 @@ from promoe_ds.moe.router import Router, Routing, RoutingContext, at_least_fp32,
 @dataclass(frozen=True, kw_only=True)
 class UniformConfig(RouterConfig):
     name: str = "uniform"
-    top_k: int = 1
-    """K, experts a token"""
+    top_k: int = option(1, "K, experts per token")
 
     def validate(self, config: Any) -> None:
         check_top_k(self, config)
