@@ -49,7 +49,7 @@ from promoe_ds.moe.router import RoutingContext, auxiliary_losses
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import How, draw_pixels
-from promoe_ds.utils.command_line import guarded, leave
+from promoe_ds.utils.command_line import launcher
 from promoe_ds.utils.files import write_text
 
 NULL, DROP = moe_peers.NULL_LABEL, 0.1
@@ -234,7 +234,7 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
         def work(clock: Clock) -> None:
             moe_peers.use_loop(promoe, loop)
             for block in promoe.blocks:
-                if block.is_moe:
+                if isinstance(block.mlp, MoELayer):
                     block.mlp.routed.experts.backend = backend
             step(clock)
 
@@ -384,4 +384,5 @@ def run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    leave(lambda: guarded(run, sys.argv[1:]))
+    _, console = launcher(run)
+    console()

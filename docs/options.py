@@ -50,7 +50,7 @@ def table(config: Config, path: str) -> str:
         above, _, key = name.rpartition(".")
         if above == path and option.doc:
             cells = (f"`{name}`", default(value), values(hints[key], option), option.doc)
-            rows.append(f"| {' | '.join(cells)} | {CHANGE.get(option.change, option.change)} |")
+            rows.append(f"| {' | '.join(cells)} | {CHANGE.get(str(option.change), option.change)} |")
     return "\n".join(rows) if len(rows) > 2 else "It has no options."
 
 

@@ -36,7 +36,7 @@ from promoe_ds.sampling.job import (
     run_job,
     run_of,
 )
-from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, parse_scales, parse_steps
+from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, parse_scales, parse_steps
 from promoe_ds.utils.ranks import pick_device, worker_from
 
 EXAMPLES = """examples:
@@ -243,14 +243,7 @@ def sharing_experts(sampler: Sampler, args: argparse.Namespace) -> Iterator[Samp
         )
 
 
-def main() -> int:
-    return guarded(sample, sys.argv[1:])
-
-
-def console() -> None:
-    """The command promoe-sample."""
-    leave(main)
-
+main, console = launcher(sample)
 
 if __name__ == "__main__":
     console()

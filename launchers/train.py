@@ -71,14 +71,13 @@ def prepare_environment() -> None:
 
 def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.costs.dry_run import render, report
-    from promoe_ds.parallel import ds_config, ds_values
+    from promoe_ds.parallel import ds_config
     from promoe_ds.parallel.topology import world_size
 
     world = world_size() if args.world is None else args.world
     if args.check_files:
         check_files(args, config)
     ds = ds_config.resolve(args.ds_config, config, world)
-    ds_values.check_values(args.ds_config, ds)
     facts = report(config, ds, world)
     print(json.dumps(facts) if args.json else render(facts))
     return 0
@@ -101,14 +100,13 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
 
 
 def train(args: argparse.Namespace, config: Config) -> int:
-    from promoe_ds.parallel import ds_config, ds_values, topology
+    from promoe_ds.parallel import ds_config, topology
     from promoe_ds.recipes.validate import validate_data
     from promoe_ds.train.trainer import RESUMABLE, USER_ERROR, RankFailed, StoppedEarly, Trainer, TrainingStopped
 
     validate_data(config)
     here = topology.from_environment(config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
-    ds_values.check_values(args.ds_config, ds)
     trainer = None
     try:
         trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)

@@ -79,9 +79,9 @@ def differences(old: Config, new: Config, free: Collection[Change]) -> Iterator[
     """Options in which two configurations differ, with both values, but for those that `free` may change."""
     before, after = ({path: value for path, o, value in options(c) if o.change not in free} for c in (old, new))
     for path in before | after:
-        values = before.get(path), after.get(path)
-        if values[0] != values[1] and not all(map(is_dataclass, values)):
-            yield path, *("a section" if is_dataclass(value) else value for value in values)
+        a, b = before.get(path), after.get(path)
+        if a != b and not (is_dataclass(a) and is_dataclass(b)):
+            yield path, "a section" if is_dataclass(a) else a, "a section" if is_dataclass(b) else b
 
 
 @dataclass(frozen=True, kw_only=True)

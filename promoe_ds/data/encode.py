@@ -34,13 +34,12 @@ from promoe_ds.data.shards import (
     ITEMS,
     Index,
     Shard,
-    file_digest,
     read_index,
     shard_name,
     write_index,
     write_tensors,
 )
-from promoe_ds.utils.files import write_text
+from promoe_ds.utils.files import file_digest, write_text
 from promoe_ds.utils.ranks import Worker
 
 RECORD, PROGRESS = "encoding.json", "progress"

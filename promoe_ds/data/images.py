@@ -27,42 +27,15 @@ from PIL import Image
 
 from promoe_ds.config.schema import reject
 from promoe_ds.utils.files import above, hidden, walk
+from promoe_ds.utils.pictures import IMAGE_MODES, SUFFIXES, centre_crop
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's name of the pixel type, by model.channels"""
 MEMORY_LIMIT = 2**30
 """bytes of decoded pixels up to which a pack is held in memory (CIFAR-10: 154 MB; 50 classes at 64x64: 307 MB)"""
-LONGEST = 16
-"""sides of a picture are to each other as 1 to 16 at most; what is longer is cut at the ends before it is scaled"""
 FILL_CHUNK = 256
 """images a thread decodes at a time when a pack is read into memory"""
 
 
 # ------------------------------------------------------------------------------------------------------------ pixels
-
-
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size` and cut out the central square, as in ADM.
-
-    Halving with a box filter while at least twice too large, then one bicubic step: a single bicubic step from far
-    above would alias. An image that is already size x size comes back unchanged. Unlike ADM, ends of what is longer
-    than LONGEST times its shorter side are cut off first: the square does not show them.
-    """
-    longest = LONGEST * min(image.size)
-    if max(image.size) > longest:  # 1x10000 would fill the memory on its way to the central square
-        left, top = (max(0, side - longest) // 2 for side in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    shorter = min(image.size)
-    if shorter != size:
-        width, height = (round(side * size / shorter) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if image.size == (size, size):
-        return image
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
@@ -81,8 +54,8 @@ def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             mode = image.mode
             if not mode.startswith(("I", "F")):  # Pillow would cut 16-bit and float pixels at 255
-                grey_or_rgb = image if mode == MODES[channels] else image.convert(MODES[channels])
-                pixels = np.asarray(square(grey_or_rgb, size))
+                grey_or_rgb = image if mode == IMAGE_MODES[channels] else image.convert(IMAGE_MODES[channels])
+                pixels = np.asarray(centre_crop(grey_or_rgb, size))
                 return pixels.reshape(size, size, channels)
     except Exception as error:  # a decoder fed with broken bytes raises OSError, SyntaxError, struct.error, ...
         reject("data.path", where, _reason(error), "replace the file")
@@ -350,7 +323,7 @@ def open_images(path: str, *, split: str, channels: int, image_size: int) -> Fol
     Raises:
         ConfigError: no such path, a path that is neither, an unusable number of channels, or what the two report.
     """
-    if channels not in MODES:
+    if channels not in IMAGE_MODES:
         reject("model.channels", channels, "images have 1 channel (grey) or 3 (RGB)", "choose one of these")
     place = Path(path).expanduser()
     if os.path.isdir(place):  # unlike Path.is_dir, never an OSError of its own
