@@ -97,8 +97,8 @@ class ModelConfig:
     num_classes: int = option(
         1000, "real classes; label `num_classes` is the null label of classifier-free guidance", above=0
     )
-    mlp_ratio: float = option(4.0, "hidden width of a dense MLP over D", above=0)
     qk_norm: bool = option(False, "LayerNorm on queries and keys, per head")
+    mlp_ratio: float = option(4.0, "hidden width of a dense MLP over D", above=0)
     learn_sigma: bool = option(True, "predict 2C channels: DDPM learns its variance there; rectified flow ignores them")
     time: Literal["t", "sigma", "1-sigma"] = option(
         "t",

@@ -75,7 +75,24 @@ def renamed(error: ConfigError, option: str) -> str:
     return str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
 
 
-class EncodedImages:
+class _Items:
+    """What both sources share: items of a data set, by the name of the option that they come from."""
+
+    def __init__(self, option: str, data: DecodedImages | LatentTree, load: Callable[[int], np.ndarray]):
+        self.classes, self.label_N, self.left_out = data.classes, data.label_B, data.left_out
+        self._option, self._data, self._load = option, data, load
+
+    def where(self, item: int) -> str:
+        return f"{self._option}={self._data.where(item)}"
+
+    def _loaded(self, item: int) -> np.ndarray | str:
+        try:
+            return self._load(item)
+        except ConfigError as error:
+            return renamed(error, self._option)
+
+
+class EncodedImages(_Items):
     """Image files through a codec: each image and its mirror image. Decoding runs ahead of the codec, on threads."""
 
     def __init__(self, images: DecodedImages, codec: Codec, batch: int, device: torch.device, precision: str = "fp32"):
@@ -83,29 +100,16 @@ class EncodedImages:
             conflict = f"is not divisible by the {codec.factor} pixels of a latent cell of {codec.kind}"
             reject("--size", images.image_size, conflict, "choose another size")
         cells = images.image_size // codec.factor
-        self.classes, self.label_N, self.codec = images.classes, images.label_B, codec.record()
-        self.left_out = images.left_out
+        super().__init__("--images", images, images.pixels)
         self.shape, self.image_size, self.crop = (codec.moments, cells, cells), images.image_size, CROP
-        self._images, self._codec, self._batch, self._device = images, codec, batch, device
-        self._bf16 = precision == "bf16"
-
-    def name(self, item: int) -> str:
-        return self._images.name(item)
-
-    def where(self, item: int) -> str:
-        return f"--images={self._images.where(item)}"
-
-    def _pixels(self, item: int) -> np.ndarray | str:
-        try:
-            return self._images.pixels(item)
-        except ConfigError as error:
-            return renamed(error, "--images")
+        self.name, self.codec = images.name, codec.record()
+        self._codec, self._batch, self._device, self._bf16 = codec, batch, device, precision == "bf16"
 
     def _decoded(self, items: range) -> Iterator[list[np.ndarray | str]]:
         waiting: deque[list[Future]] = deque()
         with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
             for start in range(0, len(items), self._batch):
-                waiting.append([pool.submit(self._pixels, item) for item in items[start : start + self._batch]])
+                waiting.append([pool.submit(self._loaded, item) for item in items[start : start + self._batch]])
                 if len(waiting) > AHEAD:
                     yield [future.result() for future in waiting.popleft()]
             for futures in waiting:
@@ -127,29 +131,17 @@ class EncodedImages:
                 yield pixels if isinstance(pixels, str) else next(moments)
 
 
-class ConvertedTree:
+class ConvertedTree(_Items):
     """An official tree of `.latent.npz` files, as it is."""
 
     def __init__(self, tree: LatentTree):
-        self.classes, self.label_N, self.codec, self.shape = tree.classes, tree.label_B, tree.codec, tree.shape
-        self.image_size, self.crop, self._tree = tree.shape[1] * tree.codec["factor"], "as in the tree", tree
-        self.left_out = tree.left_out
-
-    def name(self, item: int) -> str:
-        return self._tree.names[item]
-
-    def where(self, item: int) -> str:
-        return f"--from-latents={self._tree.where(item)}"
-
-    def _both(self, item: int) -> np.ndarray | str:
-        try:
-            return self._tree.both(item)
-        except ConfigError as error:
-            return renamed(error, "--from-latents")
+        super().__init__("--from-latents", tree, tree.both)
+        self.name, self.codec, self.shape = tree.names.__getitem__, tree.codec, tree.shape
+        self.image_size, self.crop = tree.shape[1] * tree.codec["factor"], "as in the tree"
 
     def read(self, items: range) -> Iterator[np.ndarray | str]:
         with ThreadPoolExecutor(thread_name_prefix="read") as pool:
-            yield from pool.map(self._both, items)
+            yield from pool.map(self._loaded, items)
 
 
 # --------------------------------------------------------------------------------------------------------------- job

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from promoe_ds.config.batching import batch_plan, check_topology
+from promoe_ds.config.decode import read_mapping
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.parallel.ds_values import PASSED, check_keys, check_values, read_zero, unknown
 
@@ -101,15 +103,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        reject("--ds_config", path, f"cannot be read ({error.strerror})", "name a DeepSpeed JSON, see ds_configs/")
-    except ValueError as error:
-        reject("--ds_config", path, f"is not JSON ({error})", "mend the file")
-    if not isinstance(tree, dict):
-        reject("--ds_config", path, "is not a JSON object", 'write {"zero_optimization": {"stage": 2}}')
-    return tree
+    parse = partial(json.loads, object_pairs_hook=_no_duplicates)
+    return read_mapping("--ds_config", Path(path), parse, "JSON", 'write {"zero_optimization": {"stage": 2}}')
 
 
 def _check_top_level(file: str, tree: dict[str, Any]) -> None:
