@@ -34,6 +34,7 @@ from promoe_ds.data.latents import SD_CODEC
 from promoe_ds.evaluation.collect import Collector
 from promoe_ds.evaluation.inception import Inception, InceptionV3
 from promoe_ds.recipes.load import load_config
+from promoe_ds.utils.files import file_digest
 
 
 def rate(what: str, images: int, work: Callable[[], object], repeats: int) -> list[str]:
@@ -57,10 +58,10 @@ def random_shards(folder: Path, items: int, size: int = 1024) -> None:
     for number in range(count):
         path = folder / shards.shard_name(number, count)
         shards.write_tensors(path, {"moments": rng.standard_normal((size, 2, 8, 32, 32), np.float32).astype("f2")})
-        made.append(shards.Shard(path.name, size, path.stat().st_size, shards.file_digest(path)))
+        made.append(shards.Shard(path.name, size, path.stat().st_size, file_digest(path)))
     shards.write_tensors(folder / shards.ITEMS, {"label": np.arange(items) % 1000, "names": np.zeros(1, np.uint8)})
     names = [f"{i:04d}" for i in range(1000)]
-    digest = shards.file_digest(folder / shards.ITEMS)
+    digest = file_digest(folder / shards.ITEMS)
     index = shards.Index(names, items, [2, 8, 32, 32], "float16", 256, "", SD_CODEC, digest, made, [])
     shards.write_index(folder, index)
 

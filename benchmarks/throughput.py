@@ -42,14 +42,14 @@ from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
 from promoe_ds.moe.dispatch import segment_sizes
-from promoe_ds.moe.experts import backend_problem
+from promoe_ds.moe.experts import StackedExperts, backend_problem
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import auxiliary_losses
 from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import How, draw_pixels
-from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave
+from promoe_ds.utils.command_line import Parser, check_positive, launcher
 from promoe_ds.utils.files import write_text
 
 NULL, DROP = moe_peers.NULL_LABEL, 0.1
@@ -145,9 +145,9 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
     def variant(backend: str, loop: bool) -> Work:
         def work(clock: Clock) -> None:
             moe_peers.use_loop(promoe, loop)
-            for block in promoe.blocks:
-                if block.is_moe:
-                    block.mlp.routed.experts.backend = backend
+            for layer in promoe.modules():
+                if isinstance(layer, StackedExperts):
+                    layer.backend = backend
             step(clock)
 
         return work
@@ -386,4 +386,5 @@ def run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    leave(lambda: guarded(run, sys.argv[1:]))
+    _, console = launcher(run)
+    console()

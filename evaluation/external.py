@@ -22,6 +22,7 @@ import torch
 from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.features import Extracted, Features
 from promoe_ds.evaluation.images import Images, brief
+from promoe_ds.utils.files import file_digest
 
 SUFFIXES = (".onnx", ".pt")
 
@@ -34,8 +35,7 @@ class External(ABC):
 
     def __init__(self, path: Path, batch: int) -> None:
         self.path, self.batch = path, batch
-        with path.open("rb") as file:
-            self.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.weights_sha256 = file_digest(path, state=hashlib.sha256())
         self.name = f"{path.stem}:{self.weights_sha256[:8]}"
 
     @abstractmethod

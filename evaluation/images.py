@@ -25,13 +25,11 @@ from PIL import Image
 
 from promoe_ds.config.schema import reject
 from promoe_ds.utils.files import walk
+from promoe_ds.utils.pictures import SUFFIXES, centre_crop
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LONGEST = 16
-"""sides of a picture are to each other as 1 to 16 at most, as in promoe_ds.data.images"""
 SAMPLED = re.compile(r"\d{6,}_class(\d+)\.png")
 """how launchers/sample.py names a picture"""
 SHEETS = re.compile(r"grid(_\d{8,})?\.png|experts\.png")
@@ -175,23 +173,6 @@ class Folder:
         return pixels
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve by box filter while the shorter side is at least twice `size`, bicubic to `size`, cut out.
-
-    Ends of what is longer than LONGEST times its shorter side are cut off first.
-    """
-    longest = LONGEST * min(picture.size)
-    if max(picture.size) > longest:  # 1x10000 would fill the memory on its way to the central square
-        left, top = (max(0, side - longest) // 2 for side in picture.size)
-        picture = picture.crop((left, top, picture.width - left, picture.height - top))
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
-
-
 def pictures_in(folder: Path, option: str = "SAMPLES", skip: Callable[[Path], bool] = lambda path: False) -> list[Path]:
     """Pictures of a folder and of those below it, by name: the sampler's if there are any, else all but `SHEETS`.
 
@@ -216,7 +197,7 @@ def pictures_in(folder: Path, option: str = "SAMPLES", skip: Callable[[Path], bo
 def picture_folders(folder: Path, option: str) -> Iterator[tuple[Path, list[str], int]]:
     """`promoe_ds.utils.files.walk` for pictures: folder, names, number of names left out. Raises `ConfigError`."""
     try:
-        for path, names, left_out in walk(folder, PICTURES):
+        for path, names, left_out in walk(folder, SUFFIXES):
             yield Path(path), names, left_out
     except OSError as error:
         reject(option, error.filename, f"cannot be listed ({error.strerror})", "check the permissions")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.features import Extracted
 from promoe_ds.evaluation.images import Images
+from promoe_ds.utils.files import file_digest
 
 SIDE = 299
 SPATIAL_CHANNELS = 7
@@ -243,8 +244,7 @@ class Inception:
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu", batch: int = 64) -> None:
         """`batch` images a forward (ADM's is 64). Raises `ConfigError` as `load_inception` does."""
-        with weights.open("rb") as file:
-            self.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.weights_sha256 = file_digest(weights, state=hashlib.sha256())
         self.is_public = self.weights_sha256.startswith(PUBLIC_SHA256)
         self.name = "inception" if self.is_public else f"inception:{self.weights_sha256[:8]}"
         self._device, self.batch = torch.device(device), batch

@@ -14,6 +14,7 @@ from promoe_ds.evaluation.digits import digits_images, digits_split
 from promoe_ds.evaluation.features import FeatureExtractor
 from promoe_ds.evaluation.images import Folder, ImageSet, check_count, check_pixels, npz_keys, pictures_in, read_npz
 from promoe_ds.evaluation.metrics import Gaussian
+from promoe_ds.utils.files import file_digest
 from promoe_ds.utils.ranks import ALONE, Ranks
 
 REFERENCES = ("digits",)
@@ -109,13 +110,11 @@ def reference_features(
 def _with_statistics(source: Source, extractor: FeatureExtractor, drawn: FeatureSet | None) -> FeatureSet:
     assert source.arrays is not None and source.path is not None
     a = {key: array.astype(np.float64) for key, array in source.arrays.items()}
-    with source.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return FeatureSet(
         name=source.name,
         extractor=extractor.name,
         num=None,
-        sha256=sha256,
+        sha256=file_digest(source.path, state=hashlib.sha256()),
         gaussian=Gaussian(a["mu"], a["sigma"]),
         spatial=Gaussian(a["mu_s"], a["sigma_s"]) if "mu_s" in a else None,
         features_Nd=drawn.features_Nd if drawn else None,

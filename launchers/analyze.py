@@ -15,7 +15,7 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.config.schema import ConfigError, reject
-from promoe_ds.utils.command_line import Parser, guarded, leave
+from promoe_ds.utils.command_line import Parser, launcher
 from promoe_ds.utils.ranks import ALONE
 
 EXAMPLES = """examples:
@@ -129,14 +129,7 @@ def analyze(argv: list[str]) -> None:
     print(f"report: {out / REPORT}")
 
 
-def main() -> int:
-    return guarded(analyze, sys.argv[1:])
-
-
-def console() -> None:
-    """The command promoe-analyze."""
-    leave(main)
-
+main, console = launcher(analyze)
 
 if __name__ == "__main__":
     console()

@@ -19,7 +19,7 @@ from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.layout import size
 from promoe_ds.config.schema import Config, ConfigError, reject
 from promoe_ds.recipes.load import load_tree
-from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, guarded, leave
+from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, launcher
 from promoe_ds.utils.files import is_dir
 
 EXAMPLES = """examples:
@@ -249,14 +249,7 @@ def run(argv: list[str]) -> int:
     return {"inspect": inspect, "verify": verify, "convert": convert, "prune": prune}[args.command](args)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return guarded(run, sys.argv[1:] if argv is None else argv)
-
-
-def console() -> None:
-    """The command promoe-checkpoint."""
-    leave(main)
-
+main, console = launcher(run)
 
 if __name__ == "__main__":
     console()

@@ -18,8 +18,9 @@ from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encod
 from promoe_ds.data.images import open_images
 from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import DTYPES, verify
-from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, versions
+from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, versions
 from promoe_ds.utils.files import left_out_words
+from promoe_ds.utils.pictures import IMAGE_MODES
 from promoe_ds.utils.ranks import Ranks
 
 EXAMPLES = """examples:
@@ -78,7 +79,7 @@ def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | Conve
     device = ranks.pick_device(args.device)
     codec = open_codec(args.vae, device)
     try:
-        images = open_images(args.images, split=args.split, channels=3, image_size=args.size)
+        images = open_images(args.images, split=args.split, channels=max(IMAGE_MODES), image_size=args.size)
     except ConfigError as error:
         raise ConfigError(renamed(error, "--images")) from error
     return EncodedImages(images, codec, args.batch, device, args.precision)
@@ -119,14 +120,7 @@ def encode(argv: list[str]) -> None:
         print(f"{index.items} items in {len(index.shards)} shards in {args.out}{skipped}", flush=True)
 
 
-def main() -> int:
-    return guarded(encode, sys.argv[1:])
-
-
-def console() -> None:
-    """The command promoe-encode."""
-    leave(main)
-
+main, console = launcher(encode)
 
 if __name__ == "__main__":
     console()

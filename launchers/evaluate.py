@@ -22,7 +22,7 @@ from promoe_ds.evaluation.reference import KEEP, REFERENCES, find_reference, ref
 from promoe_ds.evaluation.report import check_output, format_table, notes, write_metrics
 from promoe_ds.evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
 from promoe_ds.parallel.rendezvous import joined
-from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave
+from promoe_ds.utils.command_line import Parser, check_positive, launcher
 from promoe_ds.utils.files import left_out_words
 from promoe_ds.utils.ranks import Ranks
 
@@ -221,14 +221,7 @@ def run(argv: Sequence[str]) -> None:
         score(argv, ranks)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return guarded(run, sys.argv[1:] if argv is None else argv)
-
-
-def console() -> None:
-    """The command promoe-evaluate."""
-    leave(main)
-
+main, console = launcher(run)
 
 if __name__ == "__main__":
     console()

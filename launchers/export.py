@@ -22,7 +22,7 @@ from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats import diffusers_folder, official_file, weights
 from promoe_ds.formats.card import score_rows
 from promoe_ds.sampling.job import run_of
-from promoe_ds.utils.command_line import Parser, guarded, leave
+from promoe_ds.utils.command_line import Parser, launcher
 
 EXAMPLES = """examples:
   python launchers/export.py --run runs/digits --out digits_ema                 model.safetensors, config.json, card
@@ -112,14 +112,7 @@ def export(argv: list[str]) -> None:
     print(f"{args.out}: {text}; {size(written)}")
 
 
-def main() -> int:
-    return guarded(export, sys.argv[1:])
-
-
-def console() -> None:
-    """The command promoe-export."""
-    leave(main)
-
+main, console = launcher(export)
 
 if __name__ == "__main__":
     console()

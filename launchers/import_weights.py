@@ -18,7 +18,7 @@ from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES
 from promoe_ds.formats.weights import write
-from promoe_ds.utils.command_line import Parser, guarded, leave
+from promoe_ds.utils.command_line import Parser, launcher
 
 EXAMPLES = """examples:
   python launchers/import_weights.py ckpt_step_500000.pth --out promoe_b          ProMoE, Dense, TC-, EC-DiT or DiffMoE
@@ -64,14 +64,7 @@ def bring(argv: list[str]) -> None:
         )
 
 
-def main() -> int:
-    return guarded(bring, sys.argv[1:])
-
-
-def console() -> None:
-    """The command promoe-import."""
-    leave(main)
-
+main, console = launcher(bring)
 
 if __name__ == "__main__":
     console()

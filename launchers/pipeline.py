@@ -25,7 +25,7 @@ from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.job import RECORD, SAMPLES
-from promoe_ds.utils.command_line import DONE, Parser, check_positive, guarded, leave, parse_scales, parse_steps
+from promoe_ds.utils.command_line import DONE, Parser, check_positive, launcher, parse_scales, parse_steps
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"
@@ -240,9 +240,7 @@ def pipeline(argv: list[str]) -> int:
     return DONE
 
 
-def main() -> int:
-    return guarded(pipeline, sys.argv[1:])
-
+main, console = launcher(pipeline)
 
 if __name__ == "__main__":
-    leave(main)
+    console()

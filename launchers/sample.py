@@ -35,7 +35,7 @@ from promoe_ds.sampling.job import (
     run_job,
     run_of,
 )
-from promoe_ds.utils.command_line import Parser, check_positive, guarded, leave, own_words, parse_scales, parse_steps
+from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, parse_scales, parse_steps
 from promoe_ds.utils.ranks import Ranks
 
 EXAMPLES = """examples:
@@ -232,14 +232,7 @@ def connected(sampler: Sampler, ep: int) -> Iterator[Sampler]:
         yield dataclasses.replace(sampler, model=model, device=here.device, lockstep=True)
 
 
-def main() -> int:
-    return guarded(sample, sys.argv[1:])
-
-
-def console() -> None:
-    """The command promoe-sample."""
-    leave(main)
-
+main, console = launcher(sample)
 
 if __name__ == "__main__":
     console()

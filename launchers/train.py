@@ -71,14 +71,13 @@ def prepare_environment() -> None:
 
 def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.costs.dry_run import render, report
-    from promoe_ds.parallel import ds_config, ds_values
+    from promoe_ds.parallel import ds_config
     from promoe_ds.utils.ranks import Ranks
 
     world = Ranks.from_environment().world if args.world is None else args.world
     if args.check_files:
         check_files(args, config)
     ds = ds_config.resolve(args.ds_config, config, world)
-    ds_values.check_values(args.ds_config, ds)
     facts = report(config, ds, world)
     print(json.dumps(facts) if args.json else render(facts))
     return 0
@@ -101,7 +100,7 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
 
 
 def train(args: argparse.Namespace, config: Config) -> int:
-    from promoe_ds.parallel import ds_config, ds_values, topology
+    from promoe_ds.parallel import ds_config, topology
     from promoe_ds.recipes.validate import validate_data
     from promoe_ds.train.trainer import RankFailed, StoppedEarly, Trainer, TrainingStopped
     from promoe_ds.utils.ranks import Ranks
@@ -109,7 +108,6 @@ def train(args: argparse.Namespace, config: Config) -> int:
     validate_data(config)
     here = topology.Topology.of(Ranks.from_environment(), config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
-    ds_values.check_values(args.ds_config, ds)
     trainer = None
     try:
         trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)

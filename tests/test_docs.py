@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def test_the_router_of_the_page_is_the_one_that_is_tested() -> None:
     source = (ROOT / "tests/moe/example_router.py").read_text(encoding="utf-8")
     page = (ROOT / "docs/routers.md").read_text(encoding="utf-8")
     assert source[source.index("@register_router") :] in page
+
+
+def test_the_tables_of_options_are_those_of_the_schema() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "options.py"))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "run python docs/options.py"
 
 
 def test_every_command_and_make_target_that_is_named_exists() -> None:

@@ -19,6 +19,7 @@ from promoe_ds.config.schema import ConfigError
 from promoe_ds.data.images import PackedImages
 from promoe_ds.evaluation.samples import load_samples
 from promoe_ds.recipes.load import load_config
+from promoe_ds.utils.files import file_digest
 from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import save
 
@@ -92,7 +93,7 @@ def test_in_a_checkpoint_whose_manifest_vouches_for_it(
     mark, found = tmp_path / "mark", layout.folder(tmp_path, 5)
     tree = layout.manifest(found)
     (found / victim).write_bytes(make(mark))
-    entry = {"bytes": (found / victim).stat().st_size, "blake2b": layout.file_digest(found / victim)}
+    entry = {"bytes": (found / victim).stat().st_size, "blake2b": file_digest(found / victim)}
     layout.write_manifest(found, tree | {"files": tree["files"] | {victim: entry}})
     assert layout.find_whole(tmp_path, ALONE) == found
     with pytest.raises(ConfigError, match=f"{victim}: is damaged or no safetensors file"):

@@ -1,34 +1,25 @@
 """Starting a run from weights alone (`train.init`): imported, exported, or of another run. Step 0, new optimizer state.
 
-What the weights compute must be what the run computes; how it is trained (losses, objective, data) may differ.
+What the weights compute must be what the run computes; how it is trained (losses, objective, data) may differ. Each
+option says which it is: `config.schema.Change`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from promoe_ds.checkpoint.load_weights import find_weights, header, open_weights, shard_files
-from promoe_ds.config.decode import encode
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.schema import Config, differences, reject
 from promoe_ds.models.init import build
 
-COMPUTED_ROUTER = ("name", "top_k", "activation", "alpha", "inference")
-"""options of routers that decide the forward pass; the others are of losses and running averages"""
 
-
-def computed(config: Config) -> dict[str, Any]:
-    """The keys that decide what a model computes, with their values."""
-    facts = {f"model.{key}": value for key, value in encode(config.model).items()}
-    moe = encode(config.moe) or {}
-    router = moe.pop("router", {})
-    moe.pop("experts_backend", None)
-    facts |= {f"moe.{key}": value for key, value in moe.items() if key != "layers"} | {
-        "moe.layers": config.moe_layers()
-    }
-    return facts | {f"moe.router.{key}": router[key] for key in COMPUTED_ROUTER if key in router}
+def listed(config: Config) -> Config:
+    """With the MoE layers as a list: what counts is which they are, not how they are written."""
+    return config if config.moe is None else replace(config, moe=replace(config.moe, layers=config.moe_layers()))
 
 
 class InitialWeights:
@@ -47,11 +38,10 @@ class InitialWeights:
         for part in shard_files(file):
             opened = open_weights(part)
             self.where |= dict.fromkeys(opened.keys(), opened)
-        theirs, mine = computed(header(file)[0]), computed(config)
-        for key in [*mine, *(k for k in theirs if k not in mine)]:
-            if theirs.get(key) != mine.get(key):
-                conflict = f"the weights in train.init={file.parent} have {key}={theirs.get(key)}"
-                reject(key, mine.get(key), conflict, f"set it so, or start from {file.parent / 'config.yaml'}")
+        free = ("finetune", "resume")
+        for path, theirs, mine in differences(listed(header(file)[0]), listed(config), free):
+            conflict = f"the weights in train.init={file.parent} have {path}={theirs}"
+            reject(path, mine, conflict, f"set it so, or start from {file.parent / 'config.yaml'}")
         names = build(config).state_dict().keys()
         wrong = [f"{name} is missing" for name in names if name not in self.where]
         wrong += [f"{name} is unexpected" for name in self.where if name not in names]

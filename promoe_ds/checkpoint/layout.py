@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from promoe_ds.config.schema import ConfigError, reject
-from promoe_ds.utils.files import NOT_FOUND, write_text
+from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
 from promoe_ds.utils.ranks import Ranks
 
 FORMAT = "promoe_ds/1"
@@ -171,16 +171,6 @@ def tree_digest(tree: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path: Path, tick: Callable[[int], object] = lambda read: None) -> str:
-    """blake2b of a file's bytes; `tick` is told how many were read."""
-    digest = hashlib.blake2b()
-    with path.open("rb") as file:
-        while block := file.read(2**23):
-            digest.update(block)
-            tick(len(block))
-    return digest.hexdigest()
-
-
 def file_entry(path: Path) -> dict[str, Any]:
     """What the manifest says of a file, by its name."""
     return {path.name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}}
@@ -231,7 +221,7 @@ def damages(
             found = (path / name).stat().st_size
             if found != entry["bytes"]:
                 yield f"{name} has {found} bytes instead of {entry['bytes']}"
-            elif read_bytes and file_digest(path / name, tick) != entry["blake2b"]:
+            elif read_bytes and file_digest(path / name, tick=tick) != entry["blake2b"]:
                 yield f"{name} does not match its checksum"
         except NOT_FOUND:
             yield f"{name} is missing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,58 +15,21 @@ from tqdm import tqdm
 
 from promoe_ds.checkpoint.layout import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
-from promoe_ds.config.decode import BAD_YAML, encode
-from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.config.decode import BAD_YAML
+from promoe_ds.config.schema import Config, ConfigError, differences, reject
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND
 
-FREE_ON_RESUME = {
-    *("name", "sample", "guidance", "diffusion.ddpm.clip_denoised"),
-    *("parallel", "data.path", "data.vae", "data.prefetch", "moe.experts_backend"),
-    *(
-        "train.init",
-        "train.steps",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.keep_last",
-        "train.sample_every",
-    ),
-    *("train.on_save_error", "train.on_nonfinite", "train.measure", "optimizer.lr"),
-    *(
-        "train.micro_batch_size",
-        "train.activation_checkpointing",
-        "train.compile",
-        "train.profile",
-        "moe.router.superclasses",
-    ),
-}
-"""Keys that may differ between a checkpoint and the run that resumes it: how a step is computed, for how long, what is
-shown. The learning rate too, after a loss that is not finite: the log says from which step on (`changed_lr`).
-Accumulation and ranks change the contrastive loss in the cases docs/training.md names."""
-
-
-def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
-    """Keys at which two plain configuration trees differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(k for k in new if k not in old)]:
-            inner = f"{path}.{key}" if path else key
-            if inner not in FREE_ON_RESUME:
-                yield from differences(old.get(key), new.get(key), inner)
-    elif old != new:
-        yield path, old, new
-
 
 def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
-    """Raise ConfigError if a saved configuration computes something else than `config`."""
+    """Raise ConfigError if an option differs between a saved configuration and `config` that no resume may change."""
     try:
-        known = encode(load_tree(saved))
+        known = load_tree(saved)
     except ConfigError as error:
         reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
-    for path, old, new in differences(known, encode(config)):
-        if isinstance(old, dict) or isinstance(new, dict):
-            values = ["a section" if isinstance(value, dict) else value for value in (new, old)]
-            reject(path, values[0], f"{where} was made with {values[1]}", "name its recipe or choose another --run")
-        reject(path, new, f"{where} was made with {path}={old}", f"set {path}={old} or choose another --run")
+    for path, old, new in differences(known, config, free=("resume",)):
+        way_out = "name its recipe" if "a section" in (old, new) else f"set {path}={old}"
+        reject(path, new, f"{where} was made with {path}={old}", f"{way_out} or choose another --run")
 
 
 def changed_lr(found: Path | None, config: Config) -> float | None:

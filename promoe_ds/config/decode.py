@@ -9,6 +9,8 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -16,6 +18,19 @@ import yaml
 from promoe_ds.config.schema import Config, ConfigError, RouterConfig, did_you_mean, reject, router_config_class
 
 BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the others for 2024-02-30 or 0x_, no dates or numbers
+
+
+def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str, example: str) -> dict[str, Any]:
+    """A YAML or JSON file that `option` names. Raises ConfigError if it cannot be read or parsed, or is no mapping."""
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reject(option, path, f"cannot be read ({error})", f"name another {kind} file")
+    except BAD_YAML as error:
+        reject(option, path, f"is not {kind} ({' '.join(str(error).split())})", "fix the file")
+    if not isinstance(tree, dict):
+        reject(option, path, "is not a mapping", example)
+    return tree
 
 
 class Override(str):

@@ -199,7 +199,7 @@ def activation_bytes(config: Config, images: int) -> float:
     m, moe_layers = config.model, set(config.moe_layers())
     blocks = [_block_activations(config, i in moe_layers, wide, narrow) for i in range(m.depth)]
     per_token = 2 * wide * m.width + narrow * m.width  # the final layer
-    if checkpointing in (False, "none"):
+    if checkpointing == "none":
         return images * m.tokens * (per_token + sum(blocks))
     per_token += m.depth * wide * m.width + max(blocks)
     if checkpointing == "selective":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.data import taef2
+from promoe_ds.utils.files import file_digest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
@@ -202,12 +203,7 @@ def open_codec(path: str, device: torch.device | str = "cpu", option: str = "--v
 
 
 def _digest(*files: Path) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**22):
-                state.update(block)
-    return state.hexdigest()
+    return file_digest(*files, state=hashlib.blake2b(digest_size=16))
 
 
 def _brief(error: Exception) -> str:

@@ -30,7 +30,7 @@ from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages
 from promoe_ds.data.latents import LatentTree
-from promoe_ds.utils.files import write_text
+from promoe_ds.utils.files import file_digest, write_text
 from promoe_ds.utils.ranks import Ranks
 
 RECORD, PROGRESS = "encoding.json", "progress"
@@ -234,7 +234,7 @@ class Encoder:
             return len(skipped)
         file = self.job.out / shards.shard_name(shard, len(self.shards))
         shards.write_tensors(file, {"moments": moments[:kept]})
-        entry = shards.Shard(file.name, kept, file.stat().st_size, shards.file_digest(file))
+        entry = shards.Shard(file.name, kept, file.stat().st_size, file_digest(file))
         note = {"shard": asdict(entry), "skipped": {str(item): reason for item, reason in skipped.items()}}
         write_text(self._note(shard), json.dumps(note) + "\n")
         return 0
@@ -245,7 +245,7 @@ class Encoder:
             return None
         try:
             index = shards.read_index(self.job.out, "--out")
-            return index if shards.file_digest(self.job.out / shards.ITEMS) == index.items_blake2b else None
+            return index if file_digest(self.job.out / shards.ITEMS) == index.items_blake2b else None
         except (ConfigError, OSError):
             return None
 
@@ -268,7 +268,7 @@ class Encoder:
             image_size=self.source.image_size,
             crop=self.source.crop,
             codec=self.source.codec,
-            items_blake2b=shards.file_digest(self.job.out / shards.ITEMS),
+            items_blake2b=file_digest(self.job.out / shards.ITEMS),
             shards=[shards.Shard(**note["shard"]) for note in notes],
             skipped=[{"name": self.names[item], "reason": reasons[item]} for item in sorted(reasons)],
         )

@@ -29,38 +29,12 @@ from PIL import Image
 from promoe_ds.config.schema import reject
 from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.utils.files import above, hidden, walk
-from promoe_ds.utils.pictures import IMAGE_MODES
+from promoe_ds.utils.pictures import IMAGE_MODES, SUFFIXES, centre_crop
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MEMORY_LIMIT = 2**30
 """bytes of decoded pixels up to which a pack is held in memory (CIFAR-10: 154 MB; 50 classes at 64x64: 307 MB)"""
-LONGEST = 16
-"""sides of a picture are to each other as 1 to 16 at most; what is longer is cut at the ends before it is scaled"""
 FILL_CHUNK = 256
 """images a thread decodes at a time when a pack is read into memory"""
-
-
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size` and cut out the central square, as in ADM.
-
-    Halving with a box filter while at least twice too large, then one bicubic step: a single bicubic step from far
-    above would alias. An image that is already size x size comes back unchanged. Unlike ADM, ends of what is longer
-    than LONGEST times its shorter side are cut off first: the square does not show them.
-    """
-    longest = LONGEST * min(image.size)
-    if max(image.size) > longest:  # 1x10000 would fill the memory on its way to the central square
-        left, top = (max(0, side - longest) // 2 for side in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    shorter = min(image.size)
-    if shorter != size:
-        width, height = (round(side * size / shorter) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if image.size == (size, size):
-        return image
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
@@ -79,7 +53,8 @@ def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             mode = image.mode
             if not mode.startswith(("I", "F")):  # Pillow would cut 16-bit and float pixels at 255
-                return np.asarray(square(image.convert(IMAGE_MODES[channels]), size)).reshape(size, size, channels)
+                image = centre_crop(image.convert(IMAGE_MODES[channels]), size)
+                return np.asarray(image).reshape(size, size, channels)
     except Image.UnidentifiedImageError:  # whose own message shows an address in memory
         reject("data.path", where, "is not an image or its head is damaged", "replace the file")
     except Exception as error:  # a decoder fed with broken bytes raises OSError, SyntaxError, struct.error, ...

@@ -11,7 +11,6 @@ Legend: N items, n items of a shard, M channels of moments, h w latent cells, H 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promoe_ds.config.schema import reject
-from promoe_ds.utils.files import atomic, check_readable, write_text
+from promoe_ds.utils.files import atomic, check_readable, file_digest, write_text
 
 FORMAT = "promoe_ds_latents/1"
 INDEX, ITEMS = "index.json", "items.safetensors"
@@ -63,11 +62,6 @@ class Index:
 
 def shard_name(number: int, count: int) -> str:
     return f"shard-{number:05d}-of-{count:05d}.safetensors"
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

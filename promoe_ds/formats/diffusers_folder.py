@@ -20,35 +20,31 @@ from typing import Any
 
 from promoe_ds._version import __version__
 from promoe_ds.checkpoint.convert import made
-from promoe_ds.checkpoint.layout import FORMAT
+from promoe_ds.checkpoint.layout import FORMAT, file_entry
 from promoe_ds.checkpoint.save import complete
 from promoe_ds.config.decode import dump, encode
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.bundle import bundle
 from promoe_ds.formats.card import model_card
-from promoe_ds.formats.weights import SHARD_BYTES, Weights, cast, write_safetensors, write_text
+from promoe_ds.formats.weights import SHARD_BYTES, Weights, as_json, cast, write_safetensors
 from promoe_ds.moe.router import ROUTERS
-from promoe_ds.utils.files import atomic
+from promoe_ds.utils.files import atomic, write_text
 
 PIPELINE = "pipeline"
 """diffusers looks for this name"""
-CUT = {"_default_router": "_default_router: Any = None  # configurations here always name their router"}
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def model_code(config: Config) -> str:
-    """The source of the transformer: the model of this family, with no other router than its own."""
-    roots = [("promoe_ds.formats.diffusers_model", "ProMoETransformer2DModel")]
-    if config.moe is not None:
-        kind = ROUTERS[config.moe.router.name]
-        roots.append((kind.__module__, kind.__name__))
-    return bundle(f"The transformer of {config.name}, as a diffusers model.", __version__, roots, CUT)
+    """The source of the transformer: the model, with its own router and no other."""
+    router = (ROUTERS[config.moe.router.name].__module__,) if config.moe else ()
+    title = f"The transformer of {config.name}, as a diffusers model."
+    return bundle(title, "promoe_ds.formats.diffusers_model", "ProMoETransformer2DModel", router)
 
 
 def pipeline_code() -> str:
-    roots = [("promoe_ds.formats.diffusers_pipeline", "ProMoEPipeline")]
-    return bundle("Sampling as a diffusers pipeline.", __version__, roots)
+    return bundle("Sampling as a diffusers pipeline.", "promoe_ds.formats.diffusers_pipeline", "ProMoEPipeline")
 
 
 def scheduler_of(config: Config) -> Any:
@@ -105,11 +101,10 @@ def write_diffusers(
     code = model_code(config)
     module = f"promoe_transformer_{hashlib.blake2b(code.encode()).hexdigest()[:8]}"
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
-        (temporary / "transformer").mkdir()
-        stem = "diffusion_pytorch_model"
-        parts = write_safetensors(temporary / "transformer", stem, tensors, {"format": "pt"}, limit)
-        parts |= write_text(temporary / "transformer" / f"{module}.py", code)
-        parts |= write_text(temporary / "transformer" / "config.json", json.dumps(_model_config(config), indent=1))
+        transformer = temporary / "transformer"
+        transformer.mkdir()
+        parts = write_safetensors(transformer, "diffusion_pytorch_model", tensors, {"format": "pt"}, limit)
+        files = {f"transformer/{name}": entry for name, entry in parts.items()}
         scheduler = scheduler_of(config)
         scheduler.save_pretrained(temporary / "scheduler")
         index: dict[str, Any] = {"_class_name": [PIPELINE, "ProMoEPipeline"], "_diffusers_version": _version()}
@@ -121,11 +116,16 @@ def write_diffusers(
             for name in VAE_FILES:
                 with atomic(temporary / "vae" / name) as copy:
                     shutil.copyfile(vae / name, copy)
-        files = {f"transformer/{name}": entry for name, entry in parts.items()}
-        files |= write_text(temporary / "model_index.json", json.dumps(index, indent=1))
-        files |= write_text(temporary / f"{PIPELINE}.py", pipeline_code())
-        write_text(temporary / "config.yaml", dump(config))
-        write_text(temporary / "README.md", model_card(config, facts, metrics, diffusers=True))
+        for name, text in (
+            (f"transformer/{module}.py", code),
+            ("transformer/config.json", as_json(_model_config(config))),
+            ("model_index.json", as_json(index)),
+            (f"{PIPELINE}.py", pipeline_code()),
+        ):
+            (entry,) = file_entry(write_text(temporary / name, text, durable=True)).values()
+            files[name] = entry
+        write_text(temporary / "config.yaml", dump(config), durable=True)
+        write_text(temporary / "README.md", model_card(config, facts, metrics, diffusers=True), durable=True)
         head = {"format": FORMAT, "version": __version__, **facts}
         complete(temporary, out, head | {"config": encode(config), "files": files})
     return out

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from promoe_ds.formats.diffusers_sampling import drawn, fitted
-from promoe_ds.sampling.generate import image_noise
+from promoe_ds.sampling.noise import image_noise
 
 
 class ProMoEPipeline(DiffusionPipeline):

@@ -32,7 +32,7 @@ from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.card import model_card
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_tree
-from promoe_ds.utils.files import atomic
+from promoe_ds.utils.files import write_text
 
 Source = Literal["ema", "raw"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -134,14 +134,11 @@ def write_safetensors(
     digests = {name: entry["blake2b"] for name, entry in files.items()}  # whoever names the index names its shards
     head = {"total_size": sum(t.nbytes for t in tensors.values()), "blake2b": digests}
     path = folder / f"{stem}.safetensors.index.json"
-    return files | write_text(path, json.dumps({"metadata": head, "weight_map": where}, indent=1))
+    return files | file_entry(write_text(path, as_json({"metadata": head, "weight_map": where}), durable=True))
 
 
-def write_text(path: Path, text: str) -> dict[str, Any]:
-    """Write a text file, flushed to disk; returns its entry for the manifest."""
-    with atomic(path, durable=True) as temporary:
-        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-    return file_entry(path)
+def as_json(tree: Any) -> str:
+    return json.dumps(tree, indent=1) + "\n"
 
 
 def metadata_of(weights: Weights, dtype: str) -> dict[str, str]:
@@ -172,9 +169,9 @@ def write(
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
         files = write_safetensors(temporary, Path(WEIGHTS).stem, tensors, metadata_of(weights, dtype), limit)
         head = {"format": FORMAT, "promoe_ds": __version__, **facts}
-        files |= write_text(temporary / "config.json", json.dumps(head | config, indent=1))
-        write_text(temporary / "config.yaml", dump(weights.config))
-        write_text(temporary / "README.md", model_card(weights.config, facts, metrics))
+        files |= file_entry(write_text(temporary / "config.json", as_json(head | config), durable=True))
+        write_text(temporary / "config.yaml", dump(weights.config), durable=True)
+        write_text(temporary / "README.md", model_card(weights.config, facts, metrics), durable=True)
         made_at = datetime.now(UTC).isoformat(timespec="seconds")
         tree = {"format": FORMAT, "version": __version__, "made": made_at, "torch": torch.__version__} | facts
         tree |= {"config": config, "config_blake2b": tree_digest(config), "files": files}

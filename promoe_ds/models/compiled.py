@@ -43,7 +43,7 @@ def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor", wh
     _settings()
     for block in model.blocks:
         compiled: Any = block
-        if not compiled.is_moe or (whole and one_graph(compiled.mlp)):
+        if not isinstance(compiled.mlp, MoELayer) or (whole and one_graph(compiled.mlp)):
             compile_whole(compiled, backend)
         else:
             compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)

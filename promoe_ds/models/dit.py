@@ -61,13 +61,12 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2 = layer_norm(m.width), layer_norm(m.width)
         self.attn = Attention(m.width, m.heads, m.qk_norm)
         self.adaLN = Modulation(m.width, 6)
-        self.is_moe = is_moe
         self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor, split: Split) -> tuple[Tensor, LayerFacts | None]:
         """-> (x_BSD, what its MoE layer tells)."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
-        if not self.is_moe:  # not isinstance: diffusers runs an exported copy of this file again at every load
+        if not isinstance(self.mlp, MoELayer):
             return self.feed(x_BSD, h_BSD, gate_B1D), None
         out_BSD, facts = self.mlp(h_BSD, split)
         return x_BSD + gate_B1D * out_BSD, facts

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import Config, RouterConfig, reject
+from promoe_ds.config.schema import Config, RouterConfig, option, reject
 from promoe_ds.moe.constants import counting
 from promoe_ds.moe.router import Router, Routing
 
@@ -21,8 +21,7 @@ from promoe_ds.moe.router import Router, Routing
 class TopKConfig(RouterConfig):
     """Options of a router that gives each token K experts."""
 
-    top_k: int = 1
-    """K, experts a token; on average, where experts choose"""
+    top_k: int = option(1, "K, experts per token; on average, where experts choose")
 
     def validate(self, config: Any) -> None:
         """`top_k` lies in 1..E."""
@@ -102,18 +101,6 @@ def check_quota(router: Any, config: Config, images: int, pool: str) -> None:
         reject(
             "moe.num_experts", E, conflict, f"lower it to at most {tokens * router.top_k}, or raise moe.router.top_k"
         )
-
-
-def check_positive(router: Any, *keys: str) -> None:
-    for key in keys:
-        if getattr(router, key) <= 0:
-            reject(f"moe.router.{key}", getattr(router, key), "must be positive", "choose a value above 0")
-
-
-def check_not_negative(router: Any, *keys: str) -> None:
-    for key in keys:
-        if getattr(router, key) < 0:
-            reject(f"moe.router.{key}", getattr(router, key), "must not be negative", "0 turns it off")
 
 
 def images_a_forward(config: Config) -> int:

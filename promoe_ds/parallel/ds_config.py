@@ -1,22 +1,24 @@
-"""From a DeepSpeed JSON and our configuration to the one JSON that DeepSpeed gets; imports no DeepSpeed.
+"""From a DeepSpeed JSON and our configuration to the one JSON that DeepSpeed gets.
 
 A ds_config holds only what DeepSpeed alone understands (ZeRO stage, buckets, offload, profilers). Batch sizes,
 precision and clipping come from the `Config`; a file that repeats them must agree. DeepSpeed 0.19.8 ignores unknown
-top-level keys without a word, so the known ones are listed here and everything else is an error; `ds_values.py` asks
-DeepSpeed for the keys below them.
+top-level keys without a word, so everything is an error that is neither ours nor in `ds_values.PASSED`.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from promoe_ds.config.batching import batch_plan, check_topology
+from promoe_ds.config.decode import read_mapping
 from promoe_ds.config.schema import Config, reject
+from promoe_ds.parallel.ds_values import PASSED, check_keys, check_values, read_zero, unknown
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 """the folder of ready-made files"""
@@ -32,94 +34,49 @@ OWNERS = {
 }
 """Keys we write -> the place in our configuration that decides them."""
 
-PASSED = frozenset(
-    {
-        "zero_optimization",
-        "comms_logger",
-        "flops_profiler",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "disable_python_gc",
-        "timers",
-        "log_level",
-    }
-)
-"""Top-level keys handed to DeepSpeed as they are."""
-
-_EP = "experts are sharded by parallel.expert_parallel"
-_TRAINER = "the trainer does this itself"
-_GRADIENTS = "it changes how expert gradients are averaged, which is untested with expert parallelism"
-_REMOVED = "DeepSpeed 0.19 no longer has it"
-
-REFUSED = {
-    "optimizer": "the optimizer lives in the section `optimizer` of the recipe",
-    "scheduler": "the learning rate is constant and lives in optimizer.lr",
-    "steps_per_print": f"{_TRAINER} (train.log_every)",
-    "fp16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
-    "bfloat16": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
-    "data_types": "precision lives in train.precision (fp32, bf16_autocast, bf16)",
-    "communication_data_type": "gradients travel in the precision that train.precision implies",
-    "activation_checkpointing": "it lives in train.activation_checkpointing",
-    "expert_parallel": _EP,
-    "tensor_parallel": "there is no tensor parallelism",
-    "pipeline": "there is no pipeline parallelism",
-    "sequence_parallel_size": "there is no sequence parallelism",
-    "seq_parallel_communication_data_type": "there is no sequence parallelism",
-    "use_data_before_expert_parallelism": f"{_EP} over consecutive ranks",
-    "prescale_gradients": _GRADIENTS,
-    "gradient_predivide_factor": _GRADIENTS,
-    "gradient_allreduce_op": _GRADIENTS,
-    "managed_gradient_accumulation": f"{_TRAINER} (train.micro_batch_size)",
-    "checkpoint": f"{_TRAINER} (train.checkpoint_every)",
-    "datastates_ckpt": f"{_TRAINER} (train.checkpoint_every)",
-    "data_efficiency": "the data order is a function of train.seed",
-    "dataloader_drop_last": "the data order is a function of train.seed",
-    "tensorboard": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
-    "wandb": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
-    "comet": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
-    "csv_monitor": f"{_TRAINER} (metrics.jsonl and TensorBoard in the run folder)",
-    "compile": "DeepCompile does not know mixture-of-experts layers",
-    "autotuning": "DeepSpeed's autotuner writes keys that the recipe owns",
-    "hybrid_engine": "it is for language-model generation",
-    "weight_quantization": "it is for inference",
-    "aio": "it is for offload to NVMe, which is untested here",
-    "disable_allgather": "ZeRO needs the all-gather",
-    **dict.fromkeys(
-        (
-            "nebula",
-            "compression_training",
-            "amp",
-            "quantize_training",
-            "sparse_gradients",
-            "eigenvalue",
-            "sparse_attention",
-            "elasticity",
-            "graph_harvesting",
-            "curriculum_learning",
-            "progressive_layer_drop",
-        ),
-        _REMOVED,
-    ),
+_WHY = {
+    "the optimizer lives in the section `optimizer` of the recipe": "optimizer",
+    "the learning rate is constant and lives in optimizer.lr": "scheduler",
+    "precision lives in train.precision (fp32, bf16_autocast, bf16)": "fp16 bfloat16 data_types",
+    "gradients travel in the precision that train.precision implies": "communication_data_type",
+    "it lives in train.activation_checkpointing": "activation_checkpointing",
+    "experts are sharded by parallel.expert_parallel, over consecutive ranks": "expert_parallel "
+    "use_data_before_expert_parallelism",
+    "there is no tensor parallelism": "tensor_parallel",
+    "there is no pipeline parallelism": "pipeline",
+    "there is no sequence parallelism": "sequence_parallel_size seq_parallel_communication_data_type",
+    "it changes how expert gradients are averaged, which is untested with expert parallelism": "prescale_gradients "
+    "gradient_predivide_factor gradient_allreduce_op",
+    "the trainer does this itself (train.log_every)": "steps_per_print",
+    "the trainer does this itself (train.micro_batch_size)": "managed_gradient_accumulation",
+    "the trainer does this itself (train.checkpoint_every)": "checkpoint datastates_ckpt",
+    "the trainer does this itself (metrics.jsonl, TensorBoard)": "tensorboard wandb comet csv_monitor",
+    "the data order is a function of train.seed": "data_efficiency dataloader_drop_last",
+    "DeepCompile does not know mixture-of-experts layers": "compile",
+    "DeepSpeed's autotuner writes keys that the recipe owns": "autotuning",
+    "it is for language-model generation": "hybrid_engine",
+    "it is for inference": "weight_quantization",
+    "it is for offload to NVMe, which is untested here": "aio",
+    "ZeRO needs the all-gather": "disable_allgather",
 }
-"""Top-level keys that DeepSpeed knows (or knew) and this project cannot honour -> why."""
+REFUSED = {key: why for why, keys in _WHY.items() for key in keys.split()}
+"""Top-level keys that DeepSpeed knows and this project cannot honour -> why."""
 
-ZERO_REFUSED = {
-    "compute_grad_norm": "the gradient norm is logged, and clipped by optimizer.clip_grad_norm",
-    "elastic_checkpoint": "the trainer's own checkpoints are elastic",
-    "zenflow": "it has no mixture-of-experts code",
-    "cpu_offload": "it is deprecated: write offload_optimizer",
-    "cpu_offload_param": "it is deprecated: write offload_param",
-    "cpu_offload_use_pin_memory": "it is deprecated: write offload_optimizer.pin_memory",
-    "stage3_gather_fp16_weights_on_model_save": "it is deprecated: write stage3_gather_16bit_weights_on_model_save",
-    "legacy_stage1": "DeepSpeed removed it in 0.5.9",
-    "zero_hpz_partition_size": "expert parallelism under ZeRO-3 has no secondary partitions",
-    "zero_quantized_weights": "expert parallelism has no quantised communication",
-    "zero_quantized_nontrainable_weights": "expert parallelism has no quantised communication",
-    "zero_quantized_gradients": "expert parallelism has no quantised communication",
-    "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
-    "parameter_alignment": "it pads the parameters that travel by bytes that comm_volume.py does not know",
+_ZERO_WHY = {
+    "the gradient norm is logged, and clipped by optimizer.clip_grad_norm": "compute_grad_norm",
+    "the trainer's own checkpoints are elastic": "elastic_checkpoint",
+    "it has no mixture-of-experts code": "zenflow",
+    "it is deprecated: write offload_optimizer or offload_param": "cpu_offload cpu_offload_param "
+    "cpu_offload_use_pin_memory",
+    "it is deprecated: write stage3_gather_16bit_weights_on_model_save": "stage3_gather_fp16_weights_on_model_save",
+    "DeepSpeed removed it in 0.5.9": "legacy_stage1",
+    "expert parallelism under ZeRO-3 has no secondary partitions": "zero_hpz_partition_size",
+    "expert parallelism has no quantised communication": "zero_quantized_weights "
+    "zero_quantized_nontrainable_weights zero_quantized_gradients",
+    "the optimizer is AdamW": "save_muon_momentum_buffer_in_memory",
+    "it pads the parameters that travel by bytes that comm_volume.py does not know": "parameter_alignment",
 }
+ZERO_REFUSED = {key: why for why, keys in _ZERO_WHY.items() for key in keys.split()}
 """Keys of `zero_optimization` that this project cannot honour -> why."""
 
 
@@ -146,26 +103,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        reject("--ds_config", path, f"cannot be read ({error.strerror})", "name a DeepSpeed JSON, see ds_configs/")
-    except ValueError as error:
-        reject("--ds_config", path, f"is not JSON ({error})", "mend the file")
-    if not isinstance(tree, dict):
-        reject("--ds_config", path, "is not a JSON object", 'write {"zero_optimization": {"stage": 2}}')
-    return tree
-
-
-def unknown(where: str, value: Any, key: str, known: Iterable[str]) -> NoReturn:
-    """Reject the key at `where`; names the nearest of the known ones."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    reject(
-        where,
-        json.dumps(value),
-        "unknown key, which DeepSpeed would ignore or stumble over",
-        f"did you mean {close[0]!r}?" if close else "remove it",
-    )
+    parse = partial(json.loads, object_pairs_hook=_no_duplicates)
+    return read_mapping("--ds_config", Path(path), parse, "JSON", 'write {"zero_optimization": {"stage": 2}}')
 
 
 def _check_top_level(file: str, tree: dict[str, Any]) -> None:
@@ -174,6 +113,7 @@ def _check_top_level(file: str, tree: dict[str, Any]) -> None:
             reject(f"{file}: {key}", json.dumps(value), REFUSED[key], "remove it from the file")
         if key not in PASSED and key not in OWNERS:
             unknown(f"{file}: {key}", value, key, [*PASSED, *OWNERS, *REFUSED])
+    check_keys(f"{file}: ", {key: value for key, value in tree.items() if key in PASSED}, PASSED)
 
 
 def _check_zero(file: str, zero: dict[str, Any], ep: int) -> None:
@@ -191,61 +131,27 @@ def _check_zero(file: str, zero: dict[str, Any], ep: int) -> None:
             reject(f"{file}: zero_optimization.{key}", json.dumps(zero[key]), conflict, "remove one of them")
 
 
-def _stage(file: str, zero: Any) -> int:
-    if not isinstance(zero, dict):
-        reject(f"{file}: zero_optimization", json.dumps(zero), "expected an object", 'write {"stage": 2}')
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or not 0 <= stage <= 3:
-        reject(f"{file}: zero_optimization.stage", json.dumps(stage), "is not a ZeRO stage", "choose 0, 1, 2 or 3")
-    return stage
-
-
-def _offload_device(file: str, zero: dict[str, Any], key: str) -> str:
-    """`none`, `cpu` or `nvme`."""
-    block = zero.get(key)
-    if block is None:
-        return "none"
-    where = f"{file}: zero_optimization.{key}"
-    if not isinstance(block, dict):
-        reject(where, json.dumps(block), "expected an object", 'write {"device": "cpu"}')
-    device = block.get("device", "none")
-    if device not in ("none", "cpu", "nvme"):
-        reject(f"{where}.device", json.dumps(device), "is not an offload device", "choose none, cpu or nvme")
-    return device
-
-
-def _check_offload(file: str, zero: dict[str, Any], stage: int, ep: int) -> bool:
+def _check_offload(file: str, zero: DeepSpeedZeroConfig, ep: int) -> bool:
     """True if the optimizer states go to the host."""
-    optimizer, weights = _offload_device(file, zero, "offload_optimizer"), _offload_device(file, zero, "offload_param")
-    where = f"{file}: zero_optimization."
+    optimizer = zero.offload_optimizer.device if zero.offload_optimizer else "none"
+    weights = zero.offload_param.device if zero.offload_param else "none"
+    stage, where = int(zero.stage), f"{file}: zero_optimization."
     if optimizer != "none" and stage == 0:
-        reject(
-            f"{where}offload_optimizer.device",
-            optimizer,
-            "ZeRO stage 0 shards nothing to offload",
-            "set zero_optimization.stage to 1, 2 or 3",
-        )
+        conflict, way_out = "ZeRO stage 0 shards nothing to offload", "set zero_optimization.stage to 1, 2 or 3"
+        reject(f"{where}offload_optimizer.device", optimizer, conflict, way_out)
     if weights != "none" and stage != 3:
-        reject(
-            f"{where}offload_param.device",
-            weights,
-            f"needs ZeRO stage 3, the stage is {stage}",
-            "set zero_optimization.stage to 3 or remove offload_param",
-        )
+        way_out = "set zero_optimization.stage to 3 or remove offload_param"
+        reject(f"{where}offload_param.device", weights, f"needs ZeRO stage 3, the stage is {stage}", way_out)
     for key, device in (("offload_optimizer", optimizer), ("offload_param", weights)):
         if device == "nvme":
             reject(f"{where}{key}.device", device, "is untested here", "offload to the cpu")
-        if ep > 1 and key == "offload_param" and device != "none":
-            conflict = f"is untested with parallel.expert_parallel={ep}"
-            way_out = "offload the optimizer instead, or set parallel.expert_parallel=1"
-            reject(f"{where}{key}.device", device, conflict, way_out)
-    if (zero.get("offload_optimizer") or {}).get("super_offload"):
-        reject(
-            f"{where}offload_optimizer.super_offload",
-            "true",
-            "brings its own optimizer, without the EMA state",
-            "remove it from the file",
-        )
+    if ep > 1 and weights != "none":
+        conflict = f"is untested with parallel.expert_parallel={ep}"
+        way_out = "offload the optimizer instead, or set parallel.expert_parallel=1"
+        reject(f"{where}offload_param.device", weights, conflict, way_out)
+    if zero.offload_optimizer and zero.offload_optimizer.super_offload:
+        conflict = "brings its own optimizer, without the EMA state"
+        reject(f"{where}offload_optimizer.super_offload", "true", conflict, "remove it from the file")
     return optimizer != "none"
 
 
@@ -323,8 +229,8 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
         path: a ds_config, or the name of a shipped one; None stands for plain data parallelism at stage 0.
 
     Raises:
-        ConfigError: unreadable file, a top-level key that is unknown or refused, a value that contradicts `config`,
-            or a topology, precision or offload that cannot work.
+        ConfigError: unreadable file, a key that is unknown or refused, a value that DeepSpeed cannot read or that
+            contradicts `config`, or a topology, precision or offload that cannot work.
     """
     path = None if path is None else find(path)
     file = path or "no --ds_config"
@@ -332,13 +238,15 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
     check_topology(config, world)
     _check_top_level(file, tree)
     zero = tree.get("zero_optimization", {})
-    stage = _stage(file, zero)
     _check_zero(file, zero, config.parallel.expert_parallel)
-    offload = _check_offload(file, zero, stage, config.parallel.expert_parallel)
+    read = read_zero(file, zero)
+    stage, offload = int(read.stage), _check_offload(file, read, config.parallel.expert_parallel)
     _check_precision(file, config, stage)
     if config.train.compile and stage == 3:
         conflict = f"ZeRO stage 3 ({file}) gathers weights module by module, which a compiled graph cannot see"
         reject("train.compile", "true", conflict, "use a lower stage, or train.compile=false")
     owned = _owned(config, world, stage)
     _check_owned(file, tree, owned, config)
-    return ResolvedDS({**tree, **owned, "zero_optimization": {**zero, "stage": stage}}, stage, offload)
+    resolved = {**tree, **owned, "zero_optimization": {**zero, "stage": stage}}
+    check_values(file, resolved)
+    return ResolvedDS(resolved, stage, offload)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import difflib
 import json
 import typing
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
@@ -16,7 +19,6 @@ from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import BaseModel, ValidationError
 
 from promoe_ds.config.schema import reject
-from promoe_ds.parallel.ds_config import PASSED, ResolvedDS, unknown
 
 
 def _keys(model: type[BaseModel]) -> dict[str, Any]:
@@ -29,43 +31,62 @@ def _keys(model: type[BaseModel]) -> dict[str, Any]:
     return out
 
 
-KEYS: dict[str, Any] = dict.fromkeys(PASSED, {}) | {
+PASSED: dict[str, Any] = {
     "zero_optimization": _keys(DeepSpeedZeroConfig),
     "comms_logger": _keys(CommsLoggerConfig),
-    "timers": {"throughput": _keys(DeepSpeedThroughputTimerConfig)},
     "flops_profiler": dict.fromkeys(vars(DeepSpeedFlopsProfilerConfig({})), {}),
+    "timers": {"throughput": _keys(DeepSpeedThroughputTimerConfig)},
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc", "log_level"), {}),
 }
-"""Keys handed to DeepSpeed -> the keys below them. It ignores unknown ones below `timers`, below `flops_profiler`, and
-wherever their value is "auto"."""
+"""Keys handed to DeepSpeed as they are -> the keys below them. It ignores unknown ones at the top, below `timers`,
+below `flops_profiler`, and wherever their value is "auto"."""
 
 
-def _check_keys(prefix: str, tree: dict[str, Any], known: dict[str, Any]) -> None:
+def unknown(where: str, value: Any, key: str, known: Iterable[str]) -> NoReturn:
+    """Reject the key at `where`; names the nearest of the known ones."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    conflict = "unknown key, which DeepSpeed would ignore or stumble over"
+    reject(where, json.dumps(value), conflict, f"did you mean {close[0]!r}?" if close else "remove it")
+
+
+def check_keys(prefix: str, tree: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raises ConfigError for a key that DeepSpeed does not know, at any depth, or a section that is none."""
     for key, value in tree.items():
         if key not in known:
             unknown(f"{prefix}{key}", value, key, known)
         if isinstance(value, dict):
-            _check_keys(f"{prefix}{key}.", value, known[key])
+            check_keys(f"{prefix}{key}.", value, known[key])
+        elif known[key] and not (value in (None, "auto") and known is not PASSED):
+            way_out = f'write {{"{next(iter(known[key]))}": ...}}'
+            reject(f"{prefix}{key}", json.dumps(value), "expected an object", way_out)
 
 
-def check_values(path: str | None, ds: ResolvedDS) -> None:
-    """Check what `path` was resolved to.
-
-    Raises:
-        ConfigError: DeepSpeed does not know a key, or cannot read a value.
-    """
-    file = path or "no --ds_config"
-    _check_keys(f"{file}: ", {key: value for key, value in ds.json.items() if key in PASSED}, KEYS)
-    tree = {key: value for key, value in ds.json.items() if key != "train_batch_size"}  # ranks are not counted yet
+@contextlib.contextmanager
+def _read(file: str, tree: dict[str, Any]) -> Iterator[None]:
+    """DeepSpeed's complaints about values of `tree` as ConfigError."""
     try:
-        DeepSpeedConfig(copy.deepcopy(tree))
-        if (level := tree.get("log_level")) is not None:  # else DeepSpeed reads it when all is built
-            get_log_level_from_string(level)
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         keys = [str(key) for key in first["loc"]]
         section = [name for name, part in tree.items() if isinstance(part, dict) and keys and keys[0] in part][:1]
         value = json.dumps(first["input"], default=str)
-        reject(f"{file}: {'.'.join([*section, *keys])}", value, first["msg"], "mend the value")
+        reject(f"{file}: {'.'.join([*section, *keys])}", value, first["msg"], "change the value")
     except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         text = " ".join(str(error).split())
-        reject("--ds_config", file, f"DeepSpeed cannot use it: {text[:300]}", "mend the value")
+        reject("--ds_config", file, f"DeepSpeed cannot use it: {text[:300]}", "change the value")
+
+
+def read_zero(file: str, zero: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """The section `zero_optimization` as DeepSpeed reads it. Raises ConfigError for a value that it cannot read."""
+    with _read(file, {"zero_optimization": zero}):
+        return DeepSpeedZeroConfig(**copy.deepcopy(zero))
+
+
+def check_values(file: str, tree: dict[str, Any]) -> None:
+    """Raises ConfigError for a value that DeepSpeed cannot read."""
+    tree = {key: value for key, value in tree.items() if key != "train_batch_size"}  # ranks are not counted yet
+    with _read(file, tree):
+        DeepSpeedConfig(copy.deepcopy(tree))
+        if (level := tree.get("log_level")) is not None:  # else DeepSpeed reads it when all is built
+            get_log_level_from_string(level)

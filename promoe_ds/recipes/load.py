@@ -12,24 +12,12 @@ from typing import Any
 
 import yaml
 
-from promoe_ds.config.decode import BAD_YAML, Override, decode
+from promoe_ds.config.decode import Override, decode, read_mapping
 from promoe_ds.config.schema import Config, did_you_mean, reject
 from promoe_ds.moe import routers as routers  # their classes make them known to `decode`
 from promoe_ds.recipes.validate import validate
 
 RECIPES = Path(__file__).parent
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reject("--config", path, f"cannot be read ({error})", "name a recipe or a YAML file")
-    except BAD_YAML as error:
-        reject("--config", path, f"is not YAML ({' '.join(str(error).split())})", "mend the file")
-    if not isinstance(tree, dict):
-        reject("--config", path, "is not a mapping", "write `section: {key: value}`")
-    return tree
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +44,7 @@ def _recipe_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any
             reject("--config", name_or_path, listed, did_you_mean(name_or_path, names))
     if name_or_path in seen:
         reject("base", name_or_path, "the recipe is its own base", "remove the cycle")
-    tree = read_yaml(path)
+    tree = read_mapping("--config", path, yaml.safe_load, "YAML", "write `section: {key: value}`")
     base = tree.pop("base", None)
     tree.setdefault("name", path.stem)
     return _merge(_recipe_tree(base, (*seen, name_or_path)), tree) if base else tree

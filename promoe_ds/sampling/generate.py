@@ -23,6 +23,7 @@ from promoe_ds.config.schema import Channels, Config, ConfigError, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.sampling.noise import image_noise
 from promoe_ds.utils.pictures import IMAGE_MODES
 
 Precision = Literal["fp32", "bf16"]
@@ -67,21 +68,6 @@ def class_labels(num: int, num_classes: int, how: Labels = "balanced", seed: int
     keys = (np.array([seed, i], dtype=np.uint64) for i in range(num))
     streams = (np.random.Generator(np.random.Philox(key=key, counter=counter)) for key in keys)
     return np.array([stream.integers(num_classes) for stream in streams], dtype=np.int64)
-
-
-def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int], step: int | None = None) -> torch.Tensor:
-    """Standard normal noise [B, *shape] float32 on the CPU; row b depends on (seed, indices[b], step) alone.
-
-    Philox (Salmon et al. 2011) is keyed by the pair, so images need no common generator and no order; the step is in
-    the high words of its counter, which no stream reaches by counting.
-
-    Args:
-        step: of a sampler that adds noise, from 0; None is the noise that sampling starts from.
-    """
-    counter = np.array([0, 0, 0, 0] if step is None else [0, 0, step, 1], dtype=np.uint64)
-    streams = (np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter) for i in indices)
-    rows = [np.random.Generator(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
-    return torch.from_numpy(np.stack(rows))
 
 
 def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:

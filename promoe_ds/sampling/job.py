@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from promoe_ds.checkpoint.layout import MANIFEST, file_digest, manifest, unreadable
+from promoe_ds.checkpoint.layout import MANIFEST, manifest, unreadable
 from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.data.codecs import Codec
@@ -30,7 +30,7 @@ from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.sampling.generate import How, Labels, class_labels, draw_batches, pixel_batches, pixel_shape
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, write_npz
 from promoe_ds.utils.command_line import versions
-from promoe_ds.utils.files import NOT_FOUND, write_text
+from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
 from promoe_ds.utils.pictures import grid, write_png
 from promoe_ds.utils.ranks import ALONE, Ranks
 

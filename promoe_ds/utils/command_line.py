@@ -128,6 +128,15 @@ def leave(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def launcher(work: Callable[[list[str]], int | None]) -> tuple[Callable[..., int], Callable[[], NoReturn]]:
+    """What every launcher ends with: `main(argv)`, which returns an exit code, and `console()`, the whole process."""
+
+    def main(argv: list[str] | None = None) -> int:
+        return guarded(work, sys.argv[1:] if argv is None else argv)
+
+    return main, lambda: leave(main)
+
+
 def parse_steps(text: str) -> int | str:
     """A number, or ADM's notation of respacing as it stands."""
     try:

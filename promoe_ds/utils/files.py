@@ -6,12 +6,13 @@ Imports the standard library only: evaluation/ uses it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 NOT_FOUND = (FileNotFoundError, NotADirectoryError)
 """what says that a file does not exist; any other OSError leaves open what is there, and whether it is whole"""
@@ -41,10 +42,27 @@ def atomic(path: Path, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """`text` in UTF-8, whole or not there; `durable` as of `atomic`."""
+def write_text(path: Path, text: str, durable: bool = False) -> Path:
+    """`text` in UTF-8, whole or not there; `durable` as of `atomic`. Returns the path."""
     with atomic(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def file_digest(*paths: Path, state: Any = None, tick: Callable[[int], object] = lambda read: None) -> str:
+    """Digest of the bytes of files, one after the other, in hex.
+
+    Args:
+        state: of hashlib, the kind of digest; None: blake2b.
+        tick: is told how many bytes were read.
+    """
+    state = state or hashlib.blake2b()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**23):
+                state.update(block)
+                tick(len(block))
+    return state.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- trees

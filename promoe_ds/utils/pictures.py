@@ -14,14 +14,41 @@ from PIL import Image
 
 from promoe_ds.utils.files import atomic
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""of the pictures that are read"""
 IMAGE_MODES = {1: "L", 3: "RGB"}
 """channels -> Pillow mode; models of other channel counts make latents, which are not pixels"""
 NOBODY = (255, 255, 255)
 """colour of a token that no expert takes"""
 DEAD = (214, 39, 40)
 """colour of an expert without a token in a heat map of loads"""
+LONGEST = 16
+"""sides of a picture are to each other as 1 to 16 at most; what is longer is cut at the ends before it is scaled"""
 RAMP = ((0.0, (247, 251, 255)), (1.0, (107, 174, 214)), (2.0, (8, 81, 156)), (4.0, (8, 20, 60)))
 """load over mean -> colour, linear in between"""
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side to `size` and cut out the central square, as in ADM.
+
+    Halving with a box filter while at least twice too large, then one bicubic step: a single bicubic step from far
+    above would alias. An image that is already size x size comes back unchanged. Unlike ADM, ends of what is longer
+    than LONGEST times its shorter side are cut off first: the square does not show them.
+    """
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:  # 1x10000 would fill the memory on its way to the central square
+        left, top = (max(0, side - longest) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    shorter = min(image.size)
+    if shorter != size:
+        width, height = (round(side * size / shorter) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if image.size == (size, size):
+        return image
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def to_image(pixels_HWC: np.ndarray) -> Image.Image:

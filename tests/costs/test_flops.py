@@ -47,17 +47,10 @@ BASELINES = [
 """recipe, total, activated (exact)"""
 EXPERT_SCALING = {4: 558.9, 6: 659.6, 8: 760.4, 10: 861.2, 12: 961.9, 14: 1062.7, 16: 1163.4}
 """experts of ProMoE-L, shared and unconditional included -> millions of parameters"""
-MIXES = (
-    "model.qk_norm=true",
-    "moe.layers=all",
-    "moe.conditional=false",
-    "moe.num_shared=2",
-    "moe.num_unconditional=3",
-    "moe.hidden_ratio=1.5",
-    "model.learn_sigma=false",
-    "moe=null",
-    "moe.num_experts=5",
-)
+MIXES = """
+model.qk_norm=true model.learn_sigma=false moe=null moe.layers=all moe.conditional=false moe.num_shared=2
+moe.num_unconditional=3 moe.hidden_ratio=1.5 moe.num_experts=5
+""".split()
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -220,7 +213,7 @@ def test_precision_sets_the_width_of_the_weights() -> None:
 
 
 def test_activation_checkpointing_keeps_one_block() -> None:
-    kept = memory(2, 1, 1, False, "train.activation_checkpointing=true")["activations"]
+    kept = memory(2, 1, 1, False, "train.activation_checkpointing=block")["activations"]
     assert kept < memory(2)["activations"] / 5
 
 

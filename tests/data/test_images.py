@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from promoe_ds.config.schema import ConfigError
-from promoe_ds.data.images import FolderImages, PackedImages, decode, open_images, square
+from promoe_ds.data.images import FolderImages, PackedImages, decode, open_images
 from promoe_ds.data.latents import LatentTree
-from promoe_ds.evaluation.images import centre_crop
+from promoe_ds.utils.pictures import centre_crop
 
 PACKS = Path(os.environ.get("PROMOE_DS_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
@@ -80,16 +80,15 @@ def test_halving_averages_and_the_crop_is_central():
     blocks = np.zeros((16, 48, 3), dtype=np.uint8)
     blocks[:, 16:32] = 200
     blocks[::2, 16:32] = 100
-    np.testing.assert_array_equal(np.asarray(square(Image.fromarray(blocks), 4)), np.full((4, 4, 3), 150))
+    np.testing.assert_array_equal(np.asarray(centre_crop(Image.fromarray(blocks), 4)), np.full((4, 4, 3), 150))
 
 
 @pytest.mark.parametrize(("width", "height"), [(16, 16), (17, 31), (500, 375), (33, 129), (9, 40), (15, 15)])
 def test_every_shape_becomes_the_square(width: int, height: int):
-    assert square(picture(1, width, height), 16).size == (16, 16)
+    assert centre_crop(picture(1, width, height), 16).size == (16, 16)
 
 
-@pytest.mark.parametrize("crop", [square, centre_crop])
-def test_a_thread_of_pixels_is_not_blown_up(crop: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_a_thread_of_pixels_is_not_blown_up(monkeypatch: pytest.MonkeyPatch):
     """A picture of 1x10000 would be 256x2560000 on its way to 256x256."""
     made, resize = [], Image.Image.resize
 
@@ -101,18 +100,18 @@ def test_a_thread_of_pixels_is_not_blown_up(crop: Callable, monkeypatch: pytest.
     thread = np.zeros((1, 10_000, 3), dtype=np.uint8)
     thread[:, 4990:5010] = 200
     for pixels in (thread, thread.transpose(1, 0, 2)):
-        out = np.asarray(crop(Image.fromarray(np.ascontiguousarray(pixels)), 256))
+        out = np.asarray(centre_crop(Image.fromarray(np.ascontiguousarray(pixels)), 256))
         assert (out == 200).all() and out.shape == (256, 256, 3)
     assert max(made) <= 16 * 256 * 256
     wide = picture(3, 16 * 30, 30)  # at the limit nothing is cut
     np.testing.assert_array_equal(
-        np.asarray(crop(wide, 20)), np.asarray(resize(wide, (320, 20), 3).crop((150, 0, 170, 20)))
+        np.asarray(centre_crop(wide, 20)), np.asarray(resize(wide, (320, 20), 3).crop((150, 0, 170, 20)))
     )
 
 
 def test_scaling_keeps_a_gradient():
     ramp = np.broadcast_to(np.arange(120, dtype=np.uint8)[None, :, None] * 2, (120, 120, 3))
-    row = np.asarray(square(Image.fromarray(np.ascontiguousarray(ramp)), 40))[20, :, 0].astype(float)
+    row = np.asarray(centre_crop(Image.fromarray(np.ascontiguousarray(ramp)), 40))[20, :, 0].astype(float)
     np.testing.assert_allclose(row[2:-2], (np.arange(40)[2:-2] * 3 + 1) * 2, atol=1.5)
 
 

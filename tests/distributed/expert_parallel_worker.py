@@ -172,7 +172,7 @@ def reductions(topology: Topology, mode: str) -> list[int]:
             "train": {"activation_checkpointing": mode}}  # fmt: skip
     model = materialize(parallelize(build(load_tree(tree)), topology), seed=5)
     for block in model.blocks:
-        if topology.ep > 1 and block.is_moe:
+        if topology.ep > 1 and isinstance(block.mlp, MoELayer):
             block.mlp.routed.set_deepspeed_parallelism()  # type: ignore[operator, union-attr]
     labels = torch.tensor(MIXES["one rank all null"][topology.rank])
     with Recorder(topology) as record:

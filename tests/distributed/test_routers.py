@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in RESUMED:
         shared = (f"{name} resumed", "zero2", *small, "train.checkpoint_every=2", *CASES[name])
         four += [(*shared, "train.steps=2"), (*shared, f"train.steps={STEPS}")]
-        four.append((f"{name} stage 3", "zero3", *small, "train.activation_checkpointing=true", *CASES[name]))
+        four.append((f"{name} stage 3", "zero3", *small, "train.activation_checkpointing=block", *CASES[name]))
         four.append((f"{name} bf16", "zero1", *small, "train.precision=bf16", *CASES[name]))
     run(torchrun(1, WORKER, str(folder), json.dumps(alone)))
     run(torchrun(4, WORKER, str(folder), json.dumps(four)))

@@ -10,9 +10,10 @@ from PIL import Image
 
 from launchers import evaluate as launcher
 from promoe_ds.config.schema import ConfigError
-from promoe_ds.evaluation.images import Folder, ImageSet, centre_crop, pictures_in, read_npz
+from promoe_ds.evaluation.images import Folder, ImageSet, pictures_in, read_npz
 from promoe_ds.evaluation.reference import find_reference
 from promoe_ds.evaluation.samples import SampleSet, find_samples, load_samples, run_samples
+from promoe_ds.utils.pictures import centre_crop
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import promoe_ds
 from promoe_ds.checkpoint.layout import damage
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.formats.bundle import bundle
-from promoe_ds.formats.diffusers_folder import CUT, model_code, write_diffusers
+from promoe_ds.formats.bundle import bundle, imported, needed
+from promoe_ds.formats.diffusers_folder import model_code, write_diffusers
 from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
@@ -145,17 +147,34 @@ def test_what_the_folder_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_the_code_of_every_family_stands_alone(router: str) -> None:
-    """It compiles, imports nothing of ours, and holds no other router."""
+    """Its modules compile, import nothing of ours by its name, and those of other routers stay behind."""
     code = model_code(load_config("tiny", [f"moe.router={{name: {router}}}"]))
-    compile(code, router, "exec")
-    assert "import promoe_ds" not in code and "from promoe_ds" not in code
-    assert code.count("\n@register_router(") == 1
+    sources = next(node.value for node in ast.parse(code).body if isinstance(node, ast.Assign))
+    modules = {name: "\n".join(lines) for name, lines in ast.literal_eval(sources).items()}
+    for name, text in modules.items():
+        compile(text, name, "exec")
+        assert "import promoe_ds" not in text and "from promoe_ds" not in text
+    found = {name for text in modules.values() for name in re.findall(r'^@register_router\("(\w+)"\)', text, re.M)}
+    assert router in found <= {router, "promoe"}, "what its own imports may come along"
 
 
-def test_one_name_from_two_modules_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bundled_a.py").write_text("def size():\n    return 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    roots = [("promoe_ds.checkpoint.layout", "size"), ("promoe_ds.config.decode", "encode")]
-    assert "def size(" in bundle("x", "0", roots, CUT)
-    with pytest.raises(AssertionError, match="defined in two modules: size"):
-        bundle("x", "0", [*roots, ("bundled_a", "size")])
+def test_classes_outlive_a_second_run_of_the_file() -> None:
+    """diffusers runs a file again at every load, in the namespace of the first."""
+    code = f"""
+import sys
+sys.modules["promoe_ds"] = None
+text, here = {bundle("x", "promoe_ds.config.decode", "Override")!r}, {{}}
+exec(text, here)
+first = here["Override"]
+exec(text, here)
+assert here["Override"] is first and isinstance(first("a"), here["Override"])
+assert first.__module__.startswith("exported_") and first("1").yaml() == 1
+"""
+    run([sys.executable, "-c", code])
+
+
+def test_modules_are_in_an_order_in_which_they_can_be_made() -> None:
+    order = list(needed(["promoe_ds.formats.diffusers_model"]))
+    assert len(order) > 8 and order[-1] == "promoe_ds.formats.diffusers_model"
+    for i, module in enumerate(order):
+        assert set(imported(module)) <= set(order[:i]), module

@@ -106,15 +106,15 @@ def gradients(model: DiT) -> list[torch.Tensor]:
 def test_activation_checkpointing_changes_no_gradient() -> None:
     plain = gradients(awake(tiny()))
     chosen = {}
-    for mode in ("false", "true", "none", "block", "selective"):
+    for mode in ("none", "block", "selective"):
         with OperatorCount() as count:
             found = gradients(awake(tiny(f"train.activation_checkpointing={mode}")))
         attention = sum(n for name, n in count.names.items() if name.endswith("attention_for_cpu"))
         chosen[mode] = [count.names["max"], attention]
         assert len(found) == len(plain) and all(map(torch.equal, found, plain)), mode
     # 2 MoE layers and 4 attentions; a block decides and attends again, selective does not
-    assert chosen["false"] == chosen["none"] == chosen["selective"] == [2, 4]
-    assert chosen["true"] == chosen["block"] == [4, 8]
+    assert chosen["none"] == chosen["selective"] == [2, 4]
+    assert chosen["block"] == [4, 8]
 
 
 def test_learn_sigma_doubles_the_output() -> None:

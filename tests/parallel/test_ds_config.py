@@ -13,7 +13,7 @@ from promoe_ds.config.batching import batch_plan, check_topology
 from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.parallel import ds_config
 from promoe_ds.parallel.ds_config import resolve
-from promoe_ds.parallel.ds_values import KEYS, check_values
+from promoe_ds.parallel.ds_values import PASSED
 from promoe_ds.recipes.load import load_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -32,16 +32,14 @@ def config(*overrides: str) -> Config:
 
 
 class Folder:
-    """Writes a ds_config, resolves it and lets DeepSpeed read it, as a start does."""
+    """Writes a ds_config and resolves it, as a start does."""
 
     def __init__(self, path: Path):
         self.file = path / "ds.json"
 
     def resolve(self, tree: Any, *overrides: str, world: int = 2) -> ds_config.ResolvedDS:
         self.file.write_text(tree if isinstance(tree, str) else json.dumps(tree), encoding="utf-8")
-        resolved = resolve(str(self.file), config(*overrides), world)
-        check_values(str(self.file), resolved)
-        return resolved
+        return resolve(str(self.file), config(*overrides), world)
 
     def error(self, tree: Any, *overrides: str, world: int = 2) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -145,19 +143,22 @@ def test_deepspeed_reads_the_result(path: Path) -> None:
         ({"pipeline": {}}, "there is no pipeline parallelism"),
         ({"activation_checkpointing": {}}, "it lives in train.activation_checkpointing"),
         ({"prescale_gradients": True}, "it changes how expert gradients are averaged"),
-        ({"elasticity": {}}, "DeepSpeed 0.19 no longer has it"),
+        ({"elasticity": {}}, "elasticity={}: unknown key, which DeepSpeed would ignore or stumble over"),
         ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'?"),
         ({"quokka": 1}, "quokka=1: unknown key, which DeepSpeed would ignore or stumble over; remove it"),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "did you mean 'overlap_comm'?"),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: is not a ZeRO stage"),
-        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage="2": is not a ZeRO stage'),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: Input should be 0, 1, 2"),
+        ({"zero_optimization": {"stage": "two"}}, 'zero_optimization.stage="two": Input should be 0, 1, 2'),
         ({"zero_optimization": True}, "zero_optimization=true: expected an object"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "no quantised communication"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "clipped by optimizer.clip_grad_norm"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "write offload_optimizer"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "ZeRO stage 0 shards nothing to offload"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "expected an object"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, "is not an offload device"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
+            "be 'none', 'cpu' or 'nvme'",
+        ),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"pin_memry": 1}}}, "did you mean 'pin_memory'?"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO stage 3, the stage is 2"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}}, "brings its own optimizer"),
@@ -225,7 +226,7 @@ def test_bf16_weights_need_zero(folder: Folder) -> None:
 def test_unreadable_files(folder: Folder, tmp_path: Path) -> None:
     assert "is not JSON" in folder.error("{")
     assert "the key 'bf16' is written twice" in folder.error('{"bf16": "auto", "bf16": "auto"}')
-    assert "is not a JSON object" in folder.error("[]")
+    assert "is not a mapping; write {" in folder.error("[]")
     with pytest.raises(ConfigError, match="cannot be read"):
         resolve(str(tmp_path / "absent.json"), config(), 1)
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -262,12 +263,12 @@ def test_topologies_that_cannot_be(overrides: list[str], world: int, text: str) 
 
 
 def test_no_key_is_in_two_lists() -> None:
-    assert not ds_config.PASSED & set(ds_config.OWNERS) and not ds_config.PASSED & set(ds_config.REFUSED)
+    assert not set(PASSED) & set(ds_config.OWNERS) and not set(PASSED) & set(ds_config.REFUSED)
     assert not set(ds_config.OWNERS) & set(ds_config.REFUSED)
 
 
 def test_refused_zero_keys_are_those_of_deepspeed() -> None:
-    assert set(ds_config.ZERO_REFUSED) <= set(KEYS["zero_optimization"])
+    assert set(ds_config.ZERO_REFUSED) <= set(PASSED["zero_optimization"])
 
 
 def test_top_level_keys_are_known_to_deepspeed() -> None:
@@ -291,27 +292,20 @@ def test_top_level_keys_are_known_to_deepspeed() -> None:
         for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    assert ds_config.PASSED | set(ds_config.OWNERS) <= words
+    assert set(PASSED) | set(ds_config.OWNERS) <= words
 
 
 def test_the_removed_keys_are_refused() -> None:
     from deepspeed.runtime import config as theirs
 
-    assert set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(ds_config.REFUSED)
-
-
-def test_this_file_imports_no_deepspeed() -> None:
-    tree = ast.parse(Path(ds_config.__file__).read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not [name for name in imported if name.startswith("deepspeed")]
+    assert not set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS) & {*PASSED, *ds_config.OWNERS}
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}},
-         "zero_optimization.reduce_bucket_size=-5: Input should be greater than 0; mend the value"),
+         "zero_optimization.reduce_bucket_size=-5: Input should be greater than 0; change the value"),
         ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "many"}},
          'zero_optimization.stage3_max_live_parameters="many": Input should be a valid integer'),
         ({"wall_clock_breakdown": "maybe"}, "DeepSpeed cannot use it: unsupported operand"),
@@ -328,4 +322,4 @@ def test_values_that_deepspeed_cannot_read_are_named(folder: Folder, tree: Any, 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_deepspeed_reads_the_shipped_files_for_any_number_of_ranks(file: Path) -> None:
     for world in (1, 8):
-        check_values(str(file), resolve(str(file), config(), world))
+        resolve(str(file), config(), world)

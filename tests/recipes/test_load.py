@@ -156,13 +156,10 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("optimizer.ema_decay=-0.1", "optimizer.ema_decay=-0.1: must lie in [0, 1)"),
         ("diffusion.label_drop=1", "diffusion.label_drop=1.0: must lie in [0, 1)"),
         ("optimizer.clip_grad_norm=-1", "optimizer.clip_grad_norm=-1.0: must not be negative"),
-        ("train.seed=-1", "train.seed=-1: must not be negative"),
-        ("train.seed=18446744073709551616", "train.seed=18446744073709551616: does not fit in 64 bits"),
+        ("train.seed=-1", "train.seed=-1: must lie in [0, 2**64)"),
+        ("train.seed=18446744073709551616", "train.seed=18446744073709551616: must lie in [0, 2**64)"),
         ("sample.steps=0", "sample.steps=0: must be positive"),
         ("sample.cfg=-1", "sample.cfg=-1.0: must not be negative"),
-        ("parallel.timeout_minutes=1e18", "parallel.timeout_minutes=1e+18: is longer than a year"),
-        ("model.depth=1e18", "model.depth=1000000000000000000: is more than 10,000,000"),
-        ("moe.num_shared=1e18", "moe.num_shared=1000000000000000000: is more than 10,000,000"),
         ("sample.steps=ddim50", "sample.steps=ddim50: rectified flow takes a number of steps; write one"),
         ("guidance.channels=4", "guidance.channels=4: must be one of all, 3"),
         ("diffusion.name=dppm", "diffusion.name='dppm': must be one of rectified_flow, ddpm; did you mean 'ddpm'?"),
@@ -183,10 +180,10 @@ def test_rows_of_grouped_products_are_whole_units() -> None:
     ("overrides", "text"),
     [
         (("model.learn_sigma=false",), "model.learn_sigma=false: diffusion.name=ddpm learns a variance range; set"),
-        (("diffusion.ddpm.num_steps=20",), "diffusion.ddpm.num_steps=20: a linear schedule this short has betas of 1"),
-        (("diffusion.ddpm.num_steps=0",), "diffusion.ddpm.num_steps=0: a linear schedule this short"),
+        (("diffusion.ddpm.num_steps=20",), "diffusion.ddpm.num_steps=20: must be above 20"),
+        (("diffusion.ddpm.num_steps=0",), "diffusion.ddpm.num_steps=0: must be above 20"),
         (("sample.steps=1001",), "sample.steps=1001: keeps 1001 of the 1000 timesteps of a section; choose 1 to"),
-        (("sample.steps=0",), "sample.steps=0: is not a number of steps, nor a list like 10,15,20, nor ddimN"),
+        (("sample.steps=0",), "sample.steps=0: must be positive"),
         (("sample.steps=ddim300",), "sample.steps=ddim300: no whole stride gives 300 of 1000 timesteps"),
     ],
 )  # fmt: skip
@@ -281,7 +278,6 @@ def test_recipes_in_subfolders_are_named_by_their_path(tmp_path: Path, monkeypat
     assert load_config("paper/tab1").train.steps == 3
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
-def test_a_number_is_not_a_boolean_among_choices(value: str) -> None:
-    with pytest.raises(ConfigError, match=f"train.activation_checkpointing={value}: must be one of none, block"):
-        load_config("tiny", [f"train.activation_checkpointing={value}"])
+def test_a_choice_has_the_type_of_the_value_too() -> None:
+    error("guidance.channels=3.0: must be one of all, 3", "guidance.channels=3.0")
+    error("train.activation_checkpointing=True: must be one of none, block", "train.activation_checkpointing=true")

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig, reject
-from promoe_ds.moe.gates import at_least_fp32, check_not_negative
+from promoe_ds.config.schema import RouterConfig, option, reject
+from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
 from promoe_ds.moe.router import Reducer, Router, Routing, register_router
 from promoe_ds.moe.split import Split
@@ -26,15 +26,15 @@ from promoe_ds.moe.superclasses import assignment, read_superclasses
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(RouterConfig):
-    superclasses: str | None = None
-    """a superclass file (format: promoe_ds/moe/superclasses), or `digits` for the built-in one; needed for training"""
-    class_weight: float = 1.0
-    """weight of the cross-entropy, per MoE layer"""
-    class_scope: Scope = "global"
-    """the mean over conditional images: of all ranks, or of each rank, averaged"""
-
-    def validate(self, config: Any) -> None:
-        check_not_negative(self, "class_weight")
+    superclasses: str | None = option(
+        None,
+        "a superclass file (format: promoe_ds/moe/superclasses), or `digits` for the built-in one; needed for training",
+        change="resume",
+    )
+    class_weight: float = option(1.0, "weight of the cross-entropy, per MoE layer", at_least=0, change="finetune")
+    class_scope: Scope = option(
+        "global", "the mean over conditional images: of all ranks, or of each rank, averaged", change="finetune"
+    )
 
     def validate_files(self, config: Any) -> None:
         """The file is there, covers every class, and has one superclass an expert. Raises ConfigError."""

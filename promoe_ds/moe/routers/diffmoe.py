@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import option
 from promoe_ds.moe.gates import (
     LinearGateRouter,
     TopKConfig,
     at_least_fp32,
-    check_not_negative,
     check_quota,
     expert_major,
     images_a_forward,
@@ -38,23 +37,30 @@ from promoe_ds.moe.split import Split
 
 @dataclass(frozen=True, kw_only=True)
 class DiffMoEConfig(TopKConfig):
-    capacity_weight: float = 0.01
-    """weight of the capacity predictor's loss, per MoE layer. 0.01 is what the official ProMoE code trains with (its
-    config says 1, but is not read); DiffMoE's own code uses 1. Only the predictor's gradient depends on it"""
-    threshold_decay: float = 0.95
-    """decay of the moving average of the thresholds"""
-    scope: Scope = "global"
-    """the pool: the micro-batch of all ranks (independent of the topology) or of one rank, as in the official code"""
-    inference: Literal["token", "pool"] = "token"
-    """token: an expert takes the tokens whose prediction is above its threshold: an image does not depend on its batch;
-    pool: it takes that many tokens, but those of highest score in the batch, as in the official code"""
+    capacity_weight: float = option(
+        0.01,
+        "weight of the capacity predictor's loss, per MoE layer. 0.01 is what the official ProMoE code trains with "
+        "(its config says 1, but is not read); DiffMoE's own code uses 1. Only the predictor's gradient depends on it",
+        at_least=0,
+        change="finetune",
+    )
+    threshold_decay: float = option(
+        0.95, "decay of the moving average of the thresholds", at_least=0, below=1, change="finetune"
+    )
+    scope: Scope = option(
+        "global",
+        "the pool: the micro-batch of all ranks (independent of the topology) or of one rank, as in the official code",
+        change="finetune",
+    )
+    inference: Literal["token", "pool"] = option(
+        "token",
+        "token: an expert takes the tokens whose prediction is above its threshold: an image does not depend on its "
+        "batch; pool: it takes that many tokens, but those of highest score in the batch, as in the official code",
+    )
 
     def validate(self, config: Any) -> None:
         super().validate(config)
         check_quota(self, config, images_a_forward(config), "the pool")
-        check_not_negative(self, "capacity_weight")
-        if not 0 <= self.threshold_decay < 1:
-            reject("moe.router.threshold_decay", self.threshold_decay, "must lie in [0, 1)", "choose such a value")
 
 
 class Choice(NamedTuple):

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.config.schema import option
 from promoe_ds.moe.cosine import cosine, unit
-from promoe_ds.moe.gates import TopKConfig, at_least_fp32, check_not_negative, check_positive, top_experts
+from promoe_ds.moe.gates import TopKConfig, at_least_fp32, top_experts
 from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
 from promoe_ds.moe.router import Reducer, Router, Routing, register_router
 from promoe_ds.moe.split import Split
@@ -30,18 +31,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class PrototypicalConfig(TopKConfig):
     """What token choice and expert choice share."""
 
-    contrastive_weight: float = 1.0
-    """lambda_RCL, per MoE layer"""
-    temperature: float = 0.07
-    """tau of Eq. (6)"""
-    contrastive_scope: Scope = "global"
-    """global: the micro-batch of all ranks, so that the loss does not depend on the topology; rank: each rank's own,
-    averaged, as in the official code"""
-
-    def validate(self, config: Any) -> None:
-        super().validate(config)
-        check_positive(self, "temperature")
-        check_not_negative(self, "contrastive_weight")
+    contrastive_weight: float = option(1.0, "lambda_RCL, per MoE layer", at_least=0, change="finetune")
+    temperature: float = option(0.07, "tau of Eq. (6)", above=0, change="finetune")
+    contrastive_scope: Scope = option(
+        "global",
+        "global: the micro-batch of all ranks, so that the loss does not depend on the topology; rank: each rank's "
+        "own, averaged, as in the official code",
+        change="finetune",
+    )
 
 
 class PrototypicalRouter(Router):
@@ -61,18 +58,17 @@ class PrototypicalRouter(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class ProMoEConfig(PrototypicalConfig):
-    activation: Literal["identity", "sigmoid", "softmax"] = "identity"
-    """A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"""
-    alpha: float = 1.0
-    """scale of the cosine, Eq. (4)"""
-    balance_weight: float = 0.0
-    """weight of a load-balance loss beside it, per MoE layer and in the same scope (Tab. 12: it does not help); at 0 it
-    is not computed"""
-
-    def validate(self, config: Any) -> None:
-        super().validate(config)
-        check_positive(self, "alpha")
-        check_not_negative(self, "balance_weight")
+    activation: Literal["identity", "sigmoid", "softmax"] = option(
+        "identity", "A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"
+    )
+    alpha: float = option(1.0, "scale of the cosine, Eq. (4)", above=0)
+    balance_weight: float = option(
+        0.0,
+        "weight of a load-balance loss beside it, per MoE layer and in the same scope (Tab. 12: it does not help); "
+        "at 0 it is not computed",
+        at_least=0,
+        change="finetune",
+    )
 
 
 @register_router("promoe")

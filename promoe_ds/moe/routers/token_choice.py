@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.moe.gates import LinearGateRouter, TopKConfig, check_not_negative, top_experts
+from promoe_ds.config.schema import option
+from promoe_ds.moe.gates import LinearGateRouter, TopKConfig, top_experts
 from promoe_ds.moe.losses import Scope, load_balance, sums_over_scope
 from promoe_ds.moe.router import Reducer, Routing, register_router
 from promoe_ds.moe.split import Split
@@ -22,14 +23,17 @@ from promoe_ds.moe.split import Split
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoiceConfig(TopKConfig):
-    balance_weight: float = 0.01
-    """weight of the load-balance loss, per MoE layer; at 0 it is computed and logged, not trained"""
-    balance_scope: Scope = "global"
-    """global: shares over the micro-batch of all ranks; rank: each rank's own, averaged, as in the official code"""
-
-    def validate(self, config: Any) -> None:
-        super().validate(config)
-        check_not_negative(self, "balance_weight")
+    balance_weight: float = option(
+        0.01,
+        "weight of the load-balance loss, per MoE layer; at 0 it is computed and logged, not trained",
+        at_least=0,
+        change="finetune",
+    )
+    balance_scope: Scope = option(
+        "global",
+        "global: shares over the micro-batch of all ranks; rank: each rank's own, averaged, as in the official code",
+        change="finetune",
+    )
 
 
 @register_router("token_choice")
