@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.interleaved import Clock, Work
-from promoe_ds.moe.constants import counting
+from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.experts import grouped_mm
-from promoe_ds.moe.layer import LayerFacts, MoELayer
+from promoe_ds.moe.layer import LayerStats, MoELayer
 from promoe_ds.moe.mlp import Mlp
 from promoe_ds.moe.split import Split
 
@@ -30,7 +30,7 @@ def force_routing(layer: Any, kind: str) -> None:
     num_experts = len(layer.router.prototypes)
 
     def choose(expert_N: Tensor) -> Tensor:
-        uniform_N = counting(len(expert_N), expert_N.device) % num_experts
+        uniform_N = cached_arange(len(expert_N), expert_N.device) % num_experts
         return uniform_N if kind == "uniform" else torch.zeros_like(expert_N)
 
     layer.choose = choose
@@ -43,7 +43,7 @@ def _expert(layer: Any, i: int, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, experts.w1[i], b1), approximate="tanh"), experts.w2[i], b2)
 
 
-def loop_layer(layer: Any, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerFacts]:
+def loop_layer(layer: Any, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerStats]:
     """Algorithm 1 on the parameters of `layer`, as one writes it at first; same results as `layer.forward`, but for the
     terms of the losses: the loss itself."""
     router: Any = layer.router
@@ -68,7 +68,7 @@ def loop_layer(layer: Any, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerFa
     out_TD = out_TD + layer.shared[0](x_TD)
     ends = torch.tensor(count_E).cumsum(0).int().to(x_BSD.device)
     losses = {"routing_contrastive": _loop_loss(prototype_ED, known_TD, expert_TK)}
-    return out_TD.view_as(x_BSD), LayerFacts(losses, ends, weight_TK.view(-1))
+    return out_TD.view_as(x_BSD), LayerStats(losses, ends, weight_TK.view(-1))
 
 
 def _loop_loss(prototype_ED: Tensor, x_TD: Tensor, expert_TK: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def use_loop(model: nn.Module, on: bool) -> None:
             router: Any = module.router
             if on:
                 module.forward = lambda x, split, layer=module: loop_layer(layer, x, split)  # type: ignore[method-assign]
-                router.losses = lambda config, losses, load_LE, all_reduce: losses
+                router.losses = lambda config, losses, tokens_per_expert_LE, all_reduce: losses
             else:
                 module.__dict__.pop("forward", None)
                 router.__dict__.pop("losses", None)
@@ -117,7 +117,7 @@ def gemms_alone(layer: Any, x_BSD: Tensor, split: Split) -> Work:
     scored = x_TD[:n].float().clone().requires_grad_()
     grads: list[Tensor] = []
     with torch.no_grad():
-        ends = layer(x_BSD, split)[1].end_E
+        ends = layer(x_BSD, split)[1].offsets_E
 
     def work(clock: Clock) -> None:
         clock.mark()

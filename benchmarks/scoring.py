@@ -24,7 +24,7 @@ from promoe_ds.evaluation.features import DigitsCNN, Features
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, inception_score, label_agreement
 from promoe_ds.models.dit import DiT
-from promoe_ds.sampling.generate import How, class_labels, draw_pixels, image_noise, to_pixels
+from promoe_ds.sampling.generate import SamplingOptions, class_labels, draw_pixels, image_noise, to_pixels
 
 SCORE_SEED = 1234
 """of the noise and the timesteps that every row is scored with"""
@@ -124,8 +124,8 @@ def score_run(
     out: dict[str, Any] = {"judge": judge.name, "judge_accuracy": judge.accuracy}
     out["ema_loss"] = ema_loss(model, config, data, num, batch, device)
     for scale in scales:
-        how = How(scale, steps, SCORE_SEED, batch)
-        images_NHWC = draw_pixels(model, config, labels_N, np.arange(num), how, device)
+        options = SamplingOptions(scale, steps, SCORE_SEED, batch)
+        images_NHWC = draw_pixels(model, config, labels_N, np.arange(num), options, device)
         logits_NK = judge.logits(images_NHWC)
         out[f"cfg{scale}"] = {
             "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *reference),

@@ -41,14 +41,14 @@ from promoe_ds.costs import flops
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
-from promoe_ds.moe.dispatch import segment_sizes
+from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.experts import StackedExperts, backend_problem
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.recipes.load import load_config
-from promoe_ds.sampling.generate import How, draw_pixels
+from promoe_ds.sampling.generate import SamplingOptions, draw_pixels
 from promoe_ds.utils.command_line import Parser, check_positive, launcher
 from promoe_ds.utils.files import write_text
 
@@ -105,7 +105,7 @@ def train_step(model: Any, adam: AdamWithEMA, images: int, device: torch.device,
         clock.mark()
         with autocast(device, precision):
             output, losses = objective.loss(lambda x, t: model(x, t, y_B), z, eps, gauss)
-        total = losses["diffusion"] + sum(loss_L.sum() for loss_L in output.aux.values())
+        total = losses["diffusion"] + sum(loss_L.sum() for loss_L in output.aux_losses.values())
         clock.mark()
         total.backward()
         clock.mark()
@@ -171,8 +171,8 @@ def layer_systems(size: str, images: int, precision: str, routing: str, device: 
     def ours(layer: Any, backend: str) -> Work:
         def step(x: Tensor) -> tuple[Tensor, Tensor]:
             layer.routed.experts.backend = backend
-            y, (terms, end_E, _) = layer(x, split)
-            losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None])
+            y, (terms, offsets_E, _) = layer(x, split)
+            losses = aux_losses_of(layer.router, [terms], tokens_per_expert(offsets_E)[None])
             return y, losses["routing_contrastive"].sum()
 
         return layer_step(layer, step, x, precision)
@@ -199,11 +199,11 @@ def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, 
 
     def sampling(name: str) -> Work:
         model = make_model(f"{name}_{size}", device).eval()
-        how = How(1.5, TIMED_STEPS, batch=images, precision="bf16" if device.type == "cuda" else "fp32")
+        options = SamplingOptions(1.5, TIMED_STEPS, batch=images, precision="bf16" if device.type == "cuda" else "fp32")
 
         def work(clock: Clock) -> None:
             clock.mark()
-            draw_pixels(model, model.config, np.arange(images) % 1000, np.arange(images), how, device)
+            draw_pixels(model, model.config, np.arange(images) % 1000, np.arange(images), options, device)
             clock.mark()
 
         return work
@@ -229,7 +229,7 @@ def count_passes(model: Any, device: torch.device) -> dict[str, int]:
 
     def loss() -> Tensor:
         output = forward()
-        return output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux.values())
+        return output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux_losses.values())
 
     loss().backward()  # constants are made once
     backward, syncs = count_operators(loss().backward), host_syncs(lambda: loss().backward(), device)

@@ -23,11 +23,11 @@ from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
 from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.recipes.validate import check_guidance, validate
-from promoe_ds.sampling.generate import How, check_channels, pixel_shape
+from promoe_ds.sampling.generate import SamplingOptions, check_channels, pixel_shape
 from promoe_ds.sampling.job import (
     Job,
     Pack,
-    Sampler,
+    SampleWorker,
     check_folder,
     codec_of_run,
     provenance,
@@ -130,7 +130,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
 
 
-def choose_hows(args: argparse.Namespace, config: Config, scales: list[float]) -> list[How]:
+def choose_hows(args: argparse.Namespace, config: Config, scales: list[float]) -> list[SamplingOptions]:
     """One a guidance scale, checked against the model; raises `ConfigError`."""
     sampler, _ = choose_sampler(config, args.sampler, args.steps, args.eta)
     channels: Channels = config.guidance.channels
@@ -138,7 +138,8 @@ def choose_hows(args: argparse.Namespace, config: Config, scales: list[float]) -
         channels = 3 if args.guidance_channels == "3" else "all"
     check_guidance(config.model, channels, "--guidance-channels")
     return [
-        How(scale, args.steps, args.seed, args.batch, args.precision, sampler, args.eta, channels) for scale in scales
+        SamplingOptions(scale, args.steps, args.seed, args.batch, args.precision, sampler, args.eta, channels)
+        for scale in scales
     ]
 
 
@@ -177,12 +178,14 @@ def choose_pack(
     return extractor.name, lambda out: FeatureStore(out, extractor)
 
 
-def make_jobs(args: argparse.Namespace, hows: list[How], weights: Path) -> list[Job]:
+def make_jobs(args: argparse.Namespace, hows: list[SamplingOptions], weights: Path) -> list[Job]:
     """One job a scale: straight into --out for one, into subfolders for several."""
     base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
     split = args.out is None or len(hows) > 1
     formats = parse_formats(args.format)
-    return [Job(base / f"cfg{how.cfg}" if split else base, args.num, how, args.labels, formats) for how in hows]
+    return [
+        Job(base / f"cfg{options.cfg}" if split else base, args.num, options, args.labels, formats) for options in hows
+    ]
 
 
 def sample(argv: list[str]) -> None:
@@ -203,16 +206,16 @@ def sample(argv: list[str]) -> None:
         check_folder(job.out, record)
     if args.dry_run:
         return
-    sampler = Sampler(model, config, device, ranks, codec=codec, pack=pack)
+    sampler = SampleWorker(model, config, device, ranks, codec=codec, pack=pack)
     with connected(sampler, args.expert_parallel) as sampler:
         for job, record in zip(jobs, records, strict=True):
             run_job(sampler, job, record)
             if ranks.rank == 0:
-                print(f"{job.num} images at cfg {job.how.cfg} in {job.out}")
+                print(f"{job.num} images at cfg {job.options.cfg} in {job.out}")
 
 
 @contextlib.contextmanager
-def connected(sampler: Sampler, ep: int) -> Iterator[Sampler]:
+def connected(sampler: SampleWorker, ep: int) -> Iterator[SampleWorker]:
     """Inside, the processes can talk. Groups of `ep` hold one model together; only that needs DeepSpeed."""
     if ep == 1:
         with joined(sampler.ranks):

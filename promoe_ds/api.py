@@ -15,7 +15,7 @@ from promoe_ds.checkpoint.load_weights import load_ema
 from promoe_ds.config.schema import reject
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
-from promoe_ds.sampling.generate import How, Precision, draw_batches
+from promoe_ds.sampling.generate import Precision, SamplingOptions, draw_batches
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
@@ -82,8 +82,8 @@ def generate(
     name, _ = choose_sampler(config, sampler, steps, eta)
     device = next(model.parameters()).device
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
-    how = How(cfg, steps, seed, batch, precision, name, eta)
-    for rows, x in draw_batches(model, config, label_N, np.arange(len(label_N)), how, device):
+    options = SamplingOptions(cfg, steps, seed, batch, precision, name, eta)
+    for rows, x in draw_batches(model, config, label_N, np.arange(len(label_N)), options, device):
         out[rows] = cast(Tensor, x)
     return out
 

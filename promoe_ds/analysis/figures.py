@@ -70,8 +70,8 @@ def training(records: Sequence[Mapping[str, Any]]) -> bytes:
 @mpl.rc_context(STYLE)
 def load(o: Observed) -> bytes:
     """Layers downwards, experts to the right: the share of each expert times E."""
-    load_LE = o.count_LTCE.sum((1, 2)).astype(float)
-    ratio = load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12)
+    tokens_per_expert_LE = o.count_LTCE.sum((1, 2)).astype(float)
+    ratio = tokens_per_expert_LE / np.maximum(tokens_per_expert_LE.mean(1, keepdims=True), 1e-12)
     darkest = max(2.0, float(ratio.max()))
     figure, ax = _heat(5, 1.4 + 0.32 * len(ratio), ratio, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
     if ratio.size <= 72:

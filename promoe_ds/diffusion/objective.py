@@ -27,7 +27,7 @@ class Objective(ABC):
 
     samplers: ClassVar[tuple[str, ...]]
     """names of its samplers, the default first"""
-    aux_weights: dict[str, float]
+    aux_loss_weights: dict[str, float]
     """losses besides "diffusion", each with its weight in the training loss"""
 
     @abstractmethod
@@ -45,8 +45,8 @@ class Objective(ABC):
             gauss_B: a standard normal draw an image, which chooses its timestep.
 
         Returns:
-            The output of `forward`, and float32 scalars by name: "diffusion" (weight 1) and those of `aux_weights`,
-            unweighted, each the mean over the batch.
+            The output of `forward`, and float32 scalars by name: "diffusion" (weight 1) and those of
+            `aux_loss_weights`, unweighted, each the mean over the batch.
         """
 
     @abstractmethod
@@ -93,7 +93,7 @@ class RectifiedFlow(Objective):
 
     def __init__(self, config: DiffusionConfig, device: torch.device):
         self.config = config
-        self.aux_weights = {}
+        self.aux_loss_weights = {}
 
     def loss(
         self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
@@ -138,7 +138,7 @@ class DDPM(Objective):
     def __init__(self, config: DiffusionConfig, device: torch.device):
         self.config = config.ddpm
         self.schedule = ddpm.Schedule.of(ddpm.linear_betas(self.config.num_steps)).to(device)
-        self.aux_weights = {"vb": ddpm.vb_weight(self.config.num_steps)}
+        self.aux_loss_weights = {"vb": ddpm.vb_weight(self.config.num_steps)}
 
     def loss(
         self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor

@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config
+from promoe_ds.models.activation_checkpoint import checkpointed
 from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, layer_norm, modulate
-from promoe_ds.models.recompute import recomputed
-from promoe_ds.moe.dispatch import segment_sizes
-from promoe_ds.moe.layer import LayerFacts, MoELayer
+from promoe_ds.moe.dispatch import tokens_per_expert
+from promoe_ds.moe.layer import LayerStats, MoELayer
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.split import Split, split_by_label
 
 
 class DiTOutput(NamedTuple):
     prediction: Tensor
     """[B, C or 2C, H, W], in the order of the input"""
-    aux: dict[str, Tensor]
+    aux_losses: dict[str, Tensor]
     """auxiliary losses by name, [L], one for each MoE layer, unweighted; empty outside training"""
-    load_LE: Tensor
+    tokens_per_expert_LE: Tensor
     """int32 [L, E], edges of this rank per MoE layer and expert"""
     weights: list[Tensor]
     """float32 [N], gate weights of this rank's edges, by MoE layer"""
@@ -63,13 +63,13 @@ class DiTBlock(nn.Module):
         self.adaLN = Modulation(m.width, 6)
         self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, split: Split) -> tuple[Tensor, LayerFacts | None]:
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, split: Split) -> tuple[Tensor, LayerStats | None]:
         """-> (x_BSD, what its MoE layer tells)."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
             return self.feed(x_BSD, h_BSD, gate_B1D), None
-        out_BSD, facts = self.mlp(h_BSD, split)
-        return x_BSD + gate_B1D * out_BSD, facts
+        out_BSD, stats = self.mlp(h_BSD, split)
+        return x_BSD + gate_B1D * out_BSD, stats
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
@@ -128,18 +128,18 @@ class DiT(nn.Module):
         x_BSD = self.x_embedder(x_BCHW)
         x_BSD = x_BSD + self.pos_embed
         c_BD = self.t_embedder(t_B) + self.y_embedder(split.label_B)
-        layers: list[LayerFacts] = []
+        layers: list[LayerStats] = []
         for block in self.blocks:
-            x_BSD, facts = recomputed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, split)
-            if facts is not None:
-                layers.append(facts)
+            x_BSD, stats = checkpointed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, split)
+            if stats is not None:
+                layers.append(stats)
         out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, split.restore_B)
         if not layers:
             return DiTOutput(out_BCHW, {}, torch.zeros(0, 0, dtype=torch.int32, device=t_B.device), [])
-        load_LE = segment_sizes(torch.stack([facts.end_E for facts in layers]))
+        tokens_per_expert_LE = tokens_per_expert(torch.stack([stats.offsets_E for stats in layers]))
         first: Any = self.blocks[self.config.moe_layers()[0]]
-        aux = auxiliary_losses(first.mlp.router, [facts.terms for facts in layers], load_LE)
-        return DiTOutput(out_BCHW, aux, load_LE, [facts.weight_N for facts in layers])
+        aux = aux_losses_of(first.mlp.router, [stats.terms for stats in layers], tokens_per_expert_LE)
+        return DiTOutput(out_BCHW, aux, tokens_per_expert_LE, [stats.weight_N for stats in layers])
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:
         """[B, S, P*P*C] -> [B, C, H, W]."""

@@ -27,7 +27,7 @@ def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 @kept
-def counting(number: int, device: torch.device, repeats: int = 1) -> Tensor:
+def cached_arange(number: int, device: torch.device, repeats: int = 1) -> Tensor:
     """0, 1 .. number-1, each `repeats` times; int64 [number * repeats]."""
     with torch.inference_mode(False):
         return torch.arange(number, device=device).repeat_interleave(repeats)

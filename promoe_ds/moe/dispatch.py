@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.moe.constants import counting
+from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.router import Routing
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class ExpertRows(NamedTuple):
     """rows sorted by local expert"""
     expert_N: Tensor
     """int64, the local expert of each row, ascending"""
-    end_E: Tensor
+    offsets_E: Tensor
     """int32 [e], one past the last row of each local expert"""
 
 
@@ -77,14 +77,14 @@ def unpermute(x: Tensor, order: Tensor) -> Tensor:
     return _Permute.apply(x, order, True)  # type: ignore[no-any-return]
 
 
-def segment_ends(sorted_N: Tensor, segments: int) -> Tensor:
+def expert_offsets(sorted_N: Tensor, segments: int) -> Tensor:
     """One past the last position of each of `segments` values in an ascending index list; int32 [segments]."""
-    return torch.searchsorted(sorted_N, counting(segments, sorted_N.device), right=True, out_int32=True)
+    return torch.searchsorted(sorted_N, cached_arange(segments, sorted_N.device), right=True, out_int32=True)
 
 
-def segment_sizes(end_E: Tensor) -> Tensor:
-    """How often each value is there, from `segment_ends`; any leading shape; int32."""
-    return F.pad(end_E, (1, 0)).diff()
+def tokens_per_expert(offsets_E: Tensor) -> Tensor:
+    """How often each value is there, from `expert_offsets`; any leading shape; int32."""
+    return F.pad(offsets_E, (1, 0)).diff()
 
 
 class Plan(NamedTuple):
@@ -93,8 +93,8 @@ class Plan(NamedTuple):
     routing: Routing
     num_tokens: int
     order_N: Tensor
-    end_E: Tensor
-    """int32 [E], `segment_ends` of this rank's edges by global expert"""
+    offsets_E: Tensor
+    """int32 [E], `expert_offsets` of this rank's edges by global expert"""
     exchange: tuple[list[int], list[int], Tensor] | None = None
     """of an all-to-all: rows sent to and received from each rank, and `order_M` that sorted those received"""
 
@@ -128,9 +128,9 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Pending[ExpertRows], Plan]:
         """x_TD [T, D] and N edges -> (N rows sorted by expert, how to undo it)."""
         expert_N, order_N = routing.expert_N.sort(stable=True)
-        end_E = segment_ends(expert_N, self.num_experts)
-        rows = ExpertRows(permute(_edges(x_TD, routing), order_N), expert_N, end_E)
-        return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, end_E)
+        offsets_E = expert_offsets(expert_N, self.num_experts)
+        rows = ExpertRows(permute(_edges(x_TD, routing), order_N), expert_N, offsets_E)
+        return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, offsets_E)
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:
         """Rows in expert order -> [T, D] in the precision of the gate weights."""
@@ -147,7 +147,7 @@ class AllToAllDispatcher(LocalDispatcher):
     Args:
         num_experts: E.
         num_local: e.
-        swap_counts: [ep, e] int64 -> [ep, e]: row r goes to rank r, row s of the result came from rank s.
+        all_to_all_counts: [ep, e] int64 -> [ep, e]: row r goes to rank r, row s of the result came from rank s.
         all_to_all: (x, send, receive), rows per rank, -> a handle whose `wait()` returns the rows received;
             differentiable (`parallel.collectives.AllToAllHandle`).
     """
@@ -156,24 +156,24 @@ class AllToAllDispatcher(LocalDispatcher):
         self,
         num_experts: int,
         num_local: int,
-        swap_counts: Callable[[Tensor], Tensor],
+        all_to_all_counts: Callable[[Tensor], Tensor],
         all_to_all: Callable[[Tensor, list[int], list[int]], Any],
     ):
         super().__init__(num_experts)
         self.num_local, self.ep = num_local, num_experts // num_local
-        self.swap_counts, self.all_to_all = swap_counts, all_to_all
+        self.all_to_all_counts, self.all_to_all = all_to_all_counts, all_to_all
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Pending[ExpertRows], Plan]:
         local, plan = super().dispatch(x_TD, routing)
-        sent = segment_sizes(plan.end_E).long().view(self.ep, self.num_local)
-        got = self.swap_counts(sent)
+        sent = tokens_per_expert(plan.offsets_E).long().view(self.ep, self.num_local)
+        got = self.all_to_all_counts(sent)
         send, receive = torch.stack([sent.sum(1), got.sum(1)]).tolist()  # the one device-to-host copy of the layer
         handle = self.all_to_all(local.wait().x_ND, send, receive)
         # Rows arrive rank by rank, each sorted by local expert: bring them into expert order.
-        expert = counting(self.num_local, x_TD.device).repeat(self.ep)
+        expert = cached_arange(self.num_local, x_TD.device).repeat(self.ep)
         expert_M, order_M = expert.repeat_interleave(got.flatten(), output_size=sum(receive)).sort(stable=True)
-        end_E = segment_ends(expert_M, self.num_local)
-        received = Pending(lambda: ExpertRows(permute(handle.wait(), order_M), expert_M, end_E))
+        offsets_E = expert_offsets(expert_M, self.num_local)
+        received = Pending(lambda: ExpertRows(permute(handle.wait(), order_M), expert_M, offsets_E))
         return received, plan._replace(exchange=(send, receive, order_M))
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:

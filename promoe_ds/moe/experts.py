@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.moe.constants import unit_rows
-from promoe_ds.moe.dispatch import ExpertRows, segment_sizes
+from promoe_ds.moe.dispatch import ExpertRows, tokens_per_expert
 from promoe_ds.moe.mlp import gelu
 
 grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -76,7 +76,7 @@ class StackedExperts(nn.Module):
 
 
 def _loop(rows: ExpertRows) -> Linear:
-    sizes = segment_sizes(rows.end_E).tolist()
+    sizes = tokens_per_expert(rows.offsets_E).tolist()
 
     def linear(x_NK: Tensor, w_EMK: Tensor, b_EM: Tensor) -> Tensor:
         return torch.cat([F.linear(x, w_EMK[i], b_EM[i]) for i, x in enumerate(x_NK.split(sizes))])
@@ -85,14 +85,14 @@ def _loop(rows: ExpertRows) -> Linear:
 
 
 def _grouped(rows: ExpertRows) -> Linear:
-    member_NE = membership(rows.expert_N, len(rows.end_E), rows.x_ND.dtype)
-    return lambda x_NK, w_EMK, b_EM: grouped_mm(x_NK, w_EMK.mT, offs=rows.end_E).addmm_(member_NE, b_EM)
+    member_NE = membership(rows.expert_N, len(rows.offsets_E), rows.x_ND.dtype)
+    return lambda x_NK, w_EMK, b_EM: grouped_mm(x_NK, w_EMK.mT, offs=rows.offsets_E).addmm_(member_NE, b_EM)
 
 
 def _megablocks(rows: ExpertRows) -> Linear:
     gmm = importlib.import_module("grouped_gemm.ops").gmm  # what megablocks' grouped MLP calls
-    sizes = segment_sizes(rows.end_E).long().cpu()
-    member_NE = membership(rows.expert_N, len(rows.end_E), rows.x_ND.dtype)
+    sizes = tokens_per_expert(rows.offsets_E).long().cpu()
+    member_NE = membership(rows.expert_N, len(rows.offsets_E), rows.x_ND.dtype)
     return lambda x_NK, w_EMK, b_EM: gmm(x_NK, w_EMK, sizes, trans_b=True).addmm_(member_NE, b_EM)
 
 
@@ -177,7 +177,7 @@ def grouped(rows: ExpertRows) -> Linear:
     """The backend `grouped_mm` of `BACKENDS`, for a graph."""
 
     def linear(x_NK: Tensor, w_EMK: Tensor, b_EM: Tensor) -> Tensor:
-        y_NM = opaque_grouped_mm(x_NK, w_EMK.mT, rows.end_E)
+        y_NM = opaque_grouped_mm(x_NK, w_EMK.mT, rows.offsets_E)
         return _PlusBias.apply(y_NM, b_EM, rows.expert_N)  # type: ignore[no-any-return]
 
     return linear

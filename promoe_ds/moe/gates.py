@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config, RouterConfig, option, reject
-from promoe_ds.moe.constants import counting
+from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.router import Router, Routing
 
 
@@ -67,7 +67,7 @@ def top_experts(score_TE: Tensor, top_k: int) -> Routing:
         weight_N, expert_N = score_TE.max(dim=-1)  # several times faster than topk on a CPU
     else:
         weight_N, expert_N = (x_TK.view(-1) for x_TK in score_TE.topk(top_k, dim=-1))
-    return Routing(counting(len(score_TE), score_TE.device, top_k), expert_N, weight_N, top_k, {})
+    return Routing(cached_arange(len(score_TE), score_TE.device, top_k), expert_N, weight_N, top_k, {})
 
 
 def top_tokens_per_image(score_TE: Tensor, S: int, quota: int) -> Routing:

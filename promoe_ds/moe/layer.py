@@ -51,25 +51,25 @@ class RoutedExperts(nn.Module):
         first = during_dispatch()
         combined = self.dispatcher.combine(self.experts(dispatched.wait()), plan)
         second = during_combine()
-        return RoutedOutput(combined.wait(), plan.end_E, first, second)
+        return RoutedOutput(combined.wait(), plan.offsets_E, first, second)
 
 
 class RoutedOutput(NamedTuple):
     out_TD: Tensor
     """weighted sum over each token's experts, in the precision of the gate weights"""
-    end_E: Tensor
-    """int32, `segment_ends` of this rank's edges by global expert"""
+    offsets_E: Tensor
+    """int32, `expert_offsets` of this rank's edges by global expert"""
     dispatch_work: list[Tensor]
     combine_work: list[Tensor]
 
 
-class LayerFacts(NamedTuple):
+class LayerStats(NamedTuple):
     """What an MoE layer tells besides its output."""
 
     terms: dict[str, Tensor]
     """`Routing.terms`"""
-    end_E: Tensor
-    """int32, this rank's edges up to each expert, `segment_ends`"""
+    offsets_E: Tensor
+    """int32, this rank's edges up to each expert, `expert_offsets`"""
     weight_N: Tensor
     """float32, gate weights of this rank's edges"""
 
@@ -87,19 +87,19 @@ class MoELayer(nn.Module):
         unconditional = moe.num_unconditional if moe.conditional else 0
         self.unconditional = nn.ModuleList(Mlp(width, hidden) for _ in range(unconditional))
 
-    def forward(self, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerFacts]:
-        """x_BSD [B, S, D], conditional images first -> (output [B, S, D] in x's dtype, facts)."""
+    def forward(self, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerStats]:
+        """x_BSD [B, S, D], conditional images first -> (output [B, S, D] in x's dtype, stats)."""
         B, S, D = x_BSD.shape
         x_TD, images = x_BSD.reshape(-1, D), split.num_conditional if self.conditional else B
         known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
         routing = self.router(known_TD, S, split)
-        out_TD, end_E, shared, nulls = self.routed(
+        out_TD, offsets_E, shared, nulls = self.routed(
             known_TD, routing, lambda: _each(self.shared, x_TD), lambda: _each(self.unconditional, null_TD)
         )
         if self.conditional:
             out_TD = torch.cat([out_TD, reduce(torch.add, nulls or [torch.zeros_like(null_TD)])])
         out_TD = reduce(torch.add, shared, out_TD)
-        return out_TD.view(B, S, D).to(x_BSD.dtype), LayerFacts(routing.terms, end_E, routing.weight_N)
+        return out_TD.view(B, S, D).to(x_BSD.dtype), LayerStats(routing.terms, offsets_E, routing.weight_N)
 
 
 def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:

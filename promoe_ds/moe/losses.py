@@ -40,7 +40,7 @@ def centroid_sums(x_TD: Tensor, expert_N: Tensor, num_experts: int, top_k: int =
     return member_ET @ x_TD
 
 
-def routing_contrastive(unit_LDE: Tensor, sum_LED: Tensor, load_LE: Tensor, temperature: float) -> Tensor:
+def routing_contrastive(unit_LDE: Tensor, sum_LED: Tensor, tokens_per_expert_LE: Tensor, temperature: float) -> Tensor:
     """Routing contrastive loss, Eq. (6): cross-entropy between prototypes p_i and token centroids m_j, i matching i.
 
     Only experts that received tokens take part, as rows and as columns; with fewer than two of them the loss is 0.
@@ -50,16 +50,16 @@ def routing_contrastive(unit_LDE: Tensor, sum_LED: Tensor, load_LE: Tensor, temp
     Args:
         unit_LDE: float32 [L, D, E], prototypes of length 1.
         sum_LED: float32 [L, E, D] from `centroid_sums`, summed over the ranks for the global scope.
-        load_LE: [L, E] of any dtype, the tokens in each sum.
+        tokens_per_expert_LE: [L, E] of any dtype, the tokens in each sum.
         temperature: tau.
 
     Returns:
         float32 [L].
     """
-    absent_LE = (load_LE == 0).to(sum_LED.dtype)
+    absent_LE = (tokens_per_expert_LE == 0).to(sum_LED.dtype)
     logits_LEE = torch.baddbmm(absent_LE[..., None], unit(sum_LED), unit_LDE, beta=-ABSENT, alpha=1 / temperature)
     log_p_LE = logits_LEE.log_softmax(dim=1).diagonal(dim1=1, dim2=2)  # [l, j, i] is m_j . p_i / tau
-    return (log_p_LE * (absent_LE - 1)).sum(1) / load_LE.count_nonzero(dim=1).clamp(min=1)
+    return (log_p_LE * (absent_LE - 1)).sum(1) / tokens_per_expert_LE.count_nonzero(dim=1).clamp(min=1)
 
 
 def sums_over_scope(scope: Scope, all_reduce: Callable[[Tensor], Tensor], *parts: Tensor) -> Sequence[Tensor]:
@@ -101,20 +101,20 @@ def mean_over_scope(pair_L2: Tensor, scope: Scope, all_reduce: Callable[[Tensor]
     return total_L / number_L.detach().clamp(min=1)
 
 
-def load_balance(score_LE: Tensor, load_LE: Tensor, top_k: int) -> Tensor:
+def load_balance(score_LE: Tensor, tokens_per_expert_LE: Tensor, top_k: int) -> Tensor:
     """Load-balance loss E * sum_i f_i P_i (Switch Transformer, arXiv:2101.03961, Eq. (4)-(6)); 1 at perfect balance.
 
     f_i is the share of edges that go to expert i, P_i the mean score of i over the tokens.
 
     Args:
         score_LE: float32 [L, E], scores summed over the tokens.
-        load_LE: [L, E] of any dtype, edges: K a token.
+        tokens_per_expert_LE: [L, E] of any dtype, edges: K a token.
 
     Returns:
         float32 [L].
     """
-    edges_L = load_LE.sum(1).clamp(min=1)  # T*K
-    return load_LE.shape[1] * top_k * (load_LE * score_LE).sum(1) / edges_L / edges_L
+    edges_L = tokens_per_expert_LE.sum(1).clamp(min=1)  # T*K
+    return tokens_per_expert_LE.shape[1] * top_k * (tokens_per_expert_LE * score_LE).sum(1) / edges_L / edges_L
 
 
 def routing_contrastive_per_image(

@@ -22,21 +22,21 @@ from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import Router, Routing
 
 
-def max_over_mean(load_LE: Tensor) -> Tensor:
+def max_over_mean(tokens_per_expert_LE: Tensor) -> Tensor:
     """float64 [L]: the busiest expert's tokens over the mean; 1 is even, E is one expert for all, 0 is no token."""
-    load_LE = load_LE.double()
-    return load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)
+    tokens_per_expert_LE = tokens_per_expert_LE.double()
+    return tokens_per_expert_LE.amax(1) / tokens_per_expert_LE.mean(1).clamp(min=1e-12)
 
 
-def load_entropy(load_LE: Tensor) -> Tensor:
+def load_entropy(tokens_per_expert_LE: Tensor) -> Tensor:
     """float64 [L]: -sum_e p_e ln p_e / ln E of the shares p; 1 is even, 0 one expert for all, or none."""
-    share_LE = load_LE.double() / load_LE.double().sum(1, keepdim=True).clamp(min=1)
-    return -torch.special.xlogy(share_LE, share_LE).sum(1) / max(math.log(load_LE.shape[1]), 1e-12)
+    share_LE = tokens_per_expert_LE.double() / tokens_per_expert_LE.double().sum(1, keepdim=True).clamp(min=1)
+    return -torch.special.xlogy(share_LE, share_LE).sum(1) / max(math.log(tokens_per_expert_LE.shape[1]), 1e-12)
 
 
-def dead_experts(load_LE: Tensor) -> Tensor:
+def dead_experts(tokens_per_expert_LE: Tensor) -> Tensor:
     """int64 [L]: experts without a token."""
-    return (load_LE == 0).sum(1)
+    return (tokens_per_expert_LE == 0).sum(1)
 
 
 def prototypes_of(router: Router) -> Tensor | None:

@@ -85,7 +85,9 @@ class Router(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     @staticmethod
-    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+    def losses(
+        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
+    ) -> dict[str, Tensor]:
         """Auxiliary losses of all L MoE layers at once, so that one all-reduce serves them all; in training only.
 
         Static, because parameters cannot be read here (ZeRO-3 holds them inside their module's forward alone):
@@ -94,11 +96,11 @@ class Router(nn.Module):
         Args:
             config: the router's.
             terms: `Routing.terms` of the layers, [L, ...] by name.
-            load_LE: int32 [L, E], edges of this rank.
+            tokens_per_expert_LE: int32 [L, E], edges of this rank.
             all_reduce: differentiable sum over the ranks; called on every rank or on none.
 
         Returns:
-            float32 [L] by name, unweighted, for the names of `aux_weights`.
+            float32 [L] by name, unweighted, for the names of `aux_loss_weights`.
         """
         return {}
 
@@ -135,16 +137,16 @@ class Router(nn.Module):
         return sum(x.numel() for x in self.state_dict().values() if x.dim() == 2)
 
     @staticmethod
-    def aux_weights(config: RouterConfig) -> dict[str, float]:
+    def aux_loss_weights(config: RouterConfig) -> dict[str, float]:
         """Weight of each auxiliary loss in the training loss, by name."""
         return {}
 
 
-def auxiliary_losses(router: Router, layers: list[dict[str, Tensor]], load_LE: Tensor) -> dict[str, Tensor]:
+def aux_losses_of(router: Router, layers: list[dict[str, Tensor]], tokens_per_expert_LE: Tensor) -> dict[str, Tensor]:
     """`Router.losses` from the `Routing.terms` of each layer, with autocast disabled; {} if there are no terms."""
     terms = {name: torch.stack([terms[name] for terms in layers]) for name in layers[0]}
-    with torch.autocast(load_LE.device.type, enabled=False):
-        return router.losses(router.config, terms, load_LE, router.all_reduce) if terms else {}
+    with torch.autocast(tokens_per_expert_LE.device.type, enabled=False):
+        return router.losses(router.config, terms, tokens_per_expert_LE, router.all_reduce) if terms else {}
 
 
 ROUTERS: dict[str, type[Router]] = {}

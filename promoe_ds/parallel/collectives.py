@@ -1,7 +1,8 @@
 """Differentiable collectives. They go through `deepspeed.comm`, so DeepSpeed's communication logger sees them.
 
 Those of the forward pass are operators of their own, `promoe_ds::...`, which write to none of their arguments:
-selective activation checkpointing (`models/recompute.py`) keeps their results instead of communicating again.
+selective activation checkpointing (`models/activation_checkpoint.py`) keeps their results and does not communicate
+again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
     return sum_in_place(x.clone(), _groups[group])
 
 
-@torch.library.custom_op("promoe_ds::swap_counts", mutates_args=())
+@torch.library.custom_op("promoe_ds::all_to_all_counts", mutates_args=())
 def _swap_counts(count: Tensor, group: str) -> Tensor:
     out = torch.empty_like(count)
     with kind("counts"):
@@ -174,6 +175,6 @@ class AllToAllHandle:
             work.wait()
 
 
-def swap_counts(count: Tensor, group: Any) -> Tensor:
+def all_to_all_counts(count: Tensor, group: Any) -> Tensor:
     """[ep, e] integers: row r goes to rank r; row s of the result came from rank s."""
     return _swap_counts(count, _name(group))

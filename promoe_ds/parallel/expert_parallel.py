@@ -45,7 +45,7 @@ from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
 from promoe_ds.moe.router import Router
-from promoe_ds.parallel.collectives import AllToAllHandle, all_gather_rows, all_reduce_sum, swap_counts
+from promoe_ds.parallel.collectives import AllToAllHandle, all_gather_rows, all_reduce_sum, all_to_all_counts
 from promoe_ds.parallel.topology import Topology, connect, disconnect
 from promoe_ds.utils.ranks import Ranks
 
@@ -78,7 +78,7 @@ class ExpertParallelExperts(AutoEPMoELayer):
         self.dispatcher = AllToAllDispatcher(
             self.num_experts,
             self.num_local_experts,
-            lambda count: swap_counts(count, self.ep_group),
+            lambda count: all_to_all_counts(count, self.ep_group),
             lambda rows, send, receive: AllToAllHandle(rows, send, receive, self.ep_group),
         )
 

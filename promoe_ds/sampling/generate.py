@@ -34,7 +34,7 @@ LABEL_COUNTER = 2
 
 
 @dataclass(frozen=True)
-class How:
+class SamplingOptions:
     """How images are drawn from weights and labels: all of it decides them, but for `batch`."""
 
     cfg: float
@@ -57,12 +57,12 @@ class How:
 Labels = Literal["balanced", "random"]
 
 
-def class_labels(num: int, num_classes: int, how: Labels = "balanced", seed: int = 0) -> np.ndarray:
+def class_labels(num: int, num_classes: int, options: Labels = "balanced", seed: int = 0) -> np.ndarray:
     """Labels [num] int64 of images 0, 1, ...
 
     Balanced: image i is of class i modulo `num_classes`. Random: drawn uniformly, for image i from (seed, i) alone.
     """
-    if how == "balanced":
+    if options == "balanced":
         return np.arange(num, dtype=np.int64) % num_classes
     counter = np.array([0, 0, 0, LABEL_COUNTER], dtype=np.uint64)
     keys = (np.array([seed, i], dtype=np.uint64) for i in range(num))
@@ -107,7 +107,7 @@ def draw_batches(
     config: Config,
     labels: np.ndarray,
     indices: np.ndarray,
-    how: How,
+    options: SamplingOptions,
     device: torch.device,
     on_step: Callable[[int], object] | None = None,
     rounds: int = 0,
@@ -125,23 +125,25 @@ def draw_batches(
         The rows of a finished batch and the final state of the solver, float32 [B, C, H, W] on `device`.
     """
     m, objective = config.model, make_objective(config.diffusion, device)
-    sampler, channels = how.sampler or objective.samplers[0], how.channels or config.guidance.channels
+    sampler, channels = options.sampler or objective.samplers[0], options.channels or config.guidance.channels
 
     def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
-        return image_noise(how.seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
+        return image_noise(options.seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
 
     @torch.no_grad()
     def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
         label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
-        predict = guided_prediction(model, label, m.num_classes, how.cfg, device, channels)
-        with torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16"):
-            return objective.sample(predict, noise(index_B), partial(noise, index_B), how.steps, sampler, how.eta, tick)
+        predict = guided_prediction(model, label, m.num_classes, options.cfg, device, channels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            return objective.sample(
+                predict, noise(index_B), partial(noise, index_B), options.steps, sampler, options.eta, tick
+            )
 
-    for start in range(0, len(indices), how.batch):
-        rows = slice(start, min(start + how.batch, len(indices)))
+    for start in range(0, len(indices), options.batch):
+        rows = slice(start, min(start + options.batch, len(indices)))
         tick = None if on_step is None else lambda _step, state: on_step(len(state))
         yield rows, draw(labels[rows], indices[rows], tick)
-    for _ in range(rounds - -(-len(indices) // how.batch)):
+    for _ in range(rounds - -(-len(indices) // options.batch)):
         draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
 
 
@@ -158,10 +160,15 @@ def pixel_batches(
 
 
 def draw_pixels(
-    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, how: How, device: torch.device
+    model: Callable[..., Any],
+    config: Config,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    options: SamplingOptions,
+    device: torch.device,
 ) -> np.ndarray:
     """All images of a model of pixels in one array: uint8 [N, H, W, C]; arguments and errors as of `draw_batches`."""
     images = np.empty((len(indices), *pixel_shape(config)), dtype=np.uint8)
-    for rows, made in pixel_batches(draw_batches(model, config, labels, indices, how, device)):
+    for rows, made in pixel_batches(draw_batches(model, config, labels, indices, options, device)):
         images[rows] = made
     return images

@@ -27,7 +27,7 @@ from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import choose_sampler
-from promoe_ds.sampling.generate import How, Labels, class_labels, draw_batches, pixel_batches, pixel_shape
+from promoe_ds.sampling.generate import Labels, SamplingOptions, class_labels, draw_batches, pixel_batches, pixel_shape
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, write_npz
 from promoe_ds.utils.command_line import versions
 from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
@@ -67,7 +67,7 @@ class Job:
     out: Path
     num: int
     """N, images over all processes"""
-    how: How
+    options: SamplingOptions
     labels: Labels = "balanced"
     formats: tuple[str, ...] = ("png", "npz")
     """png: a file an image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
@@ -125,14 +125,14 @@ def record_of(
     return {
         "command": command,
         **weights,
-        "cfg": job.how.cfg,
-        "steps": job.how.steps,
-        "seed": job.how.seed,
+        "cfg": job.options.cfg,
+        "steps": job.options.steps,
+        "seed": job.options.seed,
         "num": job.num,
-        "precision": job.how.precision,
-        "sampler": job.how.sampler,
-        "eta": job.how.eta,
-        "guidance_channels": job.how.channels,
+        "precision": job.options.precision,
+        "sampler": job.options.sampler,
+        "eta": job.options.eta,
+        "guidance_channels": job.options.channels,
         "labels": job.labels,
         "vae": f"{codec.kind} {codec.digest}".strip() if codec else None,
         "features": features,
@@ -192,7 +192,7 @@ def _progress(job: Job, ranks: Ranks, total: int, done: int) -> tqdm:
     return tqdm(
         total=total,
         initial=done,
-        desc=f"cfg {job.how.cfg}: images{who}",
+        desc=f"cfg {job.options.cfg}: images{who}",
         disable=ranks.rank != 0,
         mininterval=0.5,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
@@ -201,7 +201,7 @@ def _progress(job: Job, ranks: Ranks, total: int, done: int) -> tqdm:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SampleWorker:
     """What makes images, on this process."""
 
     model: Callable[..., Any]
@@ -220,10 +220,10 @@ class Sampler:
         return pixel_shape(self.config, self.codec)
 
     def labels(self, job: Job) -> np.ndarray:
-        return class_labels(job.num, self.config.model.num_classes, job.labels, job.how.seed)
+        return class_labels(job.num, self.config.model.num_classes, job.labels, job.options.seed)
 
 
-def _store(sampler: Sampler, job: Job) -> Store:
+def _store(sampler: SampleWorker, job: Job) -> Store:
     if "features" in job.formats:
         assert sampler.pack is not None, "features need a store"
         return sampler.pack(job.out)
@@ -232,23 +232,23 @@ def _store(sampler: Sampler, job: Job) -> Store:
     return BatchStore(job.out, sampler.shape)
 
 
-def make_share(sampler: Sampler, job: Job) -> None:
+def make_share(sampler: SampleWorker, job: Job) -> None:
     """Images r, r + W, ... of the job: those on disk are kept, the others made and written batch by batch."""
     store, labels = _store(sampler, job), sampler.labels(job)
     indices = np.arange(sampler.ranks.rank, job.num, sampler.ranks.world)
     found = [pixels is not None for pixels in read_all(store, indices.tolist())]
     missing = indices[~np.array(found, dtype=bool)]
-    rounds = -(-len(missing) // job.how.batch)
+    rounds = -(-len(missing) // job.options.batch)
     if sampler.lockstep:
         rounds = max(sampler.ranks.gather(rounds))
-    _, steps = choose_sampler(sampler.config, job.how.sampler, job.how.steps, job.how.eta)
+    _, steps = choose_sampler(sampler.config, job.options.sampler, job.options.steps, job.options.eta)
     with _progress(job, sampler.ranks, len(indices), len(indices) - len(missing)) as bar:
         batches = draw_batches(
             sampler.model,
             sampler.config,
             labels[missing],
             missing,
-            job.how,
+            job.options,
             sampler.device,
             on_step=lambda count: bar.update(count / steps),
             rounds=rounds,
@@ -257,7 +257,7 @@ def make_share(sampler: Sampler, job: Job) -> None:
             store.write(missing[rows], images)
 
 
-def assemble_features(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
+def assemble_features(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None:
     """Rank 0, after the barrier: what all processes have made becomes `features.safetensors` and `grid.png`."""
     assert sampler.pack is not None
     store, columns = sampler.pack(job.out), min(10, sampler.config.model.num_classes, job.num)
@@ -271,7 +271,7 @@ def assemble_features(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> 
     store.clear()
 
 
-def assemble(sampler: Sampler, job: Job) -> None:
+def assemble(sampler: SampleWorker, job: Job) -> None:
     """Rank 0, after the barrier: what all processes have made becomes `samples.npz` and `grid.png`."""
     store, labels = _store(sampler, job), sampler.labels(job)
     columns = min(10, sampler.config.model.num_classes, job.num)
@@ -301,7 +301,7 @@ def complete(job: Job, shape: tuple[int, int, int]) -> bool:
         return False
 
 
-def run_job(sampler: Sampler, job: Job, record: Mapping[str, Any]) -> None:
+def run_job(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None:
     """Make or finish one folder: PNGs, `samples.npz`, `grid.png`, `sampling.json`, `config.yaml`.
 
     Raises:

@@ -14,7 +14,7 @@ from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.models.init import build
 from promoe_ds.moe.observe import LastChoice
-from promoe_ds.sampling.generate import How, Precision, check_channels, draw_batches, pixel_batches
+from promoe_ds.sampling.generate import Precision, SamplingOptions, check_channels, draw_batches, pixel_batches
 from promoe_ds.utils.pictures import beside, grid, token_maps, write_png
 
 
@@ -67,8 +67,10 @@ def draw_grid(
     was_training = model.training
     model.eval()
     try:
-        images, how = [], How(s.cfg, s.steps, s.seed, precision=precision)
-        for _, made in pixel_batches(draw_batches(model, config, labels, np.arange(len(labels)), how, device), codec):
+        images, options = [], SamplingOptions(s.cfg, s.steps, s.seed, precision=precision)
+        for _, made in pixel_batches(
+            draw_batches(model, config, labels, np.arange(len(labels)), options, device), codec
+        ):
             images.append(made)
             after_batch(len(made))
     finally:

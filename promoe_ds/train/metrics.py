@@ -38,15 +38,15 @@ CLOSE_SECONDS = 10.0
 """how long the end of a run waits for TensorBoard, whose writer may be lost (an interrupted write, a dead disk)"""
 
 
-def expert_load(load_LE: Tensor) -> tuple[float, int]:
+def expert_load(tokens_per_expert_LE: Tensor) -> tuple[float, int]:
     """(mean over the MoE layers of max/mean expert load, experts without a token over all layers).
 
     Args:
-        load_LE: int32 [L, E], tokens per layer and expert over all ranks. A dense model gives (1.0, 0).
+        tokens_per_expert_LE: int32 [L, E], tokens per layer and expert over all ranks. A dense model gives (1.0, 0).
     """
-    if load_LE.numel() == 0:
+    if tokens_per_expert_LE.numel() == 0:
         return 1.0, 0
-    return float(max_over_mean(load_LE).mean()), int(dead_experts(load_LE).sum())
+    return float(max_over_mean(tokens_per_expert_LE).mean()), int(dead_experts(tokens_per_expert_LE).sum())
 
 
 def memory_gib(device: torch.device) -> float:
@@ -191,30 +191,30 @@ class ExpertWatch:
             return
         sums_L2 = torch.stack([torch.stack([w_N.sum(), w_N.square().sum()]) for w_N in output.weights])
         edges_L = sums_L2.new_tensor([len(w_N) for w_N in output.weights])
-        self._losses = list(output.aux)
-        sums_KL = torch.stack([torch.ones_like(edges_L), edges_L, *sums_L2.T, *output.aux.values()]).double()
+        self._losses = list(output.aux_losses)
+        sums_KL = torch.stack([torch.ones_like(edges_L), edges_L, *sums_L2.T, *output.aux_losses.values()]).double()
         self._sums_KL = sums_KL if self._sums_KL is None else self._sums_KL + sums_KL
 
     def report(
         self,
-        load_LE: Tensor,
+        tokens_per_expert_LE: Tensor,
         sum_over_ranks: Callable[[Tensor], Tensor],
         whole: Callable[[Tensor], Tensor] = Tensor.detach,
     ) -> dict[str, list[Any]]:
         """Numbers by name, a list with one for each MoE layer; collective if a forward was seen.
 
         Args:
-            load_LE: int32 [L, E], over all ranks.
+            tokens_per_expert_LE: int32 [L, E], over all ranks.
             whole: all values of a parameter or buffer of which this rank may hold a piece.
         """
         if not self.routers:
             return {}
-        load_LE = load_LE.cpu()
+        tokens_per_expert_LE = tokens_per_expert_LE.cpu()
         values: dict[str, list[Any]] = {
             "block": list(self.routers),
-            "load_max_over_mean": max_over_mean(load_LE).tolist(),
-            "load_entropy": load_entropy(load_LE).tolist(),
-            "dead_experts": dead_experts(load_LE).tolist(),
+            "load_max_over_mean": max_over_mean(tokens_per_expert_LE).tolist(),
+            "load_entropy": load_entropy(tokens_per_expert_LE).tolist(),
+            "dead_experts": dead_experts(tokens_per_expert_LE).tolist(),
         }
         if self._sums_KL is not None:
             forwards_L, edges_L, weight_L, square_L, *losses = sum_over_ranks(self._sums_KL).cpu()

@@ -74,10 +74,10 @@ class Trainer:
                  "data": data}  # fmt: skip
         self.saver = Saver(run, self.engine, config, topology, facts, self._say)
         self.objective = make_objective(config.diffusion, topology.device)
-        router_weights = ROUTERS[config.moe.router.name].aux_weights(config.moe.router) if config.moe else {}
-        self.aux_weights = self.objective.aux_weights | router_weights
+        router_weights = ROUTERS[config.moe.router.name].aux_loss_weights(config.moe.router) if config.moe else {}
+        self.aux_loss_weights = self.objective.aux_loss_weights | router_weights
         self.experts = ExpertWatch(self.model)
-        self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_weights)]
+        self.terms = ["loss", "loss/diffusion", *(f"loss/{name}" for name in self.aux_loss_weights)]
         self.log = self._open_log(ds) if topology.rank == 0 else None
         self.throughput = Throughput()
         self.meter = Meter(self.model, topology.device) if config.train.measure else None
@@ -219,7 +219,7 @@ class Trainer:
     def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step; returns the losses, gradient norm, expert load and whether to stop."""
         self.experts.start()
-        totals, load_LE = self._accumulate(batches, self._logged(self.step + 1))
+        totals, tokens_per_expert_LE = self._accumulate(batches, self._logged(self.step + 1))
         mine = totals.clone()
         totals[-1] = float(signals.requested() is not None)  # every rank learns of it with the losses of the step
         with self._part("optimizer"):
@@ -229,7 +229,11 @@ class Trainer:
             (*losses, stop), read = sums.tolist(), None
         else:  # stage 0: the norm comes with the losses, in the one host read of the step
             *losses, stop, read = torch.cat([sums, clipped.view(1)]).tolist()
-        record = dict(zip(self.terms, losses, strict=True)) | {"load": load_LE, "stop": stop > 0, "skipped": None}
+        record = dict(zip(self.terms, losses, strict=True)) | {
+            "load": tokens_per_expert_LE,
+            "stop": stop > 0,
+            "skipped": None,
+        }
         norm = math.nan
         if all(map(math.isfinite, losses)):
             with self._part("optimizer"):
@@ -258,7 +262,7 @@ class Trainer:
             totals[:-1] += torch.stack(terms).detach() / len(batches)
             if logged:
                 self.experts.see(output)
-            loads.append(output.load_LE)
+            loads.append(output.tokens_per_expert_LE)
         return totals, sum(loads[1:], loads[0])
 
     def _not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:
@@ -295,19 +299,21 @@ class Trainer:
         device = self.topology.device
         z, eps, gauss = (x.to(device, non_blocking=True) for x in (batch.x_BCHW, batch.noise_BCHW, batch.gauss_B))
         output, losses = self.objective.loss(lambda x, t: self.engine(x, t, batch.label_B, batch.rows), z, eps, gauss)
-        total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux.items()}
-        if extra := sorted(output.aux.keys() - self.aux_weights.keys()):
+        total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux_losses.items()}
+        if extra := sorted(output.aux_losses.keys() - self.aux_loss_weights.keys()):
             raise RankFailed(
-                f"the router's losses() return {extra[0]!r}: name it in aux_weights, with 0 only to log it"
+                f"the router's losses() return {extra[0]!r}: name it in aux_loss_weights, at 0 only to log it"
             )
-        for name, weight in self.aux_weights.items():
-            if name not in losses and (name not in output.aux or output.aux[name].shape != output.load_LE.shape[:1]):
+        for name, weight in self.aux_loss_weights.items():
+            if name not in losses and (
+                name not in output.aux_losses or output.aux_losses[name].shape != output.tokens_per_expert_LE.shape[:1]
+            ):
                 raise RankFailed(
-                    f"the router's aux_weights name a loss {name!r}: its losses() must return it with one value for "
-                    "each MoE layer, and its forward the terms of it"
+                    f"the router's aux_loss_weights name a loss {name!r}: its losses() must return it, one value per "
+                    "MoE layer, and its forward the terms of it"
                 )
             total = total + weight * aux[name]
-        return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_weights)]
+        return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_loss_weights)]
 
     # --------------------------------------------------------------------------------------------------- reporting
 
@@ -326,11 +332,11 @@ class Trainer:
     def _report(self, record: dict[str, Any]) -> None:
         """Collective: sum the expert loads over ranks; rank 0 writes the record."""
         measured = self._measured()
-        load_LE = sum_over_ranks(record.pop("load").clone())
-        layers = self.experts.report(load_LE, sum_over_ranks, self.engine.whole)
+        tokens_per_expert_LE = sum_over_ranks(record.pop("load").clone())
+        layers = self.experts.report(tokens_per_expert_LE, sum_over_ranks, self.engine.whole)
         if self.log:
             rate = self.throughput.rate()
-            ratio, dead = expert_load(load_LE.cpu())
+            ratio, dead = expert_load(tokens_per_expert_LE.cpu())
             device = self.topology.device
             peak = flops.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
             mfu = rate / self.topology.world * self.image_flops / peak if peak else None
@@ -342,7 +348,7 @@ class Trainer:
             } | measured | ({"skipped": record["skipped"]} if record["skipped"] else {})
               | ({"layers": layers} if layers else {}))  # fmt: skip
             if layers:
-                self.log.image("expert_load", load_map(load_LE.cpu().numpy()), self.step)
+                self.log.image("expert_load", load_map(tokens_per_expert_LE.cpu().numpy()), self.step)
         self.throughput.reset()
         if self.meter:
             self.meter.reset()

@@ -88,13 +88,13 @@ def expert_colours(num_experts: int) -> np.ndarray:
     return (255 * np.array(colours)).round().astype(np.uint8)
 
 
-def load_map(load_LE: np.ndarray, cell: int = 16) -> Image.Image:
+def load_map(tokens_per_expert_LE: np.ndarray, cell: int = 16) -> Image.Image:
     """Layers downwards, experts to the right: white is idle, blue the mean, dark four times the mean, red nobody."""
-    load_LE = np.asarray(load_LE, dtype=np.float64)
-    ratio_LE = load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12)
+    tokens_per_expert_LE = np.asarray(tokens_per_expert_LE, dtype=np.float64)
+    ratio_LE = tokens_per_expert_LE / np.maximum(tokens_per_expert_LE.mean(1, keepdims=True), 1e-12)
     stops, colours = [x for x, _ in RAMP], np.array([c for _, c in RAMP], dtype=np.float64)
     rgb = np.stack([np.interp(ratio_LE, stops, colours[:, i]) for i in range(3)], axis=-1)
-    rgb[load_LE == 0] = DEAD
+    rgb[tokens_per_expert_LE == 0] = DEAD
     return Image.fromarray(rgb.round().astype(np.uint8).repeat(cell, 0).repeat(cell, 1))
 
 

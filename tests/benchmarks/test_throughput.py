@@ -11,10 +11,10 @@ import torch
 from benchmarks import moe_peers, throughput
 from benchmarks.common import load_points, save_point
 from benchmarks.op_counting import count_operators, host_syncs
-from promoe_ds.moe.dispatch import segment_sizes
+from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.experts import backend_problem
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import guarded
 
@@ -35,12 +35,12 @@ def test_the_loop_computes_what_the_layer_computes(routing: str) -> None:
     made, x, split = layer()
     if routing != "learned":
         moe_peers.force_routing(made, routing)
-    out, (terms, end_E, _) = made(x, split)
-    loop, (losses, loop_end_E, _) = moe_peers.loop_layer(made, x, split)
+    out, (terms, offsets_E, _) = made(x, split)
+    loop, (losses, loop_offsets_E, _) = moe_peers.loop_layer(made, x, split)
     torch.testing.assert_close(out, loop, rtol=1e-4, atol=1e-5)
-    assert torch.equal(end_E, loop_end_E)
+    assert torch.equal(offsets_E, loop_offsets_E)
     if routing == "learned":  # a forced choice comes after the layer's terms, and before the loop's loss
-        (ours,) = auxiliary_losses(made.router, [terms], segment_sizes(end_E)[None])["routing_contrastive"]  # type: ignore[arg-type]
+        (ours,) = aux_losses_of(made.router, [terms], tokens_per_expert(offsets_E)[None])["routing_contrastive"]  # type: ignore[arg-type]
         torch.testing.assert_close(ours, losses["routing_contrastive"], rtol=1e-4, atol=1e-5)
 
 

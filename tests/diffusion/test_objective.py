@@ -45,7 +45,7 @@ def test_flow_loss_is_the_velocity_error() -> None:
     output, losses = make_objective(FLOW.diffusion).loss(model, z, eps, gauss)
     sigma = torch.sigmoid(gauss)
     assert torch.equal(model.x, flow.interpolate(z, eps, sigma)) and torch.equal(model.t, 1000 * sigma)
-    assert losses.keys() == {"diffusion"} and make_objective(FLOW.diffusion).aux_weights == {}
+    assert losses.keys() == {"diffusion"} and make_objective(FLOW.diffusion).aux_loss_weights == {}
     expected = flow.loss_per_image(output.prediction, flow.target(z, eps)).mean()
     assert torch.equal(losses["diffusion"], expected)
 
@@ -59,7 +59,7 @@ def test_ddpm_loss_is_mse_and_bound() -> None:
     assert torch.equal(model.x, ddpm.q_sample(schedule, z, eps, t))
     assert model.t.dtype == torch.float32 and model.t.tolist() == t.tolist()
     mse, vb = ddpm.losses_per_image(schedule, output.prediction, z, eps, model.x, t)
-    assert losses.keys() == {"diffusion", "vb"} and objective.aux_weights == {"vb": pytest.approx(1.0)}
+    assert losses.keys() == {"diffusion", "vb"} and objective.aux_loss_weights == {"vb": pytest.approx(1.0)}
     torch.testing.assert_close(losses["diffusion"], (eps - 2 * model.x).square().mean())
     assert torch.equal(losses["diffusion"], mse.mean()) and torch.equal(losses["vb"], vb.mean())
 
@@ -71,7 +71,7 @@ def test_a_shorter_schedule_tells_the_model_times_up_to_1000() -> None:
     objective.loss(model, z, eps, gauss)
     t = ddpm.timestep_from_gauss(gauss, 100)
     assert model.t.tolist() == pytest.approx([10.0 * i for i in t.tolist()]) and int(t.max()) > 50
-    assert objective.aux_weights["vb"] == pytest.approx(0.1)
+    assert objective.aux_loss_weights["vb"] == pytest.approx(0.1)
     assert objective.timesteps(10) == pytest.approx([990, 880, 770, 660, 550, 440, 330, 220, 110, 0])
 
 

@@ -10,12 +10,12 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
+from promoe_ds.models.activation_checkpoint import checkpointed
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
-from promoe_ds.models.recompute import recomputed
-from promoe_ds.moe.dispatch import segment_sizes
+from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.split import split_by_label
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology, connect, disconnect, leave
@@ -102,8 +102,8 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     split = split_by_label(torch.tensor(labels), NULL, "cpu")
     x = x[split.order_B].requires_grad_()
-    out, (terms, end_E, _) = recomputed(layer, mode, x, split)
-    losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None])  # type: ignore[arg-type]
+    out, (terms, offsets_E, _) = checkpointed(layer, mode, x, split)
+    losses = aux_losses_of(layer.router, [terms], tokens_per_expert(offsets_E)[None])  # type: ignore[arg-type]
     probe = torch.linspace(-1, 1, S * D).view(1, S, D)
     ((out * probe).sum() + contrastive * losses["routing_contrastive"].sum()).backward()
     assert x.grad is not None
@@ -177,7 +177,7 @@ def reductions(topology: Topology, mode: str) -> list[int]:
     labels = torch.tensor(MIXES["one rank all null"][topology.rank])
     with Recorder(topology) as record:
         out = model(torch.randn(3, 4, 8, 8), torch.rand(3), labels)
-        (out.prediction.sum() + sum(loss_L.sum() for loss_L in out.aux.values())).backward()
+        (out.prediction.sum() + sum(loss_L.sum() for loss_L in out.aux_losses.values())).backward()
     return [n for kind, n, _ in record.calls if kind == "all_reduce"]
 
 

@@ -63,7 +63,7 @@ def step(model: DiT, labels: list[int], mixed: bool = False) -> tuple[DiTOutput,
     x, t = torch.randn(len(labels), 1, 8, 8, generator=generator), torch.rand(len(labels), generator=generator) * 1000
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         out = model(x, t, torch.tensor(labels))
-    (out.prediction.float().square().mean() + sum(v.sum() for v in out.aux.values())).backward()
+    (out.prediction.float().square().mean() + sum(v.sum() for v in out.aux_losses.values())).backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return out, grads
@@ -76,7 +76,7 @@ def same(model: DiT, compiled: DiT, labels: list[int], mixed: bool = False) -> N
         torch.testing.assert_close(found.prediction, want.prediction, rtol=0.05, atol=0.01)
         return
     torch.testing.assert_close(found.prediction, want.prediction, rtol=1e-4, atol=1e-5)
-    assert torch.equal(found.load_LE, want.load_LE)
+    assert torch.equal(found.tokens_per_expert_LE, want.tokens_per_expert_LE)
     scale = max(float(grad.norm()) for grad in want_grads.values())
     for name, grad in want_grads.items():
         assert float((found_grads[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7 * scale, name

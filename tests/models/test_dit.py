@@ -90,16 +90,16 @@ def test_variants_train(override: str) -> None:
     x, t, labels = inputs()
     model = awake(tiny(override))
     out = model(x, t, labels)
-    (out.prediction.square().mean() + sum(loss_L.sum() for loss_L in out.aux.values())).backward()
+    (out.prediction.square().mean() + sum(loss_L.sum() for loss_L in out.aux_losses.values())).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert out.load_LE.shape == ((len(model.config.moe_layers()), 12) if model.config.moe else (0, 0))
+    assert out.tokens_per_expert_LE.shape == ((len(model.config.moe_layers()), 12) if model.config.moe else (0, 0))
 
 
 def gradients(model: DiT) -> list[torch.Tensor]:
     """Gradients of a step."""
     x, t, labels = inputs()
     out = model(x, t, labels)
-    (out.prediction.square().mean() + sum(loss_L.sum() for loss_L in out.aux.values())).backward()
+    (out.prediction.square().mean() + sum(loss_L.sum() for loss_L in out.aux_losses.values())).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 

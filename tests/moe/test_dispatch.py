@@ -9,9 +9,9 @@ from promoe_ds.moe.dispatch import (
     AllToAllDispatcher,
     LocalDispatcher,
     Pending,
+    expert_offsets,
     permute,
-    segment_ends,
-    segment_sizes,
+    tokens_per_expert,
     unpermute,
 )
 from promoe_ds.moe.router import Routing
@@ -44,8 +44,8 @@ def test_dispatch_experts_combine_equals_the_sum_over_edges(kind: str, tokens: i
     dispatched, plan = dispatcher.dispatch(x, routing)
     rows = dispatched.wait()
     assert rows.expert_N.tolist() == sorted(routing.expert_N.tolist())
-    assert rows.end_E.dtype == torch.int32 and rows.end_E.tolist() == plan.end_E.tolist()
-    assert segment_sizes(plan.end_E).tolist() == [(routing.expert_N == e).sum().item() for e in range(E)]
+    assert rows.offsets_E.dtype == torch.int32 and rows.offsets_E.tolist() == plan.offsets_E.tolist()
+    assert tokens_per_expert(plan.offsets_E).tolist() == [(routing.expert_N == e).sum().item() for e in range(E)]
     out = dispatcher.combine(rows.x_ND * scale_E[rows.expert_N][:, None], plan).wait()
     slow = torch.zeros(tokens, D, dtype=torch.float64)
     for t, e, w in zip(routing.token_N.tolist(), routing.expert_N.tolist(), routing.weight_N, strict=True):
@@ -69,10 +69,10 @@ def test_permute_is_exact_and_its_gradient_is_the_inverse() -> None:
 
 
 def test_segment_ends_and_sizes() -> None:
-    ends = segment_ends(torch.tensor([0, 0, 2, 2, 2, 5]), 7)
-    assert ends.tolist() == [2, 2, 5, 5, 5, 6, 6] and segment_sizes(ends).tolist() == [2, 0, 3, 0, 0, 1, 0]
-    assert segment_ends(torch.tensor([], dtype=torch.int64), 3).tolist() == [0, 0, 0]
-    assert segment_sizes(torch.stack([ends, ends])).tolist() == [[2, 0, 3, 0, 0, 1, 0]] * 2
+    ends = expert_offsets(torch.tensor([0, 0, 2, 2, 2, 5]), 7)
+    assert ends.tolist() == [2, 2, 5, 5, 5, 6, 6] and tokens_per_expert(ends).tolist() == [2, 0, 3, 0, 0, 1, 0]
+    assert expert_offsets(torch.tensor([], dtype=torch.int64), 3).tolist() == [0, 0, 0]
+    assert tokens_per_expert(torch.stack([ends, ends])).tolist() == [[2, 0, 3, 0, 0, 1, 0]] * 2
 
 
 def test_all_to_all_with_a_group_of_one_equals_local() -> None:

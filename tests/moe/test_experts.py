@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.config.schema import ConfigError
-from promoe_ds.moe.dispatch import ExpertRows, segment_ends
+from promoe_ds.moe.dispatch import ExpertRows, expert_offsets
 from promoe_ds.moe.experts import StackedExperts, backend_problem, check_backend
 from promoe_ds.recipes.load import load_tree
 
@@ -49,7 +49,7 @@ def test_backends_agree(monkeypatch: pytest.MonkeyPatch, expert: list[int]) -> N
     want = [expected, *torch.autograd.grad(expected.square().sum(), inputs, allow_unused=True)]
     for backend in ("loop", "grouped_mm", "megablocks"):
         made.backend = backend
-        y_ND = made(ExpertRows(x_ND, expert_N, segment_ends(expert_N, E)))
+        y_ND = made(ExpertRows(x_ND, expert_N, expert_offsets(expert_N, E)))
         found = [y_ND, *torch.autograd.grad(y_ND.square().sum(), inputs)]
         for a, b in zip(found, want, strict=True):
             torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-4)

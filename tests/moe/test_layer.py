@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from promoe_ds.moe.dispatch import segment_sizes
+from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import auxiliary_losses
+from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.recipes.load import load_tree
 
@@ -78,20 +78,20 @@ def split_of(labels: list[int]) -> Split:
     return split_by_label(torch.tensor(labels), NULL, "cpu")
 
 
-def losses_of(layer: MoELayer, terms: dict[str, Tensor], end_E: Tensor) -> dict[str, Tensor]:
+def losses_of(layer: MoELayer, terms: dict[str, Tensor], offsets_E: Tensor) -> dict[str, Tensor]:
     """The auxiliary losses of one layer alone, scalars."""
-    losses = auxiliary_losses(layer.router, [terms], segment_sizes(end_E)[None])  # type: ignore[arg-type]
+    losses = aux_losses_of(layer.router, [terms], tokens_per_expert(offsets_E)[None])  # type: ignore[arg-type]
     return {name: loss_L.squeeze(0) for name, loss_L in losses.items()}
 
 
 def run(layer: MoELayer, x: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
     """The layer as the model calls it: images reordered, restored after."""
     split = split_of(labels)
-    out, (terms, end_E, _) = layer(x[split.order_B], split)
-    count_E = segment_sizes(end_E)
+    out, (terms, offsets_E, _) = layer(x[split.order_B], split)
+    count_E = tokens_per_expert(offsets_E)
     conditional = sum(label != NULL for label in labels)
     assert count_E.sum() == conditional * S * layer.router.config.top_k  # type: ignore[union-attr]
-    return out[split.restore_B], losses_of(layer, terms, end_E)["routing_contrastive"]
+    return out[split.restore_B], losses_of(layer, terms, offsets_E)["routing_contrastive"]
 
 
 def gradients(layer: MoELayer, x: Tensor, out: Tensor, aux: Tensor) -> list[Tensor]:
@@ -121,10 +121,10 @@ def test_empty_experts_are_exercised() -> None:
     layer = make_layer(torch.float32, backend="grouped_mm")
     x = torch.randn(1, S, D, requires_grad=True)
     split = split_of([4])
-    out, (terms, end_E, _) = layer(x, split)
-    count_E = segment_sizes(end_E)
+    out, (terms, offsets_E, _) = layer(x, split)
+    count_E = tokens_per_expert(offsets_E)
     assert (count_E == 0).any()
-    (out.sum() + losses_of(layer, terms, end_E)["routing_contrastive"]).backward()
+    (out.sum() + losses_of(layer, terms, offsets_E)["routing_contrastive"]).backward()
     weights = layer.routed.experts.w1  # type: ignore[union-attr]
     assert weights.grad is not None and (weights.grad[count_E == 0] == 0).all()
     assert all(p.grad is not None for p in layer.parameters())
@@ -149,12 +149,12 @@ def test_autocast_computes_experts_in_bf16_and_routes_in_fp32(backend: str) -> N
     x = torch.randn(4, S, D)
     split = split_of([1, 2, 3, NULL])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, (terms, end_E, _) = layer(x, split)
-        count_E = segment_sizes(end_E)
-        loss = losses_of(layer, terms, end_E)["routing_contrastive"]
+        out, (terms, offsets_E, _) = layer(x, split)
+        count_E = tokens_per_expert(offsets_E)
+        loss = losses_of(layer, terms, offsets_E)["routing_contrastive"]
         routing = layer.router(x[:3].flatten(0, 1), x.shape[1], split)
     reference, (_, reference_end_E, _) = layer(x, split)
-    reference_count_E = segment_sizes(reference_end_E)
+    reference_count_E = tokens_per_expert(reference_end_E)
     assert routing.weight_N.dtype == torch.float32 and loss.dtype == torch.float32
     assert torch.equal(count_E, reference_count_E)  # bf16 scores would flip some
     assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()
@@ -164,16 +164,16 @@ def test_without_the_conditional_split_every_image_is_routed() -> None:
     layer = make_layer(torch.float32, conditional=False)
     assert len(layer.unconditional) == 0
     split = split_of([1, NULL, NULL])
-    _, (_, end_E, _) = layer(torch.randn(3, S, D), split)
-    count_E = segment_sizes(end_E)
+    _, (_, offsets_E, _) = layer(torch.randn(3, S, D), split)
+    count_E = tokens_per_expert(offsets_E)
     assert count_E.sum() == 3 * S
 
 
 def test_no_auxiliary_loss_outside_training() -> None:
     layer = make_layer(torch.float32).eval()
     split = split_of([1, 2])
-    _, (terms, end_E, _) = layer(torch.randn(2, S, D), split)
-    assert terms == {} and losses_of(layer, terms, end_E) == {}
+    _, (terms, offsets_E, _) = layer(torch.randn(2, S, D), split)
+    assert terms == {} and losses_of(layer, terms, offsets_E) == {}
 
 
 class Operations(TorchDispatchMode):
@@ -198,8 +198,8 @@ def test_no_host_synchronisation_and_no_collective_at_ep_1() -> None:
     split = split_of([3, 1, NULL])
     x = torch.randn(3, S, D, requires_grad=True)
     with Operations() as operations:
-        out, (terms, end_E, _) = layer(x, split)
-        (out.sum() + losses_of(layer, terms, end_E)["routing_contrastive"]).backward()
+        out, (terms, offsets_E, _) = layer(x, split)
+        (out.sum() + losses_of(layer, terms, offsets_E)["routing_contrastive"]).backward()
     assert any("grouped_mm" in name for name in operations.names)
     assert not operations.waiting()
     with Operations() as operations:  # the mode does see a synchronisation where there is one

@@ -65,14 +65,14 @@ def test_sums_are_additive_over_ranks_and_count_every_expert_of_a_token() -> Non
 
 def test_balance_and_means_are_those_of_each_layer_and_0_without_tokens() -> None:
     generator = torch.Generator().manual_seed(2)
-    load_LE = torch.tensor([[4, 1, 1], [2, 2, 2], [0, 0, 0]])
-    score_LE = torch.rand(3, 3, generator=generator, dtype=torch.float64) * (load_LE > 0)
+    tokens_per_expert_LE = torch.tensor([[4, 1, 1], [2, 2, 2], [0, 0, 0]])
+    score_LE = torch.rand(3, 3, generator=generator, dtype=torch.float64) * (tokens_per_expert_LE > 0)
     tokens, top_k = 3, 2
     slow = [
         3 * sum(f / (tokens * top_k) * s / tokens for f, s in zip(*rows, strict=True))
-        for rows in zip(load_LE, score_LE, strict=True)
+        for rows in zip(tokens_per_expert_LE, score_LE, strict=True)
     ]
-    torch.testing.assert_close(load_balance(score_LE, load_LE, top_k), torch.stack(slow))
+    torch.testing.assert_close(load_balance(score_LE, tokens_per_expert_LE, top_k), torch.stack(slow))
     pair_L2 = torch.stack([sum_and_number(torch.tensor(6.0), n) for n in (3, torch.tensor(4), 0)])
     assert mean_over_scope(pair_L2, "rank", lambda v: v * math.nan).tolist() == [2.0, 1.5, 6.0]
     means = mean_over_scope(pair_L2, "global", lambda v: v + pair_L2[0].repeat(3))

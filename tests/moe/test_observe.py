@@ -14,10 +14,10 @@ from promoe_ds.recipes.load import load_config
 
 
 def test_load() -> None:
-    load_LE = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]])
-    assert observe.max_over_mean(load_LE).tolist() == [1, 4, 2, 0]
-    assert torch.allclose(observe.load_entropy(load_LE), torch.tensor([1, 0, 0.5, 0], dtype=torch.float64))
-    assert observe.dead_experts(load_LE).tolist() == [0, 3, 2, 4]
+    tokens_per_expert_LE = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]])
+    assert observe.max_over_mean(tokens_per_expert_LE).tolist() == [1, 4, 2, 0]
+    assert torch.allclose(observe.load_entropy(tokens_per_expert_LE), torch.tensor([1, 0, 0.5, 0], dtype=torch.float64))
+    assert observe.dead_experts(tokens_per_expert_LE).tolist() == [0, 3, 2, 4]
     assert observe.load_entropy(torch.tensor([[7]])).tolist() == [0]  # one expert
 
 

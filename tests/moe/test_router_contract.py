@@ -12,9 +12,9 @@ from torch import Tensor
 
 from promoe_ds.config.schema import Config
 from promoe_ds.costs import flops
-from promoe_ds.moe.dispatch import segment_sizes
+from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.moe.router import Router, Routing, auxiliary_losses
+from promoe_ds.moe.router import Router, Routing, aux_losses_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_tree
 from tests.moe import example_router
@@ -66,8 +66,8 @@ def images(labels: list[int], seed: int = 1) -> Tensor:
 def step(layer: MoELayer, labels: list[int], seed: int = 1) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One training step without an optimizer: forward, backward, after_step."""
     split, x = split_of(labels), images(labels, seed)
-    out, (terms, end_E, _) = layer(x[split.order_B], split)
-    aux, count_E = losses_of(layer, terms, end_E), segment_sizes(end_E)
+    out, (terms, offsets_E, _) = layer(x[split.order_B], split)
+    aux, count_E = losses_of(layer, terms, offsets_E), tokens_per_expert(offsets_E)
     (out.square().sum() + sum(aux.values())).backward()
     router_of(layer).after_step()
     return out[split.restore_B].detach(), aux, count_E
@@ -97,7 +97,7 @@ def test_edges_losses_and_gradients(name: str, conditional: bool, labels: list[i
         check_edges(routing, routed * S)
         assert mode or routing.terms == {}
     _, aux, count_E = step(layer.train(), labels)
-    assert aux.keys() == type(router).aux_weights(router_config(layer)).keys()
+    assert aux.keys() == type(router).aux_loss_weights(router_config(layer)).keys()
     assert all(loss.shape == () and loss.isfinite() for loss in aux.values())
     assert count_E.sum() > 0 or routed == 0
     for key, p in layer.named_parameters():
@@ -115,8 +115,8 @@ def test_equal_tokens_leave_experts_empty(name: str, conditional: bool) -> None:
     """All tokens alike: whoever chooses by token and image sends all to one expert; the others do no harm."""
     layer, labels = make_layer(name, conditional=conditional), [1, 1, 1]
     x = torch.linspace(-1, 1, D).expand(len(labels), S, D)
-    out, (terms, end_E, _) = layer(x, split_of(labels))
-    aux, count_E = losses_of(layer, terms, end_E), segment_sizes(end_E)
+    out, (terms, offsets_E, _) = layer(x, split_of(labels))
+    aux, count_E = losses_of(layer, terms, offsets_E), tokens_per_expert(offsets_E)
     (out.square().sum() + sum(aux.values())).backward()
     assert out.isfinite().all() and all(loss.isfinite() for loss in aux.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
@@ -182,9 +182,9 @@ def test_scores_are_fp32_under_autocast_and_buffers_in_a_bf16_model(name: str) -
     before = {key: b.clone() for key, b in layer.named_buffers()}
     layer.bfloat16()
     assert all(torch.equal(b, before[key]) and b.dtype == torch.float32 for key, b in layer.named_buffers())
-    _, (terms, end_E, _) = layer(images(labels).bfloat16(), split_of(labels))
+    _, (terms, offsets_E, _) = layer(images(labels).bfloat16(), split_of(labels))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        aux = losses_of(layer, terms, end_E)
+        aux = losses_of(layer, terms, offsets_E)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in aux.values())
 
 
@@ -196,8 +196,8 @@ def test_training_on_one_device_waits_for_nothing(name: str) -> None:
         step(layer, MIXES["mixed"])
     split, x = split_of(MIXES["mixed"]), images(MIXES["mixed"])
     with Operations() as operations:
-        out, (terms, end_E, _) = layer(x, split)
-        (out.sum() + sum(losses_of(layer, terms, end_E).values())).backward()
+        out, (terms, offsets_E, _) = layer(x, split)
+        (out.sum() + sum(losses_of(layer, terms, offsets_E).values())).backward()
         router_of(layer).after_step()
     assert not operations.waiting()
 
@@ -209,8 +209,8 @@ def test_losses_of_several_layers_are_those_of_each(name: str) -> None:
     reduced: list[Tensor] = []
     router_of(layers[0]).all_reduce, split = lambda v: reduced.append(v) or v, split_of(labels)
     seen = [layer(images(labels, seed)[split.order_B], split) for seed, layer in enumerate(layers)]
-    load_LE = segment_sizes(torch.stack([facts.end_E for _, facts in seen]))
-    losses = auxiliary_losses(router_of(layers[0]), [facts.terms for _, facts in seen], load_LE)
+    tokens_per_expert_LE = tokens_per_expert(torch.stack([stats.offsets_E for _, stats in seen]))
+    losses = aux_losses_of(router_of(layers[0]), [stats.terms for _, stats in seen], tokens_per_expert_LE)
     assert len(reduced) == bool(losses) and all(loss_L.shape == (3,) for loss_L in losses.values())
     parameters = [p for layer in layers for p in layer.router.parameters()]
     for key, loss_L in losses.items():

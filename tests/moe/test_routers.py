@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.moe.router import Router, Routing, auxiliary_losses
+from promoe_ds.moe.router import Router, Routing, aux_losses_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routers.diffmoe import choose_here, choose_in_pool
 from promoe_ds.moe.split import Split, split_by_label
@@ -40,7 +40,7 @@ def split_of(labels: list[int] = LABELS, **options: Any) -> Split:
 def losses_of(router: Router, routing: Routing) -> dict[str, Tensor]:
     """The auxiliary losses of one router alone, scalars."""
     load_1E = torch.bincount(routing.expert_N, minlength=E)[None]
-    return {name: loss_L.squeeze(0) for name, loss_L in auxiliary_losses(router, [routing.terms], load_1E).items()}
+    return {name: loss_L.squeeze(0) for name, loss_L in aux_losses_of(router, [routing.terms], load_1E).items()}
 
 
 def route(router: Router, x_BSD: Tensor, split: Split) -> Routing:
@@ -123,8 +123,8 @@ def test_the_load_balance_loss_follows_the_scope_and_costs_nothing_at_0(scope: s
     kind = ROUTERS["promoe"]
     columns = (E * (D + 1), E * (D + 2)) if scope == "global" else (0, 0)
     assert (reductions(), reductions(balance_weight=0.5)) == columns
-    assert kind.aux_weights(kind.Config()) == {"routing_contrastive": 1.0}
-    both = kind.aux_weights(kind.Config(balance_weight=0.5))  # type: ignore[call-arg]
+    assert kind.aux_loss_weights(kind.Config()) == {"routing_contrastive": 1.0}
+    both = kind.aux_loss_weights(kind.Config(balance_weight=0.5))  # type: ignore[call-arg]
     assert both == {"routing_contrastive": 1.0, "load_balance": 0.5}
 
 
@@ -135,7 +135,7 @@ def test_perfect_balance_costs_one() -> None:
     x = torch.zeros(1, 2, D, dtype=torch.float64)
     x[0, 0, 0] = x[0, 1, 1] = 1.0
     load_2 = torch.tensor([[1, 1]])
-    loss_1 = auxiliary_losses(router, [route(router, x, split_of([1])).terms], load_2)["load_balance"]
+    loss_1 = aux_losses_of(router, [route(router, x, split_of([1])).terms], load_2)["load_balance"]
     torch.testing.assert_close(loss_1, torch.ones(1).double())
 
 

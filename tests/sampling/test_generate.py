@@ -17,7 +17,7 @@ from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.sampling import generate
 from promoe_ds.sampling.generate import (
-    How,
+    SamplingOptions,
     check_channels,
     class_labels,
     draw_batches,
@@ -61,8 +61,8 @@ def save(file: Path, dit: DiT, config: Config, metadata: dict[str, str] | None =
 def draw(
     dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, seed: int = 5, **more: Any
 ) -> np.ndarray:
-    how = How(cfg, 4, seed, batch, **more)
-    return draw_pixels(dit, config, class_labels(200, 10)[indices], indices, how, CPU)
+    options = SamplingOptions(cfg, 4, seed, batch, **more)
+    return draw_pixels(dit, config, class_labels(200, 10)[indices], indices, options, CPU)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -230,8 +230,8 @@ def test_label_guidance_and_seed_matter() -> None:
     first = np.arange(4)
     base = draw(dit, config, first)
     assert (draw(dit, config, first, cfg=4.0) != base).any()
-    assert (draw_pixels(dit, config, np.full(4, 3), first, How(1.5, 4, 5), CPU) != base).any()
-    assert (draw_pixels(dit, config, class_labels(4, 10), first, How(1.5, 4, 6), CPU) != base).any()
+    assert (draw_pixels(dit, config, np.full(4, 3), first, SamplingOptions(1.5, 4, 5), CPU) != base).any()
+    assert (draw_pixels(dit, config, class_labels(4, 10), first, SamplingOptions(1.5, 4, 6), CPU) != base).any()
 
 
 def test_the_noise_of_a_step_is_a_stream_of_its_own() -> None:
@@ -249,18 +249,18 @@ DDPM = {"name": "ddpm", "ddpm": {"clip_denoised": True}}
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}], ids=str
+    "options", [{}, {"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}], ids=str
 )
-def test_ddpm_images_do_not_depend_on_the_batch(how: dict[str, Any]) -> None:
+def test_ddpm_images_do_not_depend_on_the_batch(options: dict[str, Any]) -> None:
     """Also the noise that the sampler adds on the way belongs to the image, whatever the batch and the process."""
     dit, config = tiny(diffusion=DDPM)
     indices = np.arange(8)
-    whole = draw(dit, config, indices, **how)
+    whole = draw(dit, config, indices, **options)
     assert whole.dtype == np.uint8 and whole.std() > 20
     parts = np.empty_like(whole)
-    parts[0::2], parts[1::2] = (draw(dit, config, indices[i::2], batch=3, **how) for i in (0, 1))
+    parts[0::2], parts[1::2] = (draw(dit, config, indices[i::2], batch=3, **options) for i in (0, 1))
     assert np.abs(whole.astype(int) - parts).max() <= 1
-    assert (draw(dit, config, indices, **how, seed=6) != whole).any()
+    assert (draw(dit, config, indices, **options, seed=6) != whole).any()
 
 
 def test_samplers_differ_and_ddpm_is_its_objectives_default() -> None:
@@ -297,7 +297,9 @@ def test_hooks_see_every_step_and_batch() -> None:
     ticks: list[int] = []
     indices = np.arange(10)
     labels = class_labels(10, 10)
-    batches = draw_batches(dit, config, labels, indices, How(1.5, 4, 5, 4), CPU, on_step=ticks.append, rounds=5)
+    batches = draw_batches(
+        dit, config, labels, indices, SamplingOptions(1.5, 4, 5, 4), CPU, on_step=ticks.append, rounds=5
+    )
     seen = list(pixel_batches(batches))
     assert ticks == [4] * 8 + [2] * 4
     assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 10)]

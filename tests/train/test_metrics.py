@@ -101,12 +101,12 @@ def test_report_is_what_the_routers_did() -> None:
         for x_BCHW in images:  # two micro-batches
             outputs.append(model(x_BCHW, t_B, label_B))
             watch.see(outputs[-1])
-    load = [output.load_LE for output in outputs]
+    load = [output.tokens_per_expert_LE for output in outputs]
     layers = watch.report(load[0] + load[1], lambda x: 2 * x)  # as if a second rank had the same
     assert layers["block"] == [1, 3] and len(seen) == 4
     for row, block in enumerate(layers["block"]):
         weight_N = torch.cat([routing.weight_N.detach() for b, routing in seen if b == block]).double()
-        losses = [float(output.aux["routing_contrastive"][row].detach()) for output in outputs]
+        losses = [float(output.aux_losses["routing_contrastive"][row].detach()) for output in outputs]
         assert math.isclose(layers["gate_mean"][row], weight_N.mean(), rel_tol=1e-5)
         assert math.isclose(layers["gate_std"][row], weight_N.std(unbiased=False), rel_tol=1e-4)
         assert math.isclose(layers["loss/routing_contrastive"][row], sum(losses) / 2, rel_tol=1e-5)

@@ -34,7 +34,7 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     trainer.config, trainer.engine = config, Captured()  # type: ignore[assignment]
     trainer.topology = type("T", (), {"device": torch.device("cpu")})()  # type: ignore[assignment]
     trainer.objective = make_objective(config.diffusion)
-    trainer.aux_weights = {"routing_contrastive": 0.5}
+    trainer.aux_loss_weights = {"routing_contrastive": 0.5}
     (batch,) = BatchMaker(config, build_dataset(config)).step(3)
     _, (total, diffusion, contrastive) = trainer._forward(batch)
     seen: Any = trainer.engine
@@ -51,11 +51,16 @@ def test_loss_is_flow_matching_plus_weighted_auxiliary_losses() -> None:
     torch.testing.assert_close(total, expected + 0.5 * 3.0)
     assert contrastive == 3.0
     assert torch.equal(seen.y, batch.label_B) and torch.equal(seen.row, batch.rows)
-    trainer.aux_weights = {}
-    with pytest.raises(RankFailed, match=r"losses\(\) return 'routing_contrastive': name it in aux_weights"):
+    trainer.aux_loss_weights = {}
+    with pytest.raises(RankFailed, match=r"losses\(\) return 'routing_contrastive': name it in aux_loss_weights"):
         trainer._forward(batch)
-    trainer.aux_weights = {"routing_contrastive": 0.5, "surprise": 1.0}  # a router that was written for other names
-    with pytest.raises(RankFailed, match=r"aux_weights name a loss 'surprise': its losses\(\) must return it with one"):
+    trainer.aux_loss_weights = {
+        "routing_contrastive": 0.5,
+        "surprise": 1.0,
+    }  # a router that was written for other names
+    with pytest.raises(
+        RankFailed, match=r"aux_loss_weights name a loss 'surprise': its losses\(\) must return it, one"
+    ):
         trainer._forward(batch)
 
 

@@ -80,11 +80,13 @@ class ClassificationRouter(Router):
         return Routing(token_T, expert_B.repeat_interleave(S), weight_B.repeat_interleave(S), 1, terms)
 
     @staticmethod
-    def aux_weights(config: Any) -> dict[str, float]:
+    def aux_loss_weights(config: Any) -> dict[str, float]:
         return {"superclass": config.class_weight}
 
     @staticmethod
-    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+    def losses(
+        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
+    ) -> dict[str, Tensor]:
         """The cross-entropy: its mean over the conditional images of the scope."""
         return {"superclass": mean_over_scope(terms["superclass"], config.class_scope, all_reduce)}
 

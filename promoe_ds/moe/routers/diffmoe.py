@@ -151,11 +151,13 @@ class DiffMoERouter(LinearGateRouter):
         return Routing(token_N, expert_N, weight_N, 0, terms)
 
     @staticmethod
-    def aux_weights(config: Any) -> dict[str, float]:
+    def aux_loss_weights(config: Any) -> dict[str, float]:
         return {"capacity": config.capacity_weight}
 
     @staticmethod
-    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+    def losses(
+        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
+    ) -> dict[str, Tensor]:
         """The capacity predictor's loss: its mean over the tokens of the pool and the experts."""
         return {"capacity": mean_over_scope(terms["capacity"], config.scope, all_reduce)}
 

@@ -52,7 +52,7 @@ class PrototypicalRouter(Router):
         nn.init.normal_(self.prototypes, std=0.02, generator=generator("prototypes"))
 
     @staticmethod
-    def aux_weights(config: Any) -> dict[str, float]:
+    def aux_loss_weights(config: Any) -> dict[str, float]:
         return {"routing_contrastive": config.contrastive_weight}
 
 
@@ -94,16 +94,20 @@ class ProMoERouter(PrototypicalRouter):
         return routing._replace(terms=terms)
 
     @staticmethod
-    def aux_weights(config: Any) -> dict[str, float]:
-        weights = PrototypicalRouter.aux_weights(config)
+    def aux_loss_weights(config: Any) -> dict[str, float]:
+        weights = PrototypicalRouter.aux_loss_weights(config)
         return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
 
     @staticmethod
-    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+    def losses(
+        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
+    ) -> dict[str, Tensor]:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
-        parts = [terms["sum"], load_LE, *([terms["share"]] if config.balance_weight else [])]
-        sum_LED, load_LE, *share = sums_over_scope(config.contrastive_scope, all_reduce, *parts)
-        losses = {"routing_contrastive": routing_contrastive(terms["unit"], sum_LED, load_LE, config.temperature)}
+        parts = [terms["sum"], tokens_per_expert_LE, *([terms["share"]] if config.balance_weight else [])]
+        sum_LED, tokens_per_expert_LE, *share = sums_over_scope(config.contrastive_scope, all_reduce, *parts)
+        losses = {
+            "routing_contrastive": routing_contrastive(terms["unit"], sum_LED, tokens_per_expert_LE, config.temperature)
+        }
         if share:
-            losses["load_balance"] = load_balance(share[0], load_LE, config.top_k)
+            losses["load_balance"] = load_balance(share[0], tokens_per_expert_LE, config.top_k)
         return losses

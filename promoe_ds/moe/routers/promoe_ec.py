@@ -44,6 +44,8 @@ class ProMoEECRouter(PrototypicalRouter):
         return routing._replace(terms=terms)
 
     @staticmethod
-    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
+    def losses(
+        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
+    ) -> dict[str, Tensor]:
         """The contrastive loss: its mean over the conditional images of the scope."""
         return {"routing_contrastive": mean_over_scope(terms["contrastive"], config.contrastive_scope, all_reduce)}

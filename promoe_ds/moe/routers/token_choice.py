@@ -52,10 +52,14 @@ class TokenChoiceRouter(LinearGateRouter):
         return top_experts(score_TE, self.config.top_k)._replace(terms=terms)
 
     @staticmethod
-    def aux_weights(config: Any) -> dict[str, float]:
+    def aux_loss_weights(config: Any) -> dict[str, float]:
         return {"load_balance": config.balance_weight}
 
     @staticmethod
-    def losses(config: Any, terms: dict[str, Tensor], load_LE: Tensor, all_reduce: Reducer) -> dict[str, Tensor]:
-        score_LE, load_LE = sums_over_scope(config.balance_scope, all_reduce, terms["score"], load_LE)
-        return {"load_balance": load_balance(score_LE, load_LE, config.top_k)}
+    def losses(
+        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
+    ) -> dict[str, Tensor]:
+        score_LE, tokens_per_expert_LE = sums_over_scope(
+            config.balance_scope, all_reduce, terms["score"], tokens_per_expert_LE
+        )
+        return {"load_balance": load_balance(score_LE, tokens_per_expert_LE, config.top_k)}

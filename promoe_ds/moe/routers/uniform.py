@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from promoe_ds.moe.constants import counting
+from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.gates import TopKConfig, at_least_fp32
 from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.split import Split
@@ -23,7 +23,7 @@ class UniformRouter(Router):
         """Deal the tokens out. x_TD [T, D] -> Routing with N = T*K."""
         T, K = len(x_TD), self.config.top_k
         start_B = split.label_B[: T // S] * S * K
-        expert_N = (start_B[:, None] + counting(S * K, x_TD.device)).reshape(-1) % self.num_experts
-        token_N = counting(T, x_TD.device, K)
+        expert_N = (start_B[:, None] + cached_arange(S * K, x_TD.device)).reshape(-1) % self.num_experts
+        token_N = cached_arange(T, x_TD.device, K)
         weight_N = at_least_fp32(x_TD.new_full((T * K,), 1 / K))
         return Routing(token_N, expert_N, weight_N, K, {})

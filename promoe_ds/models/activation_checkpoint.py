@@ -28,7 +28,7 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(block: Callable[..., Any], mode: str, *args: Any) -> Any:
+def checkpointed(block: Callable[..., Any], mode: str, *args: Any) -> Any:
     """`block(*args)` under `train.activation_checkpointing` = mode."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*args)
