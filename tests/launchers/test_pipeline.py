@@ -123,8 +123,10 @@ def test_a_stop_lets_the_training_save(tmp_path: Path, number: signal.Signals, c
     assert newest(tmp_path / "run") is not None
 
 
-def children(pid: int) -> list[int]:
-    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
+def children(pid: int, command: str = ".") -> list[int]:
+    """Processes that this one started, whose command line has `command` in it."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", command], capture_output=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def test_a_launcher_that_died_is_not_taken_for_success(
@@ -138,7 +140,7 @@ def test_a_launcher_that_died_is_not_taken_for_success(
     def kill() -> None:
         while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
             time.sleep(0.1)
-        (command,) = children(os.getpid())
+        (command,) = children(os.getpid(), "deepspeed")
         (launch,) = children(command)
         ranks.extend(children(launch))
         os.kill(launch, signal.SIGKILL)
