@@ -1,15 +1,17 @@
 # make setup   a virtual environment in .venv with everything
 # make demo    train, sample, score and look into ProMoE on real digits: 2 processes, experts sharded over both, ZeRO-2
 # make bench-gpu   the speed table on one GPU in 8 minutes, no network; run again to go on
-# make test    lint is separate: make lint
+# make test    all tests, side by side; lint is separate: make lint
+# make test-fast   those that start no processes
 # make test-slurm   the batch scripts on a real Slurm of two emulated nodes; needs root and Debian's Slurm
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/digits
 BIN := $(VENV)/bin
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist worksteal
 export DS_BUILD_OPS = 0
 
-.PHONY: setup demo test test-slurm bench-gpu lint clean
+.PHONY: setup demo test test-fast test-slurm bench-gpu lint clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -27,7 +29,10 @@ demo: setup
 	@echo "what the experts learned: $(RUN)/analysis/report.html"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+test-fast: setup
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm"
 
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm -s tests/slurm

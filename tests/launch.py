@@ -87,7 +87,8 @@ def run(
 def forkable(command: list[str], env: dict[str, str]) -> bool:
     """Whether it is a script, alone or under torchrun, that needs no other libraries than we import."""
     same = {key: value for key, value in env.items() if key in ENVIRONMENT} == ENVIRONMENT
-    return same and command[0] == sys.executable and (command[1].endswith(".py") or command[1:4] == TORCHRUN)
+    script = command[1].endswith(".py") or (command[1:4] == TORCHRUN and command[5] == "--")
+    return same and command[0] == sys.executable and script
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def fork_server() -> ForkServer:
 
 def start_forked(command: list[str], env: dict[str, str], cwd: Path, stdout: Any, stderr: Any, **_: Any) -> Forked:
     processes, argv = 1, command[1:]
-    if "--" in command[:6]:
+    if command[1] == "-m":
         processes, argv = int(command[4].removeprefix("--nproc-per-node=")), command[6:]
         env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return fork_server().start(argv, processes, env, cwd, stdout, stderr)
