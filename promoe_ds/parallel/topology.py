@@ -83,7 +83,7 @@ def _watch(ranks: Ranks, timeout: float) -> None:
     global _watchdog
     speaker = ranks.local_rank == 0 or ranks.rank == 1  # some process of every machine but rank 0 itself
     host = os.environ["MASTER_ADDR"]
-    _watchdog = Watchdog(ranks.rank, ranks.world, lambda value: ranks.gather(value)[0], host, timeout, speaker)
+    _watchdog = Watchdog(ranks.rank, lambda value: ranks.gather(value)[0], host, timeout, speaker)
 
 
 def watched() -> bool:
