@@ -56,9 +56,6 @@ class StateAccess(Protocol):
     def relink(self) -> None: ...
 
 
-# --------------------------------------------------------------------------------------------------------- run folder
-
-
 def unreadable(path: Path, error: OSError, option: str = "checkpoint") -> NoReturn:
     """Stop at what may be whole: it is never called damaged, passed over or deleted. Raises ConfigError."""
     way_out = "look at its permissions and its file system; it may be whole"
@@ -128,9 +125,6 @@ def claim(run: Path) -> IO[str]:
     return lock
 
 
-# ----------------------------------------------------------------------------------------------------------- manifest
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError, saying what is wrong with it; ConfigError if it cannot be read."""
     try:
@@ -174,9 +168,6 @@ def tree_digest(tree: dict[str, Any]) -> str:
 def file_entry(path: Path) -> dict[str, Any]:
     """What the manifest says of a file, by its name."""
     return {path.name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}}
-
-
-# ---------------------------------------------------------------------------------------------------------- integrity
 
 
 @contextlib.contextmanager

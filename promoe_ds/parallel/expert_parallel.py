@@ -132,9 +132,6 @@ def is_sharded(parameter: Tensor) -> bool:
     return getattr(parameter, "allreduce", True) is False
 
 
-# --------------------------------------------------------------------------------------- sampling, without an engine
-
-
 @contextlib.contextmanager
 def connected(ranks: Ranks) -> Iterator[None]:
     """Inside, the ranks can talk (NCCL on GPUs, gloo on CPUs). They may be a day apart: one may decode for long."""
