@@ -1,6 +1,6 @@
 """The same checkpoint in another number of files. The source is never changed.
 
-A checkpoint resumes at any topology as it is, but file systems and object stores have their tastes. Weights alone are
+A checkpoint resumes at any topology as it is, but some file systems prefer fewer or smaller files. Weights alone are
 written by `promoe_ds.formats.weights`.
 """
 

@@ -119,7 +119,7 @@ def claim(run: Path) -> IO[str]:
         reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
     except OSError as error:
         if lock and error.errno in NO_LOCKS:
-            print(f"warning: {run} is on a file system without locks: start one job a folder", file=sys.stderr)
+            print(f"warning: {run} is on a file system without locks: start one job per folder", file=sys.stderr)
             return lock
         reject("--run", run, f"cannot be written ({error.strerror or error})", "choose another folder")
     return lock

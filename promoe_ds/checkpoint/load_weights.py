@@ -170,7 +170,7 @@ def _check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapp
 def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT, Config, int]:
     """The EMA model of a file, checkpoint folder or run folder, with its configuration and training step.
 
-    The weights are assigned to a model built without storage: nothing is initialised in vain, and the largest model
+    The weights are assigned to a model built without storage: nothing is initialised for nothing, and the largest model
     needs its own size in memory once.
 
     Returns:

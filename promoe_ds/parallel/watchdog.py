@@ -160,13 +160,13 @@ class Watchdog:
         self.thread.join(VERDICT_SECONDS)
 
     def close(self) -> None:
-        """Part in peace; every rank, after a barrier."""
+        """Stop watching; every rank, after a barrier, so that nobody takes the closing for a death."""
         self.closing.set()
         self.wake.send(b"!")
         self.thread.join(5)
 
     def _run(self) -> None:
-        """The thread: rank 0 watches all, the others watch rank 0, until they part or there is trouble.
+        """The thread: rank 0 watches all, the others watch rank 0, until the job ends or a rank is lost.
 
         Beats are sent by the clock: one that answered every message would be answered in turn, without end.
         """
@@ -198,7 +198,7 @@ class Watchdog:
         self._end()
 
     def _end(self) -> None:
-        """Tell the others how it ended, and leave if there was trouble."""
+        """Tell the others how it ended, and end this process too if a rank was lost."""
         worst = min(self.news, default=None)
         if self.server:
             self.server.close()

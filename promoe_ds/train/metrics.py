@@ -3,7 +3,7 @@
 Of the experts, sums are taken in steps that are logged only, of what the model returns: nothing is hooked into it, so a
 compiled model stays compiled.
 
-Legend: L MoE layers, E routed experts, K numbers a layer.
+Legend: L MoE layers, E routed experts, K numbers per layer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 class Throughput:
-    """Images a second since the last report, without the time spent in pauses (checkpoints, sample grids)."""
+    """Images per second since the last report, without the time spent in pauses (checkpoints, sample grids)."""
 
     def __init__(self) -> None:
         self.reset()
