@@ -170,8 +170,8 @@ def _check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapp
 def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT, Config, int]:
     """The EMA model of a file, checkpoint folder or run folder, with its configuration and training step.
 
-    The weights are assigned to a model built without storage: no weight is drawn only to be overwritten, and the largest
-    model needs its own size in memory once.
+    The weights are assigned to a model built without storage: no weight is drawn only to be overwritten, and the
+    largest model needs its own size in memory once.
 
     Returns:
         The model (float32, `eval`, no gradients, on `device`), the resolved config, the step.
