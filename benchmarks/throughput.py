@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from benchmarks import moe_peers
 from benchmarks.common import facts, integers, load_points, page, save_point, spread, table, words_of
 from benchmarks.interleaved import Clock, Work, interleaved
-from benchmarks.op_counting import count_operators, host_syncs
 from promoe_ds.config.schema import reject
 from promoe_ds.costs import flops
 from promoe_ds.diffusion.objective import make_objective
@@ -211,36 +210,6 @@ def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, 
     return {name: sampling(name) for name in ("dense", "promoe")}
 
 
-def counts(size: str, device: torch.device) -> dict[str, Any]:
-    """Operators of each model's forward and backward pass, and host syncs of both."""
-    dense, promoe = (make_model(f"{name}_{size}", device, "model.image_size=16") for name in ("dense", "promoe"))
-    out = {"dense": count_passes(dense, device), "promoe": count_passes(promoe, device)}
-    moe_peers.use_loop(promoe, True)
-    return out | {"paper loop": count_passes(promoe, device)}
-
-
-def count_passes(model: Any, device: torch.device) -> dict[str, int]:
-    """On 4 images of 64 tokens."""
-    x, t = torch.randn(4, 4, 16, 16, device=device), torch.rand(4, device=device) * 1000
-    y = labels(4)
-
-    def forward() -> Any:
-        return model(x, t, y)
-
-    def loss() -> Tensor:
-        output = forward()
-        return output.prediction.square().mean() + sum(loss_L.sum() for loss_L in output.aux_losses.values())
-
-    loss().backward()  # constants are made once
-    backward, syncs = count_operators(loss().backward), host_syncs(lambda: loss().backward(), device)
-    with torch.no_grad():
-        training = count_operators(forward)
-        model.eval()
-        evaluation = count_operators(forward)
-        model.train()
-    return {"evaluation": evaluation.total, "training": training.total, "backward": backward.total, "syncs": syncs}
-
-
 def points(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Name of each point and what measures it, section by section."""
     ends = {args.sizes[0], args.sizes[-1]}
@@ -251,10 +220,7 @@ def points(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[st
         return lambda: interleaved(systems(*of, args.device), args.device, args.rounds)
 
     for section in args.section:
-        if section == "counts":
-            for size in args.sizes:
-                yield f"counts {size}", lambda size=size: counts(size, args.device)
-        elif section == "step":
+        if section == "step":
             for size, precision, micro in shapes:
                 yield f"step {size} {precision} micro {micro}", timed(step_systems, size, micro, precision)
         elif section == "layer":
@@ -309,12 +275,6 @@ def layer_row(point: str, name: str, systems: dict[str, Any], peak: float | None
     return [time, *parts_and_memory(systems[name]), loop, floor]
 
 
-def counts_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
-    found, dense = systems[name], systems["dense"]
-    ratios = [f"{found[key]} ({found[key] / dense[key]:.2f}x)" for key in dense if key != "syncs"]
-    return [*ratios, str(found["syncs"])]
-
-
 def sampling_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
     images = int(point.split()[-1]) * TIMED_STEPS / SAMPLER_STEPS
     return [spread([images / sum(r) for r in systems[name]["rounds"]])]
@@ -325,8 +285,6 @@ SECTIONS = {
              "speed over dense", "speed over the paper's loop"]),
     "layer": ("MoE layer, forward and backward", layer_row, ["ms", "forward / backward, ms", "peak GiB",
               "speed over the paper's loop", "time over its GEMMs alone"]),
-    "counts": ("Operators of one pass, and over Dense-DiT's", counts_row, ["forward, evaluation", "forward, training",
-               "backward", "host syncs per step"]),
     "sampling": ("Sampling: 250 Euler steps, guidance 1.5", sampling_row, ["images/s"]),
 }  # fmt: skip
 
@@ -348,7 +306,7 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes, routings = ("s", "b", "l", "xl"), ("learned", "uniform", "skewed")
-    for name, known, default in (("section", ("counts", "step", "layer", "sampling"), None),
+    for name, known, default in (("section", ("step", "layer", "sampling"), None),
                                  ("sizes", sizes, sizes if gpu else ["s"]), ("routing", routings, None),
                                  ("precision", ("fp32", "bf16"), ["bf16" if gpu else "fp32"])):  # fmt: skip
         help = f"of {','.join(known)}; default {','.join(default or known)}"

@@ -1,6 +1,6 @@
 """The same checkpoint in another number of files. The source is never changed.
 
-A checkpoint resumes at any topology as it is, but file systems and object stores have their tastes. Weights alone are
+A checkpoint resumes at any topology as it is, but some file systems prefer fewer or smaller files. Weights alone are
 written by `promoe_ds.formats.weights`.
 """
 
@@ -72,7 +72,8 @@ def resplit(path: Path, run: Path, count: int) -> Path:
     names = list(dict.fromkeys(key.rsplit("/", 1)[0] for key in reader.where if not key.startswith("ema/")))
     if not 1 <= count <= len(names):
         reject("--files", count, f"the state has {len(names)} parameters", f"choose 1 to {len(names)}")
-    metadata = _metadata(tree)
+    config = dump(load_tree(tree["config"]))
+    metadata = {"format": FORMAT, "config": config, "step": str(tree["step"])}
     with made(final, bytes_of(path) * 101 // 100) as temporary:
         with atomic(temporary / EMA, durable=True) as copy:
             shutil.copyfile(path / EMA, copy)
@@ -81,10 +82,6 @@ def resplit(path: Path, run: Path, count: int) -> Path:
             part = {f"{n}/{s}": reader(n, s) for n in names[i::count] for s in RESUMED_STATES}
             files |= write_tensors(temporary / f"state-{i:05d}-of-{count:05d}.safetensors", part, metadata)
         if not (run / "config.yaml").exists():
-            write_text(run / "config.yaml", dump(load_tree(tree["config"])))
+            write_text(run / "config.yaml", config)
         complete(temporary, final, tree | {"files": files})
     return final
-
-
-def _metadata(tree: dict[str, Any]) -> dict[str, str]:
-    return {"format": FORMAT, "config": dump(load_tree(tree["config"])), "step": str(tree["step"])}

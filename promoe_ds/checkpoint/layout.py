@@ -56,9 +56,6 @@ class StateAccess(Protocol):
     def relink(self) -> None: ...
 
 
-# --------------------------------------------------------------------------------------------------------- run folder
-
-
 def unreadable(path: Path, error: OSError, option: str = "checkpoint") -> NoReturn:
     """Stop at what may be whole: it is never called damaged, passed over or deleted. Raises ConfigError."""
     way_out = "look at its permissions and its file system; it may be whole"
@@ -122,13 +119,10 @@ def claim(run: Path) -> IO[str]:
         reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
     except OSError as error:
         if lock and error.errno in NO_LOCKS:
-            print(f"warning: {run} is on a file system without locks: start one job a folder", file=sys.stderr)
+            print(f"warning: {run} is on a file system without locks: start one job per folder", file=sys.stderr)
             return lock
         reject("--run", run, f"cannot be written ({error.strerror or error})", "choose another folder")
     return lock
-
-
-# ----------------------------------------------------------------------------------------------------------- manifest
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -174,9 +168,6 @@ def tree_digest(tree: dict[str, Any]) -> str:
 def file_entry(path: Path) -> dict[str, Any]:
     """What the manifest says of a file, by its name."""
     return {path.name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}}
-
-
-# ---------------------------------------------------------------------------------------------------------- integrity
 
 
 @contextlib.contextmanager

@@ -63,35 +63,25 @@ def _find_weights(path: Path, option: str) -> Path:
             problem = damage(path, read_bytes=False) if is_checkpoint_name(path.resolve().name) else None
             if problem:
                 reject(option, path, f"is damaged: {problem}", "name another checkpoint")
-            if name != EMA and is_file(path / MANIFEST):
-                _check_sizes(path, option)
+            if name != EMA and is_file(path / MANIFEST):  # of a weights folder, whose config.json is never read
+                problems = (text for text in damages(path, read_bytes=False) if not text.startswith("config.json "))
+                if problem := next(problems, None):
+                    reject(option, path, f"is damaged: {problem}", "copy or export it again")
             return path / name
     found = candidates(path)
     if not found and is_file(path / "model_index.json"):
-        reject(
-            option, path, "is a diffusers pipeline", "load it with DiffusionPipeline, or export a safetensors folder"
-        )
+        way_out = "load it with DiffusionPipeline, or export a safetensors folder"
+        reject(option, path, "is a diffusers pipeline", way_out)
     if not found:
         reject(option, path, "holds no complete checkpoint", "train first, or name another run folder")
     problem = damage(found[-1], read_bytes=False)
     if problem:  # never an older model in silence
         whole = newest(path)
-        reject(
-            option,
-            found[-1],
-            f"is damaged: {problem}",
-            f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run",
-        )
+        way_out = f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run"
+        reject(option, found[-1], f"is damaged: {problem}", way_out)
     if not is_file(found[-1] / EMA):
         reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")
     return found[-1] / EMA
-
-
-def _check_sizes(folder: Path, option: str) -> None:
-    """Raises ConfigError if a file of a weights folder is missing or cut off; config.json is never read."""
-    problems = damages(folder, read_bytes=False)
-    if problem := next((text for text in problems if not text.startswith("config.json ")), None):
-        reject(option, folder, f"is damaged: {problem}", "copy or export it again")
 
 
 def shard_files(file: Path) -> list[Path]:
@@ -113,12 +103,8 @@ def open_weights(file: Path, device: torch.device | str = "cpu") -> Any:
         check_readable(file)
         return safe_open(str(file), framework="pt", device=str(device))
     except (SafetensorError, *NOT_FOUND) as error:
-        reject(
-            "weights",
-            file,
-            f"is damaged or no safetensors file ({' '.join(str(error).split())})",
-            "restore it or name another checkpoint",
-        )
+        conflict = f"is damaged or no safetensors file ({' '.join(str(error).split())})"
+        reject("weights", file, conflict, "restore it or name another checkpoint")
     except OSError as error:
         unreadable(file, error, "weights")
 
@@ -152,21 +138,13 @@ def header(file: Path) -> tuple[Config, int]:
 
 def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, int]:
     if metadata.get("format") != FORMAT:
-        reject(
-            "weights",
-            file,
-            f"has format {metadata.get('format')!r}, expected {FORMAT!r}",
-            "name an ema.safetensors written by launchers/train.py",
-        )
+        conflict = f"has format {metadata.get('format')!r}, expected {FORMAT!r}"
+        reject("weights", file, conflict, "name an ema.safetensors written by launchers/train.py")
     try:
         return load_tree(yaml.safe_load(metadata["config"])), int(metadata["step"])
     except (ConfigError, KeyError, *BAD_YAML) as error:
-        reject(
-            "weights",
-            file,
-            f"its metadata cannot be used ({' '.join(str(error).split())})",
-            "restore it or name another checkpoint with --model",
-        )
+        conflict = f"its metadata cannot be used ({' '.join(str(error).split())})"
+        reject("weights", file, conflict, "restore it or name another checkpoint with --model")
 
 
 def _empty_model(config: Config) -> DiT:
@@ -185,19 +163,15 @@ def _check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapp
             problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        reject(
-            "weights",
-            file,
-            f"does not fit its own config: {min(problems)}{more}",
-            "restore the file or name another checkpoint with --model",
-        )
+        conflict = f"does not fit its own config: {min(problems)}{more}"
+        reject("weights", file, conflict, "restore the file or name another checkpoint with --model")
 
 
 def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT, Config, int]:
     """The EMA model of a file, checkpoint folder or run folder, with its configuration and training step.
 
-    The weights are assigned to a model built without storage: nothing is initialised in vain, and the largest model
-    needs its own size in memory once.
+    The weights are assigned to a model built without storage: no weight is drawn only to be overwritten, and the
+    largest model needs its own size in memory once.
 
     Returns:
         The model (float32, `eval`, no gradients, on `device`), the resolved config, the step.

@@ -6,13 +6,14 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.layout import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
 from promoe_ds.config.decode import BAD_YAML
@@ -54,14 +55,6 @@ def check_same_data(found: Path, data: str) -> None:
         reject("data.path", data, f"{found} was trained on {saved}", "bring that data back or choose another --run")
 
 
-class TensorSource(Protocol):
-    """A checkpoint (`Reader`), or the weights that a run starts from (`initial.InitialWeights`)."""
-
-    path: Path
-
-    def __call__(self, name: str, state: str) -> Tensor: ...
-
-
 class Reader:
     """Random access to the full tensors of a checkpoint's state files."""
 
@@ -82,7 +75,7 @@ class Reader:
         return file.get_tensor(inner)
 
 
-def load_weights(reader: TensorSource, model: nn.Module, local: Callable[[Tensor, Tensor], Tensor]) -> None:
+def load_weights(reader: Reader | InitialWeights, model: nn.Module, local: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Copy weights into a model before the engine is made: the master weights of what is trained, and of the EMA file
     what is not (the position table, buffers).
 
@@ -96,12 +89,8 @@ def load_weights(reader: TensorSource, model: nn.Module, local: Callable[[Tensor
         for name, p in (*model.named_parameters(), *model.named_buffers()):
             part = local(p, reader(name, "fp32" if p.requires_grad else "ema"))
             if part.shape != p.shape:
-                reject(
-                    "checkpoint",
-                    reader.path,
-                    f"{name} has shape {list(part.shape)}, the model {list(p.shape)}",
-                    "use a checkpoint of this model",
-                )
+                conflict = f"{name} has shape {list(part.shape)}, the model {list(p.shape)}"
+                reject("checkpoint", reader.path, conflict, "use a checkpoint of this model")
             p.copy_(part)
 
 
@@ -121,25 +110,28 @@ def saved_config(run: Path) -> dict[str, Any] | None:
     except NOT_FOUND:
         return None
     except (OSError, *BAD_YAML) as error:
-        reject("--run", path, f"cannot be read ({' '.join(str(error).split())})", "mend it or choose another --run")
+        reject("--run", path, f"cannot be read ({' '.join(str(error).split())})", "fix it or choose another --run")
     if not isinstance(tree, dict):
-        reject("--run", path, "is not a configuration", "mend it or choose another --run")
+        reject("--run", path, "is not a configuration", "fix it or choose another --run")
     return tree
 
 
-def last_logged_step(run: Path) -> int:
-    """The last step in RUN/metrics.jsonl; 0 without one. Raises ConfigError if it cannot be read."""
-    path, last = run / "metrics.jsonl", 0
+def logged(run: Path) -> list[tuple[int, str]]:
+    """(step, line) of the whole records in RUN/metrics.jsonl, if there is one; raises ConfigError if it is unreadable.
+
+    The last line may be cut: it was being written when the run was killed.
+    """
+    path, out = run / "metrics.jsonl", []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except NOT_FOUND:
-        return 0
+        return []
     except OSError as error:
         unreadable(path, error, "--run")
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            last = max(last, json.loads(line)["step"])
-    return last
+            out.append((int(json.loads(line)["step"]), line))
+    return out
 
 
 def check_history(run: Path, found: Path | None, config: Config) -> int:
@@ -153,9 +145,9 @@ def check_history(run: Path, found: Path | None, config: Config) -> int:
         if step > config.train.steps:
             reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
         return step
-    logged, saved = last_logged_step(run), saved_config(run)
+    last, saved = max((step for step, _ in logged(run)), default=0), saved_config(run)
     # A save is waited for by the next one at the latest: up to there a run may have died before its first was complete.
-    if saved and logged > 2 * saved.get("train", {}).get("checkpoint_every", logged):
-        conflict = f"metrics.jsonl reaches step {logged}, but checkpoints/ is empty"
+    if saved and last > 2 * saved.get("train", {}).get("checkpoint_every", last):
+        conflict = f"metrics.jsonl reaches step {last}, but checkpoints/ is empty"
         reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
     return 0

@@ -50,9 +50,6 @@ HEADER_BYTES = 256
 """of a tensor in a safetensors header and of a file in the manifest, generously"""
 
 
-# --------------------------------------------------------------------------------------------------------- the copies
-
-
 def _copied(tensor: Tensor) -> Tensor:
     """A contiguous fp32 copy on the CPU that shares nothing with the original: training goes on changing that."""
     return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
@@ -82,9 +79,6 @@ def share(engine: StateAccess, ranks: Ranks) -> dict[str, Tensor]:
             if i % ranks.world == ranks.rank:
                 mine[f"{name}/{state}"] = _copied(full)
     return mine
-
-
-# ----------------------------------------------------------------------------------------------------------- the disk
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
@@ -159,9 +153,6 @@ def _trouble(work: Callable[[], Any]) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- the saver
-
-
 @dataclass
 class Job:
     """A checkpoint being written."""
@@ -231,7 +222,9 @@ class Saver:
         """
         self.finish(tolerant=last)
         start = time.perf_counter()
-        tensors = self._copy(fixed)
+        ema = ema_state_dict(self.engine, fixed, self.ranks)
+        mine = f"state-{self.ranks.rank:05d}-of-{self.ranks.world:05d}.safetensors"
+        tensors = ({EMA: ema} if ema else {}) | {mine: share(self.engine, self.ranks)}  # by file
         need = sum(self.ranks.gather(self._bytes(tensors)))
         self.job = job = Job(step, folder(self.run, step), need, 0.0)
         if self.ranks.rank == 0:
@@ -270,12 +263,6 @@ class Saver:
             text = f"checkpoint of step {job.step}: {size(written)}, {job.blocked:.3f} s on the step"
             self.say(f"  {text}, {job.seconds:.3f} s behind")
 
-    def _copy(self, fixed: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """file name -> tensors, of the files this rank writes"""
-        ema = ema_state_dict(self.engine, fixed, self.ranks)
-        mine = {f"state-{self.ranks.rank:05d}-of-{self.ranks.world:05d}.safetensors": share(self.engine, self.ranks)}
-        return ({EMA: ema} if ema else {}) | mine
-
     def _bytes(self, tensors: dict[str, dict[str, Tensor]]) -> int:
         sizes = [t.nbytes + len(name) + HEADER_BYTES for part in tensors.values() for name, t in part.items()]
         return sum(sizes) + len(tensors) * (len(dump(self.config)) + HEADER_BYTES)
@@ -308,7 +295,7 @@ class Saver:
         before = _before(self.run)
         conflict = f"cannot be written ({problem}); {before}"
         if fatal:
-            reject("checkpoint", job.final, conflict, "free space or mend the folder, then resume")
+            reject("checkpoint", job.final, conflict, "free space or fix the folder, then resume")
         if self.ranks.rank == 0:
             warning = f"warning: checkpoint={job.final}: {conflict}; training goes on and tries again"
             print(warning, file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import yaml
 
@@ -11,12 +12,7 @@ from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import Config
 from promoe_ds.costs import flops
 
-if TYPE_CHECKING:  # the model is imported when a report is made, not with this file
-    from promoe_ds.models.dit import DiT
-
 GIB = 2**30
-DEFAULT_BUCKET = 500_000_000
-"""elements of a ZeRO gradient bucket where the JSON names none (DeepSpeed 0.19.8)"""
 
 
 class ResolvedDS(Protocol):
@@ -30,33 +26,11 @@ class ResolvedDS(Protocol):
     def offload(self) -> bool: ...
 
 
-def count_built(model: DiT) -> dict[str, int]:
-    """Parameters of a built model: all of them, the fixed ones among them, and those of the stacked routed experts."""
-    from promoe_ds.moe.experts import StackedExperts
-
-    stacks = [module for module in model.modules() if isinstance(module, StackedExperts)]
-    return {
-        "total": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "routed": sum(p.numel() for stack in stacks for p in stack.parameters()),
-    }
-
-
-def _params(config: Config) -> dict[str, Any]:
-    from promoe_ds.models.init import build
-
-    count, built = flops.count_parameters(config), count_built(build(config))
-    expected = {"total": count.total, "trainable": count.trainable, "routed": count.routed}
-    if built != expected:
-        raise RuntimeError(f"flops.count_parameters says {expected}, the built model has {built}")
-    return {**built, "activated": count.activated, "by_part": count.by_part}
-
-
 def _memory(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
     topology = config, world, config.parallel.expert_parallel, ds.stage, ds.offload
     zero = {key: value for key, value in ds.json["zero_optimization"].items() if value != "auto"}  # its own default
     buckets = 2 if zero.get("overlap_comm", ds.stage == 3) else 1  # one fills while the other is reduced
-    device = flops.memory_per_gpu(*topology, buckets * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)))
+    device = flops.memory_per_gpu(*topology, buckets * int(zero.get("reduce_bucket_size", flops.DEFAULT_BUCKET)))
     parts = {name: size / GIB for name, size in device.items()}
     host = {name: size / GIB for name, size in flops.host_memory_per_rank(*topology).items()}
     return {**parts, "total": sum(parts.values()), "host": host}
@@ -85,15 +59,12 @@ def report(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
     Args:
         ds: `parallel.ds_config.resolve(path, config, world)`, which has checked the topology.
         world: number of processes.
-
-    Raises:
-        RuntimeError: the built model and `flops.py` disagree about the number of parameters (a defect of ours).
     """
-    forward, step = flops.forward_flops(config), flops.train_flops(config)
+    count, forward, step = flops.count_parameters(config), flops.forward_flops(config), flops.train_flops(config)
     return {
         "name": config.name,
         "config": encode(config),
-        "params": _params(config),
+        "params": {"total": count.total, "trainable": count.trainable, "routed": count.routed, **asdict(count)},
         "flops": {
             "forward_gflops_per_image": forward / 1e9,
             "train_gflops_per_image": step / 1e9,

@@ -14,8 +14,8 @@ from promoe_ds.config.schema import Config
 from promoe_ds.moe.router import ROUTERS, Router
 
 TIMESTEP_FREQUENCIES = 256
-STAGE0_BUCKET = 500_000_000
-"""elements that DeepSpeed 0.19.8 flattens for one all-reduce at ZeRO stage 0"""
+DEFAULT_BUCKET = 500_000_000
+"""elements that DeepSpeed 0.19.8 reduces at once, at ZeRO stage 0 and where the JSON names no bucket"""
 
 PEAK_FLOPS = {
     "GB200": 2500e12,
@@ -99,7 +99,7 @@ def _router(config: Config) -> Router:
 
 
 def count_parameters(config: Config) -> ParameterCount:
-    """Exact sizes, equal to those of the built model (the dry run compares them)."""
+    """Exact sizes, equal to those of the built model (tests compare them)."""
     m, moe, D = config.model, config.moe, config.model.width
     layers = len(config.moe_layers())
     qk_norm = 4 * (D // m.heads) if m.qk_norm else 0
@@ -233,7 +233,7 @@ def memory_per_gpu(
     copies = min(held, 2 * _largest_block(config, ep)) * size if stage == 3 else 0.0
     if config.train.precision == "bf16_autocast":
         copies += 2 * held
-    buckets = bucket_elements if stage else min(STAGE0_BUCKET, held) if world > 1 else 0
+    buckets = bucket_elements if stage else min(DEFAULT_BUCKET, held) if world > 1 else 0
     gradients = held if stage < 2 else share if not offload else 0.0
     states = _optimizer_states(config, world, ep, stage)
     micro = config.train.micro_batch_size or max(1, config.train.global_batch_size // world)

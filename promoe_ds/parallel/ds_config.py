@@ -91,9 +91,6 @@ class ResolvedDS:
     """optimizer states live in host memory"""
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -155,9 +152,6 @@ def _check_offload(file: str, zero: DeepSpeedZeroConfig, ep: int) -> bool:
     return optimizer != "none"
 
 
-# ----------------------------------------------------------------------------------------------------------- our keys
-
-
 def _owned(config: Config, world: int, stage: int) -> dict[str, Any]:
     """The keys this project decides.
 
@@ -195,20 +189,9 @@ def _check_owned(file: str, tree: dict[str, Any], owned: dict[str, Any], config:
     accepted = {**owned, "gradient_clipping": config.optimizer.clip_grad_norm}
     for key, ours in accepted.items():
         if key in tree and not (_agrees(tree[key], ours) or _agrees(tree[key], owned[key])):
-            reject(
-                f"{file}: {key}",
-                json.dumps(tree[key]),
-                f"contradicts {json.dumps(ours)} from {OWNERS[key]}",
-                f'remove it from the file or write "auto"; {OWNERS[key]} decides',
-            )
-
-
-def _check_precision(file: str, config: Config, stage: int) -> None:
-    if config.train.precision == "bf16" and stage == 0:
-        # DeepSpeed's unfused 16-bit optimizer, taken at stage 0, leaves expert gradients out of its norm (#8613).
-        conflict = f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights"
-        way_out = "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast"
-        reject("train.precision", "bf16", conflict, way_out)
+            conflict = f"contradicts {json.dumps(ours)} from {OWNERS[key]}"
+            way_out = f'remove it from the file or write "auto"; {OWNERS[key]} decides'
+            reject(f"{file}: {key}", json.dumps(tree[key]), conflict, way_out)
 
 
 def find(name_or_path: str) -> str:
@@ -241,7 +224,11 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
     _check_zero(file, zero, config.parallel.expert_parallel)
     read = read_zero(file, zero)
     stage, offload = int(read.stage), _check_offload(file, read, config.parallel.expert_parallel)
-    _check_precision(file, config, stage)
+    if config.train.precision == "bf16" and stage == 0:
+        # DeepSpeed's unfused 16-bit optimizer, taken at stage 0, leaves expert gradients out of its norm (#8613).
+        conflict = f"ZeRO stage 0 ({file}) computes a wrong gradient norm with bf16 weights"
+        way_out = "use --ds_config ds_configs/zero1.json or a higher stage, or train.precision=bf16_autocast"
+        reject("train.precision", "bf16", conflict, way_out)
     if config.train.compile and stage == 3:
         conflict = f"ZeRO stage 3 ({file}) gathers weights module by module, which a compiled graph cannot see"
         reject("train.compile", "true", conflict, "use a lower stage, or train.compile=false")

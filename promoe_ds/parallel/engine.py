@@ -60,8 +60,6 @@ class Engine:
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
-    # ------------------------------------------------------------------------------------------------ one step
-
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
         return self.engine(x_BCHW, t_B, y_B, row_B)
 
@@ -76,7 +74,17 @@ class Engine:
 
         None at stages 1 to 3, where DeepSpeed does this within `step`.
         """
-        return self._clip_stage0() if self.stage == 0 else None
+        if self.stage:
+            return None
+        dense = [p.grad for p in self.params.values() if not is_sharded(p) and p.grad is not None]
+        local = [p.grad for p in self.params.values() if is_sharded(p) and p.grad is not None]
+        square = _square_sum(dense)
+        if local:  # every rank of the expert-parallel group holds other experts
+            square = square + sum_in_place(_square_sum(local), self._ep_group(), "scalars")
+        norm, limit = square.sqrt(), self.config.optimizer.clip_grad_norm
+        if limit > 0:
+            torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def step(self, norm: float | None) -> float:
         """Update after the last micro-batch; returns the global gradient norm before clipping.
@@ -105,21 +113,8 @@ class Engine:
         for p in partitions:
             self.adam.state[p]["step"] += 1
 
-    def _clip_stage0(self) -> Tensor:
-        dense = [p.grad for p in self.params.values() if not is_sharded(p) and p.grad is not None]
-        local = [p.grad for p in self.params.values() if is_sharded(p) and p.grad is not None]
-        square = _square_sum(dense)
-        if local:  # every rank of the expert-parallel group holds other experts
-            square = square + sum_in_place(_square_sum(local), self._ep_group(), "scalars")
-        norm, limit = square.sqrt(), self.config.optimizer.clip_grad_norm
-        if limit > 0:
-            torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
     def _ep_group(self) -> Any:
         return groups._get_expert_parallel_group(f"ep_size_{self.topology.ep}")
-
-    # ---------------------------------------------------------------------------------------------------- state
 
     def read(self, name: str, state: str) -> Tensor:
         """The full tensor of a parameter's state ("fp32", "exp_avg", "exp_avg_sq", "ema"), fp32; collective.

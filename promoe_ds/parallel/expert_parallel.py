@@ -132,14 +132,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return getattr(parameter, "allreduce", True) is False
 
 
-# --------------------------------------------------------------------------------------- sampling, without an engine
-
-
 @contextlib.contextmanager
 def connected(ranks: Ranks) -> Iterator[None]:
     """Inside, the ranks can talk (NCCL on GPUs, gloo on CPUs). They may be a day apart: one may decode for long."""
     connect(ranks, timeout_minutes=24 * 60, meeting_minutes=30)
-    yield  # after an exception the others may be inside a collective: no farewell
+    yield  # after an exception the others may be inside a collective, so no barrier
     disconnect()
 
 

@@ -5,8 +5,8 @@ part waits for the device, and nothing is computed while rows travel, so measuri
 DeepSpeed calls its communication backend, so its own gradient and parameter traffic is seen too:
 
     all_to_all       what leaves the rank (its share for itself does not)
-    all_reduce       2 (n-1)/n of the tensor a rank, the ring's and the lower bound
-    reduce_scatter, all_gather, reduce, broadcast      (n-1)/n of the whole tensor a rank
+    all_reduce       2 (n-1)/n of the tensor per rank, the ring's and the lower bound
+    reduce_scatter, all_gather, reduce, broadcast      (n-1)/n of the whole tensor per rank
 
 Summed over the ranks of a group these are whole numbers. n is the size of the group.
 """
@@ -112,7 +112,7 @@ class Meter:
             self.leave()
 
     def report(self, steps: int) -> Tensor:
-        """Since `reset`, a step: seconds by PARTS, then bytes this rank sent by KINDS; float64, on the CPU."""
+        """Since `reset`, per step: seconds by PARTS, then bytes this rank sent by KINDS; float64, on the CPU."""
         self._charge()
         return torch.tensor([*self.seconds.values(), *self.sent.values()], dtype=torch.float64) / max(steps, 1)
 

@@ -55,6 +55,7 @@ def connect(ranks: Ranks, timeout_minutes: float = 30.0, meeting_minutes: float 
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world), ("LOCAL_RANK", ranks.local_rank)):
         os.environ.setdefault(name, str(value))
+    global _watchdog
     import deepspeed
     from deepspeed.comm import comm
 
@@ -76,14 +77,9 @@ def connect(ranks: Ranks, timeout_minutes: float = 30.0, meeting_minutes: float 
     # torch's groups do not inherit the timeout, and DeepSpeed names none
     comm.cdb.new_group = functools.partial(torch.distributed.new_group, timeout=timeout)
     if ranks.world > 1:
-        _watch(ranks, 60 * timeout_minutes)
-
-
-def _watch(ranks: Ranks, timeout: float) -> None:
-    global _watchdog
-    speaker = ranks.local_rank == 0 or ranks.rank == 1  # some process of every machine but rank 0 itself
-    host = os.environ["MASTER_ADDR"]
-    _watchdog = Watchdog(ranks.rank, ranks.world, lambda value: ranks.gather(value)[0], host, timeout, speaker)
+        speaker = ranks.local_rank == 0 or ranks.rank == 1  # some process of every machine but rank 0 itself
+        host, seconds = os.environ["MASTER_ADDR"], 60 * timeout_minutes
+        _watchdog = Watchdog(ranks.rank, lambda value: ranks.gather(value)[0], host, seconds, speaker)
 
 
 def watched() -> bool:

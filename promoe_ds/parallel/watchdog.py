@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from promoe_ds.parallel import rendezvous
 
@@ -46,22 +47,17 @@ def is_consequence(text: str) -> bool:
     return CONSEQUENCE.search(text) is not None
 
 
-@dataclass(order=True)
-class Trouble:
+class Trouble(NamedTuple):
     """What is known of a rank's end; the smallest is the likeliest cause."""
 
     likelihood: int
     rank: int
-    text: str = field(compare=False)
-    code: int = field(default=1, compare=False)
+    text: str
+    code: int = 1
 
     @classmethod
     def told(cls, rank: int, text: str, code: int) -> Trouble:
         return cls(2 if is_consequence(text) else 0, rank, text, code)
-
-    @classmethod
-    def silent(cls, rank: int, name: str, how: str) -> Trouble:
-        return cls(1, rank, f"rank {rank} ({name}) {how}; {CONTINUE}")
 
 
 @dataclass
@@ -114,7 +110,6 @@ class Watchdog:
 
     Args:
         rank: of this process.
-        world: number of processes.
         share: collective; gives rank 0's value to every rank.
         host: where rank 0 can be reached.
         timeout: seconds without a beat after which a rank counts as lost.
@@ -125,22 +120,20 @@ class Watchdog:
     def __init__(
         self,
         rank: int,
-        world: int,
         share: Callable[[Any], Any],
         host: str,
         timeout: float,
         speaker: bool = True,
         leave: Callable[[int, str], Any] = _leave,
     ):
-        self.rank, self.world, self.timeout, self.speaker, self.leave = rank, world, timeout, speaker, leave
-        self.beat = min(BEAT_SECONDS, timeout / 4)
-        self.closing, self.since, self.next_beat = threading.Event(), 0.0, 0.0
-        self.last_pass = time.monotonic()
+        self.rank, self.timeout, self.speaker, self.leave = rank, timeout, speaker, leave
+        self.closing = threading.Event()
         self.wake, self.woken = socket.socketpair()
         self.news: list[Trouble] = []
         self.server = rendezvous.listen(0) if rank == 0 else None
         port, self.token = share((self.server.getsockname()[1], secrets.token_hex(8)) if self.server else None)
         self.hub = None if self.server else self._dial(host, port)
+        self.peers = {0: self.hub} if self.hub else {}
         self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.thread.start()
 
@@ -148,129 +141,83 @@ class Watchdog:
         try:
             connection = socket.create_connection((host, port), timeout=30)
         except OSError as error:
-            text = (
-                f"rank {self.rank} cannot reach rank 0 at {host}:{port} ({error}): its end is noticed by timeout only"
-            )
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            text = f"rank {self.rank} cannot reach rank 0 at {host}:{port} ({error})"
+            print(f"warning: {text}: its end is noticed by timeout only", file=sys.stderr, flush=True)
             return None
         connection.settimeout(None)
         _keep_alive(connection)
-        hub = Peer(connection, 0, "")
+        hub = Peer(connection, 0)
         hub.send("hello", self.token, self.rank, f"{socket.gethostname()}, pid {os.getpid()}")
         return hub
 
-    # ------------------------------------------------------------------------------------------- from the main thread
-
     def failed(self, text: str, code: int = 1) -> None:
         """Say that this rank cannot go on, and wait to be ended; returns only if rank 0 gives no verdict."""
-        if self.hub:
+        if self.server:
+            self.news.append(Trouble.told(self.rank, text, code))
+        elif self.hub:
             self.hub.send("failed", text, code)
-        self.news.append(Trouble.told(self.rank, text, code))
         self.wake.send(b"!")
         self.thread.join(VERDICT_SECONDS)
 
     def close(self) -> None:
-        """Part in peace; every rank, after a barrier."""
+        """Stop watching; every rank, after a barrier, so that nobody takes the closing for a death."""
         self.closing.set()
         self.wake.send(b"!")
         self.thread.join(5)
 
-    # ---------------------------------------------------------------------------------------------------- the thread
-
-    def _beat_is_due(self) -> bool:
-        """Once in `beat` seconds: a beat that answered every message would be answered in turn, without end."""
-        now = time.monotonic()
-        due = now >= self.next_beat
-        if due:
-            self.next_beat = now + self.beat
-        return due
-
-    def _until_beat(self) -> float:
-        return max(0.0, self.next_beat - time.monotonic())
-
-    def _stood_still(self, now: float) -> bool:
-        """Whether this thread itself was away since the last call: a pass of its loop takes a beat at most.
-
-        If it was (SIGSTOP, a suspended job or machine), silence proves nothing about the others. Two beats of absence
-        that go unnoticed, and a beat that was due, stay below the timeout of four.
-        """
-        gap, self.last_pass = now - self.last_pass, now
-        return gap > 2 * self.beat
-
     def _run(self) -> None:
-        if self.server:
-            self._watch_all(self.server)
-        elif self.hub:
-            self._watch_hub(self.hub)
+        """The thread: rank 0 watches all, the others watch rank 0, until the job ends or a rank is lost.
 
-    def _watch_hub(self, hub: Peer) -> None:
-        with selectors.DefaultSelector() as selector, hub.connection:
-            selector.register(hub.connection, selectors.EVENT_READ)
+        Beats are sent by the clock: one that answered every message would be answered in turn, without end.
+        """
+        beat = min(BEAT_SECONDS, self.timeout / 4)
+        next_beat, verdict, last = 0.0, math.inf, time.monotonic()
+        with selectors.DefaultSelector() as selector:
             selector.register(self.woken, selectors.EVENT_READ)
-            while not self.closing.is_set():
-                if self._beat_is_due():
-                    hub.send("beat")
-                for key, _ in selector.select(self._until_beat()):
-                    if key.fileobj is self.woken:
-                        self.woken.recv(64)
-                        continue
-                    messages = hub.receive()
-                    for kind, *rest in messages or ():
-                        if kind == "bye":
-                            return
-                        if kind == "verdict":
-                            self.leave(rest[0], "")
-                            return
-                    if messages is None:
-                        return self._hub_is_gone("died without a word (killed, out of memory, or its machine is lost)")
+            if self.server:
+                selector.register(self.server, selectors.EVENT_READ)
+            if self.hub:
+                selector.register(self.hub.connection, selectors.EVENT_READ, self.hub)
+            while (self.server or self.peers) and not self.closing.is_set() and last < verdict:
+                for key, _ in selector.select(max(0.0, min(next_beat, verdict) - time.monotonic())):
+                    self._serve(key, selector)
                 now = time.monotonic()
-                if self._stood_still(now):
-                    hub.heard = now
-                if now - hub.heard > self.timeout:
-                    return self._hub_is_gone(f"has not been heard of for {self.timeout:.0f} s")
-            hub.send("bye")
-
-    def _hub_is_gone(self, how: str) -> None:
-        if not self.closing.is_set():
-            self.leave(1, f"rank 0 {how}; {CONTINUE}" if self.speaker else "")
-
-    def _watch_all(self, server: socket.socket) -> None:
-        peers: dict[int, Peer] = {}
-        with selectors.DefaultSelector() as selector, server:
-            selector.register(server, selectors.EVENT_READ)
-            selector.register(self.woken, selectors.EVENT_READ)
-            while not self.closing.is_set():
-                for key, _ in selector.select(self._until_beat() if not self.news else SETTLE_SECONDS / 10):
-                    self._serve(key, selector, peers)
-                now, due = time.monotonic(), self._beat_is_due()
-                stood_still = self._stood_still(now)
-                for peer in peers.values():
-                    if stood_still:
+                # A pass takes a beat at most. If this thread was away for longer (SIGSTOP, a suspended job or machine),
+                # silence proves nothing. Two beats that go unnoticed, and one that was due, stay below the timeout.
+                away, last, due = now - last > 2 * beat, now, now >= next_beat
+                next_beat = now + beat if due else next_beat
+                for peer in self.peers.values():
+                    if away:
                         peer.heard = now
                     if due:
                         peer.send("beat")
                     if now - peer.heard > self.timeout:
-                        self._note(
-                            Trouble.silent(peer.rank, peer.name, f"has not been heard of for {self.timeout:.0f} s")
-                        )
-                if self.news and self._settled(now):
-                    break
+                        self._lost(peer, f"has not been heard of for {self.timeout:.0f} s")
+                if self.news:
+                    verdict = min(verdict, now + (SETTLE_SECONDS if self.server else 0.0))
+        self._end()
+
+    def _end(self) -> None:
+        """Tell the others how it ended, and end this process too if a rank was lost."""
         worst = min(self.news, default=None)
-        for peer in peers.values():
+        if self.server:
+            self.server.close()
+        for peer in self.peers.values():
             peer.send("verdict", worst.code) if worst else peer.send("bye")
             peer.connection.close()
         if worst:
-            self.leave(worst.code, worst.text)
+            self.leave(worst.code, worst.text if self.server or self.speaker else "")
 
-    def _settled(self, now: float) -> bool:
-        self.since = self.since or now
-        return now - self.since >= SETTLE_SECONDS
+    def _lost(self, peer: Peer, how: str) -> None:
+        name = f" ({peer.name})" if peer.name else ""
+        if not self.closing.is_set():
+            self._note(Trouble(1, peer.rank, f"rank {peer.rank}{name} {how}; {CONTINUE}"))
 
     def _note(self, trouble: Trouble) -> None:
         if all(other.rank != trouble.rank for other in self.news):
             self.news.append(trouble)
 
-    def _serve(self, key: selectors.SelectorKey, selector: selectors.BaseSelector, peers: dict[int, Peer]) -> None:
+    def _serve(self, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
         """One event: a connection, a wake-up, or messages of a peer."""
         if key.fileobj is self.woken:
             self.woken.recv(64)
@@ -285,16 +232,18 @@ class Watchdog:
         for kind, *rest in messages or ():
             if kind == "hello" and rest[:1] == [self.token]:
                 peer.rank, peer.name = rest[1], rest[2]
-                peers[peer.rank] = peer
+                self.peers[peer.rank] = peer
             elif peer.rank < 0:  # a stranger
                 messages = None
                 break
             elif kind == "failed":
                 self._note(Trouble.told(peer.rank, *rest))
+            elif kind == "verdict" and peer is self.hub:
+                self._note(Trouble(0, 0, "", rest[0]))
             elif kind == "bye":
-                peers.pop(peer.rank, None)
+                self.peers.pop(peer.rank, None)
         if messages is None:
             selector.unregister(peer.connection)
             peer.connection.close()
-            if peers.get(peer.rank) is peer and not self.closing.is_set():
-                self._note(Trouble.silent(peer.rank, peer.name, "died without a word (killed, or out of memory)"))
+            if self.peers.get(peer.rank) is peer:
+                self._lost(peer, "died without a word (killed, out of memory, or its machine is lost)")

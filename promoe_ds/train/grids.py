@@ -51,7 +51,7 @@ def draw_grid(
     device: torch.device,
     after_batch: Callable[[int], object] = lambda count: None,
 ) -> Image.Image:
-    """The grid that training shows: one row a class, `sample.per_class` columns, the same noise every time.
+    """The grid that training shows: one row per class, `sample.per_class` columns, the same noise every time.
 
     Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was. Latents are decoded by
     `data.vae`. After each batch, `after_batch` is called with its number of images.

@@ -3,7 +3,7 @@
 Of the experts, sums are taken in steps that are logged only, of what the model returns: nothing is hooked into it, so a
 compiled model stays compiled.
 
-Legend: L MoE layers, E routed experts, K numbers a layer.
+Legend: L MoE layers, E routed experts, K numbers per layer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from promoe_ds.checkpoint import resume
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.observe import (
     PROTOTYPE_STATISTICS,
@@ -36,6 +37,8 @@ from promoe_ds.utils.files import write_text
 
 CLOSE_SECONDS = 10.0
 """how long the end of a run waits for TensorBoard, whose writer may be lost (an interrupted write, a dead disk)"""
+LAYERS_SHOWN = 8
+"""MoE layers with TensorBoard tags of their own; metrics.jsonl has all"""
 
 
 def expert_load(tokens_per_expert_LE: Tensor) -> tuple[float, int]:
@@ -70,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 class Throughput:
-    """Images a second since the last report, without the time spent in pauses (checkpoints, sample grids)."""
+    """Images per second since the last report, without the time spent in pauses (checkpoints, sample grids)."""
 
     def __init__(self) -> None:
         self.reset()
@@ -96,21 +99,10 @@ class MetricsLog:
 
     def __init__(self, run: Path, step: int, steps: int):
         self.path, self.steps = run / "metrics.jsonl", steps
-        self._truncate(step)
+        if self.path.exists():
+            write_text(self.path, "".join(f"{line}\n" for logged, line in resume.logged(run) if logged <= step))
         self.file, self.waiting = self.path.open("ab", buffering=0), b""
         self.board: SummaryWriter | None = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-    def _truncate(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the line being written when the run was killed
-        write_text(self.path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """One record with the key `step`; numbers or None, the reason `skipped` of a step without an update, and
@@ -164,12 +156,6 @@ class MetricsLog:
         if closing.is_alive():
             text = "warning: TensorBoard's last records may be missing (its writer does not end); metrics.jsonl has all"
             print(text, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------ experts
-
-LAYERS_SHOWN = 8
-"""MoE layers with TensorBoard tags of their own; metrics.jsonl has all"""
 
 
 class ExpertWatch:

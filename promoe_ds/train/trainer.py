@@ -155,12 +155,12 @@ class Trainer:
             return MetricsLog(run, self.step, self.config.train.steps)
         except OSError as error:
             raise RankFailed(f"--run={run}: cannot be written ({error}); choose another folder") from error
+        except ConfigError as error:  # a log that rank 0 alone cannot read
+            raise RankFailed(str(error)) from error
 
     def _fixed(self) -> dict[str, Tensor]:
         """What the model holds besides trained parameters: the position table, and the buffers of routers as of now."""
         return self.positions | dict(self.model.named_buffers())
-
-    # ------------------------------------------------------------------------------------------------------- loop
 
     def run(self) -> int:
         """Train from the current step to `train.steps`; returns the exit code."""
@@ -314,8 +314,6 @@ class Trainer:
                 )
             total = total + weight * aux[name]
         return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_loss_weights)]
-
-    # --------------------------------------------------------------------------------------------------- reporting
 
     def _part(self, name: str) -> AbstractContextManager[None]:
         return self.meter.part(name) if self.meter else nullcontext()

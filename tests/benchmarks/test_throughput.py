@@ -10,13 +10,13 @@ import torch
 
 from benchmarks import moe_peers, throughput
 from benchmarks.common import load_points, save_point
-from benchmarks.op_counting import count_operators, host_syncs
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.experts import backend_problem
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import guarded
+from tests.op_counting import count_operators, host_syncs
 
 CPU = torch.device("cpu")
 SMALL = ["model.width=48", "model.heads=4", "model.image_size=8"]
@@ -96,7 +96,7 @@ def test_points_resume_and_the_page_is_made(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--section x", "argument --section: 'x' is none of counts, step, layer, sampling; see --help"),
+        ("--section x", "argument --section: 'x' is none of step, layer, sampling; see --help"),
         ("--sizes s,q", "argument --sizes: 'q' is none of s, b, l, xl"),
         ("--precision fp8", "argument --precision: 'fp8' is none of fp32, bf16"),
         ("--routing foo", "argument --routing: 'foo' is none of learned, uniform, skewed"),
@@ -107,7 +107,7 @@ def test_points_resume_and_the_page_is_made(
         ("--page {folder}", "is a folder, or lies in none; name a file in a folder that is there"),
         ("--page {folder}/nowhere/page.md", "is a folder, or lies in none"),
         ("--minutes 0 --out {folder}/cut", "is damaged"),
-        ("--section counts --out {folder}/cut", "is damaged"),
+        ("--section step --out {folder}/cut", "is damaged"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_measured(
@@ -131,7 +131,7 @@ def test_no_figures_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_every_section_has_points_and_a_table() -> None:
     names = [name.split()[0] for name, _ in throughput.points(throughput.parse_args(["--routing", "learned"]))]
-    assert names == ["counts", "step", "layer", "sampling"] and sorted(throughput.SECTIONS) == sorted(names)
+    assert names == ["step", "layer", "sampling"] and sorted(throughput.SECTIONS) == sorted(names)
 
 
 def test_the_mfu_of_a_system_is_that_of_its_own_model() -> None:

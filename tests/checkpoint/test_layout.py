@@ -169,7 +169,7 @@ def test_a_file_system_without_locks_is_a_warning(
 
     monkeypatch.setattr(layout.fcntl, "flock", refuse)
     layout.claim(tmp_path / "run").close()
-    assert "is on a file system without locks: start one job a folder" in capsys.readouterr().err
+    assert "is on a file system without locks: start one job per folder" in capsys.readouterr().err
 
 
 def test_sizes_for_people() -> None:

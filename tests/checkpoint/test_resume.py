@@ -109,7 +109,7 @@ def test_a_damaged_run_configuration_is_named(tmp_path: Path, content: bytes) ->
 
 
 def test_a_run_that_cannot_be_read_is_not_a_fresh_start(tmp_path: Path) -> None:
-    for name, look in (("config.yaml", resume.saved_config), ("metrics.jsonl", resume.last_logged_step)):
+    for name, look in (("config.yaml", resume.saved_config), ("metrics.jsonl", resume.logged)):
         assert not look(tmp_path), "nothing is there"
         loop(tmp_path / name)
         with pytest.raises(ConfigError, match=rf"^--run={tmp_path / name}: cannot be read \(.*Too many levels"):

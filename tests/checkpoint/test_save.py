@@ -162,7 +162,7 @@ def test_a_write_error_on_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: 
     assert len({str(error) for error in errors}) == 1 and isinstance(errors[0], ConfigError)
     text = str(errors[0])
     assert "step_00000010: cannot be written (rank 1: [Errno 28] No space left on device; it needs " in text
-    assert "step_00000005 is unharmed; free space or mend the folder, then resume" in text
+    assert "step_00000005 is unharmed; free space or fix the folder, then resume" in text
     assert names(tmp_path) == ["step_00000005"] and layout.find_whole(tmp_path, ALONE)
 
 

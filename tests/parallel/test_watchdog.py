@@ -25,7 +25,7 @@ class Team:
         self.ends: dict[int, tuple[int, str]] = {}
         self.address: Any = None
         self.dogs = [
-            Watchdog(rank, world, self.share, "127.0.0.1", timeout, rank == 1, lambda *end, r=rank: self.leave(r, end))
+            Watchdog(rank, self.share, "127.0.0.1", timeout, rank == 1, lambda *end, r=rank: self.leave(r, end))
             for rank in range(world)
         ]
         time.sleep(0.2)  # let everybody say hello
@@ -113,7 +113,7 @@ def share(address):  # over the pipes to the test
         return address
     port, token = sys.stdin.readline().split()
     return int(port), token
-Watchdog(rank := int(sys.argv[1]), 2, share, "127.0.0.1", 2.0)
+Watchdog(int(sys.argv[1]), share, "127.0.0.1", 2.0)
 print("watched", flush=True)
 time.sleep(3600)
 """
@@ -182,7 +182,7 @@ def test_whatever_a_stranger_sends_the_watch_goes_on(text: bytes) -> None:
 def test_a_hub_that_cannot_be_reached_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    lonely = Watchdog(1, 2, lambda value: (port, "token"), "127.0.0.1", 60.0)
+    lonely = Watchdog(1, lambda value: (port, "token"), "127.0.0.1", 60.0)
     assert "rank 1 cannot reach rank 0" in capsys.readouterr().err
     lonely.failed("rank 1 failed")  # returns at once: the caller leaves by itself
     lonely.close()
