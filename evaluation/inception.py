@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.features import Extracted
+from promoe_ds.evaluation.features import Extracted, FeatureExtractor
 from promoe_ds.evaluation.images import Images
 from promoe_ds.utils.files import file_digest
 
@@ -36,8 +36,6 @@ PUBLIC_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-
 PUBLIC_SHA256 = "6726825d"
 """how the SHA-256 of either file begins; what other weights give is reported as FD[...], never as FID"""
 VARIABLE = "INCEPTION_WEIGHTS"
-
-# ------------------------------------------------------------------------------------------------------- the network
 
 Kernel = int | tuple[int, int]
 Layer = tuple[int, Kernel]
@@ -177,9 +175,6 @@ class InceptionV3(nn.Module):
         return pool_Nd, spatial_Ns, pool_Nd @ self.fc.weight.T
 
 
-# ------------------------------------------------------------------------------------------------------- the weights
-
-
 def find_weights(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
     """The weight file: `path`, else $INCEPTION_WEIGHTS, else a public file in torch hub's folder. Nothing is fetched.
 
@@ -234,7 +229,7 @@ def load_inception(path: Path) -> InceptionV3:
     return net.float().requires_grad_(False).eval()
 
 
-class Inception:
+class Inception(FeatureExtractor):
     """The extractor of ADM's protocol. With the public weights, its distances are called FID and sFID.
 
     Other weights (another SHA-256) are named `inception:` and the first 8 digits of theirs.

@@ -101,14 +101,9 @@ def reference_features(
         drawn = collect(extractor, source.images, ranks=ranks, progress=progress)
     if ranks.rank > 0:
         return None
-    if source.arrays is None:
-        assert drawn is not None
-        return drawn.for_reference(keep)
-    return _with_statistics(source, extractor, drawn.for_reference(keep) if drawn else None)
-
-
-def _with_statistics(source: Source, extractor: FeatureExtractor, drawn: FeatureSet | None) -> FeatureSet:
-    assert source.arrays is not None and source.path is not None
+    kept = drawn.for_reference(keep) if drawn else None
+    if source.arrays is None or source.path is None:
+        return kept
     a = {key: array.astype(np.float64) for key, array in source.arrays.items()}
     return FeatureSet(
         name=source.name,
@@ -117,5 +112,5 @@ def _with_statistics(source: Source, extractor: FeatureExtractor, drawn: Feature
         sha256=file_digest(source.path, state=hashlib.sha256()),
         gaussian=Gaussian(a["mu"], a["sigma"]),
         spatial=Gaussian(a["mu_s"], a["sigma_s"]) if "mu_s" in a else None,
-        features_Nd=drawn.features_Nd if drawn else None,
+        features_Nd=kept.features_Nd if kept else None,
     )

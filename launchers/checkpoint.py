@@ -72,9 +72,6 @@ def parser() -> Parser:
     return p
 
 
-# ------------------------------------------------------------------------------------------------------------- select
-
-
 def checkpoints_of(run: Path) -> list[Path]:
     found = layout.candidates(run)
     if not found:
@@ -99,9 +96,6 @@ def named(path: Path) -> Path:
     except OSError as error:
         layout.unreadable(path, error, "PATH")
     return path.resolve()
-
-
-# ------------------------------------------------------------------------------------------------------------ inspect
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -165,9 +159,6 @@ def render(path: Path, facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- verify
-
-
 def verify(args: argparse.Namespace) -> int:
     """One line a fault, one for each whole checkpoint."""
     if bool(args.path) == (args.run is not None):
@@ -193,9 +184,6 @@ def faults_of(path: Path) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ convert
-
-
 def convert(args: argparse.Namespace) -> int:
     from promoe_ds.checkpoint.convert import resplit
     from promoe_ds.formats import weights
@@ -210,9 +198,6 @@ def convert(args: argparse.Namespace) -> int:
         made = weights.write(weights.load(path, args.weights, "PATH"), args.out, args.dtype or "fp32")
         print(f"{made}: {size(layout.bytes_of(made))}; launchers/sample.py --model {made} draws from it")
     return DONE
-
-
-# -------------------------------------------------------------------------------------------------------------- prune
 
 
 def prune(args: argparse.Namespace) -> int:

@@ -58,9 +58,6 @@ class Weights:
         return facts | ({"imported": self.imported} if self.imported else {})
 
 
-# ---------------------------------------------------------------------------------------------------------------- read
-
-
 def model_weights(reader: Reader, source: Source) -> dict[str, Tensor]:
     """The model's state dict. Raw weights are the fp32 masters; what is not trained is the same in both."""
     names = [key.removeprefix("ema/") for key in reader.where if key.startswith("ema/")]
@@ -95,9 +92,6 @@ def load(path: Path, source: Source = "ema", option: str = "--model") -> Weights
         reject("--weights", source, f"{file} holds {held['weights']} weights alone", "choose them, or another source")
     tensors, imported = {k: v.float() for k, v in tensors.items()}, held.get("imported", "")
     return Weights(tensors, config, step, source, file.parent.name, imported)
-
-
-# --------------------------------------------------------------------------------------------------------------- write
 
 
 def cast(weights: Weights, dtype: str) -> dict[str, Tensor]:
