@@ -195,12 +195,10 @@ class Evaluator:
 
 def check_shape(images: ImageSet, extractor: FeatureExtractor, option: str) -> None:
     """Raises `ConfigError` if the extractor cannot take images of this height, width and number of channels."""
-    shape, wanted = images.images_NHWC.shape[1:], extractor.image_shape
-    if any(side not in (None, size) for side, size in zip(wanted, shape, strict=True)):
-        takes = f"[{', '.join('any' if side is None else str(side) for side in wanted)}]"
-        fault = f"images are {list(shape)} (H, W, C), {extractor.name} takes {takes}"
+    shape = images.images_NHWC.shape[1:]
+    if conflict := extractor.conflict(shape):
         way_out = "choose samples of a model of that data set" if option == "SAMPLES" else "choose other images"
-        reject(option, images.name, fault, way_out)
+        reject(option, images.name, f"images are {list(shape)}, {extractor.name} {conflict}", way_out)
 
 
 def score_all(evaluator: Evaluator, sets: Sequence[Samples]) -> list[dict[str, Any]]:

@@ -51,6 +51,12 @@ class FeatureExtractor(ABC):
     def extract(self, images_NHWC: Images) -> Extracted:
         """uint8 [1 <= N <= batch, H, W, C] -> `Extracted`."""
 
+    def conflict(self, shape: tuple[int, ...]) -> str | None:
+        """Why it cannot take images of this shape (H, W, C); None if it can."""
+        if all(side in (None, size) for side, size in zip(self.image_shape, shape, strict=True)):
+            return None
+        return f"takes images of [{', '.join(str(side or 'any') for side in self.image_shape)}] (H, W, C)"
+
 
 class DigitsNet(nn.Module):
     """Three 3x3 convolutions and two linear layers on [N, 1, 8, 8] in [-1, 1]; 45 k parameters.

@@ -181,20 +181,17 @@ def find_weights(path: Path | None = None, environ: Mapping[str, str] = os.envir
     Raises:
         ConfigError: there is none; the message names the file, its public release, where to put it and its checksum.
     """
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    places = [path or Path(environ[VARIABLE])] if path or environ.get(VARIABLE) else [hub / n for n in PUBLIC_FILES]
-    for place in places:
+    hub, named = Path(torch.hub.get_dir()) / "checkpoints", path or environ.get(VARIABLE)
+    for place in [Path(named)] if named else [hub / name for name in PUBLIC_FILES]:
         if place.is_file():
             return place
-    option = "--inception-weights" if path or not environ.get(VARIABLE) else VARIABLE
-    reject(
-        option,
-        path or environ.get(VARIABLE) or "(none)",
-        "the Inception weights are not there" if path or environ.get(VARIABLE) else f"no Inception weights in {hub}",
+    way_out = (
         f"get {PUBLIC_FILES[0]} (release fid_weights of github.com/mseitzer/pytorch-fid) or {PUBLIC_FILES[1]} (release "
         f"v0.2.0 of github.com/toshas/torch-fidelity), whose SHA-256 begins with {PUBLIC_SHA256}, then name it with "
-        f"--inception-weights or ${VARIABLE}, or put it into {hub}; nothing is downloaded by this program",
+        f"--inception-weights or ${VARIABLE}, or put it into {hub}; nothing is downloaded by this program"
     )
+    fault = "the Inception weights are not there" if named else f"no Inception weights in {hub}"
+    reject(VARIABLE if named and not path else "--inception-weights", named or "(none)", fault, way_out)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
