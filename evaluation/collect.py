@@ -1,7 +1,7 @@
 """From images to what is kept of them: `FeatureSet`, in memory or in a .safetensors file.
 
 A sampler can feed a `Collector` batch by batch and never write a picture; `collect` reads an image set, alone or with
-other processes. Memory: 8 KB an image for Inception's features, 4 KB for its logits, 64 MB for the Gaussians.
+other processes. Memory: 8 KB per image for Inception's features, 4 KB for its logits, 64 MB for the Gaussians.
 
 Shape suffixes: N images, d features, s spatial features, K classes.
 """
@@ -175,11 +175,6 @@ def load_features(path: Path, option: str) -> FeatureSet:
     way_out = "name a file that launchers/evaluate.py features or ref has written"
     try:
         check_readable(path)
-    except NOT_FOUND:
-        reject(option, path, "no such file", way_out)
-    except OSError as error:
-        reject(option, path, f"cannot be read ({error.strerror or error})", "look at its permissions")
-    try:
         with safetensors.safe_open(path, "numpy") as file:
             described = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -198,7 +193,11 @@ def load_features(path: Path, option: str) -> FeatureSet:
             labels_N=tensors.get("labels"),
             sampling=json.loads(described["sampling"]),
         )
-    except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except NOT_FOUND:
+        reject(option, path, "no such file", way_out)
+    except OSError as error:
+        reject(option, path, f"cannot be read ({error.strerror or error})", "look at its permissions")
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         reject(option, path, f"is no readable features file ({type(error).__name__})", way_out)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
+from promoe_ds.evaluation.collect import FeatureSet, check_extractor, collect
 from promoe_ds.evaluation.digits import noise_images
 from promoe_ds.evaluation.extractors import BATCH, load_extractor
 from promoe_ds.evaluation.features import FeatureExtractor
@@ -55,8 +55,8 @@ class Evaluator:
         """
         self._source: Source = find_reference(reference)
         self.extractor: FeatureExtractor = load_extractor(features, weights=weights, device=device, batch=batch)
-        if self._source.path and self._source.path.suffix == SUFFIX:
-            check_extractor(load_features(self._source.path, "--ref"), self.extractor.name, "--ref")
+        if self._source.features is not None:
+            check_extractor(self._source.features, self.extractor.name, "--ref")
         if self._source.images is not None:
             check_shape(self._source.images, self.extractor, "--ref")
         self._distances: Distances = distances

@@ -129,7 +129,7 @@ class Folder:
             with Image.open(path) as picture:
                 picture.load()
                 if picture.mode.startswith(("I", "F")):  # Pillow would cut 16-bit and float pixels at 255
-                    raise ValueError(f"its pixels are of mode {picture.mode}, not of 8 bits a channel")
+                    raise ValueError(f"its pixels are of mode {picture.mode}, not of 8 bits per channel")
                 return picture
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reject(self._option, path, f"is no readable picture ({brief(error)})", "repair or remove it")

@@ -132,10 +132,8 @@ def load_samples(path: Path) -> Samples:
     """
     if path.is_dir():
         return _load_folder(path)
-    return _load_features(path) if path.suffix == SUFFIX else _load_npz(path)
-
-
-def _load_features(path: Path) -> FeatureSet:
+    if path.suffix != SUFFIX:
+        return _load_npz(path)
     found = load_features(path, "SAMPLES")
     if found.features_Nd is None or found.num != len(found.features_Nd):
         reject("SAMPLES", path, "is a reference: it keeps the features of some images", "write samples by `features`")
@@ -166,9 +164,9 @@ def _load_npz(path: Path) -> SampleSet:
     check_pixels(path, images_NHWC, "SAMPLES")
     if labels_N is not None and (labels_N.dtype.kind not in "iu" or labels_N.ndim != 1):
         fault = f"arr_1 is {labels_N.dtype} {list(labels_N.shape)}, needs integers [N]"
-        reject("SAMPLES", path, fault, "save one class index an image")
+        reject("SAMPLES", path, fault, "save one class index per image")
     if labels_N is not None and len(images_NHWC) != len(labels_N):
-        reject("SAMPLES", path, f"{len(images_NHWC)} images, {len(labels_N)} labels", "save one class index an image")
+        reject("SAMPLES", path, f"{len(images_NHWC)} images, {len(labels_N)} labels", "save one class index per image")
     check_count(path, len(images_NHWC))
     labels_N = None if labels_N is None else labels_N.astype(np.int64)
     return SampleSet(str(path), images_NHWC, labels_N, read_sampling(path.parent))

@@ -158,7 +158,7 @@ def render(path: Path, facts: dict[str, Any]) -> str:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """One line a fault, one for each whole checkpoint."""
+    """One line per fault, and one per whole checkpoint."""
     if bool(args.path) == (args.run is not None):
         raise ConfigError("name either checkpoint folders or --run DIR; see --help")
     paths = checkpoints_of(args.run) if args.run else [named(path) for path in args.path]

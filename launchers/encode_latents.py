@@ -40,7 +40,7 @@ continues), 130 by Ctrl-C.
 def parser() -> Parser:
     p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", metavar="PATH", help="tree with a folder a class, or a packed npz of JPEG files")
+    source.add_argument("--images", metavar="PATH", help="tree with a folder per class, or a packed npz of JPEG files")
     source.add_argument("--from-latents", type=Path, metavar="DIR", help="official tree: CLASS/NAME.latent.npz")
     source.add_argument("--verify", type=Path, metavar="DIR", help="compare finished shards with their checksums")
     p.add_argument("--vae", metavar="PATH", help="AutoencoderKL or AutoencoderTiny (diffusers), TAEF2, or identity")

@@ -94,7 +94,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose_hows(args: argparse.Namespace, config: Config, scales: list[float]) -> list[SamplingOptions]:
-    """One a guidance scale, checked against the model; raises `ConfigError`."""
+    """One per guidance scale, checked against the model; raises `ConfigError`."""
     sampler, _ = choose_sampler(config, args.sampler, args.steps, args.eta)
     channels: Channels = config.guidance.channels
     if args.guidance_channels:
@@ -139,7 +139,7 @@ def choose_pack(
 
 
 def make_jobs(args: argparse.Namespace, hows: list[SamplingOptions], weights: Path) -> list[sampling.Job]:
-    """One job a scale: straight into --out for one, into subfolders for several."""
+    """One job per scale: straight into --out for one, into subfolders for several."""
     base = args.out or (sampling.run_of(weights) or args.run or weights.parent) / "samples"
     split = args.out is None or len(hows) > 1
     formats = parse_formats(args.format)
