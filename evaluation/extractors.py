@@ -119,7 +119,7 @@ def load_extractor(
 ) -> FeatureExtractor:
     """Build `digits-cnn`, `inception` (from the weight file `weights`, see `find_weights`), or a network from a file.
 
-    `batch` images a forward, where the extractor has no size of its own.
+    `batch` images per forward, where the extractor has no size of its own.
 
     Raises:
         ConfigError: no such name or file, the weights are absent or not Inception's, or `weights` is given for another.

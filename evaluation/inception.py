@@ -235,7 +235,7 @@ class Inception(FeatureExtractor):
     image_shape = (None, None, 3)
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu", batch: int = 64) -> None:
-        """`batch` images a forward (ADM's is 64). Raises `ConfigError` as `load_inception` does."""
+        """`batch` images per forward (ADM's is 64). Raises `ConfigError` as `load_inception` does."""
         self.weights_sha256 = file_digest(weights, state=hashlib.sha256())
         self.is_public = self.weights_sha256.startswith(PUBLIC_SHA256)
         self.name = "inception" if self.is_public else f"inception:{self.weights_sha256[:8]}"

@@ -1,6 +1,6 @@
 """The key layout of the official checkpoints, to and from this project's state dict: pure renaming and stacking.
 
-The official code keeps one module per expert; here the routed experts of a layer are stacked (w1, w2, and w3 = [b1 | b2]).
+The official code keeps one module per expert; here the routed experts of a layer are stacked (w1, w2, w3 = [b1 | b2]).
 The unconditional expert is the official list's last one. Nothing is computed but one sign: a flow checkpoint trained on
 the velocity data - noise has its last linear layer negated, which is exact, and so is the way back.
 
