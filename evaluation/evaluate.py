@@ -196,9 +196,9 @@ class Evaluator:
 def check_shape(images: ImageSet, extractor: FeatureExtractor, option: str) -> None:
     """Raises `ConfigError` if the extractor cannot take images of this height, width and number of channels."""
     shape = images.images_NHWC.shape[1:]
-    if conflict := extractor.conflict(shape):
+    if wanted := extractor.wants(shape):
         way_out = "choose samples of a model of that data set" if option == "SAMPLES" else "choose other images"
-        reject(option, images.name, f"images are {list(shape)}, {extractor.name} {conflict}", way_out)
+        reject(option, images.name, f"images are {list(shape)} (H, W, C), {extractor.name} takes {wanted}", way_out)
 
 
 def score_all(evaluator: Evaluator, sets: Sequence[Samples]) -> list[dict[str, Any]]:

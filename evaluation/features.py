@@ -51,11 +51,11 @@ class FeatureExtractor(ABC):
     def extract(self, images_NHWC: Images) -> Extracted:
         """uint8 [1 <= N <= batch, H, W, C] -> `Extracted`."""
 
-    def conflict(self, shape: tuple[int, ...]) -> str | None:
-        """Why it cannot take images of this shape (H, W, C); None if it can."""
+    def wants(self, shape: tuple[int, ...]) -> str | None:
+        """None if it takes images of this shape (H, W, C); else the shape it takes, such as [any, any, 3]."""
         if all(side in (None, size) for side, size in zip(self.image_shape, shape, strict=True)):
             return None
-        return f"takes images of [{', '.join(str(side or 'any') for side in self.image_shape)}] (H, W, C)"
+        return f"[{', '.join(str(side or 'any') for side in self.image_shape)}]"
 
 
 class DigitsNet(nn.Module):

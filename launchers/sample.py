@@ -133,8 +133,9 @@ def choose_pack(
 
     name, weights = args.features or "inception", args.inception_weights
     extractor = load_extractor(name, weights=weights, device=device, batch=args.batch)
-    if conflict := extractor.conflict(shape):
-        reject("--features", extractor.name, f"{conflict}, the model makes {list(shape)}", "choose another network")
+    if wanted := extractor.wants(shape):
+        conflict = f"takes images of {wanted} (H, W, C), the model makes {list(shape)}"
+        reject("--features", extractor.name, conflict, "choose another network, or --format npz")
     return extractor.name, lambda out: FeatureStore(out, extractor)
 
 
