@@ -19,7 +19,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.card import BASE
-from promoe_ds.formats.official import CONVENTIONS, State, from_official, problems, to_official, why_not
+from promoe_ds.formats.official import CONVENTIONS, FAMILIES, State, from_official, problems, to_official, why_not
 from promoe_ds.formats.weights import Source, Weights
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_config
@@ -192,6 +192,8 @@ def import_checkpoint(
 
     Without a convention, a file that names its weights as ProMoE's code does is of ProMoE's; others do not tell.
     """
+    if family is not None and family not in FAMILIES:
+        reject("--family", family, "is unknown", f"choose {', '.join(FAMILIES)}")
     state, step, named = read_checkpoint(path, source)
     if convention is None:
         if not named:
