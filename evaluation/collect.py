@@ -1,7 +1,7 @@
 """From images to what is kept of them: `FeatureSet`, in memory or in a .safetensors file.
 
 A sampler can feed a `Collector` batch by batch and never write a picture; `collect` reads an image set, alone or with
-other processes. Memory: 8 KB an image for Inception's features, 4 KB for its logits, 64 MB for the Gaussians.
+other processes. Memory: 8 KB per image for Inception's features, 4 KB for its logits, 64 MB for the Gaussians.
 
 Shape suffixes: N images, d features, s spatial features, K classes.
 """
@@ -21,7 +21,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.features import FeatureExtractor, Features
+from promoe_ds.evaluation.features import Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments
 from promoe_ds.utils.files import NOT_FOUND, atomic, check_readable
@@ -61,49 +61,25 @@ class FeatureSet:
         return replace(self, features_Nd=rows, logits_NK=None, labels_N=None)
 
 
-@dataclass
-class _Part:
-    """What one process has seen."""
-
-    digests: list[bytes] = field(default_factory=list)
-    features: list[Features] = field(default_factory=list)
-    logits: list[Features] = field(default_factory=list)
-    moments: Moments | None = None
-    spatial: Moments | None = None
-
-    def merge(self, other: _Part) -> None:
-        """Append what the next process has seen."""
-        self.digests += other.digests
-        self.features += other.features
-        self.logits += other.logits
-        for key in ("moments", "spatial"):
-            mine, theirs = getattr(self, key), getattr(other, key)
-            if mine is None or theirs is None:
-                setattr(self, key, mine or theirs)
-            else:
-                mine.merge(theirs)
-
-
 class Collector:
     """Takes images in order and keeps their features: `add` batches, then `result`."""
 
     def __init__(self, extractor: FeatureExtractor) -> None:
-        self.extractor, self._part = extractor, _Part()
+        self.extractor = extractor
+        self._digests: list[bytes] = []
+        self._kept: list[Extracted] = []
+        self._moments: dict[str, Moments] = {}
 
     def add(self, images_NHWC: Images) -> None:
         """uint8 [N, H, W, C], any N; the extractor sees at most its `batch` at once."""
         for start in range(0, len(images_NHWC), self.extractor.batch):
             images = images_NHWC[start : start + self.extractor.batch]
-            found, part = self.extractor.extract(images), self._part
-            part.digests.append(digests(images))
-            part.features.append(found.features_Nd)
-            part.moments = part.moments or Moments(found.features_Nd.shape[1])
-            part.moments.add(found.features_Nd)
-            if found.spatial_Ns is not None:
-                part.spatial = part.spatial or Moments(found.spatial_Ns.shape[1])
-                part.spatial.add(found.spatial_Ns)
-            if found.logits_NK is not None:
-                part.logits.append(found.logits_NK)
+            found = self.extractor.extract(images)
+            self._digests.append(digests(images))
+            self._kept.append(found._replace(spatial_Ns=None))
+            for name, rows in (("features", found.features_Nd), ("spatial", found.spatial_Ns)):
+                if rows is not None:
+                    self._moments.setdefault(name, Moments(rows.shape[1])).add(rows)
 
     def result(
         self,
@@ -113,26 +89,29 @@ class Collector:
         ranks: Ranks = ALONE,
     ) -> FeatureSet | None:
         """All processes' images in order of rank, on rank 0; None elsewhere. Raises ValueError below two images."""
-        for moments in (self._part.moments, self._part.spatial):
-            if moments is not None:
-                moments.flush()
-        parts = ranks.gather_to_first(self._part)
+        for moments in self._moments.values():
+            moments.flush()
+        parts = ranks.gather_to_first((self._digests, self._kept, self._moments))
         if parts is None:
             return None
-        whole = _Part()
-        for part in parts:
-            whole.merge(part)
-        if whole.moments is None:
+        whole: dict[str, Moments] = {}
+        for *_, found in parts:
+            for key, moments in found.items():
+                whole.setdefault(key, Moments(len(moments.mean_d))).merge(moments)
+        kept = [extracted for _, part, _ in parts for extracted in part]
+        if not kept:
             raise ValueError("no images were added")
+        logits = [extracted.logits_NK for extracted in kept if extracted.logits_NK is not None]
+        features_Nd = np.concatenate([extracted.features_Nd for extracted in kept])
         return FeatureSet(
             name=name,
             extractor=self.extractor.name,
-            num=sum(map(len, whole.features)),
-            sha256=hashlib.sha256(b"".join(whole.digests)).hexdigest(),
-            gaussian=whole.moments.gaussian(),
-            spatial=whole.spatial.gaussian() if whole.spatial else None,
-            features_Nd=np.concatenate(whole.features),
-            logits_NK=np.concatenate(whole.logits) if whole.logits else None,
+            num=len(features_Nd),
+            sha256=hashlib.sha256(b"".join(digest for part, *_ in parts for digest in part)).hexdigest(),
+            gaussian=whole["features"].gaussian(),
+            spatial=whole["spatial"].gaussian() if "spatial" in whole else None,
+            features_Nd=features_Nd,
+            logits_NK=np.concatenate(logits) if logits else None,
             labels_N=labels_N,
             sampling=dict(sampling or {}),
         )
@@ -159,21 +138,13 @@ def collect(
 
     Features are those of one process to the bit, Gaussians to rounding in float64. `progress` shows a bar on rank 0.
     """
-    collector, num = Collector(extractor), len(images)
-    share = share_of(ranks, num, extractor.batch)
-    who = f" (process 1/{ranks.world})" if ranks.world > 1 else ""
-    total = min(num, share.stop) - share.start if len(share) else 0
-    with tqdm(
-        total=total, desc=f"{images.name}{who}", unit="image", disable=not progress or ranks.rank > 0, leave=False
-    ) as bar:
-        for start in share:
-            batch = np.asarray(images.images_NHWC[start : min(num, start + extractor.batch)])
-            collector.add(batch)
-            bar.update(len(batch))
+    collector, num, who = Collector(extractor), len(images), f" (process 1/{ranks.world})" if ranks.world > 1 else ""
+    hide = not progress or ranks.rank > 0
+    starts = share_of(ranks, num, extractor.batch)
+    label = {"desc": f"{images.name}{who}", "unit": "image", "unit_scale": extractor.batch}
+    for start in tqdm(starts, **label, disable=hide, leave=False):
+        collector.add(np.asarray(images.images_NHWC[start : min(num, start + extractor.batch)]))
     return collector.result(images.name, images.labels_N, sampling, ranks)
-
-
-# -------------------------------------------------------------------------------------------------------------- files
 
 
 def save_features(path: Path, features: FeatureSet) -> None:
@@ -204,11 +175,6 @@ def load_features(path: Path, option: str) -> FeatureSet:
     way_out = "name a file that launchers/evaluate.py features or ref has written"
     try:
         check_readable(path)
-    except NOT_FOUND:
-        reject(option, path, "no such file", way_out)
-    except OSError as error:
-        reject(option, path, f"cannot be read ({error.strerror or error})", "look at its permissions")
-    try:
         with safetensors.safe_open(path, "numpy") as file:
             described = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -227,7 +193,11 @@ def load_features(path: Path, option: str) -> FeatureSet:
             labels_N=tensors.get("labels"),
             sampling=json.loads(described["sampling"]),
         )
-    except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except NOT_FOUND:
+        reject(option, path, "no such file", way_out)
+    except OSError as error:
+        reject(option, path, f"cannot be read ({error.strerror or error})", "look at its permissions")
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         reject(option, path, f"is no readable features file ({type(error).__name__})", way_out)
 
 

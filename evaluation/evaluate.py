@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
+from promoe_ds.evaluation.collect import FeatureSet, check_extractor, collect
 from promoe_ds.evaluation.digits import noise_images
 from promoe_ds.evaluation.extractors import BATCH, load_extractor
-from promoe_ds.evaluation.features import Classifier, FeatureExtractor
-from promoe_ds.evaluation.images import Images, ImageSet
+from promoe_ds.evaluation.features import FeatureExtractor
+from promoe_ds.evaluation.images import ImageSet
 from promoe_ds.evaluation.manifold import NEIGHBOURS, Distances, precision_recall
 from promoe_ds.evaluation.metrics import IS_SPLIT, Gaussian, frechet_distance, inception_score, label_agreement
 from promoe_ds.evaluation.reference import Source, find_reference, reference_features
@@ -49,25 +49,23 @@ class Evaluator:
         ranks: Ranks = ALONE,
         progress: bool = False,
     ) -> None:
-        """Finds the reference and builds the extractor by name; features are first extracted by `score` or `prepare`.
+        """Finds the reference and builds the extractor by name; its features are extracted by the first `score`.
 
         Raises `ConfigError` for unknown names, absent or unfit files, and features of another extractor.
         """
         self._source: Source = find_reference(reference)
         self.extractor: FeatureExtractor = load_extractor(features, weights=weights, device=device, batch=batch)
-        if self._source.path and self._source.path.suffix == SUFFIX:
-            check_extractor(load_features(self._source.path, "--ref"), self.extractor.name, "--ref")
+        if self._source.features is not None:
+            check_extractor(self._source.features, self.extractor.name, "--ref")
         if self._source.images is not None:
             check_shape(self._source.images, self.extractor, "--ref")
         self._distances: Distances = distances
         self._device, self._ranks, self._progress = device, ranks, progress
-        self._reference: FeatureSet | None = None
-        self._prepared = False
 
-    @property
-    def accuracy(self) -> float | None:
-        """The classifier's accuracy on held-out real images, in [0, 1]; None if the extractor has no classes."""
-        return self.extractor.accuracy if isinstance(self.extractor, Classifier) else None
+    @functools.cached_property
+    def reference(self) -> FeatureSet | None:
+        """Features of the reference, on rank 0; None elsewhere. All processes ask for it together."""
+        return reference_features(self._source, self.extractor, ranks=self._ranks, progress=self._progress)
 
     @functools.cached_property
     def fd_real(self) -> float | None:
@@ -79,14 +77,6 @@ class Evaluator:
             return None
         first, second = map(self._gaussian, self._source.real_pair)
         return frechet_distance(*first, *second)
-
-    def prepare(self) -> None:
-        """Features of the reference, once."""
-        if not self._prepared:
-            self._reference = reference_features(
-                self._source, self.extractor, ranks=self._ranks, progress=self._progress
-            )
-            self._prepared = True
 
     def metric(self, name: str) -> str:
         """`FID` as it is called on this extractor: itself on the public weights, else `FD[extractor]` and the like."""
@@ -101,11 +91,11 @@ class Evaluator:
             check_shape(samples, self.extractor, "SAMPLES")
         if self._source.arrays is not None:
             self._check_statistics(samples, self._source.arrays)
-        if isinstance(self.extractor, Classifier) and samples.labels_N is not None:
+        classes = self.extractor.num_classes
+        if classes is not None and samples.labels_N is not None:
             low, high = int(samples.labels_N.min()), int(samples.labels_N.max())
-            if not 0 <= low <= high < self.extractor.num_classes:
-                known = f"0..{self.extractor.num_classes - 1}"
-                fault = f"labels span {low}..{high}, {self.extractor.name} knows classes {known}"
+            if not 0 <= low <= high < classes:
+                fault = f"labels span {low}..{high}, {self.extractor.name} knows classes 0..{classes - 1}"
                 reject("SAMPLES", samples.name, fault, "draw class-conditional samples of that data set")
 
     def _check_statistics(self, samples: Samples, arrays: dict[str, np.ndarray]) -> None:
@@ -120,29 +110,28 @@ class Evaluator:
                 fault = f"its {name} statistics have {len(arrays[key])} numbers, {self.extractor.name} makes"
                 reject("--ref", self._source.name, f"{fault} {len(mine)}", "name a reference of these features")
 
-    def extract(self, samples: Samples) -> FeatureSet | None:
-        """Features of one set, on rank 0; None elsewhere. Raises `ConfigError` as `check` does."""
-        self.check(samples)
-        if isinstance(samples, FeatureSet):
-            return samples if self._ranks.rank == 0 else None
-        return collect(self.extractor, samples, sampling=samples.sampling, ranks=self._ranks, progress=self._progress)
-
     def score(self, samples: Samples) -> dict[str, Any]:
         """All numbers of one set, ready for JSON; {} on ranks above 0. Shares and accuracies lie in [0, 1].
 
         A number is absent where the extractor, the reference or the set lacks what it needs.
         Raises `ConfigError` as `check` does.
         """
-        self.prepare()
-        found = self.extract(samples)
-        if found is None or self._reference is None:
+        self.check(samples)
+        reference, found = self.reference, samples
+        if not isinstance(samples, FeatureSet):
+            made_by, ranks = samples.sampling, self._ranks
+            found = collect(self.extractor, samples, sampling=made_by, ranks=ranks, progress=self._progress)
+        if not isinstance(found, FeatureSet) or reference is None:
             return {}
-        reference = self._reference
-        scores = {**self._agreement(found), **self._distances_from(found, reference)}
+        scores: dict[str, Any] = {}
+        if self.extractor.num_classes is not None:
+            logits, labels = found.logits_NK, found.labels_N
+            scores["label_agreement"] = None if logits is None or labels is None else label_agreement(logits, labels)
+        scores |= self._distances_from(found, reference)
         return {
             **scores,
             "num": found.num,
-            **self._scale(found, scores),
+            **self._scale(found.num, scores, reference),
             "cfg": cfg_of(found),
             "samples": found.name,
             "samples_sha256": found.sha256,
@@ -151,12 +140,6 @@ class Evaluator:
             "reference": {"name": reference.name, "num": reference.num, "sha256": reference.sha256},
             "evaluation": self._how(reference),
         }
-
-    def fd(self, images_NHWC: Images) -> float:
-        """Frechet distance of uint8 [N >= 2, H, W, C] from the reference set; for one process."""
-        self.prepare()
-        assert self._reference is not None
-        return frechet_distance(*self._gaussian(ImageSet("images", images_NHWC, None)), *self._reference.gaussian)
 
     def _gaussian(self, images: ImageSet) -> Gaussian:
         found = collect(self.extractor, images)
@@ -167,9 +150,8 @@ class Evaluator:
         pairs = {"FID": (found.gaussian, reference.gaussian), "sFID": (found.spatial, reference.spatial)}
         scores: dict[str, Any] = {}
         for name, (ours, theirs) in pairs.items():
-            if ours is None or theirs is None:
-                continue
-            scores[self.metric(name)] = frechet_distance(*ours, *theirs)
+            if ours is not None and theirs is not None:
+                scores[self.metric(name)] = frechet_distance(*ours, *theirs)
         if found.logits_NK is not None:
             scores[self.metric("IS")] = inception_score(found.logits_NK)
         u, v = found.features_Nd, reference.features_Nd
@@ -178,25 +160,19 @@ class Evaluator:
             scores[self.metric("precision")], scores[self.metric("recall")] = pair
         return scores
 
-    def _agreement(self, found: FeatureSet) -> dict[str, Any]:
-        if not isinstance(self.extractor, Classifier):
-            return {}
-        if found.labels_N is None or found.logits_NK is None:
-            return {"label_agreement": None}
-        return {"label_agreement": label_agreement(found.logits_NK, found.labels_N)}
-
-    def _scale(self, found: FeatureSet, scores: dict[str, Any]) -> dict[str, Any]:
+    def _scale(self, num: int | None, scores: dict[str, Any], reference: FeatureSet) -> dict[str, Any]:
         """What an FD on unpublished features is read against, where the reference comes with a pair of real sets.
 
         `fd_over_noise` divides by the FD of as many noise images, so that it does not depend on the extractor's scale.
         """
-        if self._source.real_pair is None or found.num is None:
+        if self._source.real_pair is None or num is None:
             return {}
         height, width, channels = self._source.real_pair[0].images_NHWC.shape[1:]
-        fd_noise = self.fd(noise_images(found.num, (height, width, channels), NOISE_SEED))
+        noise = ImageSet("noise", noise_images(num, (height, width, channels), NOISE_SEED), None)
+        fd_noise = frechet_distance(*self._gaussian(noise), *reference.gaussian)
         return {
             "fd_over_noise": scores[self.metric("FID")] / fd_noise,
-            "classifier_accuracy": self.accuracy,
+            "classifier_accuracy": self.extractor.accuracy,
             "FD_noise": fd_noise,
             "FD_real": self.fd_real,
         }
@@ -204,7 +180,7 @@ class Evaluator:
     def _how(self, reference: FeatureSet) -> dict[str, Any]:
         """What decides the numbers besides images and reference."""
         return {
-            "weights_sha256": getattr(self.extractor, "weights_sha256", None),
+            "weights_sha256": self.extractor.weights_sha256,
             "neighbours": NEIGHBOURS,
             "distances": self._distances,
             "reference_features": None if reference.features_Nd is None else len(reference.features_Nd),
@@ -219,12 +195,10 @@ class Evaluator:
 
 def check_shape(images: ImageSet, extractor: FeatureExtractor, option: str) -> None:
     """Raises `ConfigError` if the extractor cannot take images of this height, width and number of channels."""
-    shape, wanted = images.images_NHWC.shape[1:], extractor.image_shape
-    if any(side not in (None, size) for side, size in zip(wanted, shape, strict=True)):
-        takes = f"[{', '.join('any' if side is None else str(side) for side in wanted)}]"
-        fault = f"images are {list(shape)} (H, W, C), {extractor.name} takes {takes}"
+    shape = images.images_NHWC.shape[1:]
+    if wanted := extractor.wants(shape):
         way_out = "choose samples of a model of that data set" if option == "SAMPLES" else "choose other images"
-        reject(option, images.name, fault, way_out)
+        reject(option, images.name, f"images are {list(shape)} (H, W, C), {extractor.name} takes {wanted}", way_out)
 
 
 def score_all(evaluator: Evaluator, sets: Sequence[Samples]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import safetensors.numpy
 from promoe_ds.evaluation.collect import FeatureSet, save_features
 from promoe_ds.evaluation.features import FeatureExtractor
 from promoe_ds.evaluation.images import Images, Labels, digests
-from promoe_ds.evaluation.metrics import Moments
+from promoe_ds.evaluation.metrics import gaussian_statistics
 from promoe_ds.utils.files import atomic
 
 PACKED = "features.safetensors"
@@ -30,34 +30,30 @@ PICTURES = 100
 
 
 class FeatureStore:
-    """`made-*.safetensors` in a folder; what is on disk is looked at when the store is made.
+    """`made-*.safetensors` in the folder `out`; what is on disk is looked at when the store is made.
 
-    Args:
-        out: the folder.
-        extractor: each batch passes through it.
+    Batches pass through the extractor as they are written.
     """
 
     def __init__(self, out: Path, extractor: FeatureExtractor):
         self._out, self._extractor = out, extractor
-        self._where: dict[int, tuple[Path, int]] = {}
-        for path in sorted(out.glob("made-*.safetensors")):
-            rows = self._load(path, ("index",))
-            if rows is not None:
-                self._where.update({int(index): (path, row) for row, index in enumerate(rows["index"])})
+        self._made = {index for rows in self._files("index") for index in rows["index"].tolist()}
 
-    def _load(self, path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray] | None:
-        """Those of a file's arrays that it has; None if it is damaged or of another extractor."""
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                if (file.metadata() or {}).get("extractor") != self._extractor.name:
-                    return None
-                return {key: file.get_tensor(key) for key in keys if key in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError):
-            return None
+    def _files(self, *keys: str) -> Iterator[dict[str, np.ndarray]]:
+        """Those of each file's arrays that it has. Damaged files, and another extractor's, are passed over."""
+        for path in sorted(self._out.glob("made-*.safetensors")):
+            try:
+                with safetensors.safe_open(path, "numpy") as file:
+                    if (file.metadata() or {}).get("extractor") != self._extractor.name:
+                        continue
+                    rows = {key: file.get_tensor(key) for key in keys if key in file.keys()}  # noqa: SIM118
+            except (safetensors.SafetensorError, OSError):
+                continue
+            yield rows
 
     def read(self, index: int) -> np.ndarray | None:
         """Something, if image `index` has been counted; None if it must be made."""
-        return np.empty(0, np.uint8) if index in self._where else None
+        return np.empty(0, np.uint8) if index in self._made else None
 
     def write(self, indices: np.ndarray, images_NHWC: Images) -> None:
         """Extract a finished batch; its file is whole or absent."""
@@ -67,13 +63,12 @@ class FeatureStore:
         arrays = {
             "index": indices.astype(np.int64),
             "digest": np.frombuffer(digests(images_NHWC), np.uint8).reshape(len(indices), -1),
-            "features": np.concatenate([part.features_Nd for part in parts]),
             "picture_index": indices[shown].astype(np.int64),
             "picture": np.ascontiguousarray(images_NHWC[shown]),
         }
-        for key, rows in (("spatial", [p.spatial_Ns for p in parts]), ("logits", [p.logits_NK for p in parts])):
+        for key, rows in zip(("features", "spatial", "logits"), zip(*parts, strict=True), strict=True):
             if rows[0] is not None:
-                arrays[key] = np.concatenate([r for r in rows if r is not None])
+                arrays[key] = np.concatenate(rows)
         with atomic(self._out / f"made-{indices[0]:08d}.safetensors") as temporary:
             safetensors.numpy.save_file(arrays, temporary, {"extractor": self._extractor.name})
 
@@ -85,17 +80,11 @@ class FeatureStore:
     def pictures(self) -> list[np.ndarray]:
         """The first images, uint8 [H, W, C], in order. Raises LookupError if there is none."""
         found: dict[int, np.ndarray] = {}
-        for _, rows in self._files(("picture_index", "picture")):
+        for rows in self._files("picture_index", "picture"):
             found.update(zip(rows["picture_index"].tolist(), rows["picture"], strict=True))
         if not found:
             raise LookupError("image 0 has disappeared")
         return [found[index] for index in sorted(found)]
-
-    def _files(self, keys: tuple[str, ...]) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
-        for path in sorted({path for path, _ in self._where.values()}):
-            rows = self._load(path, keys)
-            if rows is not None:
-                yield path, rows
 
     def pack(self, labels_N: Labels, sampling: Mapping[str, Any]) -> None:
         """Write OUT/features.safetensors: rows by index, Gaussians over all of them.
@@ -105,35 +94,21 @@ class FeatureStore:
         Raises:
             LookupError: an image is missing.
         """
-        columns: dict[str, np.ndarray] = {}
-        spatial: Moments | None = None
-        counted = np.zeros(len(labels_N), bool)
-        for path, rows in self._files(("index", "digest", "features", "logits", "spatial")):
-            mine = [row for row, index in enumerate(rows["index"].tolist()) if self._where.get(index) == (path, row)]
-            counted[rows["index"][mine]] = True
-            for key in ("digest", "features", "logits"):
-                if key in rows:
-                    whole = columns.setdefault(key, np.empty((len(labels_N), *rows[key].shape[1:]), rows[key].dtype))
-                    whole[rows["index"][mine]] = rows[key][mine]
-            if "spatial" in rows:
-                spatial = spatial or Moments(rows["spatial"].shape[1])
-                spatial.add(rows["spatial"][mine])
-        if not counted.all():
-            raise LookupError(f"image {np.flatnonzero(~counted)[0]} has disappeared")
-        moments = Moments(columns["features"].shape[1])
-        moments.add(columns["features"])
-        save_features(
-            self._out / PACKED,
-            FeatureSet(
-                name=str(self._out / PACKED),
-                extractor=self._extractor.name,
-                num=len(labels_N),
-                sha256=hashlib.sha256(columns["digest"].tobytes()).hexdigest(),
-                gaussian=moments.gaussian(),
-                spatial=spatial.gaussian() if spatial else None,
-                features_Nd=columns["features"],
-                logits_NK=columns.get("logits"),
-                labels_N=labels_N,
-                sampling=dict(sampling),
-            ),
+        files = list(self._files("index", "digest", "features", "spatial", "logits"))
+        index, rows = np.unique([i for file in files for i in file["index"]], return_index=True)
+        if absent := sorted(set(range(len(labels_N))) - set(index.tolist())):
+            raise LookupError(f"image {absent[0]} has disappeared")
+        columns = {key: np.concatenate([file.pop(key) for file in files])[rows] for key in list(files[0])}
+        found = FeatureSet(
+            name=str(self._out / PACKED),
+            extractor=self._extractor.name,
+            num=len(labels_N),
+            sha256=hashlib.sha256(columns["digest"].tobytes()).hexdigest(),
+            gaussian=gaussian_statistics(columns["features"]),
+            spatial=gaussian_statistics(columns["spatial"]) if "spatial" in columns else None,
+            features_Nd=columns["features"],
+            logits_NK=columns.get("logits"),
+            labels_N=labels_N,
+            sampling=dict(sampling),
         )
+        save_features(self._out / PACKED, found)

@@ -1,15 +1,14 @@
 """Feature extractors: uint8 images -> float32 vectors whose Gaussian statistics are compared.
 
-An extractor turns images into features, and where it can into spatial features and logits, in one pass;
-a `Classifier` of the images' own classes also has its held-out `accuracy`. `extractors.py` builds them by name.
+`extractors.py` builds them by name.
 Shape suffixes: N images, H W pixels, C channels, d features, s spatial features, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,43 +31,31 @@ class Extracted(NamedTuple):
     logits_NK: Features | None = None
 
 
-class FeatureExtractor(Protocol):
-    """Distances on the features of an extractor that is not `is_public` are reported as `FD[name]`, never as FID."""
+class FeatureExtractor(ABC):
+    """Turns images into features, and where it can into spatial features and logits, in one pass."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    batch: int
+    """most images that `extract` is given at once"""
+    image_shape: tuple[int | None, int | None, int | None] = (None, None, None)
+    """(H, W, C) it accepts; None for any"""
+    is_public = False
+    """True only for the public Inception weights: distances on other features are called `FD[name]`, never FID"""
+    weights_sha256: str | None = None
+    num_classes: int | None = None
+    """of a classifier: its logits are of the classes that the images are labelled with"""
+    accuracy: float | None = None
+    """of a classifier: share of held-out real images that it gets right, in [0, 1]"""
 
-    @property
-    def is_public(self) -> bool:
-        """True only for the public Inception weights, whose distances are FID and sFID."""
-        ...
-
-    @property
-    def image_shape(self) -> tuple[int | None, int | None, int | None]:
-        """(H, W, C) it accepts; None for any"""
-        ...
-
-    @property
-    def batch(self) -> int:
-        """most images that `extract` is given at once"""
-        ...
-
+    @abstractmethod
     def extract(self, images_NHWC: Images) -> Extracted:
         """uint8 [1 <= N <= batch, H, W, C] -> `Extracted`."""
-        ...
 
-
-@runtime_checkable
-class Classifier(Protocol):
-    """An extractor whose logits are of the classes that the images are labelled with."""
-
-    num_classes: int
-    accuracy: float
-    """share of held-out real images it classifies correctly"""
-
-    def logits(self, images_NHWC: Images) -> Features:
-        """uint8 [N, H, W, C] -> float32 [N, K]."""
-        ...
+    def wants(self, shape: tuple[int, ...]) -> str | None:
+        """None if it takes images of this shape (H, W, C); else the shape it takes, such as [any, any, 3]."""
+        if all(side in (None, size) for side, size in zip(self.image_shape, shape, strict=True)):
+            return None
+        return f"[{', '.join(str(side or 'any') for side in self.image_shape)}]"
 
 
 class DigitsNet(nn.Module):
@@ -98,22 +85,25 @@ class DigitsNet(nn.Module):
         return self.classify(F.gelu(self.features(x_NCHW)))
 
 
-class DigitsCNN:
+class DigitsCNN(FeatureExtractor):
     """`digits-cnn`: a small classifier trained on real digits whenever it is built (about 1.5 s on one CPU thread).
 
     The same weights on every run of a machine: own generator, one thread, the fixed split of `digits_split`.
     """
 
     name = "digits-cnn"
-    is_public = False
-    image_shape = (8, 8, 1)
     batch = 1024
+    image_shape = (8, 8, 1)
     num_classes = 10
 
     def __init__(self, *, epochs: int = 10, seed: int = 0) -> None:
         train, held_out = digits_split()
-        with _one_thread():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # float sums depend on how many threads share them; scores must not
+        try:
             self._net = _train(train, epochs=epochs, generator=torch.Generator().manual_seed(seed))
+        finally:
+            torch.set_num_threads(threads)
         self.accuracy = label_agreement(self.logits(held_out.images_NHWC), held_out.labels_N)
 
     def extract(self, images_NHWC: Images) -> Extracted:
@@ -139,20 +129,13 @@ def _in_batches(function: Callable[[Tensor], Tensor], images_NHWC: Images, size:
     return torch.cat(chunks).numpy()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Float sums depend on how many threads share them; the score must not depend on OMP_NUM_THREADS."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _train(data: Digits, *, epochs: int, generator: torch.Generator, batch_size: int = 64) -> DigitsNet:
+    """AdamW with a cosine-annealed rate on the cross-entropy; float32 on the CPU.
 
-
-def _initialised(generator: torch.Generator) -> DigitsNet:
-    """Kaiming-uniform weights, zero biases. Built on `meta`: layer constructors would draw from the global RNG."""
-    with torch.device("meta"):
+    Starts from Kaiming-uniform weights and zero biases.
+    """
+    x_NCHW, labels_N = _net_input(data.images_NHWC), torch.tensor(data.labels_N)
+    with torch.device("meta"):  # elsewhere the layers' constructors would draw from the global RNG
         net = DigitsNet()
     net.to_empty(device="cpu")
     for parameter in net.parameters():
@@ -160,13 +143,6 @@ def _initialised(generator: torch.Generator) -> DigitsNet:
             nn.init.zeros_(parameter)
         else:
             nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
-    return net
-
-
-def _train(data: Digits, *, epochs: int, generator: torch.Generator, batch_size: int = 64) -> DigitsNet:
-    """AdamW with a cosine-annealed rate on the cross-entropy; float32 on the CPU."""
-    x_NCHW, labels_N = _net_input(data.images_NHWC), torch.tensor(data.labels_N)
-    net = _initialised(generator).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):

@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,27 +38,13 @@ _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryErro
 """what numpy and zipfile raise for damaged, truncated, encrypted or pickled archives"""
 
 
-class ImageArray(Protocol):
-    """Images that are read when sliced: an array, a mapped file, or a folder."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, H, W, C)"""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> Images:
-        """Consecutive images, uint8 [n, H, W, C]."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images with labels int64 [N], or None where nobody labelled them."""
 
     name: str
-    images_NHWC: ImageArray
+    images_NHWC: Images | Folder
+    """read when sliced: an array, in memory or mapped, or a folder"""
     labels_N: Labels | None
 
     def __len__(self) -> int:
@@ -70,9 +55,6 @@ def digests(images_NHWC: Images) -> bytes:
     """SHA-256 of each image's shape and pixels, 32 bytes each, concatenated."""
     shape = repr(images_NHWC.shape[1:]).encode()
     return b"".join(hashlib.sha256(shape + image.tobytes()).digest() for image in images_NHWC)
-
-
-# --------------------------------------------------------------------------------------------------------------- npz
 
 
 def read_npz(path: Path, wanted: Collection[str], option: str) -> dict[str, np.ndarray]:
@@ -91,12 +73,8 @@ def read_npz(path: Path, wanted: Collection[str], option: str) -> dict[str, np.n
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             return {key: _member(path, archive, members[key]) for key in wanted if key in members}
     except _UNREADABLE as error:
-        reject(
-            option,
-            path,
-            f"is no readable .npz: damaged, truncated or pickled ({type(error).__name__})",
-            "draw the samples again or name another file" if option == "SAMPLES" else "name another file",
-        )
+        fault = f"is no readable .npz: damaged, truncated or pickled ({type(error).__name__})"
+        reject(option, path, fault, "name another file, or draw the samples again")
 
 
 def npz_keys(path: Path) -> list[str]:
@@ -125,11 +103,8 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.n
     return np.memmap(path, dtype, "r", offset, shape)
 
 
-# ------------------------------------------------------------------------------------------------------------ folder
-
-
 class Folder:
-    """Pictures as an `ImageArray`: the first one's size and whether it is grey hold for all.
+    """Pictures that are read when sliced, as an array is: the first one's size and whether it is grey hold for all.
 
     A grey picture among coloured ones is expanded; transparency is dropped. With `size`, pictures of any size are
     cropped to the centre as in ADM (`centre_crop`), and all are RGB.
@@ -154,7 +129,7 @@ class Folder:
             with Image.open(path) as picture:
                 picture.load()
                 if picture.mode.startswith(("I", "F")):  # Pillow would cut 16-bit and float pixels at 255
-                    raise ValueError(f"its pixels are of mode {picture.mode}, not of 8 bits a channel")
+                    raise ValueError(f"its pixels are of mode {picture.mode}, not of 8 bits per channel")
                 return picture
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reject(self._option, path, f"is no readable picture ({brief(error)})", "repair or remove it")
@@ -201,9 +176,6 @@ def picture_folders(folder: Path, option: str) -> Iterator[tuple[Path, list[str]
             yield Path(path), names, left_out
     except OSError as error:
         reject(option, error.filename, f"cannot be listed ({error.strerror})", "check the permissions")
-
-
-# ------------------------------------------------------------------------------------------------------------ checks
 
 
 def check_pixels(path: Path, images_NHWC: np.ndarray, option: str) -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.features import Extracted
+from promoe_ds.evaluation.features import Extracted, FeatureExtractor
 from promoe_ds.evaluation.images import Images
 from promoe_ds.utils.files import file_digest
 
@@ -36,8 +36,6 @@ PUBLIC_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-
 PUBLIC_SHA256 = "6726825d"
 """how the SHA-256 of either file begins; what other weights give is reported as FD[...], never as FID"""
 VARIABLE = "INCEPTION_WEIGHTS"
-
-# ------------------------------------------------------------------------------------------------------- the network
 
 Kernel = int | tuple[int, int]
 Layer = tuple[int, Kernel]
@@ -177,29 +175,23 @@ class InceptionV3(nn.Module):
         return pool_Nd, spatial_Ns, pool_Nd @ self.fc.weight.T
 
 
-# ------------------------------------------------------------------------------------------------------- the weights
-
-
 def find_weights(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
     """The weight file: `path`, else $INCEPTION_WEIGHTS, else a public file in torch hub's folder. Nothing is fetched.
 
     Raises:
         ConfigError: there is none; the message names the file, its public release, where to put it and its checksum.
     """
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    places = [path or Path(environ[VARIABLE])] if path or environ.get(VARIABLE) else [hub / n for n in PUBLIC_FILES]
-    for place in places:
+    hub, named = Path(torch.hub.get_dir()) / "checkpoints", path or environ.get(VARIABLE)
+    for place in [Path(named)] if named else [hub / name for name in PUBLIC_FILES]:
         if place.is_file():
             return place
-    option = "--inception-weights" if path or not environ.get(VARIABLE) else VARIABLE
-    reject(
-        option,
-        path or environ.get(VARIABLE) or "(none)",
-        "the Inception weights are not there" if path or environ.get(VARIABLE) else f"no Inception weights in {hub}",
+    way_out = (
         f"get {PUBLIC_FILES[0]} (release fid_weights of github.com/mseitzer/pytorch-fid) or {PUBLIC_FILES[1]} (release "
         f"v0.2.0 of github.com/toshas/torch-fidelity), whose SHA-256 begins with {PUBLIC_SHA256}, then name it with "
-        f"--inception-weights or ${VARIABLE}, or put it into {hub}; nothing is downloaded by this program",
+        f"--inception-weights or ${VARIABLE}, or put it into {hub}; nothing is downloaded by this program"
     )
+    fault = "the Inception weights are not there" if named else f"no Inception weights in {hub}"
+    reject(VARIABLE if named and not path else "--inception-weights", named or "(none)", fault, way_out)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -234,7 +226,7 @@ def load_inception(path: Path) -> InceptionV3:
     return net.float().requires_grad_(False).eval()
 
 
-class Inception:
+class Inception(FeatureExtractor):
     """The extractor of ADM's protocol. With the public weights, its distances are called FID and sFID.
 
     Other weights (another SHA-256) are named `inception:` and the first 8 digits of theirs.
@@ -243,7 +235,7 @@ class Inception:
     image_shape = (None, None, 3)
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu", batch: int = 64) -> None:
-        """`batch` images a forward (ADM's is 64). Raises `ConfigError` as `load_inception` does."""
+        """`batch` images per forward (ADM's is 64). Raises `ConfigError` as `load_inception` does."""
         self.weights_sha256 = file_digest(weights, state=hashlib.sha256())
         self.is_public = self.weights_sha256.startswith(PUBLIC_SHA256)
         self.name = "inception" if self.is_public else f"inception:{self.weights_sha256[:8]}"

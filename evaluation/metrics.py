@@ -13,7 +13,7 @@ import numpy.typing as npt
 Array64 = npt.NDArray[np.float64]
 
 IS_SPLIT = 5000
-"""images a split of the Inception Score in ADM's evaluator"""
+"""images per split of the Inception Score in ADM's evaluator"""
 
 
 class Gaussian(NamedTuple):

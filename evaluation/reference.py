@@ -24,11 +24,12 @@ KEEP = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A reference as it lies on disk, checked but without features: images, statistics of ADM, or a features file."""
+    """A reference as it lies on disk, checked: images, statistics of ADM, or a features file."""
 
     name: str
     path: Path | None = None
     images: ImageSet | None = None
+    features: FeatureSet | None = None
     arrays: dict[str, np.ndarray] | None = None
     """ADM's mu, sigma and, where present, mu_s, sigma_s"""
     real_pair: tuple[ImageSet, ImageSet] | None = None
@@ -50,7 +51,7 @@ def find_reference(name: str, option: str = "--ref", size: int | None = None) ->
         check_count(path, len(paths), option)
         return Source(name, path, ImageSet(name, Folder(paths, option, size), None))
     if path.suffix == SUFFIX and path.exists():
-        return Source(name, path)
+        return Source(name, path, features=load_features(path, option))
     if path.suffix == ".npz":
         return _npz(path, option)
     fault = "no such reference set" if not path.exists() else "is neither a folder, an .npz nor a .safetensors file"
@@ -76,7 +77,7 @@ def _npz(path: Path, option: str) -> Source:
         way_out = "ImageNet-256 is compared with VIRTUAL_imagenet256_labeled.npz of ADM's evaluations"
         reject(option, path, f"holds {held}, needs mu and sigma, or images as arr_0", way_out)
     images = None if pixels is None else ImageSet(str(path), pixels, None)
-    return Source(str(path), path, images, arrays if "mu" in arrays else None)
+    return Source(str(path), path, images, arrays=arrays if "mu" in arrays else None)
 
 
 def reference_features(
@@ -92,23 +93,17 @@ def reference_features(
     ADM's statistics are taken as they are; the images beside them serve for precision and recall alone.
     Raises `ConfigError` if the statistics are not of this extractor's features.
     """
-    if source.path and source.path.suffix == SUFFIX:
-        found = load_features(source.path, "--ref")
-        check_extractor(found, extractor.name, "--ref")
-        return found.for_reference(keep) if ranks.rank == 0 else None
+    if source.features is not None:
+        check_extractor(source.features, extractor.name, "--ref")
+        return source.features.for_reference(keep) if ranks.rank == 0 else None
     drawn = None
     if source.images is not None:
         drawn = collect(extractor, source.images, ranks=ranks, progress=progress)
     if ranks.rank > 0:
         return None
-    if source.arrays is None:
-        assert drawn is not None
-        return drawn.for_reference(keep)
-    return _with_statistics(source, extractor, drawn.for_reference(keep) if drawn else None)
-
-
-def _with_statistics(source: Source, extractor: FeatureExtractor, drawn: FeatureSet | None) -> FeatureSet:
-    assert source.arrays is not None and source.path is not None
+    kept = drawn.for_reference(keep) if drawn else None
+    if source.arrays is None or source.path is None:
+        return kept
     a = {key: array.astype(np.float64) for key, array in source.arrays.items()}
     return FeatureSet(
         name=source.name,
@@ -117,5 +112,5 @@ def _with_statistics(source: Source, extractor: FeatureExtractor, drawn: Feature
         sha256=file_digest(source.path, state=hashlib.sha256()),
         gaussian=Gaussian(a["mu"], a["sigma"]),
         spatial=Gaussian(a["mu_s"], a["sigma_s"]) if "mu_s" in a else None,
-        features_Nd=drawn.features_Nd if drawn else None,
+        features_Nd=kept.features_Nd if kept else None,
     )

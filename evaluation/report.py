@@ -20,7 +20,7 @@ PUBLISHED = 50_000
 
 
 def format_table(scores: list[dict[str, Any]]) -> str:
-    """Aligned table: one line a sample set, then real against real as a scale, if the reference has that."""
+    """Aligned table: one line per sample set, then real against real as a scale, if the reference has that."""
     metrics = _columns(scores)
     origin = [key for key in ("sampler", "steps") if any(key in s["sampling"] for s in scores)]
     rows = [("samples", *origin, "cfg", "n", *(HEADERS.get(key, key) for key in metrics))]
@@ -31,7 +31,8 @@ def format_table(scores: list[dict[str, Any]]) -> str:
     if scores[0].get("FD_real") is not None:
         rows.append(("real, held out", *("-" for _ in origin), "-", "-", *_real(scores[0], metrics)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_aligned(row, widths) for row in rows)
+    line = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return "\n".join(line.format(*row) for row in rows)
 
 
 def notes(scores: list[dict[str, Any]]) -> list[str]:
@@ -44,9 +45,7 @@ def notes(scores: list[dict[str, Any]]) -> list[str]:
 def _columns(scores: list[dict[str, Any]]) -> dict[str, str]:
     """Metric keys that any set has, in the order of METRICS, with their formats."""
     keys = dict.fromkeys(key for s in scores for key in s if s[key] is not None)
-    order = list(METRICS)
-    found = sorted((key for key in keys if key.split("[")[0] in METRICS), key=lambda k: order.index(k.split("[")[0]))
-    return {key: METRICS[key.split("[")[0]] for key in found}
+    return {key: spec for metric, spec in METRICS.items() for key in keys if key.split("[")[0] == metric}
 
 
 def _real(score: dict[str, Any], metrics: dict[str, str]) -> list[str]:
@@ -60,12 +59,6 @@ def _real(score: dict[str, Any], metrics: dict[str, str]) -> list[str]:
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """First column to the left, numbers to the right."""
-    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-    return "  ".join(cells)
 
 
 def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are JSON") -> None:

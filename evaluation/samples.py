@@ -57,9 +57,6 @@ def _folder_scale(path: Path) -> float | None:
     return float(match.group(1)) if match else None
 
 
-# ------------------------------------------------------------------------------------------------------------ finding
-
-
 def _in_folder(folder: Path) -> Path | None:
     """The one set of a folder: its samples.npz, else its features file, else its pictures."""
     for path in (folder / "samples.npz", folder / f"features{SUFFIX}"):
@@ -87,17 +84,17 @@ def find_samples(path: Path) -> list[Path]:
     own = _in_folder(path)
     if own:
         return [own]
-    folders = sorted((p for p in path.glob("cfg*") if p.is_dir()), key=_scale_then_name)
+    folders = sorted(p for p in path.glob("cfg*") if p.is_dir())
+    folders.sort(key=lambda folder: _ascending(_folder_scale(folder)))
     found = [inner for inner in map(_in_folder, folders) if inner]
     if not found:
-        reject("SAMPLES", path, "holds no samples.npz, pictures nor cfg* folders with them",
-               "draw samples first: launchers/sample.py")  # fmt: skip
+        conflict = "holds no samples.npz, pictures nor cfg* folders with them"
+        reject("SAMPLES", path, conflict, "draw samples first: launchers/sample.py")
     return found
 
 
-def _scale_then_name(path: Path) -> tuple[float, str]:
-    scale = _folder_scale(path)
-    return (math.inf if scale is None else scale, str(path))
+def _ascending(scale: float | None) -> float:
+    return math.inf if scale is None else scale
 
 
 def run_samples(run: Path) -> list[Samples]:
@@ -106,11 +103,9 @@ def run_samples(run: Path) -> list[Samples]:
         reject("--run", run, "no such folder", "name a run folder of launchers/train.py")
     found = [path for path in map(_finished, _folders(run)) if path]
     if not found:
-        reject(
-            "--run", run, "no finished samples below its samples folder", f"run launchers/sample.py --run {run} first"
-        )
-    sets = [load_samples(path) for path in found]
-    return sorted(sets, key=lambda s: (math.inf if (cfg := cfg_of(s)) is None else cfg, s.name))
+        reject("--run", run, "no finished samples below its samples folder", f"run launchers/sample.py --run {run}")
+    sets = sorted(map(load_samples, found), key=lambda s: s.name)
+    return sorted(sets, key=lambda s: _ascending(cfg_of(s)))
 
 
 def unfinished(run: Path) -> list[Path]:
@@ -130,9 +125,6 @@ def _finished(folder: Path) -> Path | None:
     return path if path and (path.is_file() or (path / RECORD).exists()) else None
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
 def load_samples(path: Path) -> Samples:
     """Read and check one .npz, folder of pictures or features file (at least two images; no pickles).
 
@@ -140,10 +132,8 @@ def load_samples(path: Path) -> Samples:
     """
     if path.is_dir():
         return _load_folder(path)
-    return _load_features(path) if path.suffix == SUFFIX else _load_npz(path)
-
-
-def _load_features(path: Path) -> FeatureSet:
+    if path.suffix != SUFFIX:
+        return _load_npz(path)
     found = load_features(path, "SAMPLES")
     if found.features_Nd is None or found.num != len(found.features_Nd):
         reject("SAMPLES", path, "is a reference: it keeps the features of some images", "write samples by `features`")
@@ -174,9 +164,9 @@ def _load_npz(path: Path) -> SampleSet:
     check_pixels(path, images_NHWC, "SAMPLES")
     if labels_N is not None and (labels_N.dtype.kind not in "iu" or labels_N.ndim != 1):
         fault = f"arr_1 is {labels_N.dtype} {list(labels_N.shape)}, needs integers [N]"
-        reject("SAMPLES", path, fault, "save one class index an image")
+        reject("SAMPLES", path, fault, "save one class index per image")
     if labels_N is not None and len(images_NHWC) != len(labels_N):
-        reject("SAMPLES", path, f"{len(images_NHWC)} images, {len(labels_N)} labels", "save one class index an image")
+        reject("SAMPLES", path, f"{len(images_NHWC)} images, {len(labels_N)} labels", "save one class index per image")
     check_count(path, len(images_NHWC))
     labels_N = None if labels_N is None else labels_N.astype(np.int64)
     return SampleSet(str(path), images_NHWC, labels_N, read_sampling(path.parent))

@@ -25,8 +25,8 @@ EXAMPLES = """examples:
   python launchers/analyze.py --run runs/digits --timesteps 50,500,950 --subspace 32 --dry-run
 
 The report is one file: it opens anywhere, without a network. Written to RUN/analysis; an earlier report there is
-replaced. Without a run, to the folder of --out. Exit codes: 0 done, 2 user error, 85 stopped
-(run it again), 130 by Ctrl-C.
+replaced. Without a run, to the folder of --out. Exit codes: 0 done, 2 user error, 85 stopped (run it again), 130 by
+Ctrl-C.
 """
 
 
@@ -35,12 +35,8 @@ def parser() -> Parser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", help="run folder: its newest complete checkpoint")
     source.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint or converted folder, or a file of it")
-    p.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN", help="runs or weights to set beside it"
-    )
-    p.add_argument(
-        "--data", metavar="PATH", help="images or latents of the model's kind (default: data.path of the run)"
-    )
+    p.add_argument("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="runs or weights beside it")
+    p.add_argument("--data", metavar="PATH", help="images or latents as the model's (default: data.path of the run)")
     p.add_argument("--vae", metavar="PATH", help="codec that shows latents as pictures (default: data.vae of the run)")
     p.add_argument("--out", type=Path, metavar="DIR", help="(default RUN/analysis)")
     p.add_argument("--images", type=int, default=512, help="images shown to the model (default 512)")
@@ -48,7 +44,7 @@ def parser() -> Parser:
     p.add_argument("--tokens", type=int, default=2560, help="tokens of the clusters and t-SNE (default 2560)")
     p.add_argument("--maps", type=int, default=8, help="images with token maps (default 8)")
     p.add_argument("--subspace", type=int, metavar="K", help="singular vectors compared (default: width / 8)")
-    p.add_argument("--batch", type=int, default=64, help="images a forward (default 64)")
+    p.add_argument("--batch", type=int, default=64, help="images per forward (default 64)")
     p.add_argument("--seed", type=int, default=0, help="of images, noise, clusters and t-SNE (default 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     p.add_argument("--dry-run", action="store_true", help="say what would be looked at, and where it would be written")
@@ -86,15 +82,15 @@ def names_of(paths: list[Path]) -> list[str]:
     raise ConfigError("--compare: a model is named twice; name each once")
 
 
-def look(args: argparse.Namespace, path: Path, option: str, name: str, plan: Any) -> Any:
+def look(args: argparse.Namespace, file: Path, name: str, plan: Any) -> Any:
     """Load a model, show it the images, and compute its numbers."""
     from promoe_ds.analysis.collect import observe, with_data
     from promoe_ds.analysis.summary import check_rank, summarise
-    from promoe_ds.checkpoint.load_weights import find_weights, load_ema
+    from promoe_ds.checkpoint.load_weights import load_ema
     from promoe_ds.data.codecs import open_codec
 
     device = ALONE.pick_device(args.device)
-    model, config, step = load_ema(find_weights(path, option), device)
+    model, config, step = load_ema(file, device)
     config = with_data(config, args.data)
     check_rank(config, args.subspace)
     vae = args.vae or config.data.vae
@@ -124,7 +120,7 @@ def analyze(argv: list[str]) -> None:
         print(f"would write {out / REPORT}")
         return
     prepare_folder(out)
-    summaries = [look(args, *each, plan) for each in zip(paths, options, names, strict=True)]
+    summaries = [look(args, file, name, plan) for file, name in zip(weights, names, strict=True)]
     write_report(out, summaries, args.run, shlex.join(["launchers/analyze.py", *argv]))
     print(f"report: {out / REPORT}")
 

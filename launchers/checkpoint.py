@@ -62,17 +62,12 @@ def parser() -> Parser:
     form.add_argument("--weights", choices=("ema", "raw"), help="one file of weights, for sample.py --model DIR")
     form.add_argument("--files", type=int, metavar="N", help="a new run folder, its state in N files")
     sub.add_argument("--dtype", choices=("fp32", "bf16"), help="of --weights (fp32)")
-    sub = command(
-        "prune", "delete old or damaged checkpoints and what interrupted saves left; every byte is read first"
-    )
+    sub = command("prune", "read every byte, then delete old or damaged checkpoints and what interrupted saves left")
     sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run folder that nobody trains in")
     sub.add_argument("--keep", type=int, metavar="N", help="delete all whole ones but the newest N")
     sub.add_argument("--damaged", action="store_true", help="delete the damaged ones, if a whole one remains")
     sub.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     return p
-
-
-# ------------------------------------------------------------------------------------------------------------- select
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -101,9 +96,6 @@ def named(path: Path) -> Path:
     return path.resolve()
 
 
-# ------------------------------------------------------------------------------------------------------------ inspect
-
-
 def inspect(args: argparse.Namespace) -> int:
     path = chosen(args)
     facts = facts_of(path)
@@ -122,10 +114,8 @@ def facts_of(path: Path) -> dict[str, Any]:
     return tree | {"parameters": parameters, "bytes": total, "problem": problem}
 
 
-def age(made: str | None) -> str:
+def age(made: str) -> str:
     """`2026-01-31T12:00:00+00:00` and how long ago that was."""
-    if made is None:
-        return "unknown"
     minutes = int((datetime.now(UTC) - datetime.fromisoformat(made)).total_seconds() // 60)
     for unit, length in (("days", 24 * 60), ("hours", 60)):
         if minutes >= 2 * length:
@@ -143,20 +133,22 @@ def model_line(config: Config) -> str:
 def render(path: Path, facts: dict[str, Any]) -> str:
     config = load_tree(facts["config"])
     t = config.train
-    saved_by = "weights alone, from {source}: {weights}, {dtype}" if "weights" in facts else (
-        "{world} process{plural}, ep {ep}, ZeRO-{stage}; resumes at any"
-    )  # fmt: skip
+    if "weights" in facts:
+        saved_by = f"weights alone, from {facts['source']}: {facts['weights']}, {facts['dtype']}"
+    else:
+        processes = f"{facts['world']} process{'es' if facts['world'] > 1 else ''}"
+        saved_by = f"{processes}, ep {facts['ep']}, ZeRO-{facts['stage']}; resumes at any"
     rows = {
         "step": f"{facts['step']:,} of {t.steps:,}",
-        "made": age(facts.get("made")),
+        "made": age(facts["made"]),
         "recipe": config.name,
         "model": model_line(config),
         "parameters": f"{facts['parameters']:,}",
         "training": f"{config.diffusion.name}, {t.precision}, global batch {t.global_batch_size}, seed {t.seed}, "
         f"lr {config.optimizer.lr:g}, EMA {config.optimizer.ema_decay:g}",
-        "saved by": saved_by.format_map(facts | {"plural": "es" if facts.get("world", 1) > 1 else ""}),
-        "versions": f"promoe_ds {facts['version']}, torch {facts.get('torch', 'unknown')}, format {facts['format']}",
-        "config": f"blake2b {facts.get('config_blake2b', layout.tree_digest(facts['config']))[:16]}",
+        "saved by": saved_by,
+        "versions": f"promoe_ds {facts['version']}, torch {facts['torch']}, format {facts['format']}",
+        "config": f"blake2b {facts['config_blake2b'][:16]}",
         "state": facts["problem"] or "every file has its size (verify reads every byte)",
     }
     lines = [str(path), *(f"  {key:<11} {value}" for key, value in rows.items())]
@@ -165,11 +157,8 @@ def render(path: Path, facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- verify
-
-
 def verify(args: argparse.Namespace) -> int:
-    """One line a fault, one for each whole checkpoint."""
+    """One line per fault, and one per whole checkpoint."""
     if bool(args.path) == (args.run is not None):
         raise ConfigError("name either checkpoint folders or --run DIR; see --help")
     paths = checkpoints_of(args.run) if args.run else [named(path) for path in args.path]
@@ -193,9 +182,6 @@ def faults_of(path: Path) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ convert
-
-
 def convert(args: argparse.Namespace) -> int:
     from promoe_ds.checkpoint.convert import resplit
     from promoe_ds.formats import weights
@@ -212,10 +198,9 @@ def convert(args: argparse.Namespace) -> int:
     return DONE
 
 
-# -------------------------------------------------------------------------------------------------------------- prune
-
-
 def prune(args: argparse.Namespace) -> int:
+    from promoe_ds.checkpoint.save import discard
+
     if args.keep is None and not args.damaged:
         raise ConfigError("say what to delete: --keep N, --damaged or both; see --help")
     if args.keep is not None and args.keep < 1:
@@ -230,18 +215,12 @@ def prune(args: argparse.Namespace) -> int:
         for path in [*doomed, *layout.leftovers(args.run)]:
             amount = size(layout.bytes_of(path))
             print(f"{'would delete' if args.dry_run else 'deleted'} {path}: {amount}", flush=True)
-            if not args.dry_run:
-                delete(path)
+            try:
+                if not args.dry_run:
+                    discard(path)
+            except OSError as error:
+                reject("checkpoint", path, f"cannot be deleted ({error.strerror})", "fix its permissions")
     return DONE
-
-
-def delete(path: Path) -> None:
-    from promoe_ds.checkpoint.save import discard
-
-    try:
-        discard(path)
-    except OSError as error:
-        reject("checkpoint", path, f"cannot be deleted ({error.strerror})", "mend its permissions")
 
 
 def run(argv: list[str]) -> int:

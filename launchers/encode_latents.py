@@ -40,15 +40,15 @@ continues), 130 by Ctrl-C.
 def parser() -> Parser:
     p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", metavar="PATH", help="tree with a folder a class, or a packed npz of JPEG files")
+    source.add_argument("--images", metavar="PATH", help="tree with a folder per class, or a packed npz of JPEG files")
     source.add_argument("--from-latents", type=Path, metavar="DIR", help="official tree: CLASS/NAME.latent.npz")
     source.add_argument("--verify", type=Path, metavar="DIR", help="compare finished shards with their checksums")
     p.add_argument("--vae", metavar="PATH", help="AutoencoderKL or AutoencoderTiny (diffusers), TAEF2, or identity")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards")
     p.add_argument("--split", default="train", help="of a packed npz (default train)")
     p.add_argument("--size", type=int, default=256, help="side of the central square in pixels (default 256)")
-    p.add_argument("--batch", type=int, default=32, help="images a forward and process (default 32)")
-    p.add_argument("--shard-size", type=int, default=1024, help="images a shard (default 1024)")
+    p.add_argument("--batch", type=int, default=32, help="images per forward and process (default 32)")
+    p.add_argument("--shard-size", type=int, default=1024, help="images per shard (default 1024)")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="of the shards (default float16)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the codec (default fp32)")
     p.add_argument("--skip-damaged", action="store_true", help="leave damaged images out; the index lists them")
@@ -71,17 +71,14 @@ def check(args: argparse.Namespace) -> None:
 
 def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | ConvertedTree:
     """The codec is opened first: it is the usual thing to be absent, and listing a million files takes a while."""
-    if args.images is None:
-        try:
-            return ConvertedTree(LatentTree(args.from_latents))
-        except ConfigError as error:
-            raise ConfigError(renamed(error, "--from-latents")) from error
     device = ranks.pick_device(args.device)
-    codec = open_codec(args.vae, device)
+    codec = open_codec(args.vae, device) if args.images else None
     try:
+        if codec is None:
+            return ConvertedTree(LatentTree(args.from_latents))
         images = open_images(args.images, split=args.split, channels=max(IMAGE_MODES), image_size=args.size)
     except ConfigError as error:
-        raise ConfigError(renamed(error, "--images")) from error
+        raise ConfigError(renamed(error, "--images" if args.images else "--from-latents")) from error
     return EncodedImages(images, codec, args.batch, device, args.precision)
 
 

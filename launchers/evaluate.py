@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
@@ -18,13 +19,16 @@ from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
 from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor
 from promoe_ds.evaluation.images import picture_folders
 from promoe_ds.evaluation.inception import find_weights
-from promoe_ds.evaluation.reference import KEEP, REFERENCES, find_reference, reference_features
+from promoe_ds.evaluation.reference import KEEP, REFERENCES, Source, find_reference, reference_features
 from promoe_ds.evaluation.report import check_output, format_table, notes, write_metrics
-from promoe_ds.evaluation.samples import Samples, find_samples, load_samples, run_samples, unfinished
+from promoe_ds.evaluation.samples import Samples, SampleSet, find_samples, load_samples, run_samples, unfinished
 from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.utils.command_line import Parser, check_positive, launcher
 from promoe_ds.utils.files import left_out_words
 from promoe_ds.utils.ranks import Ranks
+
+READS = {"ref": "IMAGES", "features": "SAMPLES"}
+"""commands that write a features file, and what they read"""
 
 EXAMPLES = """examples:
   score what launchers/sample.py wrote for a run of the demo; writes runs/digits/metrics.json
@@ -47,41 +51,26 @@ numbers mean and where weights and references come from; nothing is downloaded. 
 
 def _extraction(parser: argparse.ArgumentParser) -> None:
     """Options of every command that runs a network."""
-    parser.add_argument(
-        "--features",
-        metavar="NAME",
-        help=f"{', '.join(EXTRACTORS)}, or a .onnx or TorchScript .pt file, reported as FD[name] "
-        "(default: digits-cnn for digits, else inception)",
-    )
-    parser.add_argument(
-        "--inception-weights", type=Path, metavar="PATH", help="default: $INCEPTION_WEIGHTS, else torch hub's folder"
-    )
+    names = f"{', '.join(EXTRACTORS)}, or a .onnx or TorchScript .pt file, reported as FD[name]"
+    names += " (default: digits-cnn for digits, else inception)"
+    parser.add_argument("--features", metavar="NAME", help=names)
+    where = "(default: $INCEPTION_WEIGHTS, else torch hub's folder)"
+    parser.add_argument("--inception-weights", type=Path, metavar="PATH", help=where)
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="images a forward (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"images per forward (default: {BATCH})")
 
 
 def _parser() -> Parser:
     parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "samples", nargs="*", type=Path, metavar="SAMPLES", help=".npz, .safetensors, or a folder of sets or pictures"
-    )
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="every set below DIR/samples; --out becomes DIR/metrics.json"
-    )
-    parser.add_argument(
-        "--ref",
-        default="digits",
-        metavar="REF",
-        help=f"{', '.join(REFERENCES)}, an .npz of ADM, a file made by `ref`, or a folder (default: %(default)s)",
-    )
+    what = ".npz, .safetensors, or a folder of sets or pictures"
+    parser.add_argument("samples", nargs="*", type=Path, metavar="SAMPLES", help=what)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="score every set below DIR/samples")
+    what = f"{', '.join(REFERENCES)}, an .npz of ADM, a file made by `ref`, or a folder (default: digits)"
+    parser.add_argument("--ref", default="digits", metavar="REF", help=what)
     _extraction(parser)
-    parser.add_argument(
-        "--distances",
-        choices=("fp32", "fp16"),
-        default="fp32",
-        help="of precision and recall; fp16 rounds as ADM's evaluator (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON")
+    what = "of precision and recall; fp16 rounds as ADM's evaluator (default: fp32)"
+    parser.add_argument("--distances", choices=("fp32", "fp16"), default="fp32", help=what)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="scores as JSON (default of --run: DIR/metrics.json)")
     parser.add_argument("--dry-run", action="store_true", help="look for samples, reference and weights, score nothing")
     return parser
 
@@ -89,15 +78,13 @@ def _parser() -> Parser:
 def _tool_parser(command: str) -> Parser:
     """`ref IMAGES --out FILE` and `features SAMPLES --out FILE`."""
     parser = Parser(prog=f"evaluate.py {command}", description="write a features file")
-    parser.add_argument(
-        "images", metavar="IMAGES" if command == "ref" else "SAMPLES", help=".npz or folder of pictures"
-    )
+    parser.add_argument("images", metavar=READS[command], help=".npz or folder of pictures")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     _extraction(parser)
     if command == "ref":
         parser.add_argument("--size", type=int, metavar="S", help="crop pictures to the centre, S x S, as in ADM")
         parser.add_argument(
-            "--keep", type=int, default=KEEP, metavar="N", help="features kept for precision, recall (%(default)s)"
+            "--keep", type=int, default=KEEP, metavar="N", help=f"features for precision, recall ({KEEP})"
         )
     return parser
 
@@ -147,22 +134,14 @@ def score(argv: Sequence[str], ranks: Ranks) -> None:
         check_output(out)
     if args.dry_run:
         return
-    evaluator = Evaluator(
-        features,
-        args.ref,
-        weights=args.inception_weights,
-        device=device,
-        batch=args.batch,
-        distances=args.distances,
-        ranks=ranks,
-        progress=True,
-    )
+    run_by: dict[str, Any] = {"device": device, "batch": args.batch, "ranks": ranks, "progress": True}
+    evaluator = Evaluator(features, args.ref, weights=args.inception_weights, distances=args.distances, **run_by)
     with joined(ranks):
         scores = score_all(evaluator, sets)
     if not scores:
         return
-    if evaluator.accuracy is not None:
-        print(f"{evaluator.extractor.name}: accuracy on held-out real images {evaluator.accuracy:.4f}")
+    if evaluator.extractor.accuracy is not None:
+        print(f"{evaluator.extractor.name}: accuracy on held-out real images {evaluator.extractor.accuracy:.4f}")
     print("\n".join([format_table(scores), *notes(scores)]))
     if out is not None:
         write_metrics(out, scores)
@@ -175,47 +154,47 @@ def make_features(command: str, argv: Sequence[str], ranks: Ranks) -> None:
     check_positive(args, "batch", *(("keep", "size") if is_reference else ()))
     name, device = _features(args, args.images), ranks.pick_device(args.device)
     check_output(args.out, ".safetensors", "features are safetensors")
-    found: FeatureSet | None
+    source: Source | SampleSet
     if is_reference:
         source = find_reference(args.images, "IMAGES", args.size)
-        extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
-        if source.images is not None:
-            check_shape(source.images, extractor, "IMAGES")
-        if ranks.rank == 0:
-            _say_left_out(source.name)
-        with joined(ranks):
-            found = reference_features(source, extractor, keep=args.keep, ranks=ranks, progress=True)
+        images = source.images
     else:
-        paths = find_samples(Path(args.images))
-        if len(paths) > 1:
-            reject("SAMPLES", args.images, f"holds {len(paths)} sample sets", f"name one of them, such as {paths[0]}")
-        samples = load_samples(paths[0])
-        if isinstance(samples, FeatureSet):
-            reject("SAMPLES", args.images, "is a features file already", "name images")
-        extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
-        check_shape(samples, extractor, "SAMPLES")
-        if ranks.rank == 0:
-            _say_left_out(samples.name)
-        with joined(ranks):
-            found = collect(extractor, samples, sampling=samples.sampling, ranks=ranks, progress=True)
-    if found is not None:
-        _write(args.out, found)
-
-
-def _write(path: Path, found: FeatureSet) -> None:
+        source = images = _one_set(args.images)
+    extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
+    if images is not None:
+        check_shape(images, extractor, READS[command])
+    if ranks.rank == 0:
+        _say_left_out(source.name)
+    with joined(ranks):
+        if isinstance(source, Source):
+            found = reference_features(source, extractor, keep=args.keep, ranks=ranks, progress=True)
+        else:
+            found = collect(extractor, source, sampling=source.sampling, ranks=ranks, progress=True)
+    if found is None:
+        return
     try:
-        save_features(path, found)
+        save_features(args.out, found)
     except OSError as error:
-        reject("--out", path, f"cannot be written ({error.strerror})", "choose another file")
+        reject("--out", args.out, f"cannot be written ({error.strerror})", "choose another file")
     kept = 0 if found.features_Nd is None else len(found.features_Nd)
     count = "statistics" if found.num is None else f"{found.num} images"
-    print(f"wrote {path}: {count}, {kept} rows of features of {found.extractor}, sha256 {found.sha256[:16]}")
+    print(f"wrote {args.out}: {count}, {kept} rows of features of {found.extractor}, sha256 {found.sha256[:16]}")
+
+
+def _one_set(argument: str) -> SampleSet:
+    paths = find_samples(Path(argument))
+    if len(paths) > 1:
+        reject("SAMPLES", argument, f"holds {len(paths)} sample sets", f"name one of them, such as {paths[0]}")
+    samples = load_samples(paths[0])
+    if isinstance(samples, FeatureSet):
+        reject("SAMPLES", argument, "is a features file already", "name images")
+    return samples
 
 
 def run(argv: Sequence[str]) -> None:
     """`ref ...`, `features ...`, or scoring."""
     ranks = Ranks.from_environment()
-    if argv and argv[0] in ("ref", "features"):
+    if argv and argv[0] in READS:
         make_features(argv[0], argv[1:], ranks)
     else:
         score(argv, ranks)

@@ -19,7 +19,7 @@ from promoe_ds.checkpoint.layout import bytes_of, size
 from promoe_ds.checkpoint.load_weights import find_weights, header
 from promoe_ds.config.schema import reject
 from promoe_ds.costs.flops import count_parameters
-from promoe_ds.formats import diffusers_folder, official_file, weights
+from promoe_ds.formats import diffusers_folder, official, weights
 from promoe_ds.formats.card import score_rows
 from promoe_ds.sampling.job import run_of
 from promoe_ds.utils.command_line import Parser, launcher
@@ -95,14 +95,14 @@ def export(argv: list[str]) -> None:
     count = count_parameters(config).total
     text = f"{config.name}, step {step}, {count:,} parameters, {source if args.format != 'official' else 'ema and raw'}"
     if args.format == "official":
-        official_file.check_layout(config)
+        official.check_layout(config)
     if args.dry_run:
         about = size(count * (8 if args.format == "official" else 4 if dtype == "fp32" else 2))
         print(f"would write {args.out} ({args.format}, {dtype}): {text}; about {about}")
         return
     if args.format == "official":
         ema = weights.load(file, found[0], option)
-        official_file.write_official(ema, weights.load(file, "raw", option) if len(found) > 1 else ema, args.out)
+        official.write_official(ema, weights.load(file, "raw", option) if len(found) > 1 else ema, args.out)
     elif args.format == "diffusers":
         model = weights.load(file, source, option)
         diffusers_folder.write_diffusers(model, args.out, dtype, args.vae, limit, metrics)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,15 +67,15 @@ def parser() -> Parser:
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the recipe")
     p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default runs/RECIPE)")
     p.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
-    p.add_argument("--images", metavar="PATH", help="encode these: a tree with a folder a class, or a packed npz")
+    p.add_argument("--images", metavar="PATH", help="encode these: a tree with a folder per class, or a packed npz")
     p.add_argument("--size", type=int, default=256, help="side in pixels of what is encoded (default 256)")
     p.add_argument("--latents", type=Path, metavar="DIR", help="shards, made if absent (default RUN/latents)")
     p.add_argument("--vae", metavar="PATH", help="codec, for recipes of latents")
     p.add_argument("--ds_config", metavar="PATH", help="DeepSpeed JSON of the training")
-    p.add_argument("--num", type=int, default=50_000, help="samples a guidance scale (default 50000)")
+    p.add_argument("--num", type=int, default=50_000, help="samples per guidance scale (default 50000)")
     p.add_argument("--cfg", default="1.0,1.5", metavar="S[,S...]", help="guidance scales (default 1.0,1.5)")
     p.add_argument("--steps", type=parse_steps, default=250, help="of the sampler (default 250)")
-    p.add_argument("--batch", type=int, default=64, help="images a forward of encoder and sampler (default 64)")
+    p.add_argument("--batch", type=int, default=64, help="images per forward of encoder and sampler (default 64)")
     p.add_argument("--ref", metavar="REF", help="of launchers/evaluate.py")
     p.add_argument("--features", metavar="NAME", help="of launchers/evaluate.py")
     p.add_argument("--inception-weights", metavar="PATH", help="of launchers/evaluate.py")
@@ -88,8 +89,8 @@ def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
     run, latent = args.run or Path("runs") / config.name, config.data.name == "latents"
     shards = args.latents or (Path(config.data.path) if config.data.path else run / "latents")
     vae = ["--vae", args.vae] if latent else []
-    scales, batch = parse_scales(args.cfg), str(args.batch)
-    out = []
+    packs = [run / "samples" / f"cfg{scale}" / SAMPLES for scale in parse_scales(args.cfg)]
+    batch, out = str(args.batch), []
     if latent and args.images:
         words = ["--images", args.images, "--size", str(args.size), "--out", str(shards), "--batch", batch, *vae]
         out.append(Stage("encode", "encode_latents.py", words, lambda: encoded(shards, args.size)))
@@ -99,12 +100,16 @@ def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
     out.append(Stage("train", "train.py", words, lambda: trained(run, config.train.steps)))
     words = ["--run", str(run), "--num", str(args.num), "--cfg", args.cfg, "--steps", str(args.steps)]
     words += ["--batch", batch, "--format", "npz", *vae]
-    wanted = {"num": args.num, "steps": args.steps}
-    done = lambda: trained(run, config.train.steps) and sampled(run, scales, wanted)  # noqa: E731
-    out.append(Stage("sample", "sample.py", words, done))
+
+    def drawn() -> bool:
+        """From the newest checkpoint, which must be the last."""
+        step = {"checkpoint_step": step_of(found)} if (found := newest(run)) else {}
+        return trained(run, config.train.steps) and sampled(packs, {"num": args.num, "steps": args.steps, **step})
+
+    out.append(Stage("sample", "sample.py", words, drawn))
     options = {"--ref": args.ref, "--features": args.features, "--inception-weights": args.inception_weights}
     words = ["--run", str(run), *(word for key, value in options.items() if value for word in (key, value))]
-    out.append(Stage("evaluate", "evaluate.py", words, lambda: scored(run, scales, args.ref or DIGITS)))
+    out.append(Stage("evaluate", "evaluate.py", words, lambda: scored(run / "metrics.json", packs, args.ref or DIGITS)))
     last = STAGES.index(args.until)
     return [stage for stage in out if STAGES.index(stage.name) <= last]
 
@@ -118,33 +123,26 @@ def encoded(shards: Path, size: int) -> bool:
     return (shards / ITEMS).is_file() and index.image_size == size
 
 
-def packs(run: Path, scales: list[float]) -> list[Path]:
-    return [run / "samples" / f"cfg{scale}" / SAMPLES for scale in scales]
-
-
-def sampled(run: Path, scales: list[float], wanted: dict[str, int | str]) -> bool:
-    """Whether every scale has its packed samples, and their record says what is wanted, of the newest checkpoint."""
-    found = newest(run)
-    wanted = wanted | {"checkpoint_step": step_of(found) if found else 0}
-    for pack in packs(run, scales):
-        try:
-            record = json.loads(pack.with_name(RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        if not pack.exists() or any(record.get(key) != value for key, value in wanted.items()):
-            return False
-    return True
-
-
-def scored(run: Path, scales: list[float], reference: str) -> bool:
-    """Whether the scores are there, against this reference, and newer than the samples."""
-    metrics, made = run / "metrics.json", packs(run, scales)
+def read(path: Path) -> dict[str, Any]:
+    """A file of JSON; {} if it is absent or damaged."""
     try:
-        against = json.loads(metrics.read_text(encoding="utf-8"))["reference"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return Path(against) == Path(reference) and all(
-        p.exists() and p.stat().st_mtime <= metrics.stat().st_mtime for p in made
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def sampled(packs: list[Path], wanted: dict[str, int | str]) -> bool:
+    """Whether every scale has its packed samples, and their record says what is wanted."""
+    return all(pack.exists() and wanted.items() <= read(pack.with_name(RECORD)).items() for pack in packs)
+
+
+def scored(metrics: Path, packs: list[Path], reference: str) -> bool:
+    """Whether the scores are there, against this reference, and newer than the samples."""
+    against = read(metrics).get("reference", {}).get("name")
+    return (
+        against is not None
+        and Path(against) == Path(reference)
+        and all(pack.exists() and pack.stat().st_mtime <= metrics.stat().st_mtime for pack in packs)
     )
 
 
@@ -167,8 +165,7 @@ def check(args: argparse.Namespace, config: Config) -> None:
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """The same for files; a dry run does without. Raises `ConfigError`."""
     run = args.run or Path("runs") / config.name
-    saved = saved_config(run)
-    if saved is not None:
+    if saved := saved_config(run):
         check_same_run(saved, config, run)  # its stages are not those of this command, whatever is there
         changed_lr(newest(run), config)
     if config.data.name == "latents":
@@ -176,39 +173,34 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
         shards = args.latents or config.data.path
         if shards and not args.images and not Path(shards).exists():
             reject("--latents", shards, "does not exist, and no images are named", "add --images DIR")
-    for option, path in (("--ref", args.ref), ("--inception-weights", args.inception_weights)):
-        is_file = path and (option != "--ref" or Path(path).suffix or "/" in path)
-        if is_file and not Path(path).exists():
+    features = args.features or ("digits-cnn" if args.ref in (None, DIGITS) else "inception")
+    named = {"--ref": args.ref, "--features": features, "--inception-weights": args.inception_weights}
+    for option, path in named.items():
+        if path is None or not (option == "--inception-weights" or Path(path).suffix or "/" in path):
+            continue  # a name
+        if not Path(path).exists():
             reject(option, path, "no such file", "it would be missed after the training; name an existing one")
-    if args.until == STAGES[-1]:
-        check_scorer(args, config)
-
-
-def check_scorer(args: argparse.Namespace, config: Config) -> None:
-    """The reference and the network that the last stage takes by default. Raises `ConfigError`."""
+    if args.until != STAGES[-1]:
+        return
     if args.ref is None and config.data.name != DIGITS:
         way_out = "add --ref, or --until sample"
         reject("--ref", "(none)", f"{config.name} is not scored against {DIGITS}", way_out)
-    features = args.features or ("digits-cnn" if args.ref in (None, DIGITS) else "inception")
     if features == "inception":
         find_weights(args.inception_weights and Path(args.inception_weights))
-    elif Path(features).suffix and not Path(features).exists():
-        reject("--features", features, "no such file", "it would be missed after the training; name an existing one")
 
 
 def follow(command: list[str]) -> int:
     """Run a launcher and return its exit code; a stop is passed on and waited for, so that it can save."""
     child, stopped = subprocess.Popen(command), None
-    while True:
+    while child.returncode is None:
         try:
-            code = child.wait()
-            break
+            child.wait()
         except KeyboardInterrupt as stop:  # another one is passed on too
             stopped = stop
             child.terminate()
     if stopped:
         raise stopped
-    return code
+    return child.returncode
 
 
 def run_stage(stage: Stage, command: list[str]) -> int:

@@ -23,18 +23,8 @@ from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
 from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.recipes.validate import check_guidance, validate
+from promoe_ds.sampling import job as sampling
 from promoe_ds.sampling.generate import SamplingOptions, check_channels, pixel_shape
-from promoe_ds.sampling.job import (
-    Job,
-    Pack,
-    SampleWorker,
-    check_folder,
-    codec_of_run,
-    provenance,
-    record_of,
-    run_job,
-    run_of,
-)
 from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, parse_scales, parse_steps
 from promoe_ds.utils.ranks import Ranks
 
@@ -50,8 +40,7 @@ EXAMPLES = """examples:
 
 The lone -- keeps torchrun and deepspeed from taking --run and --num for abbreviations of their own options.
 Image i depends on --seed and i alone: not on --batch, not on the number of processes. The same command again finishes
-an interrupted folder. Exit codes: 0 done, 2 user error, 85 stopped (the
-same command continues), 130 by Ctrl-C.
+an interrupted folder. Exit codes: 0 done, 2 user error, 85 stopped (the same command continues), 130 by Ctrl-C.
 """
 
 
@@ -62,46 +51,24 @@ def parser() -> Parser:
     source.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint or converted folder, or a file of it")
     p.add_argument("--vae", metavar="PATH", help="codec that decodes latents (default: data.vae of the run)")
     p.add_argument("--num", type=int, default=64, help="images (default 64)")
-    p.add_argument(
-        "--labels", choices=("balanced", "random"), default="balanced", help="classes in turn (default), or drawn"
-    )
+    p.add_argument("--labels", choices=("balanced", "random"), default="balanced", help="in turn (default), or drawn")
     p.add_argument("--cfg", metavar="S[,S...]", help="guidance scales; 1 is unguided (default: sample.cfg of the run)")
-    p.add_argument(
-        "--steps",
-        type=parse_steps,
-        default=250,
-        help="steps (default 250); of DDPM also as ADM: 10,15,20 or ddim50",
-    )
+    p.add_argument("--steps", type=parse_steps, default=250, help="(250); of DDPM also as ADM: 10,15,20 or ddim50")
     p.add_argument("--sampler", metavar="S", help="flow: euler (default), heun; DDPM: ddpm (default, ancestral), ddim")
     p.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none (default), 1 as ddpm's")
-    p.add_argument(
-        "--guidance-channels",
-        choices=("all", "3"),
-        help="which to guide (default: the run's guidance.channels)",
-    )
+    p.add_argument("--guidance-channels", choices=("all", "3"), help="(default: the run's guidance.channels)")
     p.add_argument("--seed", type=int, default=0, help="(default 0)")
-    p.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="one scale: this folder; several: its cfg1.0, cfg1.5, ... (default RUN/samples/cfgS)",
-    )
-    p.add_argument(
-        "--format",
-        default="png,npz",
-        metavar="F[,F]",
-        help="png, npz (ADM's layout), both (default), or features alone",
-    )
-    p.add_argument(
-        "--features", metavar="NAME", help="of --format features: as launchers/evaluate.py's (default inception)"
-    )
+    text = "one scale: this folder; several: its cfg1.0, cfg1.5, ... (default RUN/samples/cfgS)"
+    p.add_argument("--out", type=Path, metavar="DIR", help=text)
+    text = "png, npz (ADM's layout), both (default), or features alone"
+    p.add_argument("--format", default="png,npz", metavar="F[,F]", help=text)
+    p.add_argument("--features", metavar="NAME", help="of --format features, as launchers/evaluate.py's (inception)")
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="as launchers/evaluate.py's")
-    p.add_argument("--batch", type=int, default=64, help="images a forward and process (default 64)")
+    p.add_argument("--batch", type=int, default=64, help="images per forward and process (default 64)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument(
-        "--expert-parallel", type=int, default=1, metavar="N", help="ranks that share the routed experts (default 1)"
-    )
+    text = "ranks that share the routed experts (default 1)"
+    p.add_argument("--expert-parallel", type=int, default=1, metavar="N", help=text)
     p.add_argument("--dry-run", action="store_true", help="check everything, make nothing")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
     return p
@@ -115,23 +82,19 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return formats
 
 
-def check_features(args: argparse.Namespace) -> None:
-    """Options of --format features mean nothing without it; raises `ConfigError`."""
-    if parse_formats(args.format) == ("features",):
-        return
-    for option, value in (("--features", args.features), ("--inception-weights", args.inception_weights)):
+def check(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for numbers out of range, and for options of --format features without it."""
+    check_positive(args, "num", "steps", "batch", "expert_parallel")
+    if not 0 <= args.seed < 2**64:
+        reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
+    unused = {"--features": args.features, "--inception-weights": args.inception_weights}
+    for option, value in unused.items() if parse_formats(args.format) != ("features",) else ():
         if value is not None:
             reject(option, value, f"--format {args.format} makes no features", "add --format features, or leave it out")
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    check_positive(args, "num", "steps", "batch", "expert_parallel")
-    if not 0 <= args.seed < 2**64:
-        reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
-
-
 def choose_hows(args: argparse.Namespace, config: Config, scales: list[float]) -> list[SamplingOptions]:
-    """One a guidance scale, checked against the model; raises `ConfigError`."""
+    """One per guidance scale, checked against the model; raises `ConfigError`."""
     sampler, _ = choose_sampler(config, args.sampler, args.steps, args.eta)
     channels: Channels = config.guidance.channels
     if args.guidance_channels:
@@ -148,15 +111,15 @@ def choose_codec(args: argparse.Namespace, config: Config, weights: Path, device
     path, option = (args.vae, "--vae") if args.vae else (config.data.vae, "data.vae of the run")
     codec = open_codec(path, device, option) if path else None
     check_channels(config, codec, "--vae")
-    found = codec_of_run(weights)
+    found = sampling.codec_of_run(weights)
     if codec is not None and found is not None:
-        check_same(found, codec, f"{option}={path}", str(run_of(weights)))
+        check_same(found, codec, f"{option}={path}", str(sampling.run_of(weights)))
     return codec
 
 
 def choose_pack(
     args: argparse.Namespace, shape: tuple[int, int, int], device: Any
-) -> tuple[str, Callable[[Path], Pack]] | tuple[None, None]:
+) -> tuple[str, Callable[[Path], sampling.Pack]] | tuple[None, None]:
     """The extractor's name and the store of features, where --format asks for it; raises `ConfigError`.
 
     `shape` is (H, W, C) of the pictures that the extractor must take.
@@ -168,30 +131,28 @@ def choose_pack(
     from promoe_ds.evaluation.extractors import load_extractor  # only here sampling needs evaluation
     from promoe_ds.evaluation.feature_store import FeatureStore
 
-    extractor = load_extractor(
-        args.features or "inception", weights=args.inception_weights, device=device, batch=args.batch
-    )
-    if any(side not in (None, size) for side, size in zip(extractor.image_shape, shape, strict=True)):
-        takes = f"[{', '.join('any' if side is None else str(side) for side in extractor.image_shape)}]"
-        conflict = f"takes images of {takes} (H, W, C), the model makes {list(shape)}"
+    name, weights = args.features or "inception", args.inception_weights
+    extractor = load_extractor(name, weights=weights, device=device, batch=args.batch)
+    if wanted := extractor.wants(shape):
+        conflict = f"takes images of {wanted} (H, W, C), the model makes {list(shape)}"
         reject("--features", extractor.name, conflict, "choose another network, or --format npz")
     return extractor.name, lambda out: FeatureStore(out, extractor)
 
 
-def make_jobs(args: argparse.Namespace, hows: list[SamplingOptions], weights: Path) -> list[Job]:
-    """One job a scale: straight into --out for one, into subfolders for several."""
-    base = args.out or (run_of(weights) or args.run or weights.parent) / "samples"
+def make_jobs(args: argparse.Namespace, hows: list[SamplingOptions], weights: Path) -> list[sampling.Job]:
+    """One job per scale: straight into --out for one, into subfolders for several."""
+    base = args.out or (sampling.run_of(weights) or args.run or weights.parent) / "samples"
     split = args.out is None or len(hows) > 1
     formats = parse_formats(args.format)
+    folders = [base / f"cfg{options.cfg}" if split else base for options in hows]
     return [
-        Job(base / f"cfg{options.cfg}" if split else base, args.num, options, args.labels, formats) for options in hows
+        sampling.Job(out, args.num, options, args.labels, formats) for out, options in zip(folders, hows, strict=True)
     ]
 
 
 def sample(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    check_numbers(args)
-    check_features(args)
+    check(args)
     scales = parse_scales(args.cfg) if args.cfg is not None else None
     ranks = Ranks.from_environment()
     device = ranks.pick_device(args.device)
@@ -199,23 +160,23 @@ def sample(argv: list[str]) -> None:
     model, config, step = load_ema(weights, "cpu" if args.expert_parallel > 1 else device)
     codec = choose_codec(args, config, weights, device)
     jobs = make_jobs(args, choose_hows(args, config, scales or [float(config.sample.cfg)]), weights)
-    command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), provenance(weights, config, step)
+    command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), sampling.provenance(weights, config, step)
     features, pack = choose_pack(args, pixel_shape(config, codec), device)
-    records = [record_of(job, origin, command, codec, features) for job in jobs]
+    records = [sampling.record_of(job, origin, command, codec, features) for job in jobs]
     for job, record in zip(jobs, records, strict=True):  # all of them before the first image is made
-        check_folder(job.out, record)
+        sampling.check_folder(job.out, record)
     if args.dry_run:
         return
-    sampler = SampleWorker(model, config, device, ranks, codec=codec, pack=pack)
+    sampler = sampling.SampleWorker(model, config, device, ranks, codec=codec, pack=pack)
     with connected(sampler, args.expert_parallel) as sampler:
         for job, record in zip(jobs, records, strict=True):
-            run_job(sampler, job, record)
+            sampling.run_job(sampler, job, record)
             if ranks.rank == 0:
                 print(f"{job.num} images at cfg {job.options.cfg} in {job.out}")
 
 
 @contextlib.contextmanager
-def connected(sampler: SampleWorker, ep: int) -> Iterator[SampleWorker]:
+def connected(sampler: sampling.SampleWorker, ep: int) -> Iterator[sampling.SampleWorker]:
     """Inside, the processes can talk. Groups of `ep` hold one model together; only that needs DeepSpeed."""
     if ep == 1:
         with joined(sampler.ranks):

@@ -38,10 +38,9 @@ def recipe_rows(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     size = count_parameters(config)
     experts = "none (dense)"
     if moe is not None:
+        alone = moe.num_unconditional if moe.conditional else 0
         experts = f"{moe.num_experts} routed by `{moe.router.name}`, {moe.num_shared} shared, "
-        experts += (
-            f"{moe.num_unconditional if moe.conditional else 0} unconditional, in {len(config.moe_layers())} layers"
-        )
+        experts += f"{alone} unconditional, in {len(config.moe_layers())} layers"
     after = "an unknown number of steps" if imported and not facts["step"] else f"{facts['step']:,} steps"
     rows = {
         "name" if imported else "recipe": f"`{config.name}`",
@@ -55,33 +54,29 @@ def recipe_rows(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     }
     if imported:
         return rows | {"training": f"not here: imported from `{imported}`, which does not say its data and recipe"}
-    return rows | _training_rows(config)
-
-
-def _training_rows(config: Config) -> dict[str, str]:
     t, o = config.train, config.optimizer
-    return {
-        "data": f"`{config.data.name}`",
-        "training": f"AdamW lr {o.lr:g}, betas {o.beta1:g} {o.beta2:g}, weight decay {o.weight_decay:g}, "
-        f"global batch {t.global_batch_size}, label drop {config.diffusion.label_drop:g}, EMA {o.ema_decay:g}, "
-        f"clip {o.clip_grad_norm:g}, {t.precision}, seed {t.seed}",
-    } | ({"started from": f"the weights `{t.init}`"} if t.init else {})
+    rows["data"] = f"`{config.data.name}`"
+    rows["training"] = (
+        f"AdamW lr {o.lr:g}, betas {o.beta1:g} {o.beta2:g}, weight decay {o.weight_decay:g}, "
+        f"global batch {t.global_batch_size}, label drop {d.label_drop:g}, EMA {o.ema_decay:g}, "
+        f"clip {o.clip_grad_norm:g}, {t.precision}, seed {t.seed}"
+    )
+    return rows | ({"started from": f"the weights `{t.init}`"} if t.init else {})
 
 
 def score_rows(metrics: dict[str, Any] | None, step: int) -> str:
-    """A line a sample set of RUN/metrics.json, of those that the weights of `step` have drawn."""
+    """A line per sample set of RUN/metrics.json, of those that the weights of `step` have drawn."""
     rows, others = [], []
     for scores in (metrics or {}).get("sets", []):
         drawn_at = scores.get("sampling", {}).get("checkpoint_step")
         if drawn_at not in (None, step):
             others.append(drawn_at)
             continue
-        known = [
-            f"{key} {scores[key]:.4g}" for key in scores if key.split("[")[0] in SCORES and scores[key] is not None
-        ]
+        known = {key: value for key, value in scores.items() if key.split("[")[0] in SCORES and value is not None}
+        text = ", ".join(f"{key} {value:.4g}" for key, value in known.items())
         cfg, doubt = scores.get("cfg"), ", of an unknown step" if drawn_at is None else ""
         scale = "unknown" if cfg is None else cfg
-        rows.append(f"- guidance {scale}, {scores.get('num'):,} images{doubt}: {', '.join(known)}")
+        rows.append(f"- guidance {scale}, {scores.get('num'):,} images{doubt}: {text}")
     steps = sorted(set(others))
     sets = "1 set" if len(others) == 1 else f"{len(others)} sets"
     left = f"{sets} of samples of step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))} left out." if others else ""

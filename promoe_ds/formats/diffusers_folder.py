@@ -12,23 +12,19 @@ OUT/model_index.json                          what the parts are
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from promoe_ds._version import __version__
 from promoe_ds.checkpoint.convert import made
-from promoe_ds.checkpoint.layout import FORMAT, file_entry
-from promoe_ds.checkpoint.save import complete
-from promoe_ds.config.decode import dump, encode
+from promoe_ds.checkpoint.layout import file_entry
+from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.bundle import bundle
-from promoe_ds.formats.card import model_card
-from promoe_ds.formats.weights import SHARD_BYTES, Weights, as_json, cast, write_safetensors
+from promoe_ds.formats.weights import SHARD_BYTES, Weights, as_json, cast, finish, write_safetensors
 from promoe_ds.moe.router import ROUTERS
-from promoe_ds.utils.files import atomic, write_text
+from promoe_ds.utils.files import write_text
 
 PIPELINE = "pipeline"
 """diffusers looks for this name"""
@@ -49,7 +45,8 @@ def pipeline_code() -> str:
 
 def scheduler_of(config: Config) -> Any:
     """The stock scheduler with this model's noise schedule."""
-    diffusers = importlib.import_module("diffusers")
+    import diffusers  # late: an optional extra
+
     d = config.diffusion
     if d.name == "rectified_flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=d.shift)
@@ -95,9 +92,10 @@ def write_diffusers(
     Raises:
         ConfigError: the target exists or cannot be written; the autoencoder cannot be used.
     """
+    import diffusers
+
     kind, config = vae_class(vae) if vae else None, weights.config
     tensors = {f"dit.{name}": tensor for name, tensor in cast(weights, dtype).items()}
-    facts = weights.facts(dtype)
     code = model_code(config)
     module = f"promoe_transformer_{hashlib.blake2b(code.encode()).hexdigest()[:8]}"
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
@@ -107,38 +105,31 @@ def write_diffusers(
         files = {f"transformer/{name}": entry for name, entry in parts.items()}
         scheduler = scheduler_of(config)
         scheduler.save_pretrained(temporary / "scheduler")
-        index: dict[str, Any] = {"_class_name": [PIPELINE, "ProMoEPipeline"], "_diffusers_version": _version()}
-        index |= {"transformer": [module, "ProMoETransformer2DModel"]}
-        index |= {"scheduler": ["diffusers", type(scheduler).__name__]}
-        index |= {"vae": ["diffusers", kind] if kind else [None, None]}
         if vae:
             (temporary / "vae").mkdir()
             for name in VAE_FILES:
-                with atomic(temporary / "vae" / name) as copy:
-                    shutil.copyfile(vae / name, copy)
+                shutil.copyfile(vae / name, temporary / "vae" / name)
+        index = {
+            "_class_name": [PIPELINE, "ProMoEPipeline"],
+            "_diffusers_version": diffusers.__version__,
+            "transformer": [module, "ProMoETransformer2DModel"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
+            "vae": ["diffusers", kind] if kind else [None, None],
+        }
+        tree, d = encode(config), config.diffusion
+        arguments = {
+            "_class_name": "ProMoETransformer2DModel",
+            "_diffusers_version": diffusers.__version__,
+            "model": tree["model"],
+            "moe": tree["moe"],
+            "guidance_channels": config.guidance.channels,
+            "ddpm_steps": d.ddpm.num_steps if d.name == "ddpm" else None,
+        }
         for name, text in (
             (f"transformer/{module}.py", code),
-            ("transformer/config.json", as_json(_model_config(config))),
+            ("transformer/config.json", as_json(arguments)),
             ("model_index.json", as_json(index)),
             (f"{PIPELINE}.py", pipeline_code()),
         ):
-            (entry,) = file_entry(write_text(temporary / name, text, durable=True)).values()
-            files[name] = entry
-        write_text(temporary / "config.yaml", dump(config), durable=True)
-        write_text(temporary / "README.md", model_card(config, facts, metrics, diffusers=True), durable=True)
-        head = {"format": FORMAT, "version": __version__, **facts}
-        complete(temporary, out, head | {"config": encode(config), "files": files})
-    return out
-
-
-def _version() -> str:
-    return importlib.import_module("diffusers").__version__
-
-
-def _model_config(config: Config) -> dict[str, Any]:
-    tree = encode(config)
-    head = {"_class_name": "ProMoETransformer2DModel", "_diffusers_version": _version()}
-    d = config.diffusion
-    ddpm_steps = d.ddpm.num_steps if d.name == "ddpm" else None
-    own = {"model": tree["model"], "moe": tree["moe"]}
-    return head | own | {"guidance_channels": config.guidance.channels, "ddpm_steps": ddpm_steps}
+            (files[name],) = file_entry(write_text(temporary / name, text, durable=True)).values()
+        return finish(temporary, out, weights, dtype, files, metrics, diffusers=True)

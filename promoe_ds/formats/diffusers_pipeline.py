@@ -49,7 +49,7 @@ class ProMoEPipeline(DiffusionPipeline):
 
         Args:
             class_labels: N labels in 0..num_classes; num_classes means "no class".
-            guidance_scale: of classifier-free guidance; at 1 or below one conditional forward a step.
+            guidance_scale: of classifier-free guidance; at 1 or below one conditional forward per step.
             seed: the noise of promoe_ds: image i depends on (seed, i) alone and is the one that promoe_ds draws.
             generator: noise as other pipelines draw it; steps that add noise draw it from there in any case.
             latents: the noise itself, [N, C, H, W].

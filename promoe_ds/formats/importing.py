@@ -29,6 +29,7 @@ SIZES = {(12, 384): "s", (12, 768): "b", (24, 1024): "l", (28, 1152): "xl"}
 HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16}
 """width -> attention heads of the published sizes: weights do not tell"""
 SHOWN = 6
+NAME_ONE = "name a checkpoint of a diffusion transformer"
 
 
 def read_checkpoint(path: Path, source: Source) -> tuple[State, int, bool]:
@@ -70,8 +71,13 @@ def _need(state: State, name: str, dims: int, path: Path) -> torch.Size:
     tensor = state.get(name)
     if tensor is None or tensor.ndim != dims:
         got = "is missing" if tensor is None else f"has shape {list(tensor.shape)}, expected {dims} dimensions"
-        reject("CHECKPOINT", path, f"{name} {got}", "name a checkpoint of a diffusion transformer")
+        reject("CHECKPOINT", path, f"{name} {got}", NAME_ONE)
     return tensor.shape
+
+
+def _numbers(state: State, pattern: str) -> set[int]:
+    """What the group of a pattern matches in the names."""
+    return {int(m[1]) for m in (re.match(pattern, name) for name in state) if m}
 
 
 def family_of(state: State) -> str:
@@ -92,16 +98,14 @@ def _model_overrides(state: State, path: Path) -> list[str]:
     tokens = _need(state, "pos_embed", 3, path)[1]
     outputs = _need(state, "final_layer.linear.bias", 1, path)[0]
     table = _need(state, "y_embedder.embedding_table.weight", 2, path)[0]
-    depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m), default=-1)
+    depth = 1 + max(_numbers(state, r"blocks\.(\d+)\."), default=-1)
     side = math.isqrt(tokens)
     if side * side != tokens or depth == 0:
         what = f"pos_embed has {tokens} tokens, no square" if depth else "it has no blocks"
-        reject("CHECKPOINT", path, what, "name a checkpoint of a diffusion transformer")
+        reject("CHECKPOINT", path, what, NAME_ONE)
     head = state.get("blocks.0.attn.q_norm.weight")
     if head is not None and not head.numel():
-        reject(
-            "CHECKPOINT", path, "blocks.0.attn.q_norm.weight is empty", "name a checkpoint of a diffusion transformer"
-        )
+        reject("CHECKPOINT", path, "blocks.0.attn.q_norm.weight is empty", NAME_ONE)
     heads = width // head.numel() if head is not None else HEADS.get(width, 0)
     values = {"depth": depth, "width": width, "patch": patch, "image_size": side * patch, "channels": channels}
     values |= {"num_classes": table - 1, "qk_norm": str(head is not None).lower(), "heads": heads}
@@ -113,14 +117,12 @@ def _moe_overrides(state: State, family: str, path: Path) -> list[str]:
     """The experts that the names and shapes tell."""
     if family == "dense":
         return ["moe=null"]
-    owned = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.mlp\.experts\.", name) for name in state) if m}
+    owned = _numbers(state, r"blocks\.(\d+)\.mlp\.experts\.")
     layer = f"blocks.{min(owned)}.mlp"
-    found = [re.match(rf"{re.escape(layer)}\.experts\.(\d+)\.", name) for name in state]
-    experts = 1 + max(int(m[1]) for m in found if m)
+    experts = 1 + max(_numbers(state, rf"{re.escape(layer)}\.experts\.(\d+)\."))
     prototypes = family.startswith("promoe")
     hidden, width = _need(state, f"{layer}.experts.0.{'up_proj' if prototypes else 'fc1'}.weight", 2, path)
-    depth = 1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m)
-    every_other = owned == set(range(1, depth, 2))
+    every_other = owned == set(range(1, 1 + max(_numbers(state, r"blocks\.(\d+)\.")), 2))
     values: dict[str, object] = {
         "layers": "every_other" if every_other else sorted(owned),
         "num_experts": experts - prototypes,

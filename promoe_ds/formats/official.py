@@ -1,6 +1,6 @@
 """The key layout of the official checkpoints, to and from this project's state dict: pure renaming and stacking.
 
-The official code keeps a module an expert; here the routed experts of a layer are stacked (w1, w2, and w3 = [b1 | b2]).
+The official code keeps one module per expert; here the routed experts of a layer are stacked (w1, w2, w3 = [b1 | b2]).
 The unconditional expert is the official list's last one. Nothing is computed but one sign: a flow checkpoint trained on
 the velocity data - noise has its last linear layer negated, which is exact, and so is the way back.
 
@@ -10,12 +10,15 @@ Legend: E routed experts, F their hidden width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import Config
+from promoe_ds.config.schema import Config, reject
+from promoe_ds.formats.weights import Weights
 from promoe_ds.moe.routers.diffmoe import DiffMoEConfig
+from promoe_ds.utils.files import atomic
 
 State = dict[str, Tensor]
 
@@ -163,3 +166,34 @@ def problems(found: State, expected: State) -> list[str]:
         elif not got.dtype.is_floating_point:
             lines.append(f"{name} is {str(got.dtype).removeprefix('torch.')}, expected floats")
     return sorted(lines)
+
+
+def check_layout(config: Config) -> None:
+    """Raises ConfigError if the official code has no such model."""
+    if text := why_not(config):
+        reject("--format", "official", f"the official layout does not hold this model: {text}", "use another --format")
+
+
+def write_official(ema: Weights, raw: Weights, out: Path) -> Path:
+    """Write a .pth file that the official code samples from, and that `promoe-import` reads.
+
+    It holds {step, model_state_dict, ema_model_state_dict}, without optimizer. Where only one kind of weights is known,
+    it stands for both.
+
+    Raises:
+        ConfigError: the target exists or cannot be written; the official code has no such model.
+    """
+    check_layout(ema.config)
+    if out.exists():
+        reject("--out", out, "exists; nothing is overwritten", "name another file")
+    tree: dict[str, object] = {"step": ema.step}
+    for key, weights in (("model_state_dict", raw), ("ema_model_state_dict", ema)):
+        state = to_official(weights.tensors, weights.config)
+        tree[key] = {name: tensor.clone() for name, tensor in state.items()}  # views would be saved whole
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(out, durable=True) as temporary:
+            torch.save(tree, temporary)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+        reject("--out", out, f"cannot be written ({' '.join(str(error).split())[:200]})", "free space")
+    return out

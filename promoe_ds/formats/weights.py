@@ -58,9 +58,6 @@ class Weights:
         return facts | ({"imported": self.imported} if self.imported else {})
 
 
-# ---------------------------------------------------------------------------------------------------------------- read
-
-
 def model_weights(reader: Reader, source: Source) -> dict[str, Tensor]:
     """The model's state dict. Raw weights are the fp32 masters; what is not trained is the same in both."""
     names = [key.removeprefix("ema/") for key in reader.where if key.startswith("ema/")]
@@ -95,9 +92,6 @@ def load(path: Path, source: Source = "ema", option: str = "--model") -> Weights
         reject("--weights", source, f"{file} holds {held['weights']} weights alone", "choose them, or another source")
     tensors, imported = {k: v.float() for k, v in tensors.items()}, held.get("imported", "")
     return Weights(tensors, config, step, source, file.parent.name, imported)
-
-
-# --------------------------------------------------------------------------------------------------------------- write
 
 
 def cast(weights: Weights, dtype: str) -> dict[str, Tensor]:
@@ -141,10 +135,23 @@ def as_json(tree: Any) -> str:
     return json.dumps(tree, indent=1) + "\n"
 
 
-def metadata_of(weights: Weights, dtype: str) -> dict[str, str]:
-    head = {"format": FORMAT, "config": dump(weights.config), "step": str(weights.step)}
-    head |= {"imported": weights.imported} if weights.imported else {}
-    return head | {"weights": weights.source, "dtype": dtype}
+def finish(
+    temporary: Path,
+    out: Path,
+    weights: Weights,
+    dtype: str,
+    files: dict[str, Any],
+    metrics: dict[str, Any] | None,
+    diffusers: bool = False,
+) -> Path:
+    """What every exported folder ends with: config.yaml, the model card and the manifest. Returns `out`."""
+    config, facts = encode(weights.config), weights.facts(dtype)
+    write_text(temporary / "config.yaml", dump(weights.config), durable=True)
+    write_text(temporary / "README.md", model_card(weights.config, facts, metrics, diffusers), durable=True)
+    made_at = datetime.now(UTC).isoformat(timespec="seconds")
+    tree = {"format": FORMAT, "version": __version__, "made": made_at, "torch": torch.__version__} | facts
+    complete(temporary, out, tree | {"config": config, "config_blake2b": tree_digest(config), "files": files})
+    return out
 
 
 def write(
@@ -164,16 +171,10 @@ def write(
     Raises:
         ConfigError: the target exists or cannot be written.
     """
-    tensors, config = cast(weights, dtype), encode(weights.config)
-    facts = weights.facts(dtype)
+    tensors, head = cast(weights, dtype), {"format": FORMAT, "config": dump(weights.config), "step": str(weights.step)}
+    head |= {"weights": weights.source, "dtype": dtype} | ({"imported": weights.imported} if weights.imported else {})
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
-        files = write_safetensors(temporary, Path(WEIGHTS).stem, tensors, metadata_of(weights, dtype), limit)
-        head = {"format": FORMAT, "promoe_ds": __version__, **facts}
-        files |= file_entry(write_text(temporary / "config.json", as_json(head | config), durable=True))
-        write_text(temporary / "config.yaml", dump(weights.config), durable=True)
-        write_text(temporary / "README.md", model_card(weights.config, facts, metrics), durable=True)
-        made_at = datetime.now(UTC).isoformat(timespec="seconds")
-        tree = {"format": FORMAT, "version": __version__, "made": made_at, "torch": torch.__version__} | facts
-        tree |= {"config": config, "config_blake2b": tree_digest(config), "files": files}
-        complete(temporary, out, tree)
-    return out
+        files = write_safetensors(temporary, Path(WEIGHTS).stem, tensors, head, limit)
+        tree = {"format": FORMAT, "promoe_ds": __version__, **weights.facts(dtype), **encode(weights.config)}
+        files |= file_entry(write_text(temporary / "config.json", as_json(tree), durable=True))
+        return finish(temporary, out, weights, dtype, files, metrics)

@@ -65,9 +65,6 @@ def file_digest(*paths: Path, state: Any = None, tick: Callable[[int], object] =
     return state.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------- trees
-
-
 def hidden(name: str) -> bool:
     """Whether the name of a file or folder is hidden: what notebooks, file managers and macOS leave behind."""
     return name.startswith(".")

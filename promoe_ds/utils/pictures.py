@@ -1,6 +1,6 @@
 """Sheets of images and small pictures of experts, without a plotting library: cheap enough to draw while training.
 
-Legend: L MoE layers, E routed experts, B images, S tokens an image (row-major, a square).
+Legend: L MoE layers, E routed experts, B images, S tokens per image (row-major, a square).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def load_map(tokens_per_expert_LE: np.ndarray, cell: int = 16) -> Image.Image:
 
 
 def token_maps(expert_BS: np.ndarray, num_experts: int) -> np.ndarray:
-    """uint8 [B, side, side, 3]: a pixel a token, coloured by its expert (-1: white)."""
+    """uint8 [B, side, side, 3]: one pixel per token, coloured by its expert (-1: white)."""
     B, S = expert_BS.shape
     palette = np.concatenate([expert_colours(num_experts), [NOBODY]]).astype(np.uint8)
     return palette[expert_BS].reshape(B, math.isqrt(S), -1, 3)

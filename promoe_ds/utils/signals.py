@@ -78,9 +78,6 @@ def _leave(number: signal.Signals) -> None:
     os._exit(128 + number)
 
 
-# ------------------------------------------------------------------------------------------------------------ marker
-
-
 def write_marker(run: Path, step: int) -> None:
     """Leave RUN/requeue, which tells a batch script that the same command continues; the checkpoint must be whole."""
     text = f"stopped by {requested() or 'a signal to another rank'} at step {step}\n"

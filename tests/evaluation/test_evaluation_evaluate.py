@@ -44,7 +44,7 @@ def test_real_digits_score_perfectly(evaluator: Evaluator, tmp_path: Path):
     assert score["label_agreement"] >= 0.99
     assert score["FD[digits-cnn]"] < 1e-3 and score["fd_over_noise"] < 1e-5
     assert score["num"] == 1797 and score["cfg"] == 1.5 and score["sampling"]["steps"] == 50
-    assert score["classifier_accuracy"] == evaluator.accuracy
+    assert score["classifier_accuracy"] == evaluator.extractor.accuracy
     assert 0 < score["FD_real"] < 0.05 * score["FD_noise"]
     json.dumps(score, allow_nan=False)
 

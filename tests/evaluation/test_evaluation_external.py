@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.evaluation.collect import Collector, FeatureSet, collect, load_features, save_features, share_of
 from promoe_ds.evaluation.evaluate import Evaluator, score_all
-from promoe_ds.evaluation.external import load_external
-from promoe_ds.evaluation.extractors import load_extractor
-from promoe_ds.evaluation.features import Extracted
+from promoe_ds.evaluation.extractors import load_external, load_extractor
+from promoe_ds.evaluation.features import Extracted, FeatureExtractor
 from promoe_ds.evaluation.images import Images, ImageSet
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics
 from promoe_ds.evaluation.reference import find_reference, reference_features
@@ -51,7 +50,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Everything:
+class Everything(FeatureExtractor):
     """An extractor with all three outputs, three images at a time."""
 
     name, is_public, image_shape, batch = "everything", True, (None, None, 3), 3

@@ -66,7 +66,7 @@ def test_grey_among_colour_is_expanded_and_faults_are_named(tmp_path: Path):
     assert "000002_class2.png: is no readable picture" in message(tmp_path)
     deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))  # Pillow would make 255 of it
     deep.save(tmp_path / "000002_class2.png")
-    assert "its pixels are of mode I;16, not of 8 bits a channel" in message(tmp_path)
+    assert "its pixels are of mode I;16, not of 8 bits per channel" in message(tmp_path)
 
 
 def test_trees_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

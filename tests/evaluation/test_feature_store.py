@@ -8,12 +8,12 @@ import pytest
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.evaluation.collect import load_features
 from promoe_ds.evaluation.feature_store import PACKED, FeatureStore
-from promoe_ds.evaluation.features import Extracted
+from promoe_ds.evaluation.features import Extracted, FeatureExtractor
 from promoe_ds.evaluation.images import Images
 from tests.disk import loop
 
 
-class Means:
+class Means(FeatureExtractor):
     """Features and spatial features that are easy to know: a picture's first pixels."""
 
     name, is_public, image_shape, batch = "means", False, (2, 2, 1), 3
