@@ -26,7 +26,7 @@ from promoe_ds.analysis.measures import (
     tsne,
 )
 from promoe_ds.config.schema import Config, reject
-from promoe_ds.moe.observe import cosines, dead_experts, load_entropy, max_over_mean
+from promoe_ds.moe.observe import cosines, dead_experts, load_entropy, max_over_mean, prototype_statistics
 
 CLUSTERS = 10
 """of k-means, as in Fig. 1a"""
@@ -96,7 +96,8 @@ def summarise(observed: Observed, rank: int | None = None) -> Summary:
     clusters = [kmeans_clusters(x_ND, CLUSTERS, seed) for x_ND in o.token_LND]
     similar_in = [subspace_similarity(w1.transpose(0, 2, 1), rank) for w1, _ in o.experts]
     similar_out = [subspace_similarity(w2, rank) for _, w2 in o.experts]
-    prototypes = [cosines(torch.from_numpy(p_ED)).numpy() for p_ED in o.prototype_LED]
+    p_LED = [torch.from_numpy(p_ED) for p_ED in o.prototype_LED]
+    prototypes = [cosines(p_ED).numpy() for p_ED in p_LED]
     rows = []
     for layer, block in enumerate(o.blocks):
         row = {"block": float(block)} | (_use(o, layer) if o.has_experts else {})
@@ -107,10 +108,7 @@ def summarise(observed: Observed, rank: int | None = None) -> Summary:
             row["similar_out"] = mean_of_pairs(similar_out[layer])
             row["chance"] = rank / width
         if prototypes and o.num_experts > 1:
-            row["prototype_cos"] = mean_of_pairs(prototypes[layer])
-            row["prototype_cos_max"] = float(
-                np.max(prototypes[layer], where=~np.eye(o.num_experts, dtype=bool), initial=-1)
-            )
+            *_, row["prototype_cos"], row["prototype_cos_max"] = prototype_statistics(p_LED[layer]).tolist()
         rows.append(row)
     plane_N2 = tsne(o.token_LND[o.middle], seed)
     return Summary(o, rows, similar_in, similar_out, prototypes, clusters[o.middle], plane_N2)

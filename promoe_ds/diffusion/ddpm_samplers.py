@@ -73,9 +73,6 @@ def ddim(
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------- respacing
-
-
 def spaced_timesteps(num_steps: int, spec: int | str) -> list[int]:
     """The timesteps kept out of 0..num_steps-1, increasing, in ADM's notation (arXiv:2102.09672, Sec. 4; 2105.05233).
 

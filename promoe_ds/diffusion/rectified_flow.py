@@ -70,8 +70,6 @@ def loss_per_image(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> 
     return error.square().flatten(1).mean(1)
 
 
-# ----------------------------------------------------------------------------------------------------------- solvers
-
 Velocity = Callable[[Tensor, float], Tensor]
 """v(x, sigma): same shape and dtype as x"""
 Callback = Callable[[int, Tensor], object]

@@ -5,6 +5,7 @@ Legend: B images, S tokens an image, D width, C channels, H W image side, P patc
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -41,15 +42,6 @@ class PatchProjection(nn.Conv2d):
         P = self.kernel_size[0]
         patches = x_BCHW.view(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, channels: int, width: int, patch: int):
-        super().__init__()
-        self.proj = PatchProjection(channels, width, patch, stride=patch)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.proj(x_BCHW)
 
 
 class DiTBlock(nn.Module):
@@ -105,7 +97,7 @@ class DiT(nn.Module):
         super().__init__()
         m, moe_layers = config.model, set(config.moe_layers())
         self.config = config
-        self.x_embedder = PatchEmbed(m.channels, m.width, m.patch)
+        self.x_embedder = nn.Sequential(OrderedDict(proj=PatchProjection(m.channels, m.width, m.patch, stride=m.patch)))
         self.t_embedder = TimestepEmbedder(m.width, m.time)
         self.y_embedder = nn.Embedding(m.num_classes + 1, m.width)
         self.pos_embed = nn.Parameter(torch.empty(1, m.tokens, m.width), requires_grad=False)
@@ -125,8 +117,7 @@ class DiT(nn.Module):
         """
         split = split_by_label(y_B, self.config.model.num_classes, x_BCHW.device, row_B)
         x_BCHW, t_B = x_BCHW.index_select(0, split.order_B), t_B.index_select(0, split.order_B)
-        x_BSD = self.x_embedder(x_BCHW)
-        x_BSD = x_BSD + self.pos_embed
+        x_BSD = self.x_embedder(x_BCHW) + self.pos_embed
         c_BD = self.t_embedder(t_B) + self.y_embedder(split.label_B)
         layers: list[LayerStats] = []
         for block in self.blocks:

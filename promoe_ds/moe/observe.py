@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,9 +70,6 @@ def prototype_statistics(p_ED: Tensor) -> Tensor:
     return torch.stack([norm_E.mean(), norm_E.max(), mean, largest])
 
 
-# ---------------------------------------------------------------------------------------------------------- watching
-
-
 See = Callable[[int, Router, Tensor, Routing], object]
 """(block index, router, x_ISD, its edges); images are in the model's order: those with a label first"""
 
@@ -130,18 +127,15 @@ class LastChoice(ExitStack):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, blocks = model, list(routers_of(model))
+        blocks = list(routers_of(model))
         self.block = blocks[len(blocks) // 2] if blocks else None
         self.last: tuple[Routing, tuple[int, ...]] | None = None
         self.maps: list[np.ndarray] = []
+        self.enter_context(watching(model, self._see))
 
     def _see(self, block: int, _: Router, x_ISD: Tensor, routing: Routing) -> None:
         if block == self.block:
             self.last = routing, tuple(x_ISD.shape)
-
-    def __enter__(self) -> Self:
-        self.enter_context(watching(self.model, self._see))
-        return self
 
     def keep(self, images: int) -> None:
         """Keep the map of the first `images` images of the last forward."""

@@ -98,10 +98,6 @@ def check_channels(config: Config, codec: Codec | None = None, option: str = "--
         reject("model.channels", channels, "the model makes latents, not pixels", way_out)
 
 
-def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
-    return torch.cat([codec.to_pixels(part) for part in x_BCHW.split(DECODED_AT_ONCE)])
-
-
 def draw_batches(
     model: Callable[..., Any],
     config: Config,
@@ -156,7 +152,7 @@ def pixel_batches(
         ConfigError: the model makes NaN or infinity.
     """
     for rows, x in batches:
-        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
+        yield rows, to_pixels(torch.cat([codec.to_pixels(part) for part in x.split(DECODED_AT_ONCE)]) if codec else x)
 
 
 def draw_pixels(

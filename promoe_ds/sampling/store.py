@@ -116,6 +116,14 @@ def read_all(store: Store, indices: Iterable[int]) -> Iterator[np.ndarray | None
             yield from pool.map(store.read, waiting[start : start + READ_AT_ONCE])
 
 
+def whole(store: Store, count: int) -> Iterator[np.ndarray]:
+    """The first `count` images in turn. Raises LookupError where one is missing."""
+    for index, pixels in enumerate(read_all(store, range(count))):
+        if pixels is None:
+            raise LookupError(f"image {index} has disappeared")
+        yield pixels
+
+
 def write_npz(path: Path, images_NHWC: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
     """The packed form of ADM's evaluation: `arr_0` uint8 [N, H, W, C], `arr_1` int64 [N].
 

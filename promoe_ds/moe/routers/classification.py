@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import RouterConfig, option, reject
 from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
-from promoe_ds.moe.router import Reducer, Router, Routing, register_router
+from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
 from promoe_ds.moe.split import Split
 from promoe_ds.moe.superclasses import assignment, read_superclasses
 
@@ -84,9 +84,7 @@ class ClassificationRouter(Router):
         return {"superclass": config.class_weight}
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """The cross-entropy: its mean over the conditional images of the scope."""
         return {"superclass": mean_over_scope(terms["superclass"], config.class_scope, all_reduce)}
 

@@ -17,7 +17,7 @@ from promoe_ds.config.schema import option
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.gates import TopKConfig, at_least_fp32, top_experts
 from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
-from promoe_ds.moe.router import Reducer, Router, Routing, register_router
+from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
 from promoe_ds.moe.split import Split
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,9 +99,7 @@ class ProMoERouter(PrototypicalRouter):
         return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
         parts = [terms["sum"], tokens_per_expert_LE, *([terms["share"]] if config.balance_weight else [])]
         sum_LED, tokens_per_expert_LE, *share = sums_over_scope(config.contrastive_scope, all_reduce, *parts)

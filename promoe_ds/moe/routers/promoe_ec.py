@@ -16,7 +16,7 @@ from torch import Tensor
 from promoe_ds.moe.cosine import cosine, unit
 from promoe_ds.moe.gates import PerImageConfig, at_least_fp32, top_tokens_per_image
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
-from promoe_ds.moe.router import Reducer, Routing, register_router
+from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
 from promoe_ds.moe.routers.promoe import PrototypicalConfig, PrototypicalRouter
 from promoe_ds.moe.split import Split
 
@@ -44,8 +44,6 @@ class ProMoEECRouter(PrototypicalRouter):
         return routing._replace(terms=terms)
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """The contrastive loss: its mean over the conditional images of the scope."""
         return {"routing_contrastive": mean_over_scope(terms["contrastive"], config.contrastive_scope, all_reduce)}
