@@ -105,11 +105,11 @@ def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, comm
     """
     writer, (first, *others) = Writer(), summaries
     sections = _training(writer, run) if run else []
-    if first.observed.has_experts:
+    if first.observed.num_experts:
         sections += [("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(first))]
         sections += [("Who uses which expert", _use(writer, first)), ("Token maps", _maps(writer, first.observed))]
     sections.append(("Tokens", _tokens(writer, first)))
-    if first.observed.has_experts:
+    if first.observed.num_experts:
         sections.append(("Diversity", _diversity(writer, first)))
     slug = slugs([s.observed.name for s in summaries])
     if others:
@@ -228,7 +228,7 @@ def _tokens(writer: Writer, s: Summary) -> str:
     o = s.observed
     time = f"{o.plan.timesteps[o.plan.middle]:g}"
     place = f"{len(o.class_N)} tokens of block {o.blocks[o.middle]} at timestep {time}, t-SNE"
-    kinds = {"expert": "expert"} if o.has_experts else {}
+    kinds = {"expert": "expert"} if o.num_experts else {}
     kinds |= {"cluster": "k-means cluster", "class": "class of the image"}
     parts = [
         writer.figure(f"tsne_by_{by}", draw.scatter(s, by, f"by {name}"), f"Coloured by {name}: {place}")
@@ -239,7 +239,7 @@ def _tokens(writer: Writer, s: Summary) -> str:
         "specialised, the colours of the first figure form islands. Distances of t-SNE mean little; the ratios "
         "inter/intra are taken in the full space."
     )
-    return page.text(note) + page.figures(*parts) + ("" if o.has_experts else _layer_table(s))
+    return page.text(note) + page.figures(*parts) + ("" if o.num_experts else _layer_table(s))
 
 
 def _diversity(writer: Writer, s: Summary) -> str:
@@ -271,7 +271,7 @@ def _comparison(writer: Writer, summaries: Sequence[Summary], slug: dict[str, st
         {"run": s.observed.name} | {key: m.get(key, "") for key in keys} for s, m in zip(summaries, means, strict=True)
     ]
     writer.files["comparison.csv"] = to_csv(rows).encode()
-    sparse = [s for s in summaries if s.observed.has_experts]
+    sparse = [s for s in summaries if s.observed.num_experts]
     if sparse:
         text = "Similarity of experts by depth; dotted: chance"
         parts.append(writer.figure("compare_diversity", draw.diversity(sparse), text))

@@ -100,10 +100,10 @@ def summarise(observed: Observed, rank: int | None = None) -> Summary:
     prototypes = [cosines(p_ED).numpy() for p_ED in p_LED]
     rows = []
     for layer, block in enumerate(o.blocks):
-        row = {"block": float(block)} | (_use(o, layer) if o.has_experts else {})
+        row = {"block": float(block)} | (_use(o, layer) if o.num_experts else {})
         row["ratio_kmeans"] = distance_ratio(o.token_LND[layer], clusters[layer])
         row["ratio_class"] = distance_ratio(o.token_LND[layer], o.class_N)
-        if o.has_experts:
+        if o.num_experts:
             row["similar_in"] = mean_of_pairs(similar_in[layer])
             row["similar_out"] = mean_of_pairs(similar_out[layer])
             row["chance"] = rank / width
@@ -166,7 +166,7 @@ def csv_files(s: Summary) -> dict[str, str]:
     points = zip(s.plane_N2, o.expert_LN[o.middle], s.cluster_N, o.class_N, strict=True)
     tokens = [{"x": p[0], "y": p[1], "expert": e, "cluster": k, "class": o.classes[c]} for p, e, k, c in points]
     files = {"layers.csv": to_csv(s.rows), "tokens.csv": to_csv(tokens)}
-    if not o.has_experts:
+    if not o.num_experts:
         return files
     experts = [f"expert_{e}" for e in range(o.num_experts)]
 

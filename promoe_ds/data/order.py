@@ -65,12 +65,7 @@ def step_indices(seed: int, step: int, global_batch: int, n: int) -> np.ndarray:
         step: optimizer step, 0-based.
         global_batch: G.
         n: images in the data set, at least 1.
-
-    Raises:
-        ValueError: `n` or `global_batch` is not positive, or `step` is negative.
     """
-    if n < 1 or global_batch < 1 or step < 0:
-        raise ValueError(f"no batch of {global_batch} out of {n} images at step {step}")
     position_G = step * global_batch + np.arange(global_batch, dtype=np.int64)
     epoch_G, offset_G = np.divmod(position_G, n)
     index_G = np.empty(global_batch, dtype=np.int64)

@@ -20,6 +20,8 @@ from promoe_ds.diffusion.rectified_flow import Callback, euler, heun, sigma_sche
 
 Forward = Callable[[Tensor, Tensor], Any]
 """(x [B, C, H, W], t float32 [B] in 0..1000) -> an output whose `prediction` is [B, C or 2C, H, W]"""
+Losses = dict[str, Tensor]
+"""float32 scalars by name"""
 
 
 class Objective(ABC):
@@ -34,9 +36,7 @@ class Objective(ABC):
     def __init__(self, config: DiffusionConfig, device: torch.device): ...
 
     @abstractmethod
-    def loss(
-        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
         """One forward of a batch and its losses.
 
         Args:
@@ -95,9 +95,7 @@ class RectifiedFlow(Objective):
         self.config = config
         self.aux_loss_weights = {}
 
-    def loss(
-        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
         c = self.config
         sigma_B = flow.sigma_from_gauss(gauss_B, c.logit_mean, c.logit_std, c.shift)
         output = forward(flow.interpolate(z_BCHW, eps_BCHW, sigma_B), flow.TIME_SCALE * sigma_B)
@@ -126,7 +124,7 @@ class RectifiedFlow(Objective):
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return predict(x, flow.TIME_SCALE * sigma)[:, : x.shape[1]]
 
-        solver = heun if sampler == "heun" else euler
+        solver = {"euler": euler, "heun": heun}[sampler]
         return solver(velocity, x_BCHW, sigma_schedule(int(steps), self.config.shift), callback)
 
 
@@ -140,9 +138,7 @@ class DDPM(Objective):
         self.schedule = ddpm.Schedule.of(ddpm.linear_betas(self.config.num_steps)).to(device)
         self.aux_loss_weights = {"vb": ddpm.vb_weight(self.config.num_steps)}
 
-    def loss(
-        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
         s = self.schedule
         t_B = ddpm.timestep_from_gauss(gauss_B, s.num_steps)
         x_BCHW = ddpm.q_sample(s, z_BCHW, eps_BCHW, t_B)

@@ -11,13 +11,6 @@ from promoe_ds.config.schema import Channels, Config, ModelConfig, options, reje
 from promoe_ds.diffusion.ddpm_samplers import spaced_timesteps
 
 
-def check_ranges(config: Config) -> None:
-    """Raise `ConfigError` for the first number outside the range that its option names."""
-    for path, known, value in options(config):
-        if isinstance(value, int | float) and not known.allows(value):
-            reject(path, value, f"must {known.range()}", "choose such a value")
-
-
 def _validate_model(config: Config) -> None:
     m = config.model
     if m.width % m.heads:
@@ -58,21 +51,13 @@ def _validate_moe(config: Config) -> None:
         conflict = "null-label images would meet no expert (moe.num_shared=0)"
         reject("moe.num_unconditional", 0, conflict, "set one of them to 1")
     if moe.num_experts % ep:
-        reject(
-            "parallel.expert_parallel",
-            ep,
-            f"does not divide moe.num_experts={moe.num_experts}",
-            f"choose one of {listed(divisors(moe.num_experts))}",
-        )
+        way_out = f"choose one of {listed(divisors(moe.num_experts))}"
+        reject("parallel.expert_parallel", ep, f"does not divide moe.num_experts={moe.num_experts}", way_out)
     if isinstance(moe.layers, tuple):
         bad = [i for i in moe.layers if not 0 <= i < config.model.depth]
         if bad or len(set(moe.layers)) != len(moe.layers):
-            reject(
-                "moe.layers",
-                list(moe.layers),
-                f"needs distinct indices below model.depth={config.model.depth}",
-                "list block indices, or write every_other or all",
-            )
+            conflict = f"needs distinct indices below model.depth={config.model.depth}"
+            reject("moe.layers", list(moe.layers), conflict, "list block indices, or write every_other or all")
     if not config.moe_layers():
         conflict = f"selects no block of model.depth={config.model.depth}"
         reject("moe.layers", moe.layers, conflict, "write all, or moe: null for a dense model")
@@ -121,7 +106,9 @@ def _validate_objective(config: Config) -> None:
 
 def validate(config: Config) -> None:
     """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
-    check_ranges(config)
+    for path, known, value in options(config):
+        if isinstance(value, int | float) and not known.allows(value):
+            reject(path, value, f"must {known.range()}", "choose such a value")
     _validate_model(config)
     _validate_moe(config)
     _validate_speed(config)

@@ -110,25 +110,6 @@ def ancestors(node: str, parent: Mapping[str, str]) -> list[str]:
     return out
 
 
-def groups_by_nodes(classes: Sequence[str], parent: Mapping[str, str], nodes: Sequence[str]) -> dict[str, list[int]]:
-    """Each class to the nearest of `nodes` among its ancestors and itself.
-
-    Raises:
-        ConfigError: a class is below none of them, or a node has no class.
-    """
-    groups: dict[str, list[int]] = {node: [] for node in nodes}
-    lost = []
-    for number, name in enumerate(classes):
-        found = next((node for node in ancestors(name, parent) if node in groups), None)
-        lost.append(name) if found is None else groups[found].append(number)
-    if lost:
-        reject("--nodes", ",".join(nodes), f"no node is above {_some(lost)}", "add nodes")
-    empty = [node for node, numbers in groups.items() if not numbers]
-    if empty:
-        reject("--nodes", ",".join(nodes), f"no class is below {_some(empty)}", "remove these nodes")
-    return groups
-
-
 def groups_by_size(classes: Sequence[str], parent: Mapping[str, str], number: int) -> dict[str, list[int]]:
     """Exactly `number` groups, as even as the tree allows.
 

@@ -2,12 +2,10 @@
 
     python -m promoe_ds.moe.superclasses --hierarchy wordnet.is_a.txt --classes wnids.txt --groups 12 \\
         --out imagenet12.yaml
-    python -m promoe_ds.moe.superclasses --hierarchy wordnet.is_a.txt --classes wnids.txt --nodes n00015388,n00021939 \\
-        --out two.yaml
 
 HIERARCHY has a line `parent child` for each edge. CLASSES has a class name per line, in the order of the class numbers
-(for an image folder: the sorted folder names). Choose either --groups, the number of superclasses, which are cut as
-evenly as the hierarchy allows, or --nodes, of which each class goes to the nearest. Prints the sizes of the superclasses.
+(for an image folder: the sorted folder names). GROUPS is the number of superclasses, which are cut as evenly as the
+hierarchy allows. Prints their sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from promoe_ds.config.schema import reject
-from promoe_ds.moe.superclasses import groups_by_nodes, groups_by_size, read_hierarchy
+from promoe_ds.moe.superclasses import groups_by_size, read_hierarchy
 from promoe_ds.utils.command_line import Parser, check_positive, launcher
 from promoe_ds.utils.files import write_text
 
@@ -35,9 +33,7 @@ def build(argv: list[str]) -> None:
     parser = Parser("python -m promoe_ds.moe.superclasses", description=__doc__, formatter_class=about)
     parser.add_argument("--hierarchy", type=Path, required=True)
     parser.add_argument("--classes", type=Path, required=True)
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--groups", type=int)
-    how.add_argument("--nodes")
+    parser.add_argument("--groups", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     check_positive(args, "groups")
@@ -45,10 +41,7 @@ def build(argv: list[str]) -> None:
     classes = [line.split()[0] for line in _read("--classes", args.classes).splitlines() if line.strip()]
     if not classes or len(set(classes)) != len(classes):
         reject("--classes", args.classes, "is empty or names a class twice", "write each class once, in order")
-    if args.groups:
-        groups = groups_by_size(classes, parent, args.groups)
-    else:
-        groups = groups_by_nodes(classes, parent, args.nodes.split(","))
+    groups = groups_by_size(classes, parent, args.groups)
     tree = {"superclasses": groups, "classes": classes}
     try:
         write_text(args.out, yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120))
