@@ -179,22 +179,27 @@ def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") 
     return OBJECTIVES[config.name](config, torch.device(device))
 
 
+def check_steps(config: DiffusionConfig, steps: int | str, option: str) -> int:
+    """How many steps these are. Raises ConfigError, naming `option`, where the objective has no such steps."""
+    try:
+        return len(make_objective(config).timesteps(steps))
+    except ValueError as error:
+        reject(option, steps, str(error), "choose another number of steps")
+
+
 def choose_sampler(config: Config, name: str | None, steps: int | str, eta: float) -> tuple[str, int]:
     """The sampler's name (default: the objective's first) and its number of steps.
 
     Raises:
         ConfigError: the objective has no such sampler, the sampler no such steps, or an eta that means nothing.
     """
-    objective = make_objective(config.diffusion)
-    chosen = name or objective.samplers[0]
-    if chosen not in objective.samplers:
+    samplers = OBJECTIVES[config.diffusion.name].samplers
+    chosen = name or samplers[0]
+    if chosen not in samplers:
         conflict = f"the model was trained with diffusion.name={config.diffusion.name}"
-        reject("--sampler", chosen, conflict, f"choose {' or '.join(objective.samplers)}")
+        reject("--sampler", chosen, conflict, f"choose {' or '.join(samplers)}")
     if not 0 <= eta <= 1:
         reject("--eta", eta, "must lie in [0, 1]", "choose such a value")
     if eta and chosen != "ddim":
         reject("--eta", eta, f"the sampler {chosen} has no eta", "remove it, or add --sampler ddim")
-    try:
-        return chosen, len(objective.timesteps(steps))
-    except ValueError as error:
-        reject("--steps", steps, str(error), "choose another number of steps")
+    return chosen, check_steps(config.diffusion, steps, "--steps")

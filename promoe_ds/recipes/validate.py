@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from promoe_ds.config.batching import divisors, listed
 from promoe_ds.config.schema import Channels, Config, ModelConfig, options, reject
-from promoe_ds.diffusion.ddpm_samplers import spaced_timesteps
+from promoe_ds.diffusion.objective import check_steps
 
 
 def _validate_model(config: Config) -> None:
@@ -89,19 +89,11 @@ def check_guidance(model: ModelConfig, channels: Channels, path: str) -> None:
 
 def _validate_objective(config: Config) -> None:
     """What is trained and how the sample grids are drawn."""
-    steps, num_steps = config.sample.steps, config.diffusion.ddpm.num_steps
     check_guidance(config.model, config.guidance.channels, "guidance.channels")
-    if config.diffusion.name == "rectified_flow":
-        if isinstance(steps, str):
-            reject("sample.steps", steps, "rectified flow takes a number of steps", "write one, for example 250")
-        return
-    if not config.model.learn_sigma:
+    if config.diffusion.name == "ddpm" and not config.model.learn_sigma:
         conflict = "diffusion.name=ddpm learns a variance range"
         reject("model.learn_sigma", "false", conflict, "set model.learn_sigma=true")
-    try:
-        spaced_timesteps(num_steps, steps)
-    except ValueError as error:
-        reject("sample.steps", steps, str(error), f"choose 1 to diffusion.ddpm.num_steps={num_steps} steps")
+    check_steps(config.diffusion, config.sample.steps, "sample.steps")
 
 
 def validate(config: Config) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from promoe_ds.config.schema import Channels, Config, ConfigError, reject
 from promoe_ds.data.codecs import Codec
+from promoe_ds.data.order import philox
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.sampling.noise import image_noise
@@ -64,10 +65,8 @@ def class_labels(num: int, num_classes: int, options: Labels = "balanced", seed:
     """
     if options == "balanced":
         return np.arange(num, dtype=np.int64) % num_classes
-    counter = np.array([0, 0, 0, LABEL_COUNTER], dtype=np.uint64)
-    keys = (np.array([seed, i], dtype=np.uint64) for i in range(num))
-    streams = (np.random.Generator(np.random.Philox(key=key, counter=counter)) for key in keys)
-    return np.array([stream.integers(num_classes) for stream in streams], dtype=np.int64)
+    draws = (philox(seed, i, 0, LABEL_COUNTER).integers(num_classes) for i in range(num))
+    return np.fromiter(draws, dtype=np.int64, count=num)
 
 
 def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:

@@ -160,7 +160,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("train.seed=18446744073709551616", "train.seed=18446744073709551616: must lie in [0, 2**64)"),
         ("sample.steps=0", "sample.steps=0: must be positive"),
         ("sample.cfg=-1", "sample.cfg=-1.0: must not be negative"),
-        ("sample.steps=ddim50", "sample.steps=ddim50: rectified flow takes a number of steps; write one"),
+        ("sample.steps=ddim50", "sample.steps=ddim50: rectified flow takes a number of steps; choose another"),
         ("guidance.channels=4", "guidance.channels=4: must be one of all, 3"),
         ("diffusion.name=dppm", "diffusion.name='dppm': must be one of rectified_flow, ddpm; did you mean 'ddpm'?"),
     ],

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.moe.cosine import cosine, unit
+from promoe_ds.moe.cosine import cosine
 from promoe_ds.moe.gates import PerImageConfig, at_least_fp32, top_tokens_per_image
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
 from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
@@ -36,7 +37,7 @@ class ProMoEECRouter(PrototypicalRouter):
         quota, terms = S * self.config.top_k // self.num_experts, {}
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
-            routing = top_tokens_per_image(cosine(x_TD, unit(prototype_ED).T), S, quota)  # Eq. (4), alpha = 1
+            routing = top_tokens_per_image(cosine(x_TD, F.normalize(prototype_ED).T), S, quota)  # Eq. (4), alpha = 1
             if self.training:
                 x_BSD, tau = x_TD.unflatten(0, (-1, S)), self.config.temperature
                 total = routing_contrastive_per_image(prototype_ED, x_BSD, routing.token_N, quota, tau)
