@@ -16,7 +16,7 @@ def listed(numbers: Iterable[int]) -> str:
 
 
 def batch_plan(config: Config, world: int) -> tuple[int, int]:
-    """(images a rank a forward, accumulation steps), whose product with `world` is the global batch.
+    """(images per rank per forward, accumulation steps), whose product with `world` is the global batch.
 
     Raises:
         ConfigError: the global batch does not divide.

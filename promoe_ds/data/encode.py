@@ -40,7 +40,7 @@ AHEAD = 2
 
 
 def renamed(error: ConfigError, option: str) -> str:
-    """An error about a data set, in the words of a launcher that calls it otherwise."""
+    """An error about a data set, in the words of a launcher that names it otherwise."""
     return str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
 
 

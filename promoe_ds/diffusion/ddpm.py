@@ -161,7 +161,7 @@ def decoder_log_likelihood(z: Tensor, mean: Tensor, log_variance: Tensor) -> Ten
 
 
 def vb_per_image(schedule: Schedule, prediction: Tensor, z_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """L_t of the variational bound (iDDPM eq. 4-6), bits a dimension, float [B]: a KL, at t = 0 the decoder's -ln p."""
+    """L_t of the variational bound (iDDPM eq. 4-6), bits per dimension, float [B]: KL, at t = 0 the decoder's -ln p."""
     ours = reverse(schedule, prediction, x_BCHW, t_B)
     truth_mean = posterior_mean(schedule, z_BCHW, x_BCHW, t_B)
     truth_log_variance = at(schedule.posterior_log_variance_T, t_B, x_BCHW)
@@ -192,7 +192,7 @@ def losses_per_image(
 def vb_weight(num_steps: int) -> float:
     """Weight of the mean L_t: L_vlb is the *sum* over t, so lambda L_vlb = lambda T E_t[L_t], which is 1 at T = 1000.
 
-    ADM and DiT reach the same 1 with bits a dimension as the unit, by either of their MSE losses ("rescaled" multiplies
-    by T / 1000).
+    ADM and DiT reach the same 1 with bits per dimension as the unit, by either of their MSE losses ("rescaled"
+    multiplies by T / 1000).
     """
     return VB_LAMBDA * num_steps

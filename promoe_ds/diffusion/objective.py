@@ -42,7 +42,7 @@ class Objective(ABC):
         Args:
             z_BCHW: images or latents, float32.
             eps_BCHW: standard normal noise, as z.
-            gauss_B: a standard normal draw an image, which chooses its timestep.
+            gauss_B: a standard normal draw per image, which chooses its timestep.
 
         Returns:
             The output of `forward`, and float32 scalars by name: "diffusion" (weight 1) and those of

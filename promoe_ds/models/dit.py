@@ -1,6 +1,6 @@
 """One diffusion transformer for every family: Dense-DiT, ProMoE and the baselines differ by `config.moe` alone.
 
-Legend: B images, S tokens an image, D width, C channels, H W image side, P patch side, L MoE layers, E routed experts.
+Legend: B images, S tokens per image, D width, C channels, H W image side, P patch side, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations

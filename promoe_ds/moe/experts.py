@@ -1,6 +1,6 @@
 """Stacked expert MLPs over rows sorted by expert.
 
-Three backends that agree: `loop` (the reference: one linear layer an expert, reads the counts on the host),
+Three backends that agree: `loop` (the reference: one linear layer per expert, reads the counts on the host),
 `grouped_mm` (two grouped GEMMs, no padding, no host synchronisation) and `megablocks` (MegaBlocks' grouped GEMM, bf16
 on CUDA, reads the counts on the host). Experts without rows are computed too: their gradient is zero, not absent.
 

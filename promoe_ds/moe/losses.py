@@ -108,7 +108,7 @@ def load_balance(score_LE: Tensor, tokens_per_expert_LE: Tensor, top_k: int) -> 
 
     Args:
         score_LE: float32 [L, E], scores summed over the tokens.
-        tokens_per_expert_LE: [L, E] of any dtype, edges: K a token.
+        tokens_per_expert_LE: [L, E] of any dtype, edges: K per token.
 
     Returns:
         float32 [L].

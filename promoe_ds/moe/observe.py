@@ -1,8 +1,8 @@
 """How experts are used: numbers from their load, pure functions that never wait for the device; and what the routers of
 a model choose, watched from outside by hooks that are there only while somebody looks.
 
-Legend: L MoE layers, B images, S tokens an image, T = B*S, D width, E routed experts, N edges, I images that the router
-was given.
+Legend: L MoE layers, B images, S tokens per image, T = B*S, D width, E routed experts, N edges, I images that the
+router was given.
 """
 
 from __future__ import annotations

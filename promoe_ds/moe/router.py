@@ -1,6 +1,6 @@
 """The one data type between every router and the experts: a list of edges "token n goes to expert m with weight w".
 
-Legend (shape suffixes, here and in every file of this package): B images, S tokens an image, T = B*S tokens,
+Legend (shape suffixes, here and in every file of this package): B images, S tokens per image, T = B*S tokens,
 D width, F expert hidden, E routed experts, e = E/ep local experts, K top-k, N edges, I conditional images.
 
 A router is one file in `routers/`: a subclass of `Router`, registered by `@register_router` (docs/routers.md).
@@ -33,7 +33,7 @@ class Routing(NamedTuple):
     weight_N: Tensor
     """float32 (or float64), gate weight, differentiable"""
     top_k: int
-    """K if the edges are token-major with exactly K a token (N = T*K), else 0"""
+    """K if the edges are token-major with exactly K per token (N = T*K), else 0"""
     terms: Tensors
     """what this layer gives to `Router.losses`; tensors of the same shape in every layer; empty outside training"""
 
@@ -82,7 +82,7 @@ class Router(nn.Module):
 
         Args:
             x_TD: [T, D], image by image; of conditional images only, where the layer splits.
-            S: tokens an image, so these are T // S images.
+            S: tokens per image, so these are T // S images.
             split: of the whole batch; these images are its first.
         """
         raise TypeError(f"{type(self).__name__} does not define forward")

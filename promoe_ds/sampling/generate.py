@@ -39,12 +39,12 @@ class SamplingOptions:
     """How images are drawn from weights and labels: all of it decides them, but for `batch`."""
 
     cfg: float
-    """guidance scale; at 1 or below one labelled forward a step"""
+    """guidance scale; at 1 or below one labelled forward per step"""
     steps: int | str
     """of the sampler, as the objective takes them"""
     seed: int = 0
     batch: int = 64
-    """images a forward (twice as many under guidance)"""
+    """images per forward (twice as many under guidance)"""
     precision: Precision = "fp32"
     """bf16 runs the model under autocast; the state of the solver stays float32"""
     sampler: str | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -53,7 +53,7 @@ class Job:
     options: SamplingOptions
     labels: Labels = "balanced"
     formats: tuple[str, ...] = ("png", "npz")
-    """png: a file an image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
+    """png: a file per image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
 
 
 def run_of(file: Path) -> Path | None:
@@ -105,17 +105,13 @@ def record_of(
     job: Job, weights: Mapping[str, Any], command: str, codec: Codec | None = None, features: str | None = None
 ) -> dict[str, Any]:
     """What `sampling.json` says; `features` is the name of the extractor where only features are kept."""
+    options = asdict(job.options) | {"guidance_channels": job.options.channels}
+    del options["batch"], options["channels"]
     return {
         "command": command,
         **weights,
-        "cfg": job.options.cfg,
-        "steps": job.options.steps,
-        "seed": job.options.seed,
+        **options,
         "num": job.num,
-        "precision": job.options.precision,
-        "sampler": job.options.sampler,
-        "eta": job.options.eta,
-        "guidance_channels": job.options.channels,
         "labels": job.labels,
         "vae": f"{codec.kind} {codec.digest}".strip() if codec else None,
         "features": features,

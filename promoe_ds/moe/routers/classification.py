@@ -37,7 +37,7 @@ class ClassificationConfig(RouterConfig):
     )
 
     def validate_files(self, config: Any) -> None:
-        """The file is there, covers every class, and has one superclass an expert. Raises ConfigError."""
+        """The file is there, covers every class, and has one superclass per expert. Raises ConfigError."""
         path, E = "moe.router.superclasses", config.moe.num_experts
         if self.superclasses is None:
             reject(path, "null", "the classification router needs a superclass file", f"add {path}=PATH, or =digits")
@@ -66,7 +66,7 @@ class ClassificationRouter(Router):
         return 0  # one product an image
 
     def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
-        """Route each image as a whole. x_TD [T, D], S tokens an image -> Routing with N = T."""
+        """Route each image as a whole. x_TD [T, D], S tokens per image -> Routing with N = T."""
         with torch.autocast(x_TD.device.type, enabled=False):
             mean_BD = at_least_fp32(x_TD).unflatten(0, (-1, S)).mean(dim=1)
             logit_BE = F.linear(mean_BD, at_least_fp32(self.weight), at_least_fp32(self.bias))

@@ -75,7 +75,7 @@ class Choice(NamedTuple):
 
 
 def choose_here(score_TE: Tensor, likely_TE: Tensor, quota: int) -> Choice:
-    """The pool is this rank's tokens: exactly `quota` tokens an expert."""
+    """The pool is this rank's tokens: exactly `quota` tokens per expert."""
     token_kE = score_TE.topk(quota, dim=0).indices
     token_N, expert_N = expert_major(token_kE.T)
     taken_TE = torch.zeros_like(score_TE).scatter(0, token_kE, 1.0)
