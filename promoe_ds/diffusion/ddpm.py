@@ -174,7 +174,7 @@ def vb_per_image(schedule: Schedule, prediction: Tensor, z_BCHW: Tensor, x_BCHW:
 def losses_per_image(
     schedule: Schedule, prediction: Tensor, z_BCHW: Tensor, eps_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """L_simple and L_t, each float [B]; L_hybrid is the mean of the first plus `vb_weight` times that of the second.
+    """L_simple and L_t, each float [B]; L_hybrid is the mean of the first plus lambda T times that of the second.
 
     L_simple = |eps - eps_theta|^2, averaged over C*H*W. L_t sees eps_theta detached, so the bound trains the variance
     and leaves the mean to L_simple (iDDPM Sec. 3.1).
@@ -187,12 +187,3 @@ def losses_per_image(
     mse_B = (eps_BCHW - eps_hat).square().flatten(1).mean(1)
     frozen = torch.cat([eps_hat.detach(), w], dim=1)
     return mse_B, vb_per_image(schedule, frozen, z_BCHW, x_BCHW, t_B)
-
-
-def vb_weight(num_steps: int) -> float:
-    """Weight of the mean L_t: L_vlb is the *sum* over t, so lambda L_vlb = lambda T E_t[L_t], which is 1 at T = 1000.
-
-    ADM and DiT reach the same 1 with bits per dimension as the unit, by either of their MSE losses ("rescaled"
-    multiplies by T / 1000).
-    """
-    return VB_LAMBDA * num_steps

@@ -136,7 +136,8 @@ class DDPM(Objective):
     def __init__(self, config: DiffusionConfig, device: torch.device):
         self.config = config.ddpm
         self.schedule = ddpm.Schedule.of(ddpm.linear_betas(self.config.num_steps)).to(device)
-        self.aux_loss_weights = {"vb": ddpm.vb_weight(self.config.num_steps)}
+        # L_vlb is the *sum* over t, so lambda L_vlb = lambda T E_t[L_t]: weight 1 at T = 1000, as in ADM and DiT.
+        self.aux_loss_weights = {"vb": ddpm.VB_LAMBDA * self.config.num_steps}
 
     def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
         s = self.schedule

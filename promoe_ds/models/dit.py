@@ -59,7 +59,7 @@ class DiTBlock(nn.Module):
         """-> (x_BSD, what its MoE layer tells)."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
-            return self.feed(x_BSD, h_BSD, gate_B1D), None
+            return x_BSD + gate_B1D * self.mlp(h_BSD), None
         out_BSD, stats = self.mlp(h_BSD, split)
         return x_BSD + gate_B1D * out_BSD, stats
 
@@ -68,10 +68,6 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
         x_BSD = x_BSD + gate_a * self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a))
         return x_BSD, modulate(self.norm2(x_BSD), shift_m, scale_m), gate_m
-
-    def feed(self, x_BSD: Tensor, h_BSD: Tensor, gate_B1D: Tensor) -> Tensor:
-        """The dense MLP with its residual."""
-        return x_BSD + gate_B1D * self.mlp(h_BSD)
 
 
 class FinalLayer(nn.Module):

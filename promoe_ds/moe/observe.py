@@ -44,10 +44,7 @@ def prototypes_of(router: Router) -> Tensor | None:
 
     The parameter or buffer itself: under ZeRO-3 a rank holds a piece of it.
     """
-    for name in ("prototypes", "centroids"):
-        if isinstance(found := getattr(router, name, None), Tensor):
-            return found
-    return None
+    return getattr(router, "prototypes", getattr(router, "centroids", None))
 
 
 def cosines(p_ED: Tensor) -> Tensor:

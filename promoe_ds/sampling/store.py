@@ -1,8 +1,8 @@
 """Where finished samples lie until a folder is complete, and the packed file that it ends with.
 
 Two stores, one interface: a PNG per image, or a small npy per batch, removed when all are packed into `samples.npz`.
-Each file takes its name only when it is whole, so the files *are* the record of what is done, whichever number of processes
-and batch size made them.
+Each file takes its name only when it is whole, so the files *are* the record of what is done, whichever number of
+processes and batch size made them.
 
 Legend: N images, H W C pixels.
 """

@@ -10,8 +10,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from promoe_ds.config.schema import DDPMConfig, DiffusionConfig
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion.ddpm_samplers import spaced_timesteps
+from promoe_ds.diffusion.objective import make_objective
 
 SCHEDULE = ddpm.Schedule.of(ddpm.linear_betas(1000))
 
@@ -264,4 +266,6 @@ def test_wild_predictions_keep_losses_and_gradients_finite() -> None:
 
 
 def test_weight_of_the_bound_is_lambda_times_the_number_of_terms() -> None:
-    assert ddpm.vb_weight(1000) == pytest.approx(1) and ddpm.vb_weight(4000) == pytest.approx(4)
+    for steps in (1000, 4000):
+        objective = make_objective(DiffusionConfig(name="ddpm", ddpm=DDPMConfig(num_steps=steps)))
+        assert objective.aux_loss_weights == {"vb": pytest.approx(steps / 1000)}
