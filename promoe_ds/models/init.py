@@ -59,7 +59,7 @@ def init_weights(model: DiT, seed: int) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, PatchProjection):
             nn.init.xavier_uniform_(module.weight.flatten(1), generator=draw("weight"))
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02, generator=draw("weight"))
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:

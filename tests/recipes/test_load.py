@@ -182,7 +182,7 @@ def test_rows_of_grouped_products_are_whole_units() -> None:
         (("model.learn_sigma=false",), "model.learn_sigma=false: diffusion.name=ddpm learns a variance range; set"),
         (("diffusion.ddpm.num_steps=20",), "diffusion.ddpm.num_steps=20: must be above 20"),
         (("diffusion.ddpm.num_steps=0",), "diffusion.ddpm.num_steps=0: must be above 20"),
-        (("sample.steps=1001",), "sample.steps=1001: keeps 1001 of the 1000 timesteps of a section; choose 1 to"),
+        (("sample.steps=1001",), "sample.steps=1001: keeps 1001 of the 1000 timesteps of a section; choose another"),
         (("sample.steps=0",), "sample.steps=0: must be positive"),
         (("sample.steps=ddim300",), "sample.steps=ddim300: no whole stride gives 300 of 1000 timesteps"),
     ],
