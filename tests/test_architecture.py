@@ -146,7 +146,7 @@ def test_imports_point_one_way() -> None:
     [
         ("promoe_ds.config.schema", "def late(): from promoe_ds.data import order", True, False),
         ("promoe_ds.config.schema", "importlib.import_module('promoe_ds.moe.routers')", True, True),
-        ("promoe_ds.data.order", "from promoe_ds.moe.cosine import unit", True, False),  # of one level
+        ("promoe_ds.data.order", "from promoe_ds.moe.cosine import cosine", True, False),  # of one level
         ("promoe_ds.utils.files", "import promoe_ds", True, True),
         ("promoe_ds.moe.router", "if TYPE_CHECKING: from promoe_ds.moe.layer import MoELayer", False, True),
         ("promoe_ds.moe.router", "NAME = 'promoe_ds.moe.experts'", False, True),

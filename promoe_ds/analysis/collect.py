@@ -95,6 +95,7 @@ class Observed:
         """inputs of the routers"""
         self.expert_LN = np.zeros((L, number), np.int64)
         """each token's heaviest expert, -1 for none"""
+        self.first = self.time = 0
 
     @property
     def images(self) -> int:
@@ -105,53 +106,33 @@ class Observed:
         """Index of the layer that figures of one layer show."""
         return len(self.blocks) // 2
 
-    @property
-    def has_experts(self) -> bool:
-        return self.num_experts > 0
+    def see(self, block: int, _: Router | None, x_BSD: Tensor, routing: Routing | None) -> None:
+        """Add what a router does in one forward: of the images from `first` on, at timestep `time`."""
+        layer, (B, S, _D) = self.blocks.index(block), x_BSD.shape
+        expert_T = np.full(B * S, -1)
+        if routing is not None:
+            expert_T = top_expert(routing, B * S)
+            token_N, expert_N = routing.token_N.cpu().numpy(), routing.expert_N.cpu().numpy()
+            image_N = self.first + token_N // S
+            np.add.at(self.count_LTCE[layer, self.time], (self.label_I[image_N], expert_N), 1)
+            np.add.at(self.count_LIE[layer], (image_N, expert_N), 1)
+            np.add.at(self.count_LSE[layer], (token_N % S, expert_N), 1)
+            self.weight_L[layer] += float(routing.weight_N.double().sum())
+            self.nobody_L[layer] += B * S - len(np.unique(token_N))
+        here = max(0, min(B, self.map_LMTS.shape[1] - self.first))
+        self.map_LMTS[layer, self.first : self.first + here, self.time] = expert_T.reshape(B, S)[:here]
+        if self.time == self.plan.middle:
+            place_N = self.place_N - self.first * S
+            mine = np.flatnonzero((place_N >= 0) & (place_N < B * S))
+            sampled = x_BSD.flatten(0, 1)[torch.from_numpy(place_N[mine]).to(x_BSD.device)]
+            self.token_LND[layer, mine] = sampled.float().cpu().numpy()
+            self.expert_LN[layer, mine] = expert_T[place_N[mine]]
 
 
 def choose_images(dataset: ImageDataset, plan: Plan) -> np.ndarray:
     """int64, sorted: images drawn without replacement by the seed; all of them if there are fewer."""
     number = min(plan.images, len(dataset))
     return np.sort(np.random.default_rng(plan.seed).choice(len(dataset), number, replace=False))
-
-
-class Watcher:
-    """Adds up what the routers do, one forward at a time: of the images from `first` on, at timestep `time`."""
-
-    def __init__(self, observed: Observed):
-        self.observed, self.first, self.time = observed, 0, 0
-
-    def watching(self, model: DiT) -> Any:
-        """A context in which `see` is called. In a dense model the inputs of an MLP stand where a router's would."""
-        if self.observed.has_experts:
-            return watching(model, self.see)
-        block = self.observed.blocks[0]
-        mlp: Any = model.blocks[block].mlp  # the handle of its hook is a context, which removes it
-        return mlp.register_forward_hook(lambda _, args, __: self.see(block, None, args[0], None))
-
-    def see(self, block: int, _: Router | None, x_BSD: Tensor, routing: Routing | None) -> None:
-        o, layer = self.observed, self.observed.blocks.index(block)
-        B, S, _D = x_BSD.shape
-        expert_T = np.full(B * S, -1) if routing is None else self._count(layer, routing, B, S)
-        here = max(0, min(B, o.map_LMTS.shape[1] - self.first))
-        o.map_LMTS[layer, self.first : self.first + here, self.time] = expert_T.reshape(B, S)[:here]
-        if self.time == o.plan.middle:
-            place_N = o.place_N - self.first * S
-            mine = np.flatnonzero((place_N >= 0) & (place_N < B * S))
-            sampled = x_BSD.flatten(0, 1)[torch.from_numpy(place_N[mine]).to(x_BSD.device)]
-            o.token_LND[layer, mine] = sampled.float().cpu().numpy()
-            o.expert_LN[layer, mine] = expert_T[place_N[mine]]
-
-    def _count(self, layer: int, routing: Routing, B: int, S: int) -> np.ndarray:
-        o, token_N, expert_N = self.observed, routing.token_N.cpu().numpy(), routing.expert_N.cpu().numpy()
-        image_N = self.first + token_N // S
-        np.add.at(o.count_LTCE[layer, self.time], (o.label_I[image_N], expert_N), 1)
-        np.add.at(o.count_LIE[layer], (image_N, expert_N), 1)
-        np.add.at(o.count_LSE[layer], (token_N % S, expert_N), 1)
-        o.weight_L[layer] += float(routing.weight_N.double().sum())
-        o.nobody_L[layer] += B * S - len(np.unique(token_N))
-        return top_expert(routing, B * S)
 
 
 @torch.no_grad()
@@ -169,7 +150,6 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
     dataset, device = build_dataset(config), next(model.parameters()).device
     indices, m, routers = choose_images(dataset, plan), config.model, routers_of(model)
     layers: list[Any] = [model.blocks[i].mlp for i in routers]
-    prototypes = [p for router in routers.values() if (p := prototypes_of(router)) is not None]
     observed = Observed(
         name,
         config,
@@ -177,23 +157,25 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
         plan,
         dataset.classes,
         blocks=list(routers) or [m.depth // 2],
-        num_experts=config.moe.num_experts if config.moe and routers else 0,
+        num_experts=config.moe.num_experts if config.moe else 0,
         label_I=dataset.label_B[indices],
-        prototype_LED=[_numpy(p) for p in prototypes],
+        prototype_LED=[_numpy(p) for router in routers.values() if (p := prototypes_of(router)) is not None],
         experts=[(_numpy(layer.routed.experts.w1), _numpy(layer.routed.experts.w2)) for layer in layers],
     )
-    objective, watcher, shown = make_objective(config.diffusion, device), Watcher(observed), []
-    starts = range(0, len(indices), plan.batch)
-    with (
-        watcher.watching(model),
-        tqdm(total=len(starts) * len(plan.timesteps), desc=name, unit="forward", mininterval=1) as bar,
-    ):
-        for watcher.first in starts:
-            index_B = indices[watcher.first : watcher.first + plan.batch]
+    if layers:
+        watched = watching(model, observed.see)
+    else:  # the inputs of an MLP stand where a router's would; the handle of its hook is a context, which removes it
+        block = observed.blocks[0]
+        mlp: Any = model.blocks[block].mlp
+        watched = mlp.register_forward_hook(lambda _, args, __: observed.see(block, None, args[0], None))
+    objective, shown, starts = make_objective(config.diffusion, device), [], range(0, len(indices), plan.batch)
+    with watched, tqdm(total=len(starts) * len(plan.timesteps), desc=name, unit="forward", mininterval=1) as bar:
+        for observed.first in starts:
+            index_B = indices[observed.first : observed.first + plan.batch]
             z_BCHW, label_B = dataset.get(index_B)
-            shown.append(z_BCHW[: max(0, plan.maps - watcher.first)])
-            for watcher.time, t in enumerate(plan.timesteps):
-                eps_BCHW = image_noise(plan.seed, index_B, (m.channels, m.image_size, m.image_size), watcher.time)
+            shown.append(z_BCHW[: max(0, plan.maps - observed.first)])
+            for observed.time, t in enumerate(plan.timesteps):
+                eps_BCHW = image_noise(plan.seed, index_B, (m.channels, m.image_size, m.image_size), observed.time)
                 model(*objective.noised(z_BCHW.to(device), eps_BCHW.to(device), t), label_B)
                 bar.update()
     z_MCHW = torch.cat(shown)

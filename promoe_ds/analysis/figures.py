@@ -9,7 +9,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ from promoe_ds.analysis.summary import Summary
 from promoe_ds.utils.pictures import expert_colours, token_maps
 
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+"""of matplotlib, while figures are made"""
 DPI = 120
 MOST_CLASSES = 20
 """rows of a figure by class; the CSV has all"""
@@ -51,7 +51,6 @@ def spread(number: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, number - 1, min(number, most)).tolist()})
 
 
-@mpl.rc_context(STYLE)
 def training(records: Sequence[Mapping[str, Any]]) -> bytes:
     """The loss and the evenness of the load over the steps of metrics.jsonl."""
     figure, (top, bottom) = _figure(5, 4.2, 2)
@@ -67,7 +66,6 @@ def training(records: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
-@mpl.rc_context(STYLE)
 def load(o: Observed) -> bytes:
     """Layers downwards, experts to the right: the share of each expert times E."""
     tokens_per_expert_LE = o.count_LTCE.sum((1, 2)).astype(float)
@@ -83,7 +81,6 @@ def load(o: Observed) -> bytes:
     return _png(figure)
 
 
-@mpl.rc_context(STYLE)
 def use(o: Observed, layer: int, by: str, title: str = "") -> bytes:
     """Rows are classes or timesteps, columns experts: the share of a row's tokens at each expert."""
     count_GE = o.count_LTCE[layer].sum(0 if by == "class" else 1)
@@ -97,7 +94,6 @@ def use(o: Observed, layer: int, by: str, title: str = "") -> bytes:
     return _png(figure)
 
 
-@mpl.rc_context(STYLE)
 def explained(s: Summary) -> bytes:
     """How much of the choice of expert class, timestep and position explain, by layer."""
     figure, (ax,) = _figure(5, 2.9)
@@ -112,7 +108,6 @@ def explained(s: Summary) -> bytes:
     return _png(figure)
 
 
-@mpl.rc_context(STYLE)
 def maps(o: Observed, along: str) -> bytes:
     """A row per image: the image, then the expert of each of its tokens, by timestep (middle layer) or by layer."""
     if along == "timestep":
@@ -134,7 +129,6 @@ def maps(o: Observed, along: str) -> bytes:
     return _png(figure)
 
 
-@mpl.rc_context(STYLE)
 def scatter(s: Summary, by: str, title: str) -> bytes:
     """t-SNE of the middle layer's tokens, coloured by expert, cluster or class (Fig. 6, Fig. 1a)."""
     o = s.observed
@@ -157,7 +151,6 @@ def scatter(s: Summary, by: str, title: str) -> bytes:
     return _png(figure)
 
 
-@mpl.rc_context(STYLE)
 def matrix(values_EE: np.ndarray, title: str, low: float, high: float) -> bytes:
     """Experts against experts."""
     figure, ax = _heat(4.2, 3.6, values_EE, cmap="RdBu_r" if low < 0 else "viridis", vmin=low, vmax=high)
@@ -165,7 +158,6 @@ def matrix(values_EE: np.ndarray, title: str, low: float, high: float) -> bytes:
     return _png(figure)
 
 
-@mpl.rc_context(STYLE)
 def diversity(summaries: Sequence[Summary]) -> bytes:
     """Similarity of experts' subspaces by layer (Fig. 1b): a line per run; dotted is chance."""
     figure, axes = _figure(5, 4.6, 2)

@@ -17,16 +17,11 @@ def explained_entropy(count_CE: np.ndarray) -> float:
     Args:
         count_CE: tokens of each group at each expert.
     """
-    total = count_CE.sum()
-    if total == 0:
-        return 0.0
-    joint_CE = count_CE / total
-    group_C1, expert_1E = joint_CE.sum(1, keepdims=True), joint_CE.sum(0, keepdims=True)
-    seen = joint_CE > 0
-    information = float((joint_CE[seen] * np.log(joint_CE[seen] / (group_C1 * expert_1E)[seen])).sum())
-    share_E = expert_1E[expert_1E > 0]
+    from sklearn.metrics import mutual_info_score  # late: scikit-learn takes a second to import
+
+    share_E = count_CE.sum(0)[count_CE.any(0)] / count_CE.sum()
     entropy = float(-(share_E * np.log(share_E)).sum())
-    return min(1.0, max(0.0, information / entropy)) if entropy > 1e-12 else 0.0
+    return min(1.0, mutual_info_score(None, None, contingency=count_CE) / entropy) if entropy > 1e-12 else 0.0
 
 
 def chance_entropy(count_IE: np.ndarray, class_I: np.ndarray, seed: int, rounds: int = 20) -> float:
@@ -84,7 +79,7 @@ def mean_of_pairs(matrix_EE: np.ndarray) -> float:
 
 def kmeans_clusters(x_ND: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """int64 [N]: k-means (scikit-learn, k-means++, the best of 3 starts)."""
-    from sklearn.cluster import KMeans  # late: it takes a second to import
+    from sklearn.cluster import KMeans
 
     clusters = min(clusters, len(np.unique(x_ND, axis=0)))
     kmeans = KMeans(clusters, n_init=3, random_state=seed)  # type: ignore[arg-type]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+
 from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
 from promoe_ds.analysis.collect import Observed
@@ -89,6 +91,7 @@ def _listed(out: Path) -> list[str]:
     return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
+@mpl.rc_context(draw.STYLE)
 def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, command: str) -> None:
     """Write the folder, which `check_folder` and `prepare_folder` have seen.
 
@@ -102,11 +105,11 @@ def write_report(out: Path, summaries: Sequence[Summary], run: Path | None, comm
     """
     writer, (first, *others) = Writer(), summaries
     sections = _training(writer, run) if run else []
-    if first.observed.has_experts:
+    if first.observed.num_experts:
         sections += [("Numbers", page.text("By MoE layer; `layers.csv` has all digits.") + _layer_table(first))]
         sections += [("Who uses which expert", _use(writer, first)), ("Token maps", _maps(writer, first.observed))]
     sections.append(("Tokens", _tokens(writer, first)))
-    if first.observed.has_experts:
+    if first.observed.num_experts:
         sections.append(("Diversity", _diversity(writer, first)))
     slug = slugs([s.observed.name for s in summaries])
     if others:
@@ -153,8 +156,7 @@ def _head(s: Summary, command: str, of_run: bool) -> str:
 def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
     """Samples, scores and curves, of which there may be none."""
     parts = []
-    records = _records(run)
-    if len(records) > 1:
+    if len(records := _records(run)) > 1:
         parts.append(writer.figure("training", draw.training(records), "Loss and busiest expert while training"))
     samples = {"experts.png": ", and the expert of each token in the last step (middle layer)", "grid.png": ""}
     name = next((name for name in samples if (run / "samples" / name).is_file()), None)
@@ -167,15 +169,9 @@ def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    path, records = run / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # being written
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may still be being written
 
 
 def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
@@ -185,13 +181,12 @@ def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
         path = Path(samples)
         return path.parent.name if path.name == "samples.npz" else path.name
 
-    try:
-        sets = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["sets"]
-        keys = [key for key, value in sets[0].items() if key.split("[")[0] in SCORES and value is not None]
-        rows = [[short(str(s["samples"])), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
-        return ["samples", *(key.replace("_", " ") for key in keys)], rows
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    if not (path := run / "metrics.json").is_file():
         return None
+    sets = json.loads(path.read_text(encoding="utf-8"))["sets"]
+    keys = [key for key, value in sets[0].items() if key.split("[")[0] in SCORES and value is not None]
+    rows = [[short(s["samples"]), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
+    return ["samples", *(key.replace("_", " ") for key in keys)], rows
 
 
 def _layer_table(s: Summary) -> str:
@@ -233,7 +228,7 @@ def _tokens(writer: Writer, s: Summary) -> str:
     o = s.observed
     time = f"{o.plan.timesteps[o.plan.middle]:g}"
     place = f"{len(o.class_N)} tokens of block {o.blocks[o.middle]} at timestep {time}, t-SNE"
-    kinds = {"expert": "expert"} if o.has_experts else {}
+    kinds = {"expert": "expert"} if o.num_experts else {}
     kinds |= {"cluster": "k-means cluster", "class": "class of the image"}
     parts = [
         writer.figure(f"tsne_by_{by}", draw.scatter(s, by, f"by {name}"), f"Coloured by {name}: {place}")
@@ -244,16 +239,17 @@ def _tokens(writer: Writer, s: Summary) -> str:
         "specialised, the colours of the first figure form islands. Distances of t-SNE mean little; the ratios "
         "inter/intra are taken in the full space."
     )
-    return page.text(note) + page.figures(*parts) + ("" if o.has_experts else _layer_table(s))
+    return page.text(note) + page.figures(*parts) + ("" if o.num_experts else _layer_table(s))
 
 
 def _diversity(writer: Writer, s: Summary) -> str:
     o, parts = s.observed, []
-    block, shown = o.blocks[o.middle], page.text(
+    block = o.blocks[o.middle]
+    shown = page.text(
         "Subspace similarity (Hu et al. 2021, Sec. 7.2): of the top-k singular vectors of two experts' matrices, on "
         "the side of the tokens: right ones of the first matrix, what an expert reads; left ones of the second, what "
         "it writes. The hidden units of each expert have an order of their own and are not compared."
-    )  # fmt: skip
+    )
     if o.num_experts > 1:
         picture = draw.matrix(s.similar_out[o.middle], f"similarity, out, block {block}", 0, 1)
         parts += [
@@ -271,11 +267,11 @@ def _diversity(writer: Writer, s: Summary) -> str:
 def _comparison(writer: Writer, summaries: Sequence[Summary], slug: dict[str, str]) -> str:
     keys, parts = [key for key in COLUMNS if any(key in s.rows[0] for s in summaries)], []
     means = [s.means() for s in summaries]
-    csv = [
+    rows = [
         {"run": s.observed.name} | {key: m.get(key, "") for key in keys} for s, m in zip(summaries, means, strict=True)
     ]
-    writer.files["comparison.csv"] = to_csv(csv).encode()
-    sparse = [s for s in summaries if s.observed.has_experts]
+    writer.files["comparison.csv"] = to_csv(rows).encode()
+    sparse = [s for s in summaries if s.observed.num_experts]
     if sparse:
         text = "Similarity of experts by depth; dotted: chance"
         parts.append(writer.figure("compare_diversity", draw.diversity(sparse), text))

@@ -26,7 +26,7 @@ from promoe_ds.analysis.measures import (
     tsne,
 )
 from promoe_ds.config.schema import Config, reject
-from promoe_ds.moe.observe import cosines, dead_experts, load_entropy, max_over_mean
+from promoe_ds.moe.observe import cosines, dead_experts, load_entropy, max_over_mean, prototype_statistics
 
 CLUSTERS = 10
 """of k-means, as in Fig. 1a"""
@@ -96,21 +96,19 @@ def summarise(observed: Observed, rank: int | None = None) -> Summary:
     clusters = [kmeans_clusters(x_ND, CLUSTERS, seed) for x_ND in o.token_LND]
     similar_in = [subspace_similarity(w1.transpose(0, 2, 1), rank) for w1, _ in o.experts]
     similar_out = [subspace_similarity(w2, rank) for _, w2 in o.experts]
-    prototypes = [cosines(torch.from_numpy(p_ED)).numpy() for p_ED in o.prototype_LED]
+    p_LED = [torch.from_numpy(p_ED) for p_ED in o.prototype_LED]
+    prototypes = [cosines(p_ED).numpy() for p_ED in p_LED]
     rows = []
     for layer, block in enumerate(o.blocks):
-        row = {"block": float(block)} | (_use(o, layer) if o.has_experts else {})
+        row = {"block": float(block)} | (_use(o, layer) if o.num_experts else {})
         row["ratio_kmeans"] = distance_ratio(o.token_LND[layer], clusters[layer])
         row["ratio_class"] = distance_ratio(o.token_LND[layer], o.class_N)
-        if o.has_experts:
+        if o.num_experts:
             row["similar_in"] = mean_of_pairs(similar_in[layer])
             row["similar_out"] = mean_of_pairs(similar_out[layer])
             row["chance"] = rank / width
         if prototypes and o.num_experts > 1:
-            row["prototype_cos"] = mean_of_pairs(prototypes[layer])
-            row["prototype_cos_max"] = float(
-                np.max(prototypes[layer], where=~np.eye(o.num_experts, dtype=bool), initial=-1)
-            )
+            *_, row["prototype_cos"], row["prototype_cos_max"] = prototype_statistics(p_LED[layer]).tolist()
         rows.append(row)
     plane_N2 = tsne(o.token_LND[o.middle], seed)
     return Summary(o, rows, similar_in, similar_out, prototypes, clusters[o.middle], plane_N2)
@@ -168,7 +166,7 @@ def csv_files(s: Summary) -> dict[str, str]:
     points = zip(s.plane_N2, o.expert_LN[o.middle], s.cluster_N, o.class_N, strict=True)
     tokens = [{"x": p[0], "y": p[1], "expert": e, "cluster": k, "class": o.classes[c]} for p, e, k, c in points]
     files = {"layers.csv": to_csv(s.rows), "tokens.csv": to_csv(tokens)}
-    if not o.has_experts:
+    if not o.num_experts:
         return files
     experts = [f"expert_{e}" for e in range(o.num_experts)]
 

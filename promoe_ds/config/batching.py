@@ -16,29 +16,21 @@ def listed(numbers: Iterable[int]) -> str:
 
 
 def batch_plan(config: Config, world: int) -> tuple[int, int]:
-    """(images a rank a forward, accumulation steps), whose product with `world` is the global batch.
+    """(images per rank per forward, accumulation steps), whose product with `world` is the global batch.
 
     Raises:
         ConfigError: the global batch does not divide.
     """
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     if total % world:
-        near = [total // world * world, (total // world + 1) * world]
-        reject(
-            "train.global_batch_size",
-            total,
-            f"is not divisible by the world size {world}",
-            f"choose for example {listed(n for n in near if n)}, or another number of processes",
-        )
+        near = listed(n for n in (total // world * world, (total // world + 1) * world) if n)
+        way_out = f"choose for example {near}, or another number of processes"
+        reject("train.global_batch_size", total, f"is not divisible by the world size {world}", way_out)
     if micro is None:
         return total // world, 1
     if total % (world * micro):
-        reject(
-            "train.micro_batch_size",
-            micro,
-            f"train.global_batch_size={total} is not a multiple of micro batch * world size = {micro} * {world}",
-            f"choose one of {listed(divisors(total // world))}",
-        )
+        conflict = f"train.global_batch_size={total} is not a multiple of micro batch * world size = {micro} * {world}"
+        reject("train.micro_batch_size", micro, conflict, f"choose one of {listed(divisors(total // world))}")
     return micro, total // (world * micro)
 
 
@@ -49,11 +41,7 @@ def check_topology(config: Config, world: int) -> None:
         reject("world size", world, "is not a number of processes", "choose 1 or more")
     if world % ep:
         experts = config.moe.num_experts if config.moe else 1
-        choices = [d for d in divisors(experts) if world % d == 0]
-        reject(
-            "parallel.expert_parallel",
-            ep,
-            f"does not divide the world size {world}",
-            f"choose one of {listed(choices)}, or a multiple of {ep} processes",
-        )
+        choices = listed(d for d in divisors(experts) if world % d == 0)
+        way_out = f"choose one of {choices}, or a multiple of {ep} processes"
+        reject("parallel.expert_parallel", ep, f"does not divide the world size {world}", way_out)
     batch_plan(config, world)

@@ -133,10 +133,6 @@ ROUTER_CONFIGS: dict[str, type[RouterConfig]] = {}
 """by name; `moe.router.register_router` adds a router's when its class is made"""
 
 
-def _default_router() -> RouterConfig:
-    return router_config_class("promoe", "moe.router.name")()
-
-
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """The mixture-of-experts layer; `moe: null` in a recipe gives Dense-DiT."""
@@ -154,7 +150,7 @@ class MoEConfig:
     experts_backend: Literal["loop", "grouped_mm", "megablocks"] = option(
         "grouped_mm", "how the experts' products are computed (docs/performance.md)", change="resume"
     )
-    router: RouterConfig = section(_default_router, "never")
+    router: RouterConfig = section(lambda: router_config_class("promoe", "moe.router.name")(), "never")
 
 
 @dataclass(frozen=True, kw_only=True)

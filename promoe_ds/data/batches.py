@@ -17,7 +17,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -129,7 +128,7 @@ def _shut(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -
     thread.join(JOIN_SECONDS)
 
 
-class BatchStream(Iterator[list[Batch]]):
+class BatchStream(Iterator[list[Batch]], contextlib.AbstractContextManager):
     """Endless iterator over optimizer steps; an item is the list of this rank's micro-batches (a of them).
 
     One daemon thread prepares `data.prefetch` steps ahead. Its exceptions, of whatever type, are raised by `next`,
@@ -143,12 +142,9 @@ class BatchStream(Iterator[list[Batch]]):
 
     Raises:
         ConfigError: the batch sizes do not divide.
-        ValueError: `start_step` is negative.
     """
 
     def __init__(self, config: Config, dataset: ImageDataset, ranks: Ranks = ALONE, start_step: int = 0) -> None:
-        if start_step < 0:
-            raise ValueError(f"start_step {start_step} is negative")
         maker = BatchMaker(config, dataset, ranks)
         stop = threading.Event()
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=config.data.prefetch)
@@ -171,9 +167,6 @@ class BatchStream(Iterator[list[Batch]]):
     def close(self) -> None:
         """End the thread; harmless when repeated."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

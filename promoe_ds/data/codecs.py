@@ -103,7 +103,7 @@ class TAEF2(Codec):
             try:
                 module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
             except Exception as error:  # unpickling garbage raises anything
-                conflict = f"is not TAEF2's state dict ({_brief(error)})"
+                conflict = f"is not TAEF2's state dict ({str(error)[:200]})"
                 reject(option, file, conflict, "copy it from madebyollin/taesd again")
         self.encoder, self.decoder = (_frozen(module, device) for module in parts)
         self.digest = _digest(*files)
@@ -131,7 +131,7 @@ class Diffusers(Codec):
                 folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-            reject(option, folder, f"does not load as {kind} ({_brief(error)})", again)
+            reject(option, folder, f"does not load as {kind} ({str(error)[:200]})", again)
         wrong = [f"{name} is {what}" for what in ("missing", "unexpected") for name in sorted(report[f"{what}_keys"])]
         wrong += [f"{key} has another shape" for key in report["mismatched_keys"]]
         if wrong:
@@ -184,7 +184,7 @@ def find_codec(path: str, option: str = "--vae") -> str:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
-        reject(option, folder / "config.json", f"cannot be read ({_brief(error)})", "copy it again")
+        reject(option, folder / "config.json", f"cannot be read ({error})", "copy it again")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         reject(option, path, f"is of class {kind}", "name an AutoencoderKL or AutoencoderTiny")
     return kind
@@ -204,10 +204,6 @@ def open_codec(path: str, device: torch.device | str = "cpu", option: str = "--v
 
 def _digest(*files: Path) -> str:
     return file_digest(*files, state=hashlib.blake2b(digest_size=16))
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_same(found: dict[str, Any], codec: Codec, option: str, where: str) -> None:

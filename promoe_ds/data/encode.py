@@ -10,6 +10,7 @@ Legend: n items of a shard, M channels of moments, h w latent cells; r rank, W w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -39,7 +40,7 @@ AHEAD = 2
 
 
 def renamed(error: ConfigError, option: str) -> str:
-    """An error about a data set, in the words of a launcher that calls it otherwise."""
+    """An error about a data set, in the words of a launcher that names it otherwise."""
     return str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
 
 
@@ -239,21 +240,16 @@ class Encoder:
         write_text(self._note(shard), json.dumps(note) + "\n")
         return 0
 
-    def finished(self) -> shards.Index | None:
-        """The index of a folder that lacks nothing; None also where index or items are damaged: `finish` makes them."""
-        if not all(map(self.done, range(len(self.shards)))):
-            return None
-        try:
-            index = shards.read_index(self.job.out, "--out")
-            return index if file_digest(self.job.out / shards.ITEMS) == index.items_blake2b else None
-        except (ConfigError, OSError):
-            return None
-
     def finish(self) -> shards.Index | None:
-        """Write the index if every shard is done; None if some are not (another process is at them)."""
+        """Write the index, unless it is there; None if some shards are not done (another process is at them)."""
         notes = [note for shard in range(len(self.shards)) if (note := self.done(shard))]
         if len(notes) < len(self.shards):
             return None
+        made = [shards.Shard(**note["shard"]) for note in notes]
+        with contextlib.suppress(ConfigError, OSError):
+            index = shards.read_index(self.job.out, "--out")
+            if index.shards == made and file_digest(self.job.out / shards.ITEMS) == index.items_blake2b:
+                return index
         reasons = {int(item): reason for note in notes for item, reason in note["skipped"].items()}
         kept = [item for item in range(len(self.names)) if item not in reasons]
         if not kept:
@@ -269,7 +265,7 @@ class Encoder:
             crop=self.source.crop,
             codec=self.source.codec,
             items_blake2b=file_digest(self.job.out / shards.ITEMS),
-            shards=[shards.Shard(**note["shard"]) for note in notes],
+            shards=made,
             skipped=[{"name": self.names[item], "reason": reasons[item]} for item in sorted(reasons)],
         )
         shards.write_index(self.job.out, index)
@@ -284,9 +280,6 @@ def run_encoding(encoder: Encoder, ranks: Ranks) -> shards.Index | None:
     Raises:
         ConfigError: an image is damaged (after all the others are done), or the folder cannot be written.
     """
-    finished = encoder.finished()
-    if finished is not None:
-        return finished
     mine, damaged = range(ranks.rank, len(encoder.shards), ranks.world), 0
     todo = [shard for shard in mine if encoder.done(shard) is None]
     total, left = (sum(len(encoder.shards[shard]) for shard in part) for part in (mine, todo))

@@ -60,7 +60,7 @@ def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
     except Exception as error:  # a decoder fed with broken bytes raises OSError, SyntaxError, struct.error, ...
         conflict = f"is damaged ({type(error).__name__}: {' '.join(str(error).split())})"
         reject("data.path", where, conflict, "replace the file")
-    reject("data.path", where, f"has pixels of mode {mode}", "convert it to 8 bits a channel")
+    reject("data.path", where, f"has pixels of mode {mode}", "convert it to 8 bits per channel")
 
 
 class DecodedImages(ImageDataset):

@@ -111,16 +111,14 @@ class LatentShards(Latents):
     def moments(self, index: int, flip: bool) -> np.ndarray:
         number = self._shard(index)
         if number not in self._mapped:  # two threads may both map a shard, which does no harm
-            self._mapped[number] = self._map(self.index.shards[number])
+            shard = self.index.shards[number]
+            file, expected = self.folder / shard.file, [shard.items, *self.index.shape]
+            mapped = shards.open_tensors(file).get_slice("moments")
+            if mapped.get_shape() != expected:
+                conflict = f"holds {mapped.get_shape()}, the index says {expected}"
+                reject("data.path", file, conflict, f"remove it and {shards.AGAIN}")
+            self._mapped[number] = mapped
         return self._mapped[number][index - int(self._first[number]), int(flip)]
-
-    def _map(self, shard: shards.Shard) -> Any:
-        file, expected = self.folder / shard.file, [shard.items, *self.index.shape]
-        mapped = shards.open_tensors(file).get_slice("moments")
-        if mapped.get_shape() != expected:
-            conflict = f"holds {mapped.get_shape()}, the index says {expected}"
-            reject("data.path", file, conflict, f"remove it and {shards.AGAIN}")
-        return mapped
 
 
 class LatentTree(Latents):

@@ -29,6 +29,12 @@ class Purpose(IntEnum):
     POSTERIOR = 5
 
 
+def philox(seed: int, number: int, third: int, fourth: int) -> np.random.Generator:
+    """The stream of key (seed, number), whose counter starts at the high words (third, fourth); each in [0, 2^64)."""
+    key, counter = np.array([seed, number], dtype=np.uint64), np.array([0, 0, third, fourth], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
 def row_generator(seed: int, step: int, row: int, purpose: Purpose) -> np.random.Generator:
     """The private stream of one image of one global batch, for one purpose.
 
@@ -41,9 +47,7 @@ def row_generator(seed: int, step: int, row: int, purpose: Purpose) -> np.random
     Raises:
         OverflowError: an argument is negative or needs more than 64 bits.
     """
-    key = np.array([seed, step], dtype=np.uint64)
-    counter = np.array([0, 0, row, purpose], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return philox(seed, step, row, purpose)
 
 
 @lru_cache(maxsize=2)  # a batch straddles two epochs; shuffling 1.28 M indices takes 30 ms, too long for every step
@@ -65,12 +69,7 @@ def step_indices(seed: int, step: int, global_batch: int, n: int) -> np.ndarray:
         step: optimizer step, 0-based.
         global_batch: G.
         n: images in the data set, at least 1.
-
-    Raises:
-        ValueError: `n` or `global_batch` is not positive, or `step` is negative.
     """
-    if n < 1 or global_batch < 1 or step < 0:
-        raise ValueError(f"no batch of {global_batch} out of {n} images at step {step}")
     position_G = step * global_batch + np.arange(global_batch, dtype=np.int64)
     epoch_G, offset_G = np.divmod(position_G, n)
     index_G = np.empty(global_batch, dtype=np.int64)

@@ -24,18 +24,10 @@ HALF_LEVEL = 1 / 255
 TINY_PROBABILITY = 1e-12
 """floor of a grey level's probability: keeps its logarithm and gradient finite"""
 
-# ---------------------------------------------------------------------------------------------------------- schedule
-
 
 def linear_betas(num_steps: int) -> Tensor:
-    """beta_t, float64 [T]: from 1e-4 to 0.02 (DDPM Sec. 4) at T = 1000; scaled by 1000 / T at another length.
-
-    Raises:
-        ValueError: T is so small (20 or less) that a beta reaches 1.
-    """
+    """beta_t, float64 [T > 20]: from 1e-4 to 0.02 (DDPM Sec. 4) at T = 1000; scaled by 1000 / T at another length."""
     scale = 1000 / num_steps
-    if scale * 0.02 >= 1:
-        raise ValueError(f"a linear schedule of {num_steps} steps has betas of 1 or more")
     return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
 
 
@@ -102,9 +94,6 @@ def timestep_from_gauss(gauss_B: Tensor, num_steps: int) -> Tensor:
     return (u_B * num_steps).long().clamp(max=num_steps - 1)
 
 
-# ------------------------------------------------------------------------------------------------- forward and reverse
-
-
 def q_sample(schedule: Schedule, z_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor) -> Tensor:
     """x_t = sqrt(ab) z + sqrt(1 - ab) eps (DDPM eq. 4), [B, C, H, W]."""
     ab = at(schedule.alpha_bar_T, t_B, z_BCHW)
@@ -151,9 +140,6 @@ def reverse(schedule: Schedule, prediction: Tensor, x_BCHW: Tensor, t_B: Tensor,
     return Reverse(posterior_mean(schedule, image, x_BCHW, t_B), v * high + (1 - v) * low, image)
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
-
-
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N1 || N2) of diagonal Gaussians in nats, elementwise; the arguments broadcast."""
     apart = (mean1 - mean2).square() * torch.exp(-log_variance2)
@@ -175,7 +161,7 @@ def decoder_log_likelihood(z: Tensor, mean: Tensor, log_variance: Tensor) -> Ten
 
 
 def vb_per_image(schedule: Schedule, prediction: Tensor, z_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """L_t of the variational bound (iDDPM eq. 4-6), bits a dimension, float [B]: a KL, at t = 0 the decoder's -ln p."""
+    """L_t of the variational bound (iDDPM eq. 4-6), bits per dimension, float [B]: KL, at t = 0 the decoder's -ln p."""
     ours = reverse(schedule, prediction, x_BCHW, t_B)
     truth_mean = posterior_mean(schedule, z_BCHW, x_BCHW, t_B)
     truth_log_variance = at(schedule.posterior_log_variance_T, t_B, x_BCHW)
@@ -188,7 +174,7 @@ def vb_per_image(schedule: Schedule, prediction: Tensor, z_BCHW: Tensor, x_BCHW:
 def losses_per_image(
     schedule: Schedule, prediction: Tensor, z_BCHW: Tensor, eps_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """L_simple and L_t, each float [B]; L_hybrid is the mean of the first plus `vb_weight` times that of the second.
+    """L_simple and L_t, each float [B]; L_hybrid is the mean of the first plus lambda T times that of the second.
 
     L_simple = |eps - eps_theta|^2, averaged over C*H*W. L_t sees eps_theta detached, so the bound trains the variance
     and leaves the mean to L_simple (iDDPM Sec. 3.1).
@@ -201,12 +187,3 @@ def losses_per_image(
     mse_B = (eps_BCHW - eps_hat).square().flatten(1).mean(1)
     frozen = torch.cat([eps_hat.detach(), w], dim=1)
     return mse_B, vb_per_image(schedule, frozen, z_BCHW, x_BCHW, t_B)
-
-
-def vb_weight(num_steps: int) -> float:
-    """Weight of the mean L_t: L_vlb is the *sum* over t, so lambda L_vlb = lambda T E_t[L_t], which is 1 at T = 1000.
-
-    ADM and DiT reach the same 1 with bits a dimension as the unit, by either of their MSE losses ("rescaled" multiplies
-    by T / 1000).
-    """
-    return VB_LAMBDA * num_steps

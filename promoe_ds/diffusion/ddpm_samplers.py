@@ -73,9 +73,6 @@ def ddim(
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------- respacing
-
-
 def spaced_timesteps(num_steps: int, spec: int | str) -> list[int]:
     """The timesteps kept out of 0..num_steps-1, increasing, in ADM's notation (arXiv:2102.09672, Sec. 4; 2105.05233).
 
@@ -91,28 +88,25 @@ def spaced_timesteps(num_steps: int, spec: int | str) -> list[int]:
     """
     text = str(spec).strip()
     if text.startswith("ddim"):
-        return _strided(num_steps, _count(text.removeprefix("ddim")))
+        count = _count(text.removeprefix("ddim"))
+        for stride in range(1, num_steps + 1):
+            if len(kept := range(0, num_steps, stride)) == count:
+                return list(kept)
+        raise ValueError(f"no whole stride gives {count} of {num_steps} timesteps")
     counts = [_count(part) for part in text.split(",")]
     size, longer = divmod(num_steps, len(counts))
-    kept, start = [], 0
+    positions, start = [], 0
     for section, count in enumerate(counts):
         length = size + (section < longer)
         if count > length:
             raise ValueError(f"keeps {count} of the {length} timesteps of a section")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        kept += [start + round(position) for position in accumulate(repeat(stride, count - 1), initial=0.0)]
+        positions += [start + round(position) for position in accumulate(repeat(stride, count - 1), initial=0.0)]
         start += length
-    return kept
+    return positions
 
 
 def _count(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError("is not a number of steps, nor a list like 10,15,20, nor ddimN")
     return int(text)
-
-
-def _strided(num_steps: int, count: int) -> list[int]:
-    for stride in range(1, num_steps + 1):
-        if len(range(0, num_steps, stride)) == count:
-            return list(range(0, num_steps, stride))
-    raise ValueError(f"no whole stride gives {count} of {num_steps} timesteps")

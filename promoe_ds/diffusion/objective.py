@@ -20,6 +20,8 @@ from promoe_ds.diffusion.rectified_flow import Callback, euler, heun, sigma_sche
 
 Forward = Callable[[Tensor, Tensor], Any]
 """(x [B, C, H, W], t float32 [B] in 0..1000) -> an output whose `prediction` is [B, C or 2C, H, W]"""
+Losses = dict[str, Tensor]
+"""float32 scalars by name"""
 
 
 class Objective(ABC):
@@ -34,15 +36,13 @@ class Objective(ABC):
     def __init__(self, config: DiffusionConfig, device: torch.device): ...
 
     @abstractmethod
-    def loss(
-        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
         """One forward of a batch and its losses.
 
         Args:
             z_BCHW: images or latents, float32.
             eps_BCHW: standard normal noise, as z.
-            gauss_B: a standard normal draw an image, which chooses its timestep.
+            gauss_B: a standard normal draw per image, which chooses its timestep.
 
         Returns:
             The output of `forward`, and float32 scalars by name: "diffusion" (weight 1) and those of
@@ -95,9 +95,7 @@ class RectifiedFlow(Objective):
         self.config = config
         self.aux_loss_weights = {}
 
-    def loss(
-        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
         c = self.config
         sigma_B = flow.sigma_from_gauss(gauss_B, c.logit_mean, c.logit_std, c.shift)
         output = forward(flow.interpolate(z_BCHW, eps_BCHW, sigma_B), flow.TIME_SCALE * sigma_B)
@@ -126,7 +124,7 @@ class RectifiedFlow(Objective):
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return predict(x, flow.TIME_SCALE * sigma)[:, : x.shape[1]]
 
-        solver = heun if sampler == "heun" else euler
+        solver = {"euler": euler, "heun": heun}[sampler]
         return solver(velocity, x_BCHW, sigma_schedule(int(steps), self.config.shift), callback)
 
 
@@ -138,11 +136,10 @@ class DDPM(Objective):
     def __init__(self, config: DiffusionConfig, device: torch.device):
         self.config = config.ddpm
         self.schedule = ddpm.Schedule.of(ddpm.linear_betas(self.config.num_steps)).to(device)
-        self.aux_loss_weights = {"vb": ddpm.vb_weight(self.config.num_steps)}
+        # L_vlb is the *sum* over t, so lambda L_vlb = lambda T E_t[L_t]: weight 1 at T = 1000, as in ADM and DiT.
+        self.aux_loss_weights = {"vb": ddpm.VB_LAMBDA * self.config.num_steps}
 
-    def loss(
-        self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
         s = self.schedule
         t_B = ddpm.timestep_from_gauss(gauss_B, s.num_steps)
         x_BCHW = ddpm.q_sample(s, z_BCHW, eps_BCHW, t_B)
@@ -183,22 +180,27 @@ def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") 
     return OBJECTIVES[config.name](config, torch.device(device))
 
 
+def check_steps(config: DiffusionConfig, steps: int | str, option: str) -> int:
+    """How many steps these are. Raises ConfigError, naming `option`, where the objective has no such steps."""
+    try:
+        return len(make_objective(config).timesteps(steps))
+    except ValueError as error:
+        reject(option, steps, str(error), "choose another number of steps")
+
+
 def choose_sampler(config: Config, name: str | None, steps: int | str, eta: float) -> tuple[str, int]:
     """The sampler's name (default: the objective's first) and its number of steps.
 
     Raises:
         ConfigError: the objective has no such sampler, the sampler no such steps, or an eta that means nothing.
     """
-    objective = make_objective(config.diffusion)
-    chosen = name or objective.samplers[0]
-    if chosen not in objective.samplers:
+    samplers = OBJECTIVES[config.diffusion.name].samplers
+    chosen = name or samplers[0]
+    if chosen not in samplers:
         conflict = f"the model was trained with diffusion.name={config.diffusion.name}"
-        reject("--sampler", chosen, conflict, f"choose {' or '.join(objective.samplers)}")
+        reject("--sampler", chosen, conflict, f"choose {' or '.join(samplers)}")
     if not 0 <= eta <= 1:
         reject("--eta", eta, "must lie in [0, 1]", "choose such a value")
     if eta and chosen != "ddim":
         reject("--eta", eta, f"the sampler {chosen} has no eta", "remove it, or add --sampler ddim")
-    try:
-        return chosen, len(objective.timesteps(steps))
-    except ValueError as error:
-        reject("--steps", steps, str(error), "choose another number of steps")
+    return chosen, check_steps(config.diffusion, steps, "--steps")

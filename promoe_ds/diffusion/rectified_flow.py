@@ -70,8 +70,6 @@ def loss_per_image(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> 
     return error.square().flatten(1).mean(1)
 
 
-# ----------------------------------------------------------------------------------------------------------- solvers
-
 Velocity = Callable[[Tensor, float], Tensor]
 """v(x, sigma): same shape and dtype as x"""
 Callback = Callable[[int, Tensor], object]
@@ -84,7 +82,7 @@ def sigma_schedule(steps: int, shift: float = 1.0) -> list[float]:
 
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], callback: Callback | None = None) -> Tensor:
-    """Explicit Euler: one velocity a step, first order, exact for straight paths.
+    """Explicit Euler: one velocity per step, first order, exact for straight paths.
 
     Args:
         x: state at `sigmas[0]`, any shape; the arithmetic is done in its dtype.
@@ -101,7 +99,7 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], callback: Call
 
 
 def heun(velocity: Velocity, x: Tensor, sigmas: Sequence[float], callback: Callback | None = None) -> Tensor:
-    """Heun's method (explicit trapezoid): two velocities a step, second order. Arguments and result as for `euler`."""
+    """Heun's method (explicit trapezoid): two velocities per step, second order. Arguments, result: as of `euler`."""
     for step, (here, there) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         slope = velocity(x, here)
         slope_ahead = velocity(x + (there - here) * slope, there)

@@ -55,6 +55,6 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         Returns:
             [B, C or 2C, H, W]: velocity noise - data, or predicted noise and variance channels.
         """
-        dtype = self.dit.x_embedder.proj.weight.dtype
+        dtype = next(self.dit.x_embedder.parameters()).dtype
         with torch.no_grad():
             return self.dit.eval()(sample.to(dtype), timestep.float(), class_labels).prediction.to(sample.dtype)

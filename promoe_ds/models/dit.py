@@ -1,10 +1,11 @@
 """One diffusion transformer for every family: Dense-DiT, ProMoE and the baselines differ by `config.moe` alone.
 
-Legend: B images, S tokens an image, D width, C channels, H W image side, P patch side, L MoE layers, E routed experts.
+Legend: B images, S tokens per image, D width, C channels, H W image side, P patch side, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -43,15 +44,6 @@ class PatchProjection(nn.Conv2d):
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, channels: int, width: int, patch: int):
-        super().__init__()
-        self.proj = PatchProjection(channels, width, patch, stride=patch)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.proj(x_BCHW)
-
-
 class DiTBlock(nn.Module):
     """Attention and a feed-forward part (dense MLP or MoE layer), each behind adaLN-zero."""
 
@@ -67,7 +59,7 @@ class DiTBlock(nn.Module):
         """-> (x_BSD, what its MoE layer tells)."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
-            return self.feed(x_BSD, h_BSD, gate_B1D), None
+            return x_BSD + gate_B1D * self.mlp(h_BSD), None
         out_BSD, stats = self.mlp(h_BSD, split)
         return x_BSD + gate_B1D * out_BSD, stats
 
@@ -76,10 +68,6 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
         x_BSD = x_BSD + gate_a * self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a))
         return x_BSD, modulate(self.norm2(x_BSD), shift_m, scale_m), gate_m
-
-    def feed(self, x_BSD: Tensor, h_BSD: Tensor, gate_B1D: Tensor) -> Tensor:
-        """The dense MLP with its residual."""
-        return x_BSD + gate_B1D * self.mlp(h_BSD)
 
 
 class FinalLayer(nn.Module):
@@ -105,7 +93,7 @@ class DiT(nn.Module):
         super().__init__()
         m, moe_layers = config.model, set(config.moe_layers())
         self.config = config
-        self.x_embedder = PatchEmbed(m.channels, m.width, m.patch)
+        self.x_embedder = nn.Sequential(OrderedDict(proj=PatchProjection(m.channels, m.width, m.patch, stride=m.patch)))
         self.t_embedder = TimestepEmbedder(m.width, m.time)
         self.y_embedder = nn.Embedding(m.num_classes + 1, m.width)
         self.pos_embed = nn.Parameter(torch.empty(1, m.tokens, m.width), requires_grad=False)
@@ -125,8 +113,7 @@ class DiT(nn.Module):
         """
         split = split_by_label(y_B, self.config.model.num_classes, x_BCHW.device, row_B)
         x_BCHW, t_B = x_BCHW.index_select(0, split.order_B), t_B.index_select(0, split.order_B)
-        x_BSD = self.x_embedder(x_BCHW)
-        x_BSD = x_BSD + self.pos_embed
+        x_BSD = self.x_embedder(x_BCHW) + self.pos_embed
         c_BD = self.t_embedder(t_B) + self.y_embedder(split.label_B)
         layers: list[LayerStats] = []
         for block in self.blocks:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from promoe_ds.config.schema import Config
-from promoe_ds.models.dit import DiT, PatchEmbed
+from promoe_ds.models.dit import DiT, PatchProjection
 from promoe_ds.models.layers import Modulation, grid_sinusoids
 
 
@@ -57,10 +57,9 @@ def init_weights(model: DiT, seed: int) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=draw("weight"))
             nn.init.zeros_(module.bias)
-        elif isinstance(module, PatchEmbed):
-            nn.init.xavier_uniform_(module.proj.weight.view(len(module.proj.weight), -1), generator=draw("proj.weight"))
-            assert module.proj.bias is not None
-            nn.init.zeros_(module.proj.bias)
+        elif isinstance(module, PatchProjection):
+            nn.init.xavier_uniform_(module.weight.flatten(1), generator=draw("weight"))
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02, generator=draw("weight"))
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
@@ -72,8 +71,7 @@ def init_weights(model: DiT, seed: int) -> None:
         if isinstance(module, Modulation):
             nn.init.zeros_(module.linear.weight)
     for i in (0, 2):
-        weight = model.t_embedder.mlp[i].weight
-        assert isinstance(weight, torch.Tensor)
+        weight: torch.Tensor = model.t_embedder.mlp[i].weight  # type: ignore[assignment]
         nn.init.normal_(weight, std=0.02, generator=generator(seed, f"t_embedder.mlp.{i}", "normal"))
     nn.init.zeros_(model.final_layer.linear.weight)
     m = model.config.model

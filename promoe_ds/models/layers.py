@@ -1,6 +1,6 @@
 """Building blocks of the diffusion transformer (DiT, arXiv:2212.09748).
 
-Legend: B images, S tokens an image, D width, C channels, H W image side, P patch side. Parameter names follow the
+Legend: B images, S tokens per image, D width, C channels, H W image side, P patch side. Parameter names follow the
 published DiT and ProMoE checkpoints where the part is the same.
 """
 

@@ -1,4 +1,4 @@
-"""Small tensors that never change, made once a device: a layer that makes its own launches a kernel for each.
+"""Small tensors that never change, made once per device: a layer that makes its own launches a kernel for each.
 
 Nobody may write to them. Made outside inference mode, so that training may keep them after sampling made them first.
 """

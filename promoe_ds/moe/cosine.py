@@ -11,25 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SHORTEST = 1e-12
-
-
-def length(x: Tensor) -> Tensor:
-    """Euclidean length along the last dimension, which is kept; at least 1e-12, to divide by."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors along the last dimension, scaled to length 1; zero stays zero."""
-    return x / length(x)
-
 
 class _Cosine(torch.autograd.Function):
     """z = x u / |x|. Its gradient in two passes over the tokens, where autograd makes five."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, unit_DE: Tensor) -> Tensor:
-        length_T1 = length(x_TD)
+        length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).clamp_min(1e-12)
         z_TE = x_TD @ unit_DE / length_T1
         ctx.save_for_backward(x_TD, unit_DE, length_T1, z_TE)
         return z_TE

@@ -100,7 +100,7 @@ class Plan(NamedTuple):
 
 
 def _edges(x_TD: Tensor, routing: Routing) -> Tensor:
-    """One row an edge, in edge order."""
+    """One row per edge, in edge order."""
     if routing.top_k == 1:
         return x_TD
     if routing.top_k:
@@ -138,7 +138,7 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher(LocalDispatcher):
-    """Experts are sharded over the ranks of a group, e = E/ep consecutive ones a rank.
+    """Experts are sharded over the ranks of a group, e = E/ep consecutive ones per rank.
 
     One exchange of the count matrix, one device-to-host copy of it, one uneven all-to-all; after the experts the mirror
     image. The rows sent are exactly those whose expert lives elsewhere (a rank's share for itself is a local copy).

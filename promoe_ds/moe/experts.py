@@ -1,6 +1,6 @@
 """Stacked expert MLPs over rows sorted by expert.
 
-Three backends that agree: `loop` (the reference: one linear layer an expert, reads the counts on the host),
+Three backends that agree: `loop` (the reference: one linear layer per expert, reads the counts on the host),
 `grouped_mm` (two grouped GEMMs, no padding, no host synchronisation) and `megablocks` (MegaBlocks' grouped GEMM, bf16
 on CUDA, reads the counts on the host). Experts without rows are computed too: their gradient is zero, not absent.
 
@@ -117,21 +117,17 @@ def backend_problem(backend: str, device: str) -> str | None:
     try:
         importlib.import_module("grouped_gemm.ops")
     except Exception as error:  # compiled parts fail to load in many ways
-        return f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"cannot be imported ({type(error).__name__}: {str(error)[:200]})"
     return None
 
 
 def check_backend(config: Config, device: str) -> None:
     """Raise ConfigError if the experts of `config` cannot be computed on this kind of device."""
     backend = config.moe.experts_backend if config.moe else ""
-    problem = backend_problem(backend, device)
-    if problem:
-        reject(
-            "moe.experts_backend", backend, problem, "set moe.experts_backend=grouped_mm, or see docs/performance.md"
-        )
+    if problem := backend_problem(backend, device):
+        way_out = "set moe.experts_backend=grouped_mm, or see docs/performance.md"
+        reject("moe.experts_backend", backend, problem, way_out)
 
-
-# ------------------------------------------------------------------------------------------- the same, for a compiler
 
 # The grouped product is a black box to the compiler: torch's own can be traced in bf16 alone. Biases are picked by
 # index, not multiplied, so that their sum is fused into what comes next; their gradient is the same small GEMM.

@@ -89,18 +89,14 @@ def expert_major(token_EN: Tensor) -> tuple[Tensor, Tensor]:
     return token_EN.reshape(-1), expert_E.repeat_interleave(token_EN.shape[1])
 
 
-# ------------------------------------------------------------------------------------- checks of options: ConfigError
-
-
 def check_quota(router: Any, config: Config, images: int, pool: str) -> None:
     """An expert that chooses among the tokens of `images` images takes at least one."""
     assert config.moe is not None
     E, tokens = config.moe.num_experts, images * config.model.tokens
     if tokens * router.top_k < E:
         conflict = f"an expert's quota of {pool} is {tokens} tokens * top_k={router.top_k} // {E} experts = 0"
-        reject(
-            "moe.num_experts", E, conflict, f"lower it to at most {tokens * router.top_k}, or raise moe.router.top_k"
-        )
+        way_out = f"lower it to at most {tokens * router.top_k}, or raise moe.router.top_k"
+        reject("moe.num_experts", E, conflict, way_out)
 
 
 def images_a_forward(config: Config) -> int:

@@ -26,7 +26,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.router import ROUTERS, Routing
+from promoe_ds.moe.router import ROUTERS, Routing, Tensors
 from promoe_ds.moe.split import Split
 
 Work = Callable[[], list[Tensor]]
@@ -41,32 +41,29 @@ class RoutedExperts(nn.Module):
         self.dispatcher = LocalDispatcher(num_experts)
         self.experts = StackedExperts(num_experts, width, hidden, backend)
 
-    def forward(self, x_TD: Tensor, routing: Routing, during_dispatch: Work, during_combine: Work) -> RoutedOutput:
+    def forward(
+        self, x_TD: Tensor, routing: Routing, during_dispatch: Work, during_combine: Work
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """Dispatch, experts, combine; does both works in between.
 
         Autograd runs later operations first, so gradients travel beside the same works.
+
+        Returns:
+            The weighted sum over each token's experts, [T, D] in the precision of the gate weights; `expert_offsets` of
+            this rank's edges by global expert, int32 [E]; what the two works returned.
         """
         x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
         dispatched, plan = self.dispatcher.dispatch(x_TD, routing)
         first = during_dispatch()
         combined = self.dispatcher.combine(self.experts(dispatched.wait()), plan)
         second = during_combine()
-        return RoutedOutput(combined.wait(), plan.offsets_E, first, second)
-
-
-class RoutedOutput(NamedTuple):
-    out_TD: Tensor
-    """weighted sum over each token's experts, in the precision of the gate weights"""
-    offsets_E: Tensor
-    """int32, `expert_offsets` of this rank's edges by global expert"""
-    dispatch_work: list[Tensor]
-    combine_work: list[Tensor]
+        return combined.wait(), plan.offsets_E, first, second
 
 
 class LayerStats(NamedTuple):
     """What an MoE layer tells besides its output."""
 
-    terms: dict[str, Tensor]
+    terms: Tensors
     """`Routing.terms`"""
     offsets_E: Tensor
     """int32, this rank's edges up to each expert, `expert_offsets`"""

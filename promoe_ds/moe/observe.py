@@ -1,8 +1,8 @@
 """How experts are used: numbers from their load, pure functions that never wait for the device; and what the routers of
 a model choose, watched from outside by hooks that are there only while somebody looks.
 
-Legend: L MoE layers, B images, S tokens an image, T = B*S, D width, E routed experts, N edges, I images that the router
-was given.
+Legend: L MoE layers, B images, S tokens per image, T = B*S, D width, E routed experts, N edges, I images that the
+router was given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +44,7 @@ def prototypes_of(router: Router) -> Tensor | None:
 
     The parameter or buffer itself: under ZeRO-3 a rank holds a piece of it.
     """
-    for name in ("prototypes", "centroids"):
-        if isinstance(found := getattr(router, name, None), Tensor):
-            return found
-    return None
+    return getattr(router, "prototypes", getattr(router, "centroids", None))
 
 
 def cosines(p_ED: Tensor) -> Tensor:
@@ -68,9 +65,6 @@ def prototype_statistics(p_ED: Tensor) -> Tensor:
     mean = (cos_EE * off_EE).sum() / max(1, E * (E - 1))
     largest = cos_EE.masked_fill(~off_EE, -1.0).max() if E > 1 else mean
     return torch.stack([norm_E.mean(), norm_E.max(), mean, largest])
-
-
-# ---------------------------------------------------------------------------------------------------------- watching
 
 
 See = Callable[[int, Router, Tensor, Routing], object]
@@ -130,18 +124,15 @@ class LastChoice(ExitStack):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, blocks = model, list(routers_of(model))
+        blocks = list(routers_of(model))
         self.block = blocks[len(blocks) // 2] if blocks else None
         self.last: tuple[Routing, tuple[int, ...]] | None = None
         self.maps: list[np.ndarray] = []
+        self.enter_context(watching(model, self._see))
 
     def _see(self, block: int, _: Router, x_ISD: Tensor, routing: Routing) -> None:
         if block == self.block:
             self.last = routing, tuple(x_ISD.shape)
-
-    def __enter__(self) -> Self:
-        self.enter_context(watching(self.model, self._see))
-        return self
 
     def keep(self, images: int) -> None:
         """Keep the map of the first `images` images of the last forward."""

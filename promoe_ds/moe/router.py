@@ -1,6 +1,6 @@
 """The one data type between every router and the experts: a list of edges "token n goes to expert m with weight w".
 
-Legend (shape suffixes, here and in every file of this package): B images, S tokens an image, T = B*S tokens,
+Legend (shape suffixes, here and in every file of this package): B images, S tokens per image, T = B*S tokens,
 D width, F expert hidden, E routed experts, e = E/ep local experts, K top-k, N edges, I conditional images.
 
 A router is one file in `routers/`: a subclass of `Router`, registered by `@register_router` (docs/routers.md).
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import ROUTER_CONFIGS, ConfigError, RouterConfig
 from promoe_ds.moe.split import Split
 
+Tensors = dict[str, Tensor]
+"""by name"""
+
 
 class Routing(NamedTuple):
     """Edges from tokens to experts. A NamedTuple, not a dataclass: ZeRO-3 finds the tensors inside it."""
@@ -30,8 +33,8 @@ class Routing(NamedTuple):
     weight_N: Tensor
     """float32 (or float64), gate weight, differentiable"""
     top_k: int
-    """K if the edges are token-major with exactly K a token (N = T*K), else 0"""
-    terms: dict[str, Tensor]
+    """K if the edges are token-major with exactly K per token (N = T*K), else 0"""
+    terms: Tensors
     """what this layer gives to `Router.losses`; tensors of the same shape in every layer; empty outside training"""
 
 
@@ -79,15 +82,13 @@ class Router(nn.Module):
 
         Args:
             x_TD: [T, D], image by image; of conditional images only, where the layer splits.
-            S: tokens an image, so these are T // S images.
+            S: tokens per image, so these are T // S images.
             split: of the whole batch; these images are its first.
         """
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """Auxiliary losses of all L MoE layers at once, so that one all-reduce serves them all; in training only.
 
         Static, because parameters cannot be read here (ZeRO-3 holds them inside their module's forward alone):
@@ -142,7 +143,7 @@ class Router(nn.Module):
         return {}
 
 
-def aux_losses_of(router: Router, layers: list[dict[str, Tensor]], tokens_per_expert_LE: Tensor) -> dict[str, Tensor]:
+def aux_losses_of(router: Router, layers: list[Tensors], tokens_per_expert_LE: Tensor) -> Tensors:
     """`Router.losses` from the `Routing.terms` of each layer, with autocast disabled; {} if there are no terms."""
     terms = {name: torch.stack([terms[name] for terms in layers]) for name in layers[0]}
     with torch.autocast(tokens_per_expert_LE.device.type, enabled=False):

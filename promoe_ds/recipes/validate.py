@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from promoe_ds.config.batching import divisors, listed
 from promoe_ds.config.schema import Channels, Config, ModelConfig, options, reject
-from promoe_ds.diffusion.ddpm_samplers import spaced_timesteps
-
-
-def check_ranges(config: Config) -> None:
-    """Raise `ConfigError` for the first number outside the range that its option names."""
-    for path, known, value in options(config):
-        if isinstance(value, int | float) and not known.allows(value):
-            reject(path, value, f"must {known.range()}", "choose such a value")
+from promoe_ds.diffusion.objective import check_steps
 
 
 def _validate_model(config: Config) -> None:
@@ -58,21 +51,13 @@ def _validate_moe(config: Config) -> None:
         conflict = "null-label images would meet no expert (moe.num_shared=0)"
         reject("moe.num_unconditional", 0, conflict, "set one of them to 1")
     if moe.num_experts % ep:
-        reject(
-            "parallel.expert_parallel",
-            ep,
-            f"does not divide moe.num_experts={moe.num_experts}",
-            f"choose one of {listed(divisors(moe.num_experts))}",
-        )
+        way_out = f"choose one of {listed(divisors(moe.num_experts))}"
+        reject("parallel.expert_parallel", ep, f"does not divide moe.num_experts={moe.num_experts}", way_out)
     if isinstance(moe.layers, tuple):
         bad = [i for i in moe.layers if not 0 <= i < config.model.depth]
         if bad or len(set(moe.layers)) != len(moe.layers):
-            reject(
-                "moe.layers",
-                list(moe.layers),
-                f"needs distinct indices below model.depth={config.model.depth}",
-                "list block indices, or write every_other or all",
-            )
+            conflict = f"needs distinct indices below model.depth={config.model.depth}"
+            reject("moe.layers", list(moe.layers), conflict, "list block indices, or write every_other or all")
     if not config.moe_layers():
         conflict = f"selects no block of model.depth={config.model.depth}"
         reject("moe.layers", moe.layers, conflict, "write all, or moe: null for a dense model")
@@ -104,24 +89,18 @@ def check_guidance(model: ModelConfig, channels: Channels, path: str) -> None:
 
 def _validate_objective(config: Config) -> None:
     """What is trained and how the sample grids are drawn."""
-    steps, num_steps = config.sample.steps, config.diffusion.ddpm.num_steps
     check_guidance(config.model, config.guidance.channels, "guidance.channels")
-    if config.diffusion.name == "rectified_flow":
-        if isinstance(steps, str):
-            reject("sample.steps", steps, "rectified flow takes a number of steps", "write one, for example 250")
-        return
-    if not config.model.learn_sigma:
+    if config.diffusion.name == "ddpm" and not config.model.learn_sigma:
         conflict = "diffusion.name=ddpm learns a variance range"
         reject("model.learn_sigma", "false", conflict, "set model.learn_sigma=true")
-    try:
-        spaced_timesteps(num_steps, steps)
-    except ValueError as error:
-        reject("sample.steps", steps, str(error), f"choose 1 to diffusion.ddpm.num_steps={num_steps} steps")
+    check_steps(config.diffusion, config.sample.steps, "sample.steps")
 
 
 def validate(config: Config) -> None:
     """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
-    check_ranges(config)
+    for path, known, value in options(config):
+        if isinstance(value, int | float) and not known.allows(value):
+            reject(path, value, f"must {known.range()}", "choose such a value")
     _validate_model(config)
     _validate_moe(config)
     _validate_speed(config)

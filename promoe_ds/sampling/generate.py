@@ -21,6 +21,7 @@ import torch
 
 from promoe_ds.config.schema import Channels, Config, ConfigError, reject
 from promoe_ds.data.codecs import Codec
+from promoe_ds.data.order import philox
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.sampling.noise import image_noise
@@ -38,12 +39,12 @@ class SamplingOptions:
     """How images are drawn from weights and labels: all of it decides them, but for `batch`."""
 
     cfg: float
-    """guidance scale; at 1 or below one labelled forward a step"""
+    """guidance scale; at 1 or below one labelled forward per step"""
     steps: int | str
     """of the sampler, as the objective takes them"""
     seed: int = 0
     batch: int = 64
-    """images a forward (twice as many under guidance)"""
+    """images per forward (twice as many under guidance)"""
     precision: Precision = "fp32"
     """bf16 runs the model under autocast; the state of the solver stays float32"""
     sampler: str | None = None
@@ -64,10 +65,8 @@ def class_labels(num: int, num_classes: int, options: Labels = "balanced", seed:
     """
     if options == "balanced":
         return np.arange(num, dtype=np.int64) % num_classes
-    counter = np.array([0, 0, 0, LABEL_COUNTER], dtype=np.uint64)
-    keys = (np.array([seed, i], dtype=np.uint64) for i in range(num))
-    streams = (np.random.Generator(np.random.Philox(key=key, counter=counter)) for key in keys)
-    return np.array([stream.integers(num_classes) for stream in streams], dtype=np.int64)
+    draws = (philox(seed, i, 0, LABEL_COUNTER).integers(num_classes) for i in range(num))
+    return np.fromiter(draws, dtype=np.int64, count=num)
 
 
 def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:
@@ -96,10 +95,6 @@ def check_channels(config: Config, codec: Codec | None = None, option: str = "--
     if codec is None and (channels not in IMAGE_MODES or config.data.name == "latents"):
         way_out = f"name the codec that decodes them with {option}"
         reject("model.channels", channels, "the model makes latents, not pixels", way_out)
-
-
-def _decoded(x_BCHW: torch.Tensor, codec: Codec) -> torch.Tensor:
-    return torch.cat([codec.to_pixels(part) for part in x_BCHW.split(DECODED_AT_ONCE)])
 
 
 def draw_batches(
@@ -156,7 +151,7 @@ def pixel_batches(
         ConfigError: the model makes NaN or infinity.
     """
     for rows, x in batches:
-        yield rows, to_pixels(x if codec is None else _decoded(x, codec))
+        yield rows, to_pixels(torch.cat([codec.to_pixels(part) for part in x.split(DECODED_AT_ONCE)]) if codec else x)
 
 
 def draw_pixels(

@@ -10,13 +10,11 @@ Legend: N images, H W C pixels; r rank, W world size.
 from __future__ import annotations
 
 import json
-import math
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,7 +26,7 @@ from promoe_ds.config.schema import Config, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.sampling.generate import Labels, SamplingOptions, class_labels, draw_batches, pixel_batches, pixel_shape
-from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, write_npz
+from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, whole, write_npz
 from promoe_ds.utils.command_line import versions
 from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
 from promoe_ds.utils.pictures import grid, write_png
@@ -39,25 +37,10 @@ CONFIG = "config.yaml"
 CODEC = "codec.json"
 SAMPLES = "samples.npz"
 FEATURES = "features.safetensors"
-OUTPUTS = re.compile(
-    r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|features\.safetensors|made-\d+\.(npy|safetensors)|part-\d+-of-\d+\.npz"
-)
-LEFTOVERS = (".*.tmp", "part-*-of-*.npz", "made-*.npy", "made-*.safetensors")
-DECISIVE = ("config", "checkpoint", "checkpoint_step", "checkpoint_blake2b", "cfg", "steps", "seed", "num", "precision",
-            "sampler", "eta", "guidance_channels", "labels", "vae", "features")  # fmt: skip
-"""keys of the record that decide the images; a folder is continued only where all of them agree"""
-IMPLIED = {
-    "sampler": "euler",
-    "eta": 0.0,
-    "guidance_channels": "all",
-    "labels": "balanced",
-    "vae": None,
-    "features": None,
-}
-"""what records say that were written before these keys"""
-
-
-# --------------------------------------------------------------------------------------------------------------- job
+OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|features\.safetensors|made-\d+\.(npy|safetensors)")
+LEFTOVERS = (".*.tmp", "made-*.npy", "made-*.safetensors")
+INCIDENTAL = "command", "versions"
+"""keys of the record that do not decide the images; a folder is continued only where all others agree"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,7 @@ class Job:
     options: SamplingOptions
     labels: Labels = "balanced"
     formats: tuple[str, ...] = ("png", "npz")
-    """png: a file an image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
+    """png: a file per image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
 
 
 def run_of(file: Path) -> Path | None:
@@ -104,13 +87,13 @@ def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
     if file.with_name(MANIFEST).is_file():
         expected = manifest(file.parent)["files"].get(file.name, {}).get("blake2b", digest)
         if digest != expected:
-            reject(
-                "weights", file, "is damaged: it does not match its checksum", "name another checkpoint with --model"
-            )
+            way_out = "name another checkpoint with --model"
+            reject("weights", file, "is damaged: it does not match its checksum", way_out)
     relative = file.resolve().relative_to(run).as_posix() if run else file.name
     return {"config": config.name, "checkpoint": relative, "checkpoint_step": step, "checkpoint_blake2b": digest}
 
 
+@runtime_checkable
 class Pack(Store, Protocol):
     """A store of features, such as `promoe_ds.evaluation.feature_store.FeatureStore`."""
 
@@ -122,17 +105,13 @@ def record_of(
     job: Job, weights: Mapping[str, Any], command: str, codec: Codec | None = None, features: str | None = None
 ) -> dict[str, Any]:
     """What `sampling.json` says; `features` is the name of the extractor where only features are kept."""
+    options = asdict(job.options) | {"guidance_channels": job.options.channels}
+    del options["batch"], options["channels"]
     return {
         "command": command,
         **weights,
-        "cfg": job.options.cfg,
-        "steps": job.options.steps,
-        "seed": job.options.seed,
+        **options,
         "num": job.num,
-        "precision": job.options.precision,
-        "sampler": job.options.sampler,
-        "eta": job.options.eta,
-        "guidance_channels": job.options.channels,
         "labels": job.labels,
         "vae": f"{codec.kind} {codec.digest}".strip() if codec else None,
         "features": features,
@@ -160,15 +139,11 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
         if foreign:
             reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
         return
-    for key in DECISIVE:
-        old = found.get(key, IMPLIED.get(key)) if isinstance(found, dict) else None
+    for key in [key for key in record if key not in INCIDENTAL]:
+        old = found.get(key) if isinstance(found, dict) else None
         if old != record[key]:
-            reject(
-                "--out",
-                out,
-                f"holds samples of {key}={old}, this command has {key}={record[key]}",
-                "name another folder or remove this one",
-            )
+            conflict = f"holds samples of {key}={old}, this command has {key}={record[key]}"
+            reject("--out", out, conflict, "name another folder or remove this one")
 
 
 def claim_folder(out: Path, record: Mapping[str, Any], config: Config) -> None:
@@ -185,19 +160,6 @@ def claim_folder(out: Path, record: Mapping[str, Any], config: Config) -> None:
             write_text(out / CONFIG, dump(config))
     except OSError as error:
         reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
-
-
-def _progress(job: Job, ranks: Ranks, total: int, done: int) -> tqdm:
-    who = f" of process 1/{ranks.world}" if ranks.world > 1 else ""
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=f"cfg {job.options.cfg}: images{who}",
-        disable=ranks.rank != 0,
-        mininterval=0.5,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
-        unit="image",
-    )
 
 
 @dataclass(frozen=True)
@@ -238,32 +200,42 @@ def make_share(sampler: SampleWorker, job: Job) -> None:
     indices = np.arange(sampler.ranks.rank, job.num, sampler.ranks.world)
     found = [pixels is not None for pixels in read_all(store, indices.tolist())]
     missing = indices[~np.array(found, dtype=bool)]
-    rounds = -(-len(missing) // job.options.batch)
+    ranks, options, rounds = sampler.ranks, job.options, -(-len(missing) // job.options.batch)
     if sampler.lockstep:
-        rounds = max(sampler.ranks.gather(rounds))
-    _, steps = choose_sampler(sampler.config, job.options.sampler, job.options.steps, job.options.eta)
-    with _progress(job, sampler.ranks, len(indices), len(indices) - len(missing)) as bar:
+        rounds = max(ranks.gather(rounds))
+    _, steps = choose_sampler(sampler.config, options.sampler, options.steps, options.eta)
+    with tqdm(
+        total=len(indices),
+        initial=len(indices) - len(missing),
+        desc=f"cfg {options.cfg}: images{f' of process 1/{ranks.world}' if ranks.world > 1 else ''}",
+        disable=ranks.rank != 0,
+        mininterval=0.5,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+        unit="image",
+    ) as bar:
+
+        def tick(count: int) -> None:
+            bar.update(count / steps)
+
         batches = draw_batches(
-            sampler.model,
-            sampler.config,
-            labels[missing],
-            missing,
-            job.options,
-            sampler.device,
-            on_step=lambda count: bar.update(count / steps),
-            rounds=rounds,
+            sampler.model, sampler.config, labels[missing], missing, options, sampler.device, tick, rounds
         )
         for rows, images in pixel_batches(batches, sampler.codec):
             store.write(missing[rows], images)
 
 
-def assemble_features(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None:
-    """Rank 0, after the barrier: what all processes have made becomes `features.safetensors` and `grid.png`."""
-    assert sampler.pack is not None
-    store, columns = sampler.pack(job.out), min(10, sampler.config.model.num_classes, job.num)
+def assemble(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None:
+    """Rank 0, after the barrier: what all processes have made becomes `grid.png` and the packed file, which is last."""
+    store, labels = _store(sampler, job), sampler.labels(job)
+    columns = min(10, sampler.config.model.num_classes, job.num)
+    pack = store if isinstance(store, Pack) else None
     try:
-        write_png(job.out / "grid.png", grid(np.stack(store.pictures()[: 10 * columns]), columns))
-        store.pack(sampler.labels(job), record)
+        shown = pack.pictures() if pack else list(whole(store, min(job.num, 10 * columns)))
+        write_png(job.out / "grid.png", grid(np.stack(shown[: 10 * columns]), columns))
+        if pack:
+            pack.pack(labels, record)
+        elif "npz" in job.formats:
+            write_npz(job.out / SAMPLES, whole(store, job.num), (job.num, *sampler.shape), labels)
     except LookupError as error:
         reject("--out", job.out, str(error), "run the same command again")
     except OSError as error:
@@ -271,34 +243,9 @@ def assemble_features(sampler: SampleWorker, job: Job, record: Mapping[str, Any]
     store.clear()
 
 
-def assemble(sampler: SampleWorker, job: Job) -> None:
-    """Rank 0, after the barrier: what all processes have made becomes `samples.npz` and `grid.png`."""
-    store, labels = _store(sampler, job), sampler.labels(job)
-    columns = min(10, sampler.config.model.num_classes, job.num)
-
-    def images(count: int) -> Iterator[np.ndarray]:
-        for index, pixels in enumerate(read_all(store, range(count))):
-            if pixels is None:
-                reject("--out", job.out, f"image {index} has disappeared", "run the same command again")
-            yield pixels
-
-    write_png(job.out / "grid.png", grid(np.stack(list(images(min(job.num, 10 * columns)))), columns))
-    if "npz" in job.formats:  # last: it is what `complete` looks for
-        write_npz(job.out / SAMPLES, images(job.num), (job.num, *sampler.shape), labels)
-    store.clear()
-
-
-def complete(job: Job, shape: tuple[int, int, int]) -> bool:
+def complete(job: Job) -> bool:
     """Whether a folder without PNGs is done: its packed file takes its name last, so it need only be there."""
-    if "features" in job.formats:
-        return (job.out / FEATURES).exists()
-    if "png" in job.formats or not (job.out / SAMPLES).exists():
-        return False
-    try:
-        with zipfile.ZipFile(job.out / SAMPLES) as archive:
-            return archive.getinfo("arr_0.npy").file_size >= job.num * math.prod(shape)
-    except (OSError, KeyError, zipfile.BadZipFile):
-        return False
+    return "png" not in job.formats and (job.out / (FEATURES if "features" in job.formats else SAMPLES)).exists()
 
 
 def run_job(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None:
@@ -308,12 +255,12 @@ def run_job(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None:
         ConfigError: the folder holds other samples or cannot be written; the model makes values that are not finite.
     """
     claim_folder(job.out, record, sampler.config)
-    done = complete(job, sampler.shape)
+    done = complete(job)
     if not done:
         make_share(sampler, job)
     sampler.ranks.barrier()  # also where all is done: nobody claims the next folder alone
     if sampler.ranks.rank == 0:
         if not done:
-            assemble_features(sampler, job, record) if "features" in job.formats else assemble(sampler, job)
+            assemble(sampler, job, record)
         for path in (path for pattern in LEFTOVERS for path in job.out.glob(pattern)):
             path.unlink(missing_ok=True)

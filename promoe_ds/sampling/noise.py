@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from promoe_ds.data.order import philox
+
 
 def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int], step: int | None = None) -> torch.Tensor:
     """Standard normal noise [B, *shape] float32 on the CPU; row b depends on (seed, indices[b], step) alone.
@@ -15,7 +17,7 @@ def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int], ste
     Args:
         step: of a sampler that adds noise, from 0; None is the noise that sampling starts from.
     """
-    counter = np.array([0, 0, 0, 0] if step is None else [0, 0, step, 1], dtype=np.uint64)
-    streams = (np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter) for i in indices)
-    rows = [np.random.Generator(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
-    return torch.from_numpy(np.stack(rows))
+    words = (0, 0) if step is None else (step, 1)
+    return torch.from_numpy(
+        np.stack([philox(seed, i, *words).standard_normal(shape, dtype=np.float32) for i in indices])
+    )

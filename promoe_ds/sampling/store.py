@@ -1,8 +1,8 @@
 """Where finished samples lie until a folder is complete, and the packed file that it ends with.
 
-Two stores, one interface: a PNG an image, or a small npy a batch, removed when all are packed into `samples.npz`. Each
-file takes its name only when it is whole, so the files *are* the record of what is done, whichever number of processes
-and batch size made them.
+Two stores, one interface: a PNG per image, or a small npy per batch, removed when all are packed into `samples.npz`.
+Each file takes its name only when it is whole, so the files *are* the record of what is done, whichever number of
+processes and batch size made them.
 
 Legend: N images, H W C pixels.
 """
@@ -114,6 +114,14 @@ def read_all(store: Store, indices: Iterable[int]) -> Iterator[np.ndarray | None
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="read") as pool:
         for start in range(0, len(waiting), READ_AT_ONCE):
             yield from pool.map(store.read, waiting[start : start + READ_AT_ONCE])
+
+
+def whole(store: Store, count: int) -> Iterator[np.ndarray]:
+    """The first `count` images in turn. Raises LookupError where one is missing."""
+    for index, pixels in enumerate(read_all(store, range(count))):
+        if pixels is None:
+            raise LookupError(f"image {index} has disappeared")
+        yield pixels
 
 
 def write_npz(path: Path, images_NHWC: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:

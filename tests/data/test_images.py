@@ -126,7 +126,7 @@ def test_pixel_types_are_converted(mode: str, channels: int):
 def test_sixteen_bit_pixels_are_refused():
     image = Image.fromarray(np.full((16, 16), 40_000, dtype=np.uint16))
     message = rejected(decode, encoded(image, "png"), "deep.png", 1, 16)
-    assert message == "data.path=deep.png: has pixels of mode I;16; convert it to 8 bits a channel"
+    assert message == "data.path=deep.png: has pixels of mode I;16; convert it to 8 bits per channel"
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "bmp"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promoe_ds.moe.cosine import cosine, unit
+from promoe_ds.moe.cosine import cosine
 
 
 def test_cosine_and_its_gradients_are_those_of_pytorch() -> None:
@@ -14,12 +14,12 @@ def test_cosine_and_its_gradients_are_those_of_pytorch() -> None:
     x_TD = torch.randn(9, 5, generator=generator, dtype=torch.float64).requires_grad_()
     p_ED = torch.randn(4, 5, generator=generator, dtype=torch.float64).requires_grad_()
     grad_TE = torch.randn(9, 4, generator=generator, dtype=torch.float64)
-    ours, theirs = cosine(x_TD, unit(p_ED).T), F.cosine_similarity(x_TD[:, None], p_ED, dim=-1)
+    ours, theirs = cosine(x_TD, F.normalize(p_ED).T), F.cosine_similarity(x_TD[:, None], p_ED, dim=-1)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(*(torch.autograd.grad(z, [x_TD, p_ED], grad_TE) for z in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b)
-    assert torch.autograd.gradcheck(lambda x, p: cosine(x, unit(p).T), (x_TD, p_ED))
-    (slope,) = torch.autograd.grad(cosine(x_TD, unit(p_ED).T).square().sum(), x_TD, create_graph=True)
+    assert torch.autograd.gradcheck(lambda x, p: cosine(x, F.normalize(p).T), (x_TD, p_ED))
+    (slope,) = torch.autograd.grad(cosine(x_TD, F.normalize(p_ED).T).square().sum(), x_TD, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):  # not a wrong second derivative
         slope.sum().backward()
 

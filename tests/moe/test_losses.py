@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from promoe_ds.moe.cosine import unit
 from promoe_ds.moe.losses import (
     centroid_sums,
     load_balance,
@@ -24,7 +24,7 @@ def test_orthogonal_prototypes_at_their_centroids() -> None:
     """cos = 1 on the diagonal and 0 off it: every row's loss is log(1 + (n-1) exp(-1/tau))."""
     p = torch.eye(4, dtype=torch.float64)[None]
     expected = math.log(1 + 3 * math.exp(-1 / 0.5))
-    loss_L = routing_contrastive(unit(p).mT, 3 * p, torch.full((1, 4), 3.0, dtype=torch.float64), 0.5)
+    loss_L = routing_contrastive(F.normalize(p, dim=-1).mT, 3 * p, torch.full((1, 4), 3.0, dtype=torch.float64), 0.5)
     assert loss_L.shape == (1,) and math.isclose(loss_L.item(), expected, rel_tol=1e-12)
 
 
@@ -38,7 +38,7 @@ def test_layers_at_once_are_the_slow_loop_over_each() -> None:
     experts = [torch.cat([torch.arange(E), chosen[E:]]), chosen % 3, torch.full((T,), 4), chosen[:0]]
     sums = [centroid_sums(x_TD[: len(e)], e, E) for x_TD, e in zip(x_LTD, experts, strict=True)]
     count_LE = torch.stack([torch.bincount(e, minlength=E) for e in experts])
-    ours = routing_contrastive(unit(p_LED).mT, torch.stack(sums), count_LE, tau)
+    ours = routing_contrastive(F.normalize(p_LED, dim=-1).mT, torch.stack(sums), count_LE, tau)
     assigned = [[(i, x) for i, x in zip(e.tolist(), xs, strict=False)] for e, xs in zip(experts, x_LTD, strict=True)]
     slow = torch.stack([contrastive(P, tokens, tau) for P, tokens in zip(p_LED, assigned, strict=True)])
     torch.testing.assert_close(ours, slow)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import RouterConfig, option, reject
 from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
-from promoe_ds.moe.router import Reducer, Router, Routing, register_router
+from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
 from promoe_ds.moe.split import Split
 from promoe_ds.moe.superclasses import assignment, read_superclasses
 
@@ -37,7 +37,7 @@ class ClassificationConfig(RouterConfig):
     )
 
     def validate_files(self, config: Any) -> None:
-        """The file is there, covers every class, and has one superclass an expert. Raises ConfigError."""
+        """The file is there, covers every class, and has one superclass per expert. Raises ConfigError."""
         path, E = "moe.router.superclasses", config.moe.num_experts
         if self.superclasses is None:
             reject(path, "null", "the classification router needs a superclass file", f"add {path}=PATH, or =digits")
@@ -66,7 +66,7 @@ class ClassificationRouter(Router):
         return 0  # one product an image
 
     def forward(self, x_TD: Tensor, S: int, split: Split) -> Routing:
-        """Route each image as a whole. x_TD [T, D], S tokens an image -> Routing with N = T."""
+        """Route each image as a whole. x_TD [T, D], S tokens per image -> Routing with N = T."""
         with torch.autocast(x_TD.device.type, enabled=False):
             mean_BD = at_least_fp32(x_TD).unflatten(0, (-1, S)).mean(dim=1)
             logit_BE = F.linear(mean_BD, at_least_fp32(self.weight), at_least_fp32(self.bias))
@@ -84,9 +84,7 @@ class ClassificationRouter(Router):
         return {"superclass": config.class_weight}
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """The cross-entropy: its mean over the conditional images of the scope."""
         return {"superclass": mean_over_scope(terms["superclass"], config.class_scope, all_reduce)}
 

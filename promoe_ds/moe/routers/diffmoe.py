@@ -31,7 +31,7 @@ from promoe_ds.moe.gates import (
     images_a_forward,
 )
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
-from promoe_ds.moe.router import Reducer, Routing, register_router
+from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
 from promoe_ds.moe.split import Split
 
 
@@ -75,14 +75,12 @@ class Choice(NamedTuple):
 
 
 def choose_here(score_TE: Tensor, likely_TE: Tensor, quota: int) -> Choice:
-    """The pool is this rank's tokens: exactly `quota` tokens an expert."""
+    """The pool is this rank's tokens: exactly `quota` tokens per expert."""
     token_kE = score_TE.topk(quota, dim=0).indices
     token_N, expert_N = expert_major(token_kE.T)
     taken_TE = torch.zeros_like(score_TE).scatter(0, token_kE, 1.0)
-    kth_1E = (
-        likely_TE.topk(quota, dim=0).values[quota - 1 : quota] if quota else likely_TE.new_zeros(1, likely_TE.shape[1])
-    )
-    return Choice(token_N, expert_N, taken_TE, F.pad(kth_1E[0], (0, 1), value=float(quota > 0)))
+    kth_E = likely_TE.topk(quota, dim=0).values[-1] if quota else likely_TE.new_zeros(likely_TE.shape[1])
+    return Choice(token_N, expert_N, taken_TE, F.pad(kth_E, (0, 1), value=float(quota > 0)))
 
 
 def choose_in_pool(score_TE: Tensor, pool_PC: Tensor, top_k: int) -> Choice:
@@ -155,9 +153,7 @@ class DiffMoERouter(LinearGateRouter):
         return {"capacity": config.capacity_weight}
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """The capacity predictor's loss: its mean over the tokens of the pool and the experts."""
         return {"capacity": mean_over_scope(terms["capacity"], config.scope, all_reduce)}
 
@@ -165,9 +161,8 @@ class DiffMoERouter(LinearGateRouter):
         quota = len(score_TE) * self.config.top_k // self.num_experts
         if self.config.scope == "rank":
             return choose_here(score_TE, likely_TE, quota)
-        mine_PC = torch.cat([score_TE, likely_TE], dim=1)
         padding = len(split.label_B) * tokens - len(score_TE)  # null-label images: a rank's number of tokens varies
-        mine_PC = F.pad(mine_PC, (0, 0, 0, padding), value=-1.0)
+        mine_PC = F.pad(torch.cat([score_TE, likely_TE], dim=1), (0, 0, 0, padding), value=-1.0)
         pool_PC = self.all_gather(mine_PC)
         if len(pool_PC) == len(mine_PC):  # one rank
             return choose_here(score_TE, likely_TE, quota)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import option
-from promoe_ds.moe.cosine import cosine, unit
+from promoe_ds.moe.cosine import cosine
 from promoe_ds.moe.gates import TopKConfig, at_least_fp32, top_experts
 from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
-from promoe_ds.moe.router import Reducer, Router, Routing, register_router
+from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
 from promoe_ds.moe.split import Split
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -80,7 +81,7 @@ class ProMoERouter(PrototypicalRouter):
         """Route each token to the K prototypes nearest in cosine. x_TD [T, D] -> Routing with N = T*K."""
         cfg = self.config
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
-            x_TD, unit_DE = at_least_fp32(x_TD), unit(at_least_fp32(self.prototypes)).T
+            x_TD, unit_DE = at_least_fp32(x_TD), F.normalize(at_least_fp32(self.prototypes)).T
             z_TE = cosine(x_TD, unit_DE)  # Eq. (4)
             score_TE = ACTIVATIONS[cfg.activation](z_TE if cfg.alpha == 1 else cfg.alpha * z_TE)  # Eq. (2)
             routing = top_experts(score_TE, cfg.top_k)  # Eq. (3)
@@ -99,9 +100,7 @@ class ProMoERouter(PrototypicalRouter):
         return weights | ({"load_balance": config.balance_weight} if config.balance_weight else {})
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """The contrastive loss, Eq. (6), and with `balance_weight` the load-balance loss; one all-reduce for both."""
         parts = [terms["sum"], tokens_per_expert_LE, *([terms["share"]] if config.balance_weight else [])]
         sum_LED, tokens_per_expert_LE, *share = sums_over_scope(config.contrastive_scope, all_reduce, *parts)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.moe.cosine import cosine, unit
+from promoe_ds.moe.cosine import cosine
 from promoe_ds.moe.gates import PerImageConfig, at_least_fp32, top_tokens_per_image
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
-from promoe_ds.moe.router import Reducer, Routing, register_router
+from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
 from promoe_ds.moe.routers.promoe import PrototypicalConfig, PrototypicalRouter
 from promoe_ds.moe.split import Split
 
@@ -36,7 +37,7 @@ class ProMoEECRouter(PrototypicalRouter):
         quota, terms = S * self.config.top_k // self.num_experts, {}
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
-            routing = top_tokens_per_image(cosine(x_TD, unit(prototype_ED).T), S, quota)  # Eq. (4), alpha = 1
+            routing = top_tokens_per_image(cosine(x_TD, F.normalize(prototype_ED).T), S, quota)  # Eq. (4), alpha = 1
             if self.training:
                 x_BSD, tau = x_TD.unflatten(0, (-1, S)), self.config.temperature
                 total = routing_contrastive_per_image(prototype_ED, x_BSD, routing.token_N, quota, tau)
@@ -44,8 +45,6 @@ class ProMoEECRouter(PrototypicalRouter):
         return routing._replace(terms=terms)
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         """The contrastive loss: its mean over the conditional images of the scope."""
         return {"routing_contrastive": mean_over_scope(terms["contrastive"], config.contrastive_scope, all_reduce)}

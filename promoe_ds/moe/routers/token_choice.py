@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import option
 from promoe_ds.moe.gates import LinearGateRouter, TopKConfig, top_experts
 from promoe_ds.moe.losses import Scope, load_balance, sums_over_scope
-from promoe_ds.moe.router import Reducer, Routing, register_router
+from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
 from promoe_ds.moe.split import Split
 
 
@@ -56,9 +56,7 @@ class TokenChoiceRouter(LinearGateRouter):
         return {"load_balance": config.balance_weight}
 
     @staticmethod
-    def losses(
-        config: Any, terms: dict[str, Tensor], tokens_per_expert_LE: Tensor, all_reduce: Reducer
-    ) -> dict[str, Tensor]:
+    def losses(config: Any, terms: Tensors, tokens_per_expert_LE: Tensor, all_reduce: Reducer) -> Tensors:
         score_LE, tokens_per_expert_LE = sums_over_scope(
             config.balance_scope, all_reduce, terms["score"], tokens_per_expert_LE
         )

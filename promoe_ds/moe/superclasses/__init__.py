@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from promoe_ds.config.decode import BAD_YAML
+from promoe_ds.config.decode import read_mapping
 from promoe_ds.config.schema import reject
 
 FOLDER = Path(__file__).parent
@@ -29,10 +29,6 @@ OPTION = "moe.router.superclasses"
 def _some(values: Iterable[Any], limit: int = 5) -> str:
     listed = [str(value) for value in values]
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
-
-
-def builtin() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict[str, list[int]]:
@@ -45,17 +41,13 @@ def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict
     Raises:
         ConfigError: no such file, another format, or classes missing, unknown or given twice.
     """
-    known = name_or_path in builtin()
-    path = FOLDER / f"{name_or_path}.yaml" if known else Path(name_or_path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reject(OPTION, name_or_path, f"cannot be read ({error})", f"name a file or one of {_some(builtin())}")
-    except BAD_YAML as error:
-        reject(OPTION, name_or_path, f"is neither YAML nor JSON ({' '.join(str(error).split())})", "mend the file")
-    groups = tree.get("superclasses") if isinstance(tree, dict) else None
+    builtin = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    path = FOLDER / f"{name_or_path}.yaml" if name_or_path in builtin else Path(name_or_path)
+    if not path.is_file():
+        reject(OPTION, name_or_path, "is no file", f"name a file or one of {', '.join(builtin)}")
+    way_out = "write `superclasses: {name: [class numbers], ...}`"
+    groups = read_mapping(OPTION, path, yaml.safe_load, "YAML or JSON", way_out).get("superclasses")
     if not isinstance(groups, dict) or not groups or not all(map(_is_class_list, groups.values())):
-        way_out = "write `superclasses: {name: [class numbers], ...}`"
         reject(OPTION, name_or_path, "does not map names to lists of class numbers", way_out)
     _check_cover(name_or_path, groups, num_classes)
     return {str(name): numbers for name, numbers in groups.items()}
@@ -88,16 +80,13 @@ def assignment(groups: Mapping[str, Sequence[int]]) -> list[int]:
     return [of[number] for number in range(len(of))]
 
 
-# ---------------------------------------------------------------------------------------------------- from a hierarchy
-
-
-def read_hierarchy(text: str, option: str = "--hierarchy") -> dict[str, str]:
+def read_hierarchy(text: str) -> dict[str, str]:
     """Child to parent, from lines "parent child" (the format of ImageNet's wordnet.is_a.txt); `#` starts a comment.
 
     Where a child has several parents, the first one counts: the hierarchy is read as a tree.
 
     Raises:
-        ConfigError: a line is not two words, or the hierarchy has a cycle.
+        ConfigError: a line is not two words.
     """
     parent: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -105,40 +94,20 @@ def read_hierarchy(text: str, option: str = "--hierarchy") -> dict[str, str]:
         if not words:
             continue
         if len(words) != 2:
-            reject(option, f"line {number}", f"{line.strip()!r} is not `parent child`", "write two words a line")
+            way_out = "write two words per line"
+            reject("--hierarchy", f"line {number}", f"{line.strip()!r} is not `parent child`", way_out)
         parent.setdefault(words[1], words[0])
-    for node in parent:
-        seen = ancestors(node, parent, limit=len(parent) + 1)
-        if len(seen) > len(parent):
-            reject(option, node, "is its own ancestor", "remove the cycle")
     return parent
 
 
-def ancestors(node: str, parent: Mapping[str, str], limit: int | None = None) -> list[str]:
-    """A node and its ancestors, nearest first; at most `limit` + 1 of them."""
+def ancestors(node: str, parent: Mapping[str, str]) -> list[str]:
+    """A node and its ancestors, nearest first. Raises ConfigError if it is one of them."""
     out = [node]
-    while out[-1] in parent and (limit is None or len(out) <= limit):
+    while out[-1] in parent:
         out.append(parent[out[-1]])
+        if out[-1] in out[:-1]:
+            reject("--hierarchy", out[-1], "is its own ancestor", "remove the cycle")
     return out
-
-
-def groups_by_nodes(classes: Sequence[str], parent: Mapping[str, str], nodes: Sequence[str]) -> dict[str, list[int]]:
-    """Each class to the nearest of `nodes` among its ancestors and itself.
-
-    Raises:
-        ConfigError: a class is below none of them, or a node has no class.
-    """
-    groups: dict[str, list[int]] = {node: [] for node in nodes}
-    lost = []
-    for number, name in enumerate(classes):
-        found = next((node for node in ancestors(name, parent) if node in groups), None)
-        lost.append(name) if found is None else groups[found].append(number)
-    if lost:
-        reject("--nodes", ",".join(nodes), f"no node is above {_some(lost)}", "add nodes")
-    empty = [node for node, numbers in groups.items() if not numbers]
-    if empty:
-        reject("--nodes", ",".join(nodes), f"no class is below {_some(empty)}", "remove these nodes")
-    return groups
 
 
 def groups_by_size(classes: Sequence[str], parent: Mapping[str, str], number: int) -> dict[str, list[int]]:
@@ -171,9 +140,3 @@ def _best_cut(members: Sequence[int], lines: Sequence[Sequence[str]], used: set[
     depth = {node: len(line) - place for i in members for line in (lines[i],) for place, node in enumerate(line)}
     proper = [node for node in below if below[node] < len(members) and node not in used]
     return min(proper, key=lambda n: (abs(2 * below[n] - len(members)), -depth[n], n), default=None)
-
-
-def render(groups: Mapping[str, Sequence[int]], classes: Sequence[str]) -> str:
-    """The text of a superclass file."""
-    tree = {"superclasses": {name: list(numbers) for name, numbers in groups.items()}, "classes": list(classes)}
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
