@@ -81,8 +81,7 @@ def find_samples(path: Path) -> list[Path]:
         return [path]
     if (path / "checkpoints").is_dir():  # its pictures are figures and grids
         reject("SAMPLES", path, "is a run folder", f"write --run {path}")
-    own = _in_folder(path)
-    if own:
+    if own := _in_folder(path):
         return [own]
     folders = sorted(p for p in path.glob("cfg*") if p.is_dir())
     folders.sort(key=lambda folder: _ascending(_folder_scale(folder)))

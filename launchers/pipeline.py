@@ -205,8 +205,7 @@ def follow(command: list[str]) -> int:
 
 def run_stage(stage: Stage, command: list[str]) -> int:
     """Run a launcher to the end; returns the exit code, 0 only if its result is there."""
-    code = follow(command)
-    if code:
+    if code := follow(command):
         print(f"stopped: {stage.name} ended with exit code {code}; the same command continues", file=sys.stderr)
         return code if code > 0 else 128 - code
     if not stage.done():

@@ -25,8 +25,7 @@ from promoe_ds.utils.files import atomic, write_text
 
 def checked(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every byte has been verified; raises ConfigError."""
-    problem = damage(path, quiet=False)
-    if problem:
+    if problem := damage(path, quiet=False):
         reject("checkpoint", path, f"is damaged: {problem}", "use another checkpoint")
     tree = manifest(path)
     if EMA not in tree["files"]:
@@ -81,7 +80,6 @@ def resplit(path: Path, run: Path, count: int) -> Path:
         for i in range(count):
             part = {f"{n}/{s}": reader(n, s) for n in names[i::count] for s in RESUMED_STATES}
             files |= write_tensors(temporary / f"state-{i:05d}-of-{count:05d}.safetensors", part, metadata)
-        if not (run / "config.yaml").exists():
-            write_text(run / "config.yaml", config)
+        write_text(run / "config.yaml", config)
         complete(temporary, final, tree | {"files": files})
     return final

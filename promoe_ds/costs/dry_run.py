@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -15,18 +15,7 @@ from promoe_ds.costs import flops
 GIB = 2**30
 
 
-class ResolvedDS(Protocol):
-    """What is read of `parallel.ds_config.ResolvedDS`."""
-
-    @property
-    def json(self) -> dict[str, Any]: ...
-    @property
-    def stage(self) -> int: ...
-    @property
-    def offload(self) -> bool: ...
-
-
-def _memory(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
+def _memory(config: Config, ds: Any, world: int) -> dict[str, Any]:
     topology = config, world, config.parallel.expert_parallel, ds.stage, ds.offload
     zero = {key: value for key, value in ds.json["zero_optimization"].items() if value != "auto"}  # its own default
     buckets = 2 if zero.get("overlap_comm", ds.stage == 3) else 1  # one fills while the other is reduced
@@ -36,7 +25,7 @@ def _memory(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
     return {**parts, "total": sum(parts.values()), "host": host}
 
 
-def _groups(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
+def _groups(config: Config, ds: Any, world: int) -> dict[str, Any]:
     ep = config.parallel.expert_parallel
     return {
         "world": world,
@@ -53,11 +42,11 @@ def _groups(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
     }
 
 
-def report(config: Config, ds: ResolvedDS, world: int) -> dict[str, Any]:
+def report(config: Config, ds: Any, world: int) -> dict[str, Any]:
     """Everything a dry run tells; JSON-serialisable.
 
     Args:
-        ds: `parallel.ds_config.resolve(path, config, world)`, which has checked the topology.
+        ds: the `parallel.ds_config.ResolvedDS` of `resolve(path, config, world)`, which has checked the topology.
         world: number of processes.
     """
     count, forward, step = flops.count_parameters(config), flops.forward_flops(config), flops.train_flops(config)

@@ -36,8 +36,7 @@ def keep_grid(folder: Path, weights: dict[str, Tensor], config: Config, step: in
         folder.mkdir(exist_ok=True)
         write_png(folder / f"grid_{step:08d}.png", image)
         write_png(folder / "grid.png", image)
-        expert_BS = choice.experts_BS()
-        if config.moe and expert_BS is not None:
+        if config.moe and (expert_BS := choice.experts_BS()) is not None:
             image = beside(image, grid(token_maps(expert_BS, config.moe.num_experts), config.sample.per_class))
             write_png(folder / "experts.png", image)
         return image

@@ -74,8 +74,7 @@ class Probe(ExitStack):
             self.first = Findings(self.calls, name)
 
     def _gradient(self, name: str, gradient: Tensor) -> None:
-        bad = int((~torch.isfinite(gradient)).sum())
-        if bad:
+        if bad := int((~torch.isfinite(gradient)).sum()):
             before = self.bad.get(name, (0, 0))
             self.bad[name] = (before[0] + bad, before[1] + gradient.numel())
 

@@ -1,4 +1,4 @@
-"""Superclass files: the format, every error, and the builder from a hierarchy."""
+"""Superclass files: the format, and every error."""
 
 from __future__ import annotations
 
@@ -9,21 +9,7 @@ import pytest
 
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.moe.superclasses import assignment, read_superclasses
-from promoe_ds.moe.superclasses.__main__ import main
 from promoe_ds.recipes.load import load_config
-
-HIERARCHY = """# parent child
-thing animal
-thing machine
-animal dog
-animal cat
-dog poodle
-dog terrier
-machine car
-machine plane
-thing poodle
-"""
-CLASSES = ["poodle", "terrier", "cat", "car", "plane"]
 
 
 def test_the_built_in_file_covers_the_digits() -> None:
@@ -64,52 +50,3 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
 def test_a_missing_file_names_the_built_in_ones() -> None:
     with pytest.raises(ConfigError, match="superclasses=digit: is no file; name a file or one of cifar10, digits"):
         read_superclasses("digit")
-
-
-def build(tmp_path: Path, *args: str, hierarchy: str = HIERARCHY) -> int:
-    (tmp_path / "h.txt").write_text(hierarchy)
-    if not (tmp_path / "c.txt").exists():
-        (tmp_path / "c.txt").write_text("\n".join(CLASSES))
-    paths = ["--hierarchy", str(tmp_path / "h.txt"), "--classes", str(tmp_path / "c.txt")]
-    return main([*paths, "--out", str(tmp_path / "out.yaml"), *args])
-
-
-def test_groups_by_number_are_as_even_as_the_tree_allows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert build(tmp_path, "--groups", "2") == 0
-    assert read_superclasses(str(tmp_path / "out.yaml"), 5) == {"rest": [2, 3, 4], "dog": [0, 1]}
-    assert "moe.num_experts=2" in capsys.readouterr().out
-    assert build(tmp_path, "--groups", "5") == 0
-    assert sorted(read_superclasses(str(tmp_path / "out.yaml"), 5).values()) == [[0], [1], [2], [3], [4]]
-
-
-@pytest.mark.parametrize(
-    ("args", "hierarchy", "message"),
-    [
-        (
-            ["--groups", "6"],
-            HIERARCHY,
-            "--groups=6: the hierarchy divides these classes into 5 groups only; ask for at",
-        ),
-        (["--groups", "0"], HIERARCHY, "--groups=0: must be positive"),
-        (["--groups", "2"], "a b\nc\n", "--hierarchy=line 2: 'c' is not `parent child`"),
-        (["--groups", "2"], "a poodle\npoodle a\n", "is its own ancestor; remove the cycle"),
-    ],
-)
-def test_a_builder_error_is_one_line_and_exit_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], hierarchy: str, message: str
-) -> None:
-    assert build(tmp_path, *args, hierarchy=hierarchy) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-def test_class_lists_and_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "c.txt").write_text("dog\ndog\n")
-    assert build(tmp_path, "--groups", "1") == 2
-    assert "is empty or names a class twice" in capsys.readouterr().err
-    missing = ["--hierarchy", str(tmp_path / "no"), "--classes", str(tmp_path / "c.txt"), "--groups", "1"]
-    assert main([*missing, "--out", str(tmp_path / "out.yaml")]) == 2
-    assert "--hierarchy=" in capsys.readouterr().err
-    (tmp_path / "c.txt").write_text("dog\ncat\n")
-    assert build(tmp_path, "--groups", "1", "--out", str(tmp_path / "no" / "out.yaml")) == 2
-    assert "cannot be written (No such file or directory); choose another file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Superclasses of a data set's classes: the file that the classification router learns from, and how to build one.
+"""Superclasses of a data set's classes: the file that the classification router learns from.
 
 A file in YAML or JSON, `digits.yaml` beside this module being the example:
 
@@ -6,8 +6,6 @@ A file in YAML or JSON, `digits.yaml` beside this module being the example:
       animals: [0, 1, 5]     # class numbers; every class in exactly one superclass
       vehicles: [2, 3, 4]
     classes: [cat, dog, ...] # optional names, ignored
-
-`python -m promoe_ds.moe.superclasses --help` builds one from a hierarchy such as WordNet's.
 """
 
 from __future__ import annotations
@@ -78,65 +76,3 @@ def assignment(groups: Mapping[str, Sequence[int]]) -> list[int]:
     """The superclass number of each class, from `read_superclasses`."""
     of = {number: i for i, numbers in enumerate(groups.values()) for number in numbers}
     return [of[number] for number in range(len(of))]
-
-
-def read_hierarchy(text: str) -> dict[str, str]:
-    """Child to parent, from lines "parent child" (the format of ImageNet's wordnet.is_a.txt); `#` starts a comment.
-
-    Where a child has several parents, the first one counts: the hierarchy is read as a tree.
-
-    Raises:
-        ConfigError: a line is not two words.
-    """
-    parent: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        if len(words) != 2:
-            way_out = "write two words per line"
-            reject("--hierarchy", f"line {number}", f"{line.strip()!r} is not `parent child`", way_out)
-        parent.setdefault(words[1], words[0])
-    return parent
-
-
-def ancestors(node: str, parent: Mapping[str, str]) -> list[str]:
-    """A node and its ancestors, nearest first. Raises ConfigError if it is one of them."""
-    out = [node]
-    while out[-1] in parent:
-        out.append(parent[out[-1]])
-        if out[-1] in out[:-1]:
-            reject("--hierarchy", out[-1], "is its own ancestor", "remove the cycle")
-    return out
-
-
-def groups_by_size(classes: Sequence[str], parent: Mapping[str, str], number: int) -> dict[str, list[int]]:
-    """Exactly `number` groups, as even as the tree allows.
-
-    Starts with all classes in one group. Each time the largest group (the earliest of equals) is cut: the classes below
-    one node leave it, that node whose share of the group is nearest to a half (the most specific of equals). A group is
-    named after its node; the first one `rest`.
-
-    Raises:
-        ConfigError: the hierarchy cannot be cut that often.
-    """
-    groups: dict[str, list[int]] = {"rest": list(range(len(classes)))}
-    lines = [ancestors(name, parent) for name in classes]
-    while len(groups) < number:
-        for name in sorted(groups, key=lambda name: -len(groups[name])):
-            node = _best_cut(groups[name], lines, set(groups))
-            if node is not None:
-                break
-        else:
-            way_out = f"ask for at most {len(groups)}, or give a deeper hierarchy"
-            reject("--groups", number, f"the hierarchy divides these classes into {len(groups)} groups only", way_out)
-        groups[node] = [i for i in groups[name] if node in lines[i]]
-        groups[name] = [i for i in groups[name] if node not in lines[i]]
-    return groups
-
-
-def _best_cut(members: Sequence[int], lines: Sequence[Sequence[str]], used: set[str]) -> str | None:
-    below: Counter[str] = Counter(node for i in members for node in lines[i])
-    depth = {node: len(line) - place for i in members for line in (lines[i],) for place, node in enumerate(line)}
-    proper = [node for node in below if below[node] < len(members) and node not in used]
-    return min(proper, key=lambda n: (abs(2 * below[n] - len(members)), -depth[n], n), default=None)
