@@ -45,7 +45,7 @@ from promoe_ds.moe.experts import StackedExperts, backend_problem
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.split import Split, split_by_label
-from promoe_ds.parallel.optimizer import AdamWithEMA
+from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import SamplingOptions, draw_pixels
 from promoe_ds.utils.command_line import Parser, check_positive, launcher

@@ -19,7 +19,7 @@ from promoe_ds.checkpoint.layout import bytes_of, size
 from promoe_ds.checkpoint.load_weights import find_weights, header
 from promoe_ds.config.schema import reject
 from promoe_ds.costs.flops import count_parameters
-from promoe_ds.formats import diffusers_folder, official, weights
+from promoe_ds.formats import diffusers_export, official, weights
 from promoe_ds.formats.card import score_rows
 from promoe_ds.sampling.job import run_of
 from promoe_ds.utils.command_line import Parser, launcher
@@ -60,7 +60,7 @@ def check(args: argparse.Namespace) -> None:
     if args.vae and args.format != "diffusers":
         reject("--vae", args.vae, "belongs to --format diffusers", "leave it out")
     if args.vae:
-        diffusers_folder.vae_class(args.vae)
+        diffusers_export.vae_class(args.vae)
     if args.format == "official":
         for key in ("dtype", "weights"):
             if getattr(args, key):
@@ -105,7 +105,7 @@ def export(argv: list[str]) -> None:
         official.write_official(ema, weights.load(file, "raw", option) if len(found) > 1 else ema, args.out)
     elif args.format == "diffusers":
         model = weights.load(file, source, option)
-        diffusers_folder.write_diffusers(model, args.out, dtype, args.vae, limit, metrics)
+        diffusers_export.write_diffusers(model, args.out, dtype, args.vae, limit, metrics)
     else:
         weights.write(weights.load(file, source, option), args.out, dtype, limit, metrics)
     written = args.out.stat().st_size if args.out.is_file() else sum(map(bytes_of, [args.out, *args.out.glob("*/")]))

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.collectives import sum_in_place
 from promoe_ds.parallel.ds_config import ResolvedDS
 from promoe_ds.parallel.expert_parallel import is_sharded, local_part
-from promoe_ds.parallel.optimizer import AdamWithEMA
 from promoe_ds.parallel.topology import Topology
 
 WEIGHT = "fp32"

@@ -19,7 +19,7 @@ from promoe_ds.checkpoint.layout import damage
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.formats.bundle import bundle, imported, needed
-from promoe_ds.formats.diffusers_folder import model_code, write_diffusers
+from promoe_ds.formats.diffusers_export import model_code, write_diffusers
 from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize

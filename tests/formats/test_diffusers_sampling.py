@@ -21,7 +21,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from promoe_ds.formats.diffusers_folder import scheduler_of
+from promoe_ds.formats.diffusers_export import scheduler_of
 from promoe_ds.formats.diffusers_pipeline import ProMoEPipeline
 from promoe_ds.formats.diffusers_sampling import fitted
 from promoe_ds.recipes.load import load_config

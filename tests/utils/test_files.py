@@ -17,7 +17,7 @@ from PIL import Image
 
 from launchers import analyze, encode_latents, evaluate, export, sample
 from launchers import checkpoint as checkpoint_launcher
-from promoe_ds.formats.diffusers_folder import VAE_FILES
+from promoe_ds.formats.diffusers_export import VAE_FILES
 from promoe_ds.utils.files import atomic, write_text
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import tiny_kl, write_tree

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from promoe_ds.config.schema import OptimizerConfig
-from promoe_ds.parallel.optimizer import AdamWithEMA
+from promoe_ds.parallel.adamw_ema import AdamWithEMA
 
 
 def test_ema_and_adamw_against_a_loop() -> None:
