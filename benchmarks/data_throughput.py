@@ -28,9 +28,9 @@ import torch
 from benchmarks.common import page, spread, table
 from promoe_ds.data import build_dataset, shards
 from promoe_ds.data.batches import BatchMaker
+from promoe_ds.data.caches.cache import SD_CODEC
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.images import open_images
-from promoe_ds.data.latents import SD_CODEC
 from promoe_ds.evaluation.collect import Collector
 from promoe_ds.evaluation.inception import Inception, InceptionV3
 from promoe_ds.recipes.load import load_config

@@ -92,13 +92,17 @@ def look(args: argparse.Namespace, path: Path, option: str, name: str, plan: Any
     from promoe_ds.analysis.summary import check_rank, summarise
     from promoe_ds.checkpoint.load_weights import find_weights, load_ema
     from promoe_ds.data.codecs import open_codec
+    from promoe_ds.sampling.job import codec_of_run
 
     device = ALONE.pick_device(args.device)
-    model, config, step = load_ema(find_weights(path, option), device)
+    weights = find_weights(path, option)
+    model, config, step = load_ema(weights, device)
     config = with_data(config, args.data)
     check_rank(config, args.subspace)
     vae = args.vae or config.data.vae
     codec = open_codec(vae, device, "--vae" if args.vae else "data.vae of the run") if vae else None
+    if codec is not None and (found := codec_of_run(weights)) is not None:
+        codec.follow(found)
     return summarise(observe(model, config, step, name, plan, codec), args.subspace)
 
 

@@ -13,13 +13,13 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.data import notes
+from promoe_ds.data.caches import open_latents
 from promoe_ds.data.codecs import open_codec
-from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
+from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
 from promoe_ds.data.images import open_images
-from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import DTYPES, verify
 from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, versions
-from promoe_ds.utils.files import left_out_words
 from promoe_ds.utils.pictures import IMAGE_MODES
 from promoe_ds.utils.ranks import Ranks
 
@@ -69,11 +69,11 @@ def check(args: argparse.Namespace) -> None:
         reject("--vae", args.vae, "--from-latents copies latents as they are", "remove it")
 
 
-def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | ConvertedTree:
+def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | ConvertedLatents:
     """The codec is opened first: it is the usual thing to be absent, and listing a million files takes a while."""
     if args.images is None:
         try:
-            return ConvertedTree(LatentTree(args.from_latents))
+            return ConvertedLatents(open_latents(args.from_latents))
         except ConfigError as error:
             raise ConfigError(renamed(error, "--from-latents")) from error
     device = ranks.pick_device(args.device)
@@ -85,13 +85,15 @@ def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | Conve
     return EncodedImages(images, codec, args.batch, device, args.precision)
 
 
-def describe(source: EncodedImages | ConvertedTree, args: argparse.Namespace) -> str:
-    items, (channels, side, _) = len(source.label_N), source.shape
-    size = items * 2 * channels * side * side * (2 if args.dtype == "float16" else 4)
+def describe(source: EncodedImages | ConvertedLatents, args: argparse.Namespace) -> str:
+    items, (flips, channels, side, _) = len(source.label_N), source.shape
+    size = items * flips * channels * side * side * (2 if args.dtype == "float16" else 4)
+    scale = source.codec["scale"]
     posterior = "mean and log-variance" if source.codec["stochastic"] else "one point"
     return (
-        f"{items:,} items of {len(source.classes):,} classes, 2 x {channels}x{side}x{side} each "
-        f"({source.codec['kind']}, {posterior}, scale {source.codec['scale']}), {args.dtype}: {size / 1e9:.2f} GB in "
+        f"{items:,} items of {len(source.classes):,} classes, {flips} x {channels}x{side}x{side} each "
+        f"({source.codec['kind'] or 'codec not named'}, {posterior}, "
+        f"scale {'per channel' if isinstance(scale, list) else scale}), {args.dtype}: {size / 1e9:.2f} GB in "
         f"{-(-items // args.shard_size)} shards; the model needs model.image_size={side} "
         f"model.channels={source.codec['channels']} model.num_classes={len(source.classes)}"
     )
@@ -108,8 +110,8 @@ def encode(argv: list[str]) -> None:
     source = open_source(args, ranks)
     if ranks.rank == 0:
         print(describe(source, args), flush=True)
-        if source.left_out:
-            print(f"{args.images or args.from_latents}: {left_out_words(source.left_out)}", flush=True)
+        for note in notes(source.data):
+            print(f"{args.images or args.from_latents}: {note}", flush=True)
     if args.dry_run:
         return
     job = EncodeJob(args.out, args.shard_size, args.dtype, args.precision, args.skip_damaged)

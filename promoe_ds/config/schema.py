@@ -216,9 +216,16 @@ class DataConfig:
     name: Literal["digits", "images", "latents"] = option("digits", "which source")
     path: str | None = option(
         None,
-        "images: class-per-folder tree or packed .npz; latents: what launchers/encode_latents.py wrote",
+        "images: class-per-folder tree or packed .npz; latents: shards or another project's cache (docs/imagenet.md)",
         change="resume",
     )
+    format: Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit"] | None = option(
+        None, "latents: who wrote them; null: found by looking"
+    )
+    scale: float | tuple[float, ...] | None = option(
+        None, "latents: x = (z - shift) * scale, one for all channels or one per channel, where the format does not say"
+    )
+    shift: float | tuple[float, ...] | None = option(None, "latents: as `data.scale`")
     vae: str | None = option(
         None, "latents: the codec that decodes the sample grids drawn while training; none, no grids", change="resume"
     )

@@ -1,5 +1,5 @@
 """Images in, micro-batches out: data sets (`dataset`: `digits`, `images`, `latents`), the global order (`order`), the
-stream (`batches`); `codecs` turn images into latents and back, `shards` is how latents lie on disk."""
+stream (`batches`); `codecs` turn images into latents and back, `shards` and `caches` are how latents lie on disk."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import json
 import numpy as np
 
 from promoe_ds.config.schema import Config, reject
+from promoe_ds.data.caches import open_latents
 from promoe_ds.data.codecs import find_codec
 from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.data.images import PackedImages, open_images
-from promoe_ds.data.latents import open_latents
+from promoe_ds.data.latents import Latents
+from promoe_ds.utils.files import left_out_words
 
 
 def fingerprint(dataset: ImageDataset) -> str:
@@ -25,6 +27,12 @@ def fingerprint(dataset: ImageDataset) -> str:
     return f"{len(dataset)} images of {dataset.num_classes} classes, {digest.hexdigest()}"
 
 
+def notes(dataset: ImageDataset) -> list[str]:
+    """What a user should know of data that was read: which names were left out, how its format was told."""
+    left_out = left_out_words(dataset.left_out) if dataset.left_out else ""
+    return [note for note in (left_out, dataset.note) if note]
+
+
 def build_dataset(config: Config) -> ImageDataset:
     """The data set `config.data` names, agreeing with `config.model` in classes, channels and size.
 
@@ -35,7 +43,12 @@ def build_dataset(config: Config) -> ImageDataset:
         if config.data.name != "latents":
             reject("data.vae", config.data.vae, f"data.name={config.data.name} has no latents to decode", "remove it")
         find_codec(config.data.vae, "data.vae")
+    for key in ("format", "scale", "shift"):
+        if (value := getattr(config.data, key)) is not None and config.data.name != "latents":
+            reject(f"data.{key}", value, f"data.name={config.data.name} reads no latents", "remove it")
     dataset = _open(config)
+    if config.data.hflip and isinstance(dataset, Latents) and dataset.flips == 1:
+        reject("data.hflip", "true", f"{config.data.path} holds no mirror images", "set data.hflip=false")
     source = "data.name=digits" if config.data.name == "digits" else f"data.path={config.data.path}"
     for key, what in (
         ("num_classes", "class(es)"),
@@ -60,5 +73,5 @@ def _open(config: Config) -> ImageDataset:
     if data.path is None:
         reject("data.path", "null", f"data.name={data.name} needs one", "add data.path=PATH")
     if data.name == "latents":
-        return open_latents(data.path)
+        return open_latents(data.path, data, model.num_classes)
     return open_images(data.path, split=data.split, channels=model.channels, image_size=model.image_size)

@@ -20,10 +20,11 @@ from safetensors.numpy import load_file
 from benchmarks.processes import PATIENCE, wait_until
 from launchers import encode_latents
 from promoe_ds.config.schema import ConfigError
+from promoe_ds.data.caches import open_latents
+from promoe_ds.data.caches.npz_tree import LatentTree
 from promoe_ds.data.codecs import Identity, open_codec
-from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
+from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.images import FolderImages
-from promoe_ds.data.latents import LatentTree, open_latents
 from promoe_ds.data.shards import Index
 from promoe_ds.utils.ranks import ALONE, Ranks
 from tests.data.test_codecs import write_taef2
@@ -239,7 +240,7 @@ def test_an_official_latent_that_is_not_finite_is_a_damaged_item(tmp_path: Path)
         moments[0] = item  # the mirror image counts, too
         np.savez(tmp_path / f"tree/a/{item}.latent.npz", latent=moments[0], latent_flip=moments[1])
     job = EncodeJob(tmp_path / "out", dtype="float32", skip_damaged=True)
-    index = run_encoding(Encoder(ConvertedTree(LatentTree(tmp_path / "tree")), job, "", {}), ALONE)
+    index = run_encoding(Encoder(ConvertedLatents(LatentTree(tmp_path / "tree")), job, "", {}), ALONE)
     reason = f"--from-latents={tmp_path}/tree/a/2.latent.npz: its latent is not finite; replace the file"
     assert index is not None and index.skipped == [{"name": "a/2.latent.npz", "reason": reason}]
 
@@ -304,7 +305,7 @@ def test_launcher(
         (["--images", tree, "--out", "x"], "--vae is required with --images"),
         (["--images", tree, "--vae", vae, "--out", "x", "--size", 20], "--size=20: is not divisible by the 8 pixels"),
         (["--images", tree, "--vae", vae, "--out", "x", "--batch", 0], "--batch=0: must be positive"),
-        (["--from-latents", tree, "--out", "x"], "china: a class folder without images (.latent.npz)"),
+        (["--from-latents", tree, "--out", "x"], "tree: is no cache of latents: looked for index.json"),
         (["--from-latents", tree, "--vae", vae, "--out", "x"], "copies latents as they are; remove it"),
         (["--verify", tmp_path], "has no index.json"),
         (["--vae", vae], "one of the arguments --images --from-latents --verify is required"),

@@ -1,0 +1,122 @@
+"""What the readers of other projects' latents share: the first item, the classes, the codec, and messages.
+
+Legend: N items, M channels of what is stored, C of a latent, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from promoe_ds.config.schema import ConfigError, DataConfig, reject
+from promoe_ds.data.codecs import SD_SCALE
+from promoe_ds.data.latents import Latents
+
+SD_CODEC = {"kind": "AutoencoderKL", "channels": 4, "factor": 8, "scale": SD_SCALE, "shift": 0.0, "stochastic": True,
+            "digest": ""}  # fmt: skip
+"""stabilityai/sd-vae-ft-mse, whose weights no cache names"""
+UNKNOWN = {"kind": "", "factor": 0}
+"""what is said of a codec that the format does not name"""
+BROKEN = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+"""what damaged files raise"""
+
+
+class Cache(Latents):
+    """What another project wrote. A reader finds its items, then lets this look at the first of them.
+
+    Args:
+        root: for messages.
+        said: of the configuration; scale and shift of it count before those of the format.
+        num_classes: of the model; formats that store numbers and no names have so many classes.
+        classes: names, of a format that has them.
+    """
+
+    again = "write the cache again"
+
+    def __init__(
+        self,
+        root: Path,
+        said: DataConfig,
+        num_classes: int | None,
+        label_N: np.ndarray,
+        classes: list[str] | None = None,
+        left_out: int = 0,
+    ):
+        self.root, self.said, self.label_B = root, said, label_N
+        if classes is None:
+            classes = [str(number) for number in range(self._count_classes(label_N, num_classes))]
+        shape = self.read(0, False).shape
+        if len(shape) != 3 or shape[0] % self.parts or shape[1] != shape[2]:
+            expected = {"moments": "mean and log-variance [2C, h, h]", "mean_std": "mean and std [2C, h, h]"}
+            conflict = f"holds {list(shape)}, not {expected.get(self.content, 'a latent [C, h, h]')}"
+            reject("data.path", self.where(0), conflict, "name a cache of VAE latents")
+        super().__init__(classes, label_N, shape, self.record(shape[0] // self.parts), left_out)
+
+    def _count_classes(self, label_N: np.ndarray, num_classes: int | None) -> int:
+        """As many as the model has, or as the labels need. Raises `ConfigError` for a label outside of them."""
+        if not len(label_N):
+            reject("data.path", self.root, "holds no latents", self.again)
+        count = int(label_N.max()) + 1
+        wrong = np.flatnonzero((label_N < 0) | (label_N >= (num_classes or count)))
+        if len(wrong):
+            conflict = f"has the label {label_N[wrong[0]]}, outside the {num_classes or count} classes"
+            reject("data.path", self.where(int(wrong[0])), conflict, f"set model.num_classes={count} if it is right")
+        return num_classes or count
+
+    def record(self, channels: int) -> dict[str, Any]:
+        """The codec of latents with C channels: Stable Diffusion's, or one whose scale the user says."""
+        scale, shift = self.said.scale, self.said.shift
+        if scale is None and channels != SD_CODEC["channels"]:
+            conflict = (
+                f"{self.root} has latents of {channels} channels, not sd-vae-ft-mse's 4, and does not say its scale"
+            )
+            reject("data.scale", "null", conflict, "set data.scale and data.shift (MAR's KL-16: 0.2325 and 0)")
+        codec = SD_CODEC | {"channels": channels, "stochastic": self.parts == 2}
+        if scale is not None:
+            codec |= UNKNOWN | {"scale": _spread("scale", scale, channels)}
+        return codec if shift is None else codec | {"shift": _spread("shift", shift, channels)}
+
+    def checked(self, index: int, x: np.ndarray) -> np.ndarray:
+        """An item of the type, shape and sign of the others. Raises `ConfigError`."""
+        conflict = None
+        if x.dtype.kind != "f":
+            conflict = f"holds {x.dtype}, not floats"
+        elif self.shape and x.shape != self.shape:
+            conflict = f"holds {list(x.shape)}, other files {list(self.shape)}"
+        elif self.content == "mean_std" and x[len(x) // 2 :].min() < 0:
+            conflict = "holds a standard deviation below 0: a log-variance is no standard deviation"
+        if conflict:
+            reject("data.path", self.where(index), conflict, self.again)
+        return x
+
+    def damaged(self, index: int, error: Exception) -> ConfigError:
+        why = f"cannot be read ({' '.join(str(error).split())})"
+        return ConfigError(f"data.path={self.where(index)}: {why}; {self.again}")
+
+
+def _spread(key: str, value: float | tuple[float, ...], channels: int) -> float | list[float]:
+    if isinstance(value, tuple) and len(value) != channels:
+        reject(
+            f"data.{key}", list(value), f"has {len(value)} numbers, the latents {channels} channels", "say one of each"
+        )
+    if key == "scale" and not np.all(value):
+        reject("data.scale", value, "0 leaves nothing of a latent", "say what the cache's own project multiplies by")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def channel_statistics(data: Latents, channels: int, items: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each of the first C channels, float64 [C], over items spread over all of them.
+
+    They are those of the stored values: of the means where a posterior is stored.
+    """
+    chosen = np.linspace(0, len(data) - 1, min(items, len(data))).astype(int)
+    x_NChw = np.stack([data.read(index, False)[:channels] for index in chosen.tolist()]).astype(np.float64)
+    return x_NChw.mean((0, 2, 3)), x_NChw.std((0, 2, 3))
+
+
+def listed(values: np.ndarray) -> str:
+    return " ".join(f"{value:.2f}" for value in values)

@@ -1,0 +1,93 @@
+"""LightningDiT's latents: safetensors of samples, with statistics beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.data import shards
+from promoe_ds.data.caches.cache import SD_CODEC, UNKNOWN, Cache
+
+
+class LightningDiT(Cache):
+    """latents_rank00_shard000.safetensors, ... of hustvl/LightningDiT @2725fed, extract_features.py: `latents` and
+    `latents_flip` float32 [n, C, h, w], samples of the posterior as they left the codec, and `labels` int64 [n].
+
+    Its reader sees (z - mean) / std * latent_multiplier, mean and std per channel from latents_stats.pt. The multiplier
+    is 1 in the VA-VAE recipe; `data.scale` is another. With `data.shift` the statistics are not read (`latent_norm:
+    false` is `data.shift=0`).
+
+    Raises:
+        ConfigError: files that are damaged or do not agree, or no statistics.
+    """
+
+    content, again = "sample", "extract the features again"
+    PATTERN, STATS = "latents_rank*_shard*.safetensors", "latents_stats.pt"
+
+    def __init__(self, root: Path, said: DataConfig, num_classes: int | None = None):
+        self.root, self.files, labels = root, sorted(root.glob(self.PATTERN)), [np.empty(0, np.int64)]
+        self._opened: dict[int, Any] = {}
+        for number, file in enumerate(self.files):
+            tensors = self._open(number)
+            if not set(tensors.keys()) >= {"labels", "latents", "latents_flip"}:
+                reject(
+                    "data.path",
+                    file,
+                    f"holds {', '.join(tensors.keys())}, not labels, latents, latents_flip",
+                    self.again,
+                )
+            shapes = [tensors.get_slice(key).get_shape() for key in ("latents", "latents_flip")]
+            labels.append(tensors.get_tensor("labels").astype(np.int64, casting="safe"))
+            if shapes[0] != shapes[1] or labels[-1].shape != (shapes[0][0],):
+                conflict = f"latents {shapes[0]}, latents_flip {shapes[1]} and labels {list(labels[-1].shape)} disagree"
+                reject("data.path", file, conflict, self.again)
+        self._first = np.cumsum([len(part) for part in labels])
+        """number of the first item of each file"""
+        super().__init__(root, said, num_classes, np.concatenate(labels))
+
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        return any(path.glob(cls.PATTERN))
+
+    def _open(self, number: int) -> Any:
+        if number not in self._opened:  # two threads may both open a file, which does no harm
+            self._opened[number] = shards.open_tensors(self.files[number], again=self.again)
+        return self._opened[number]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return number, index - int(self._first[number])
+
+    def name(self, index: int) -> str:
+        number, row = self._place(index)
+        return f"{self.files[number].name}/{row}"
+
+    def where(self, index: int) -> str:
+        number, row = self._place(index)
+        return f"{self.files[number]} (item {row})"
+
+    def read(self, index: int, flip: bool) -> np.ndarray:
+        number, row = self._place(index)
+        return self.checked(index, self._open(number).get_slice("latents_flip" if flip else "latents")[row])
+
+    def record(self, channels: int) -> dict[str, Any]:
+        if self.said.shift is not None:
+            return super().record(channels) | UNKNOWN
+        path, multiplier = self.root / self.STATS, np.asarray(1.0 if self.said.scale is None else self.said.scale)
+        try:
+            stats = torch.load(path, map_location="cpu", weights_only=True)
+            mean, std = (stats[key].double().reshape(channels).numpy() for key in ("mean", "std"))
+            if not (np.isfinite(mean).all() and (std > 0).all()):
+                raise ValueError("its values are not finite, or a std is not above 0")
+        except FileNotFoundError:
+            way_out = "copy it there, or set data.scale and data.shift=0 for latent_norm: false"
+            reject("data.path", path, "does not exist, and only it says mean and std per channel", way_out)
+        except Exception as error:  # unpickling garbage raises anything
+            conflict = f"is not mean and std of {channels} channels ({' '.join(str(error).split())[:200]})"
+            reject("data.path", path, conflict, "copy it again")
+        scale = (multiplier / std).tolist()
+        return SD_CODEC | UNKNOWN | {"channels": channels, "stochastic": False, "scale": scale, "shift": mean.tolist()}

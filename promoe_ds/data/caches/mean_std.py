@@ -1,0 +1,119 @@
+"""REPA's and edm2's latents: numbered arrays with dataset.json, in a folder or a zip."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.data.caches.cache import BROKEN, Cache, channel_statistics, listed
+from promoe_ds.data.zips import StoredZip
+from promoe_ds.utils.files import walk
+
+STATISTICS = {
+    "repa": ((0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)),
+    "edm2": ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
+}
+"""mean and standard deviation per channel of ImageNet's latents: of pictures in [-1, 1] as iMF has them
+(Lyy-iiis/imeanflow, utils/vae_util.py), and edm2's `raw_mean` and `raw_std`, of pictures in [0, 1]"""
+
+
+class MeanStd(Cache):
+    """NNNNN/img-mean-std-NNNNNNNN.npy float32 [8, h, w], mean and standard deviation (no log-variance), and
+    dataset.json with the labels; in a folder or an uncompressed zip. Two projects write this, with sd-vae-ft-mse:
+
+    sihyun-yu/REPA @67f7145, preprocessing/dataset_tools.py: of pictures in [-1, 1]; scale 0.18215. The path is vae-sd,
+        or the folder above, which holds images/ too.
+    NVlabs/edm2 @4bf8162, dataset_tool.py: of pictures in [0, 1]; per channel to mean 0 and standard deviation 0.5.
+
+    `data.format` says which; without it the mean and standard deviation of the means do.
+
+    Raises:
+        ConfigError: no dataset.json, one without labels or that does not agree with the files, or neither's statistics.
+    """
+
+    content, flips = "mean_std", 1
+    LABELS = "dataset.json"
+
+    def __init__(self, path: Path, said: DataConfig, num_classes: int | None = None):
+        self.path = path / "vae-sd" if (path / "vae-sd" / self.LABELS).is_file() else path
+        self._zip = None if self.path.is_dir() else StoredZip(self.path)
+        self._names, label_N = self._labelled()
+        found = self._zip.names if self._zip else np.array(sorted(self._listed()) or [b""])
+        found = found[np.char.endswith(found, b".npy")]
+        if not np.array_equal(found, self._names):
+            missing = np.setdiff1d(self._names, found)
+            word = f"lacks {missing[0].decode()}, which is labelled" if len(missing) else (
+                f"has no label of {np.setdiff1d(found, self._names)[0].decode()}")  # fmt: skip
+            reject("data.path", self.path, f"its {self.LABELS} and its files disagree: it {word}", self.again)
+        super().__init__(path, said, num_classes, label_N)
+
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        if path.suffix == ".zip":
+            return cls.LABELS in StoredZip(path)
+        folder = path / "vae-sd" if (path / "vae-sd").is_dir() else path
+        return (folder / cls.LABELS).is_file() and any(folder.glob("*/*.npy"))
+
+    def _listed(self) -> Iterator[bytes]:
+        for parent, files, _ in walk(self.path, (".npy",)):
+            prefix = Path(parent).relative_to(self.path).as_posix()
+            yield from (os.fsencode(f"{prefix}/{name}") for name in files)
+
+    def _labelled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted names as bytes, and their labels."""
+        where = f"{self.path} ({self.LABELS})" if self._zip else self.path / self.LABELS
+        try:
+            text = self._zip.read(self.LABELS.encode()) if self._zip else (self.path / self.LABELS).read_bytes()
+            pairs = json.loads(text)["labels"]
+            names, labels = np.array([name.encode() for name, _ in pairs]), np.array([label for _, label in pairs])
+            if labels.dtype.kind not in "iu" or labels.ndim != 1:
+                raise ValueError("its labels are not integers")
+        except (*BROKEN, TypeError, AttributeError) as error:
+            conflict = f"is not names and labels ({type(error).__name__}: {' '.join(str(error).split())})"
+            reject("data.path", where, conflict, "write the cache again, from pictures with labels")
+        order = np.argsort(names, kind="stable")
+        return names[order], labels[order].astype(np.int64)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._names[index])
+
+    def where(self, index: int) -> str:
+        return f"{self.path} ({self.name(index)})" if self._zip else str(self.path / self.name(index))
+
+    def read(self, index: int, flip: bool) -> np.ndarray:
+        try:
+            data = self._zip.read(self._names[index]) if self._zip else Path(self.where(index)).read_bytes()
+            x_Mhw = np.load(io.BytesIO(data), allow_pickle=False)
+        except BROKEN as error:
+            raise self.damaged(index, error) from error
+        return self.checked(index, x_Mhw)
+
+    def record(self, channels: int) -> dict[str, Any]:
+        codec, kind = super().record(channels), self.said.format or self._told(channels)
+        if kind == "edm2":
+            codec |= {"pixel_range": [0.0, 1.0]}
+            if self.said.scale is None:
+                mean, std = STATISTICS[kind]
+                codec |= {"scale": [0.5 / s for s in std], "shift": list(mean)}
+        return codec
+
+    def _told(self, channels: int) -> str:
+        """repa or edm2, by what the means are like. Raises `ConfigError` if they are like neither's."""
+        mean, std = channel_statistics(self, channels)
+        for kind, (mean_C, std_C) in STATISTICS.items():
+            if channels != len(mean_C):
+                continue
+            if np.all(abs(mean - mean_C) < np.array(std_C) / 2) and np.all(abs(np.log2(std / std_C)) < 1):
+                self.note = f"read as data.format={kind}, because its means, on average {listed(mean)}, are like those"
+                return kind
+        found = f"average {listed(mean)}, std {listed(std)}"
+        conflict = f"REPA and edm2 use the same names, and these means ({found}) are like neither's"
+        way_out = "set data.format=repa (of pictures in [-1, 1]) or data.format=edm2 (in [0, 1])"
+        reject("data.path", self.path, conflict, way_out)
