@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import weakref
 import zlib
 from array import array
 from pathlib import Path
@@ -35,8 +36,9 @@ class StoredZip:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = path.open("rb")
-            with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            with mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) as view:
                 entries = self._entries(view)
         except (OSError, ValueError, struct.error) as error:
             reject("data.path", path, f"is not a whole zip ({' '.join(str(error).split())})", COPY)
@@ -71,20 +73,16 @@ class StoredZip:
             at += 46 + n + extra + comment
         return (np.array(names), *(np.array(column, dtype=np.int64) for column in (crcs, sizes, starts)))
 
-    def __contains__(self, name: str) -> bool:
-        found = np.searchsorted(self.names, name.encode())
-        return bool(found < len(self.names) and self.names[found] == name.encode())
-
     def read(self, name: bytes) -> bytes:
         """A file, compared with its checksum. Raises `ConfigError` where it is damaged, `KeyError` without it."""
         i = int(np.searchsorted(self.names, name))
         if i == len(self.names) or self.names[i] != name:
-            raise KeyError(name)
+            raise KeyError("it has no such file")
         where, start, size = f"{self.path} ({name.decode(errors='replace')})", int(self._start[i]), int(self._size[i])
         try:
-            head = os.pread(self._file.fileno(), 30, start)
+            head = os.pread(self._file, 30, start)
             n, extra = struct.unpack_from("<2H", head, 26)
-            data = os.pread(self._file.fileno(), size, start + 30 + n + extra)
+            data = os.pread(self._file, size, start + 30 + n + extra)
         except (OSError, struct.error) as error:
             reject("data.path", where, f"cannot be read ({error})", COPY)
         if head[:4] != LOCAL or zlib.crc32(data) != self._crc[i]:

@@ -56,8 +56,8 @@ class MeanStd(Cache):
 
     @classmethod
     def finds(cls, path: Path) -> bool:
-        if path.suffix == ".zip":
-            return cls.LABELS in StoredZip(path)
+        if path.is_file():
+            return path.suffix == ".zip"
         folder = path / "vae-sd" if (path / "vae-sd").is_dir() else path
         return (folder / cls.LABELS).is_file() and any(folder.glob("*/*.npy"))
 
