@@ -173,7 +173,7 @@ def test_rejected_lightningdit(tmp_path: Path) -> None:
     for tensors, message in (
         ({"latents": x, "labels": np.zeros(2, int)}, "holds labels, latents, not labels, latents, latents_flip"),
         ({"latents": x, "latents_flip": x, "labels": np.zeros(3, int)}, "and labels [3] disagree"),
-        ({"latents": x[:, :5], "latents_flip": x[:, :5], "labels": np.zeros(2, int)}, "other files [5, 4, 4]"),
+        ({"latents": x[..., :3, :3], "latents_flip": x[..., :3, :3], "labels": np.zeros(2, int)}, "files [6, 3, 3]"),
     ):
         save_file(tensors, file)
         assert message in told(tmp_path)
