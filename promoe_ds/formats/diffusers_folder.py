@@ -86,11 +86,13 @@ def write_diffusers(
     vae: Path | None = None,
     limit: int = SHARD_BYTES,
     metrics: dict[str, Any] | None = None,
+    codec: dict[str, Any] | None = None,
 ) -> Path:
     """Write a diffusers pipeline folder; arguments as of `weights.write`.
 
     Args:
         vae: folder of an autoencoder in diffusers' layout, copied; None: for pixels, or to be given when loading.
+        codec: the record of the latents that the weights were trained on, if it is known: decoding inverts it.
 
     Raises:
         ConfigError: the target exists or cannot be written; the autoencoder cannot be used.
@@ -111,6 +113,8 @@ def write_diffusers(
         index |= {"transformer": [module, "ProMoETransformer2DModel"]}
         index |= {"scheduler": ["diffusers", type(scheduler).__name__]}
         index |= {"vae": ["diffusers", kind] if kind else [None, None]}
+        if codec:
+            index["codec"] = {key: codec[key] for key in ("scale", "shift", "pixel_range") if key in codec}
         if vae:
             (temporary / "vae").mkdir()
             for name in VAE_FILES:
