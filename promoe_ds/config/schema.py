@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 Channels = Literal["all", 3]
 """which channels classifier-free guidance moves"""
+CacheFormat = Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit"]
+"""who wrote latents: `promoe_ds/data/caches`"""
 Change = Literal["never", "finetune", "resume"]
 """Who may change an option of trained weights: nobody, because the weights compute something else with it; a fine-tune
 (`train.init`), which is a new run; or the same run when it is resumed, and so a fine-tune too."""
@@ -219,9 +221,7 @@ class DataConfig:
         "images: class-per-folder tree or packed .npz; latents: shards or another project's cache (docs/imagenet.md)",
         change="resume",
     )
-    format: Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit"] | None = option(
-        None, "latents: who wrote them; null: found by looking"
-    )
+    format: CacheFormat | None = option(None, "latents: who wrote them; null: found by looking")
     scale: float | tuple[float, ...] | None = option(
         None, "latents: x = (z - shift) * scale, one for all channels or one per channel, where the format does not say"
     )

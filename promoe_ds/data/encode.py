@@ -40,7 +40,10 @@ AHEAD = 2
 
 def renamed(error: ConfigError, option: str) -> str:
     """An error about a data set, in the words of a launcher that calls it otherwise."""
-    return str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
+    text = str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
+    for key in ("format", "scale", "shift"):
+        text = text.replace(f"data.{key}=", f"--{key} ").replace(f"data.{key}", f"--{key}")
+    return text
 
 
 class Source(ABC):

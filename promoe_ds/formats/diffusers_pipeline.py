@@ -105,7 +105,7 @@ class ProMoEPipeline(DiffusionPipeline):
             return x
         if self.vae is not None:
             own = {"scale": self.vae.config.scaling_factor, "shift": getattr(self.vae.config, "shift_factor", 0) or 0}
-            codec = self.config.codec or own
+            codec = self.config.get("codec") or own
             scale, shift = (torch.tensor(codec[key], device=x.device).float().reshape(-1, 1, 1) for key in own)
             x = self.vae.decode((x / scale + shift).to(self.vae.dtype)).sample.float()
             low, high = codec.get("pixel_range", (-1, 1))

@@ -20,8 +20,7 @@ from safetensors.numpy import save_file
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset
 from promoe_ds.data.caches import LOOKED_FOR, open_latents
-from promoe_ds.data.caches.cache import SD_CODEC
-from promoe_ds.data.caches.mean_std import STATISTICS
+from promoe_ds.data.caches.cache import SD_CODEC, STATISTICS
 from promoe_ds.data.encode import ConvertedLatents, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.latents import Latents
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router

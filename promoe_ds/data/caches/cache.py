@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ SD_CODEC = {"kind": "AutoencoderKL", "channels": 4, "factor": 8, "scale": SD_SCA
 """stabilityai/sd-vae-ft-mse, whose weights no cache names"""
 UNKNOWN = {"kind": "", "factor": 0}
 """what is said of a codec that the format does not name"""
+STATISTICS = {
+    "repa": ((0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)),
+    "edm2": ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
+}
+"""mean and standard deviation per channel of ImageNet's latents of that autoencoder: of pictures in [-1, 1] as iMF has
+them (Lyy-iiis/imeanflow, utils/vae_util.py), and edm2's `raw_mean` and `raw_std`, of pictures in [0, 1]"""
+Statistics = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
+"""mean and standard deviation per channel"""
 BROKEN = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 """what damaged files raise"""
 
@@ -77,8 +86,8 @@ class Cache(Latents):
             reject("data.scale", "null", conflict, "set data.scale and data.shift (MAR's KL-16: 0.2325 and 0)")
         codec = SD_CODEC | {"channels": channels, "stochastic": self.parts == 2}
         if scale is not None:
-            codec |= UNKNOWN | {"scale": _spread("scale", scale, channels)}
-        return codec if shift is None else codec | {"shift": _spread("shift", shift, channels)}
+            codec |= UNKNOWN | {"scale": spread("scale", scale, channels)}
+        return codec if shift is None else codec | {"shift": spread("shift", shift, channels)}
 
     def checked(self, index: int, x: np.ndarray) -> np.ndarray:
         """An item of the type, shape and sign of the others. Raises `ConfigError`."""
@@ -98,7 +107,7 @@ class Cache(Latents):
         return ConfigError(f"data.path={self.where(index)}: {why}; {self.again}")
 
 
-def _spread(key: str, value: float | tuple[float, ...], channels: int) -> float | list[float]:
+def spread(key: str, value: float | tuple[float, ...], channels: int) -> float | list[float]:
     if isinstance(value, tuple) and len(value) != channels:
         reject(
             f"data.{key}", list(value), f"has {len(value)} numbers, the latents {channels} channels", "say one of each"
@@ -120,3 +129,19 @@ def channel_statistics(data: Latents, channels: int, items: int = 256) -> tuple[
 
 def listed(values: np.ndarray) -> str:
     return " ".join(f"{value:.2f}" for value in values)
+
+
+def unlike(found: Statistics, known: Statistics) -> np.ndarray:
+    """bool [C]: channels whose mean is off by half a standard deviation, or that by a factor of 2."""
+    (mean, std), (mean_C, std_C) = map(np.asarray, found), map(np.asarray, known)
+    return ~((abs(mean - mean_C) < std_C / 2) & (abs(np.log2(std.clip(1e-9) / std_C)) < 1))
+
+
+def expected_statistics(codec: dict[str, Any]) -> Statistics | None:
+    """Mean and standard deviation per channel that latents of a codec should have; None where nobody knows.
+
+    Where a scale per channel was measured, `std` is what it makes of the standard deviation.
+    """
+    if "std" in codec:
+        return codec["shift"], [codec["std"] / s for s in codec["scale"]]
+    return STATISTICS["repa"] if codec["kind"] == SD_CODEC["kind"] and codec["channels"] == 4 else None

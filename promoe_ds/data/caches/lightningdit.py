@@ -10,7 +10,7 @@ import torch
 
 from promoe_ds.config.schema import DataConfig, reject
 from promoe_ds.data import shards
-from promoe_ds.data.caches.cache import SD_CODEC, UNKNOWN, Cache
+from promoe_ds.data.caches.cache import SD_CODEC, UNKNOWN, Cache, spread
 
 
 class LightningDiT(Cache):
@@ -77,7 +77,10 @@ class LightningDiT(Cache):
     def record(self, channels: int) -> dict[str, Any]:
         if self.said.shift is not None:
             return super().record(channels) | UNKNOWN
-        path, multiplier = self.root / self.STATS, np.asarray(1.0 if self.said.scale is None else self.said.scale)
+        path = self.root / self.STATS
+        multiplier = 1.0 if self.said.scale is None else spread("scale", self.said.scale, channels)
+        if isinstance(multiplier, list):
+            reject("data.scale", multiplier, "latent_multiplier is one number", "say one, or data.shift too")
         try:
             stats = torch.load(path, map_location="cpu", weights_only=True)
             mean, std = (stats[key].double().reshape(channels).numpy() for key in ("mean", "std"))
@@ -89,5 +92,5 @@ class LightningDiT(Cache):
         except Exception as error:  # unpickling garbage raises anything
             conflict = f"is not mean and std of {channels} channels ({' '.join(str(error).split())[:200]})"
             reject("data.path", path, conflict, "copy it again")
-        scale = (multiplier / std).tolist()
-        return SD_CODEC | UNKNOWN | {"channels": channels, "stochastic": False, "scale": scale, "shift": mean.tolist()}
+        codec = SD_CODEC | UNKNOWN | {"channels": channels, "stochastic": False, "std": float(multiplier)}
+        return codec | {"scale": (multiplier / std).tolist(), "shift": mean.tolist()}

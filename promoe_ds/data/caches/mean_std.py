@@ -12,16 +12,9 @@ from typing import Any
 import numpy as np
 
 from promoe_ds.config.schema import DataConfig, reject
-from promoe_ds.data.caches.cache import BROKEN, Cache, channel_statistics, listed
+from promoe_ds.data.caches.cache import BROKEN, STATISTICS, Cache, channel_statistics, listed, unlike
 from promoe_ds.data.zips import StoredZip
 from promoe_ds.utils.files import walk
-
-STATISTICS = {
-    "repa": ((0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)),
-    "edm2": ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
-}
-"""mean and standard deviation per channel of ImageNet's latents: of pictures in [-1, 1] as iMF has them
-(Lyy-iiis/imeanflow, utils/vae_util.py), and edm2's `raw_mean` and `raw_std`, of pictures in [0, 1]"""
 
 
 class MeanStd(Cache):
@@ -100,17 +93,17 @@ class MeanStd(Cache):
         if kind == "edm2":
             codec |= {"pixel_range": [0.0, 1.0]}
             if self.said.scale is None:
+                if self.said.shift is not None:
+                    reject("data.shift", self.said.shift, "edm2's scale belongs to its own shift", "say data.scale too")
                 mean, std = STATISTICS[kind]
-                codec |= {"scale": [0.5 / s for s in std], "shift": list(mean)}
+                codec |= {"scale": [0.5 / s for s in std], "shift": list(mean), "std": 0.5}
         return codec
 
     def _told(self, channels: int) -> str:
         """repa or edm2, by what the means are like. Raises `ConfigError` if they are like neither's."""
         mean, std = channel_statistics(self, channels)
-        for kind, (mean_C, std_C) in STATISTICS.items():
-            if channels != len(mean_C):
-                continue
-            if np.all(abs(mean - mean_C) < np.array(std_C) / 2) and np.all(abs(np.log2(std / std_C)) < 1):
+        for kind, known in STATISTICS.items():
+            if channels == len(known[0]) and not unlike((mean, std), known).any():
                 self.note = f"read as data.format={kind}, because its means, on average {listed(mean)}, are like those"
                 return kind
         found = f"average {listed(mean)}, std {listed(std)}"
