@@ -221,11 +221,13 @@ class DataConfig:
         "images: class-per-folder tree or packed .npz; latents: shards or another project's cache (docs/imagenet.md)",
         change="resume",
     )
-    format: CacheFormat | None = option(None, "latents: who wrote them; null: found by looking")
+    format: CacheFormat | None = option(None, "latents: who wrote them; null: found by looking", change="resume")
     scale: float | tuple[float, ...] | None = option(
-        None, "latents: x = (z - shift) * scale, one for all channels or one per channel, where the format does not say"
+        None,
+        "latents: x = (z - shift) * scale, one for all channels or one per channel, where the format does not say",
+        change="resume",
     )
-    shift: float | tuple[float, ...] | None = option(None, "latents: as `data.scale`")
+    shift: float | tuple[float, ...] | None = option(None, "latents: as `data.scale`", change="resume")
     vae: str | None = option(
         None, "latents: the codec that decodes the sample grids drawn while training; none, no grids", change="resume"
     )

@@ -20,11 +20,17 @@ from promoe_ds.utils.files import left_out_words
 def fingerprint(dataset: ImageDataset) -> str:
     """What a resumed run must find again: so many images, with these labels in this order, of these classes.
 
-    Not the pixels, which would take hours to read: "1281167 images of 1000 classes, 5f3e...".
+    Not the pixels, which would take hours to read: "1281167 images of 1000 classes, 5f3e...". Latents whose scale is not
+    simply their codec's add it: "..., scaled 07c1...".
     """
     digest = hashlib.blake2b(json.dumps(dataset.classes).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(dataset.label_B, dtype="<i8").tobytes())
-    return f"{len(dataset)} images of {dataset.num_classes} classes, {digest.hexdigest()}"
+    text = f"{len(dataset)} images of {dataset.num_classes} classes, {digest.hexdigest()}"
+    codec = dataset.codec if isinstance(dataset, Latents) else {"kind": "none", "scale": 1.0}
+    if codec["kind"] and not isinstance(codec["scale"], list):
+        return text
+    how = json.dumps([codec.get(key) for key in ("scale", "shift", "pixel_range")])
+    return f"{text}, scaled {hashlib.blake2b(how.encode(), digest_size=4).hexdigest()}"
 
 
 def notes(dataset: ImageDataset) -> list[str]:

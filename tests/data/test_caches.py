@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import save_file
 
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
-from promoe_ds.data import build_dataset
+from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.caches import LOOKED_FOR, open_latents
 from promoe_ds.data.caches.cache import SD_CODEC, STATISTICS
 from promoe_ds.data.encode import ConvertedLatents, EncodeJob, Encoder, run_encoding
@@ -193,8 +193,10 @@ def test_repa_and_edm2_are_told_apart_by_their_means(tmp_path: Path, format: str
     expected = z * 0.18215 if format == "repa" else (z - mean) * (0.5 / std)
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
     assert data.codec.get("pixel_range") == (None if format == "repa" else [0.0, 1.0])
-    other = {"repa": "edm2", "edm2": "repa"}[format]
-    assert not np.allclose(drawn(open_latents(path, DataConfig(format=other)))[0], x)  # type: ignore[arg-type]
+    other = open_latents(path, DataConfig(format={"repa": "edm2", "edm2": "repa"}[format]))  # type: ignore[arg-type]
+    assert not np.allclose(drawn(other)[0], x)
+    assert fingerprint(data).partition(", scaled")[0] == fingerprint(other).partition(", scaled")[0]
+    assert fingerprint(data) != fingerprint(other), "a run that is resumed must not change its scale"
 
 
 def test_means_of_neither(tmp_path: Path) -> None:
