@@ -20,8 +20,8 @@ from promoe_ds.utils.files import left_out_words
 def fingerprint(dataset: ImageDataset) -> str:
     """What a resumed run must find again: so many images, with these labels in this order, of these classes.
 
-    Not the pixels, which would take hours to read: "1281167 images of 1000 classes, 5f3e...". Latents whose scale is not
-    simply their codec's add it: "..., scaled 07c1...".
+    Not the pixels, which would take hours to read: "1281167 images of 1000 classes, 5f3e...". Latents whose
+    scale is not simply their codec's add it: "..., scaled 07c1...".
     """
     digest = hashlib.blake2b(json.dumps(dataset.classes).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(dataset.label_B, dtype="<i8").tobytes())

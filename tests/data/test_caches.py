@@ -123,7 +123,7 @@ def test_trees_of_mar_and_diffmoe(tmp_path: Path) -> None:
 
 def test_a_codec_that_is_not_named_has_its_scale_said(tmp_path: Path) -> None:
     root = write_tree(tmp_path, channels=16)
-    assert f"data.scale=null: {root} has latents of 16 channels, not sd-vae-ft-mse's 4, and" in told(root)
+    assert f"data.scale=null: {root} has latents of 16 channels, not sd-vae-ft-mse's 4, and names no" in told(root)
     data = open_latents(root, DataConfig(scale=0.2325))
     assert data.codec == SD_CODEC | {"kind": "", "factor": 0, "channels": 16, "scale": 0.2325}
     plain = drawn(data)[0]
@@ -171,7 +171,8 @@ def test_rejected_lightningdit(tmp_path: Path) -> None:
     x = np.zeros((2, 6, 4, 4), np.float32)
     for tensors, message in (
         ({"latents": x, "labels": np.zeros(2, int)}, "holds labels, latents, not labels, latents, latents_flip"),
-        ({"latents": x, "latents_flip": x, "labels": np.zeros(3, int)}, "and labels [3] disagree"),
+        ({"latents": x, "latents_flip": x, "labels": np.zeros(3, int)}, "and labels int64 [3] disagree"),
+        ({"latents": x, "latents_flip": x, "labels": np.zeros(2)}, "and labels float64 [2] disagree"),
         ({"latents": x[..., :3, :3], "latents_flip": x[..., :3, :3], "labels": np.zeros(2, int)}, "files [6, 3, 3]"),
     ):
         save_file(tensors, file)
@@ -184,7 +185,7 @@ def test_repa_and_edm2_are_told_apart_by_their_means(tmp_path: Path, format: str
     mean, std = (np.reshape(values, (-1, 1, 1)) for values in STATISTICS[format])
     path = write_mean_std(tmp_path / name, mean, std)
     data = open_latents(path)
-    assert data.note.startswith(f"read as data.format={format}, because its means, on average")
+    assert data.note.startswith(f"read as data.format={format}, because its means (average [")
     assert (data.content, data.flips, data.classes) == ("mean_std", 1, ["0", "1", "2"])
     x, label = drawn(data, noise=-1.5)
     assert label == LABELS
@@ -226,13 +227,15 @@ def test_rejected_mean_std(tmp_path: Path) -> None:
     first.write_bytes(first.read_bytes()[:100])
     assert f"data.path={first}: cannot be read" in told(path, "repa")
     first.unlink()
-    assert "it lacks 00000/img-mean-std-00000000.npy, which is labelled" in told(path, "repa")
+    assert "dataset.json and its files disagree about 00000/img-mean-std-00000000.npy" in told(path, "repa")
     write_mean_std(path)
     np.save(path / "00001/img-mean-std-00000009.npy", normal(0))
-    assert "it has no label of 00001/img-mean-std-00000009.npy" in told(path, "repa")
+    assert "disagree about 00001/img-mean-std-00000009.npy" in told(path, "repa")
     for text in ('{"labels": null}', "[", '{"labels": [["a", 1.5]]}', '{"labels": []}'):
         labels.write_text(text)
         assert f"data.path={labels}: is not names and labels" in told(path, "repa")
+    labels.write_text('{"labels": [["00000/img-mean-std-00000000.npy", 1], ["00000/img-mean-std-00000000.npy", 1]]}')
+    assert "its files disagree about 00000/img-mean-std-00000001.npy" in told(path, "repa")
     labels.unlink()
     assert f"data.path={labels}: is not names and labels (FileNotFoundError" in told(path, "repa")
 
@@ -292,6 +295,8 @@ def test_fast_dit_that_cannot_be_whole(tmp_path: Path, monkeypatch: pytest.Monke
     np.save(label, np.array([1]))
     feature.rename(feature.with_name("12.npy"))
     assert "imagenet256_features: has 12 files and no 11.npy" in told(tmp_path)
+    (tmp_path / "imagenet512_features").mkdir()
+    assert f"data.path={tmp_path}: holds imagenet256_features and imagenet512_features" in told(tmp_path)
 
 
 def test_what_is_none_of_these_or_two_of_them(tmp_path: Path) -> None:

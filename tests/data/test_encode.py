@@ -27,6 +27,7 @@ from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, En
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.shards import Index
 from promoe_ds.utils.ranks import ALONE, Ranks
+from tests.data.test_caches import write_mean_std
 from tests.data.test_codecs import write_taef2
 from tests.photographs import write_tree
 
@@ -298,6 +299,7 @@ def test_launcher(
     assert code == 0 and f"30 items in 1 shards in {out}" in text and "30/30" in progress
     assert json.loads((out / "encoding.json").read_text())["command"].startswith("launchers/encode_latents.py --images")
     assert call("--verify", out)[:2] == (0, "30 items in 1 shards match their checksums\n")
+    cache = write_mean_std(tmp_path / "cache.zip")
     for wrong, message in (
         (["--images", tree, "--vae", tmp_path / "none", "--out", "x"], "no such folder; put config.json and diffusion"),
         (["--images", tmp_path / "none", "--vae", vae, "--out", "x"], f"--images={tmp_path}/none: does not exist"),
@@ -307,9 +309,29 @@ def test_launcher(
         (["--images", tree, "--vae", vae, "--out", "x", "--batch", 0], "--batch=0: must be positive"),
         (["--from-latents", tree, "--out", "x"], "tree: is no cache of latents: looked for index.json"),
         (["--from-latents", tree, "--vae", vae, "--out", "x"], "copies latents as they are; remove it"),
+        (["--from-latents", cache, "--out", "x"], "neither's; set --format repa (of pictures in [-1, 1]) or --format"),
+        (["--images", tree, "--vae", vae, "--out", "x", "--scale", 2], "--scale=[2.0]: belongs to --from-latents"),
         (["--verify", tmp_path], "has no index.json"),
         (["--vae", vae], "one of the arguments --images --from-latents --verify is required"),
     ):
         code, _, error = call(*wrong)
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
         assert not Path("x").exists()
+    repa = [
+        "--from-latents",
+        cache,
+        "--format",
+        "repa",
+        "--scale",
+        0.5,
+        "--dtype",
+        "float32",
+        "--out",
+        tmp_path / "shards",
+    ]
+    code, printed, error = call(*repa)
+    assert (
+        code == 0
+        and "7 items of 3 classes, 1 x 8x4x4 each (codec not named, mean and log-variance, scale 0.5)" in printed
+    )
+    assert "7 items in 1 shards" in printed and len(open_latents(tmp_path / "shards")) == 7

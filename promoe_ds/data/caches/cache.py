@@ -5,15 +5,17 @@ Legend: N items, M channels of what is stored, C of a latent, h w latent cells.
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from promoe_ds.config.schema import ConfigError, DataConfig, reject
+from promoe_ds.config.schema import DataConfig, reject
 from promoe_ds.data.codecs import SD_SCALE
 from promoe_ds.data.latents import Latents
 
@@ -38,13 +40,15 @@ class Cache(Latents):
     """What another project wrote. A reader finds its items, then lets this look at the first of them.
 
     Args:
-        root: for messages.
+        root: where the items lie.
         said: of the configuration; scale and shift of it count before those of the format.
         num_classes: of the model; formats that store numbers and no names have so many classes.
         classes: names, of a format that has them.
     """
 
     again = "write the cache again"
+    names: np.ndarray
+    """bytes, paths of the items below the root: a million strings would take 100 MB"""
 
     def __init__(
         self,
@@ -80,55 +84,47 @@ class Cache(Latents):
         """The codec of latents with C channels: Stable Diffusion's, or one whose scale the user says."""
         scale, shift = self.said.scale, self.said.shift
         if scale is None and channels != SD_CODEC["channels"]:
-            conflict = (
-                f"{self.root} has latents of {channels} channels, not sd-vae-ft-mse's 4, and does not say its scale"
-            )
+            conflict = f"{self.root} has latents of {channels} channels, not sd-vae-ft-mse's 4, and names no scale"
             reject("data.scale", "null", conflict, "set data.scale and data.shift (MAR's KL-16: 0.2325 and 0)")
         codec = SD_CODEC | {"channels": channels, "stochastic": self.parts == 2}
         if scale is not None:
             codec |= UNKNOWN | {"scale": spread("scale", scale, channels)}
         return codec if shift is None else codec | {"shift": spread("shift", shift, channels)}
 
-    def checked(self, index: int, x: np.ndarray) -> np.ndarray:
-        """An item of the type, shape and sign of the others. Raises `ConfigError`."""
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def where(self, index: int) -> str:
+        return str(self.root / self.name(index))
+
+    @abstractmethod
+    def stored(self, index: int, flip: bool) -> np.ndarray:
+        """As `read`, of any type and shape; raises what `BROKEN` lists."""
+
+    def read(self, index: int, flip: bool) -> np.ndarray:
         conflict = None
-        if x.dtype.kind != "f":
-            conflict = f"holds {x.dtype}, not floats"
-        elif self.shape and x.shape != self.shape:
-            conflict = f"holds {list(x.shape)}, other files {list(self.shape)}"
-        elif self.content == "mean_std" and x[len(x) // 2 :].min() < 0:
+        try:
+            x_Mhw = self.stored(index, flip)
+        except BROKEN as error:
+            reject("data.path", self.where(index), f"cannot be read ({' '.join(str(error).split())})", self.again)
+        if x_Mhw.dtype.kind != "f":
+            conflict = f"holds {x_Mhw.dtype}, not floats"
+        elif self.shape and x_Mhw.shape != self.shape:
+            conflict = f"holds {list(x_Mhw.shape)}, other files {list(self.shape)}"
+        elif self.content == "mean_std" and x_Mhw[len(x_Mhw) // 2 :].min() < 0:
             conflict = "holds a standard deviation below 0: a log-variance is no standard deviation"
         if conflict:
             reject("data.path", self.where(index), conflict, self.again)
-        return x
-
-    def damaged(self, index: int, error: Exception) -> ConfigError:
-        why = f"cannot be read ({' '.join(str(error).split())})"
-        return ConfigError(f"data.path={self.where(index)}: {why}; {self.again}")
+        return x_Mhw
 
 
 def spread(key: str, value: float | tuple[float, ...], channels: int) -> float | list[float]:
     if isinstance(value, tuple) and len(value) != channels:
-        reject(
-            f"data.{key}", list(value), f"has {len(value)} numbers, the latents {channels} channels", "say one of each"
-        )
+        conflict = f"has {len(value)} numbers, the latents {channels} channels"
+        reject(f"data.{key}", list(value), conflict, "say one of each")
     if key == "scale" and not np.all(value):
         reject("data.scale", value, "0 leaves nothing of a latent", "say what the cache's own project multiplies by")
     return list(value) if isinstance(value, tuple) else value
-
-
-def channel_statistics(data: Latents, channels: int, items: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each of the first C channels, float64 [C], over items spread over all of them.
-
-    They are those of the stored values: of the means where a posterior is stored.
-    """
-    chosen = np.linspace(0, len(data) - 1, min(items, len(data))).astype(int)
-    x_NChw = np.stack([data.read(index, False)[:channels] for index in chosen.tolist()]).astype(np.float64)
-    return x_NChw.mean((0, 2, 3)), x_NChw.std((0, 2, 3))
-
-
-def listed(values: np.ndarray) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
 
 
 def unlike(found: Statistics, known: Statistics) -> np.ndarray:

@@ -30,10 +30,12 @@ class FastDiT(Cache):
     content, flips, again = "scaled_sample", 1, "extract the features again, with one process"
 
     def __init__(self, root: Path, said: DataConfig, num_classes: int | None = None):
-        self.root = root
-        self.features = next(iter(sorted(root.glob("*_features"))), root / "imagenet256_features")
-        self.labels = root / self.features.name.replace("_features", "_labels")
-        counts = [self._count(folder) for folder in (self.features, self.labels)]
+        features = sorted(root.glob("*_features")) or [root / "imagenet256_features"]
+        if len(features) > 1:
+            names = " and ".join(folder.name for folder in features)
+            reject("data.path", root, f"holds {names}", "move one of them elsewhere")
+        self.labels = root / features[0].name.replace("_features", "_labels")
+        counts = [self._count(folder) for folder in (features[0], self.labels)]
         if counts[0] != counts[1]:
             conflict = f"holds {counts[0]} features and {counts[1]} labels"
             reject("data.path", root, conflict, self.again)
@@ -44,7 +46,7 @@ class FastDiT(Cache):
         with ThreadPoolExecutor(thread_name_prefix="labels") as pool:
             parts = pool.map(self._read_labels, range(0, counts[0], 4096), repeat(counts[0]))
             label_N = np.concatenate([np.empty(0, np.int64), *parts])
-        super().__init__(root, said, num_classes, label_N)
+        super().__init__(features[0], said, num_classes, label_N)
 
     @staticmethod
     def finds(path: Path) -> bool:
@@ -83,12 +85,6 @@ class FastDiT(Cache):
     def name(self, index: int) -> str:
         return f"{index}.npy"
 
-    def where(self, index: int) -> str:
-        return str(self.features / self.name(index))
-
-    def read(self, index: int, flip: bool) -> np.ndarray:
-        try:
-            x_1Chw = np.load(self.where(index), allow_pickle=False)
-        except BROKEN as error:
-            raise self.damaged(index, error) from error
-        return self.checked(index, x_1Chw.squeeze(0) if len(x_1Chw) == 1 else x_1Chw)
+    def stored(self, index: int, flip: bool) -> np.ndarray:
+        x_1Chw = np.load(self.where(index), allow_pickle=False)
+        return x_1Chw[0] if x_1Chw.shape[:1] == (1,) else x_1Chw

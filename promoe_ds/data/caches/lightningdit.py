@@ -26,25 +26,23 @@ class LightningDiT(Cache):
     """
 
     content, again = "sample", "extract the features again"
+    KEYS = ("latents", "latents_flip")
     PATTERN, STATS = "latents_rank*_shard*.safetensors", "latents_stats.pt"
 
     def __init__(self, root: Path, said: DataConfig, num_classes: int | None = None):
-        self.root, self.files, labels = root, sorted(root.glob(self.PATTERN)), [np.empty(0, np.int64)]
+        self.files, labels = sorted(root.glob(self.PATTERN)), [np.empty(0, np.int64)]
         self._opened: dict[int, Any] = {}
         for number, file in enumerate(self.files):
             tensors = self._open(number)
-            if not set(tensors.keys()) >= {"labels", "latents", "latents_flip"}:
-                reject(
-                    "data.path",
-                    file,
-                    f"holds {', '.join(tensors.keys())}, not labels, latents, latents_flip",
-                    self.again,
-                )
-            shapes = [tensors.get_slice(key).get_shape() for key in ("latents", "latents_flip")]
-            labels.append(tensors.get_tensor("labels").astype(np.int64, casting="safe"))
-            if shapes[0] != shapes[1] or labels[-1].shape != (shapes[0][0],):
-                conflict = f"latents {shapes[0]}, latents_flip {shapes[1]} and labels {list(labels[-1].shape)} disagree"
+            if not {*self.KEYS, "labels"} <= set(tensors.keys()):
+                conflict = f"holds {', '.join(tensors.keys())}, not labels, latents, latents_flip"
                 reject("data.path", file, conflict, self.again)
+            shapes, label_n = [tensors.get_slice(key).get_shape() for key in self.KEYS], tensors.get_tensor("labels")
+            if shapes[0] != shapes[1] or label_n.shape != (shapes[0][0],) or label_n.dtype.kind not in "iu":
+                labelled = f"labels {label_n.dtype} {list(label_n.shape)}"
+                conflict = f"latents {shapes[0]}, latents_flip {shapes[1]} and {labelled} disagree"
+                reject("data.path", file, conflict, self.again)
+            labels.append(label_n.astype(np.int64))
         self._first = np.cumsum([len(part) for part in labels])
         """number of the first item of each file"""
         super().__init__(root, said, num_classes, np.concatenate(labels))
@@ -70,9 +68,9 @@ class LightningDiT(Cache):
         number, row = self._place(index)
         return f"{self.files[number]} (item {row})"
 
-    def read(self, index: int, flip: bool) -> np.ndarray:
+    def stored(self, index: int, flip: bool) -> np.ndarray:
         number, row = self._place(index)
-        return self.checked(index, self._open(number).get_slice("latents_flip" if flip else "latents")[row])
+        return self._open(number).get_slice(self.KEYS[flip])[row]
 
     def record(self, channels: int) -> dict[str, Any]:
         if self.said.shift is not None:

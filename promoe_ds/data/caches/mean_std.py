@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from promoe_ds.config.schema import DataConfig, reject
-from promoe_ds.data.caches.cache import BROKEN, STATISTICS, Cache, channel_statistics, listed, unlike
+from promoe_ds.data.caches.cache import BROKEN, STATISTICS, Cache, unlike
 from promoe_ds.data.zips import StoredZip
 from promoe_ds.utils.files import walk
 
@@ -35,17 +35,16 @@ class MeanStd(Cache):
     LABELS = "dataset.json"
 
     def __init__(self, path: Path, said: DataConfig, num_classes: int | None = None):
-        self.path = path / "vae-sd" if (path / "vae-sd" / self.LABELS).is_file() else path
-        self._zip = None if self.path.is_dir() else StoredZip(self.path)
-        self._names, label_N = self._labelled()
+        self.root = path / "vae-sd" if (path / "vae-sd" / self.LABELS).is_file() else path
+        self._zip = None if self.root.is_dir() else StoredZip(self.root)
+        self.names, label_N = self._labelled()
         found = self._zip.names if self._zip else np.array(sorted(self._listed()) or [b""])
         found = found[np.char.endswith(found, b".npy")]
-        if not np.array_equal(found, self._names):
-            missing = np.setdiff1d(self._names, found)
-            word = f"lacks {missing[0].decode()}, which is labelled" if len(missing) else (
-                f"has no label of {np.setdiff1d(found, self._names)[0].decode()}")  # fmt: skip
-            reject("data.path", self.path, f"its {self.LABELS} and its files disagree: it {word}", self.again)
-        super().__init__(path, said, num_classes, label_N)
+        if not np.array_equal(found, self.names):
+            odd = [*np.setdiff1d(self.names, found), *np.setdiff1d(found, self.names), b"a name that it has twice"][0]
+            conflict = f"its {self.LABELS} and its files disagree about {odd.decode()}"
+            reject("data.path", self.root, conflict, self.again)
+        super().__init__(self.root, said, num_classes, label_N)
 
     @classmethod
     def finds(cls, path: Path) -> bool:
@@ -55,15 +54,15 @@ class MeanStd(Cache):
         return (folder / cls.LABELS).is_file() and any(folder.glob("*/*.npy"))
 
     def _listed(self) -> Iterator[bytes]:
-        for parent, files, _ in walk(self.path, (".npy",)):
-            prefix = Path(parent).relative_to(self.path).as_posix()
+        for parent, files, _ in walk(self.root, (".npy",)):
+            prefix = Path(parent).relative_to(self.root).as_posix()
             yield from (os.fsencode(f"{prefix}/{name}") for name in files)
 
     def _labelled(self) -> tuple[np.ndarray, np.ndarray]:
         """Sorted names as bytes, and their labels."""
-        where = f"{self.path} ({self.LABELS})" if self._zip else self.path / self.LABELS
+        where = f"{self.root} ({self.LABELS})" if self._zip else self.root / self.LABELS
         try:
-            text = self._zip.read(self.LABELS.encode()) if self._zip else (self.path / self.LABELS).read_bytes()
+            text = self._zip.read(self.LABELS.encode()) if self._zip else (self.root / self.LABELS).read_bytes()
             pairs = json.loads(text)["labels"]
             names, labels = np.array([name.encode() for name, _ in pairs]), np.array([label for _, label in pairs])
             if labels.dtype.kind not in "iu" or labels.ndim != 1:
@@ -74,19 +73,12 @@ class MeanStd(Cache):
         order = np.argsort(names, kind="stable")
         return names[order], labels[order].astype(np.int64)
 
-    def name(self, index: int) -> str:
-        return os.fsdecode(self._names[index])
-
     def where(self, index: int) -> str:
-        return f"{self.path} ({self.name(index)})" if self._zip else str(self.path / self.name(index))
+        return f"{self.root} ({self.name(index)})" if self._zip else super().where(index)
 
-    def read(self, index: int, flip: bool) -> np.ndarray:
-        try:
-            data = self._zip.read(self._names[index]) if self._zip else Path(self.where(index)).read_bytes()
-            x_Mhw = np.load(io.BytesIO(data), allow_pickle=False)
-        except BROKEN as error:
-            raise self.damaged(index, error) from error
-        return self.checked(index, x_Mhw)
+    def stored(self, index: int, flip: bool) -> np.ndarray:
+        data = self._zip.read(self.names[index]) if self._zip else Path(self.where(index)).read_bytes()
+        return np.load(io.BytesIO(data), allow_pickle=False)
 
     def record(self, channels: int) -> dict[str, Any]:
         codec, kind = super().record(channels), self.said.format or self._told(channels)
@@ -101,12 +93,14 @@ class MeanStd(Cache):
 
     def _told(self, channels: int) -> str:
         """repa or edm2, by what the means are like. Raises `ConfigError` if they are like neither's."""
-        mean, std = channel_statistics(self, channels)
+        chosen = np.linspace(0, len(self) - 1, min(256, len(self))).astype(int)
+        x_NChw = np.stack([self.read(index, False)[:channels] for index in chosen.tolist()]).astype(np.float64)
+        mean, std = x_NChw.mean((0, 2, 3)), x_NChw.std((0, 2, 3))
+        found = f"average {np.round(mean, 2).tolist()}, std {np.round(std, 2).tolist()}"
         for kind, known in STATISTICS.items():
             if channels == len(known[0]) and not unlike((mean, std), known).any():
-                self.note = f"read as data.format={kind}, because its means, on average {listed(mean)}, are like those"
+                self.note = f"read as data.format={kind}, because its means ({found}) are like those"
                 return kind
-        found = f"average {listed(mean)}, std {listed(std)}"
         conflict = f"REPA and edm2 use the same names, and these means ({found}) are like neither's"
         way_out = "set data.format=repa (of pictures in [-1, 1]) or data.format=edm2 (in [0, 1])"
-        reject("data.path", self.path, conflict, way_out)
+        reject("data.path", self.root, conflict, way_out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.config.schema import DataConfig, reject
-from promoe_ds.data.caches.cache import BROKEN, Cache
+from promoe_ds.data.caches.cache import Cache
 from promoe_ds.data.images import list_tree
 from promoe_ds.utils.files import hidden, walk
 
@@ -38,7 +38,7 @@ class LatentTree(Cache):
         if official not in (0, len(names)):
             conflict = f"{official} files end in {SUFFIX}, {len(names) - official} do not: two caches in one tree"
             reject("data.path", root, conflict, "keep one of them there")
-        self.root, self._names = root, np.array([os.fsencode(name) for name in names])
+        self.names = np.array([os.fsencode(name) for name in names])
         super().__init__(root, said or DataConfig(), num_classes, label_N, classes, left_out)
 
     @staticmethod
@@ -46,19 +46,9 @@ class LatentTree(Cache):
         classes = (folder for folder in path.iterdir() if folder.is_dir() and not hidden(folder.name))
         return any(files for folder in classes for _, files, _ in walk(folder, (".npz",)))
 
-    def name(self, index: int) -> str:
-        return os.fsdecode(self._names[index])
-
-    def where(self, index: int) -> str:
-        return str(self.root / self.name(index))
-
-    def read(self, index: int, flip: bool) -> np.ndarray:
-        try:
-            with np.load(self.where(index), allow_pickle=False) as archive:
-                keys = next((pair for pair in PAIRS if set(pair) <= set(archive.files)), None)
-                if keys is None:
-                    raise ValueError(f"has the arrays {', '.join(archive.files)}, needs latent and latent_flip")
-                x_Mhw = np.asarray(archive[keys[flip]]).squeeze()
-        except BROKEN as error:
-            raise self.damaged(index, error) from error
-        return self.checked(index, x_Mhw)
+    def stored(self, index: int, flip: bool) -> np.ndarray:
+        with np.load(self.where(index), allow_pickle=False) as archive:
+            keys = next((pair for pair in PAIRS if set(pair) <= set(archive.files)), None)
+            if keys is None:
+                raise ValueError(f"has the arrays {', '.join(archive.files)}, needs latent and latent_flip")
+            return np.asarray(archive[keys[flip]]).squeeze()
