@@ -88,6 +88,7 @@ def look(args: argparse.Namespace, file: Path, name: str, plan: Any) -> Any:
     from promoe_ds.analysis.summary import check_rank, summarise
     from promoe_ds.checkpoint.load_weights import load_ema
     from promoe_ds.data.codecs import open_codec
+    from promoe_ds.sampling.job import codec_of_run
 
     device = ALONE.pick_device(args.device)
     model, config, step = load_ema(file, device)
@@ -95,6 +96,8 @@ def look(args: argparse.Namespace, file: Path, name: str, plan: Any) -> Any:
     check_rank(config, args.subspace)
     vae = args.vae or config.data.vae
     codec = open_codec(vae, device, "--vae" if args.vae else "data.vae of the run") if vae else None
+    if codec is not None and (found := codec_of_run(file)) is not None:
+        codec.follow(found)
     return summarise(observe(model, config, step, name, plan, codec), args.subspace)
 
 

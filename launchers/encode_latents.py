@@ -13,13 +13,21 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.data import notes
+from promoe_ds.data.caches import open_latents
 from promoe_ds.data.codecs import open_codec
-from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
+from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, Encoder, renamed, run_encoding
 from promoe_ds.data.images import open_images
-from promoe_ds.data.latents import LatentTree
 from promoe_ds.data.shards import DTYPES, verify
-from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, versions
-from promoe_ds.utils.files import left_out_words
+from promoe_ds.utils.command_line import (
+    Parser,
+    add_cache_options,
+    cache_options,
+    check_positive,
+    launcher,
+    own_words,
+    versions,
+)
 from promoe_ds.utils.pictures import IMAGE_MODES
 from promoe_ds.utils.ranks import Ranks
 
@@ -28,7 +36,7 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -- launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents
   srun --ntasks 64 python launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents
   python launchers/encode_latents.py --images tinyimagenet.npz --size 128 --vae taef2 --out latents
-  python launchers/encode_latents.py --from-latents sd-vae-ft-mse_Latents_256img_npz --out latents   official tree
+  python launchers/encode_latents.py --from-latents sd-vae-ft-mse_Latents_256img_npz --out latents
   python launchers/encode_latents.py --verify latents                                        reads every byte
 
 Then train with data.name=latents data.path=latents. Each image is encoded once, whatever the number of processes, and
@@ -41,9 +49,10 @@ def parser() -> Parser:
     p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="PATH", help="tree with a folder per class, or a packed npz of JPEG files")
-    source.add_argument("--from-latents", type=Path, metavar="DIR", help="official tree: CLASS/NAME.latent.npz")
+    source.add_argument("--from-latents", type=Path, metavar="PATH", help="latents that another project wrote")
     source.add_argument("--verify", type=Path, metavar="DIR", help="compare finished shards with their checksums")
     p.add_argument("--vae", metavar="PATH", help="AutoencoderKL or AutoencoderTiny (diffusers), TAEF2, or identity")
+    add_cache_options(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards")
     p.add_argument("--split", default="train", help="of a packed npz (default train)")
     p.add_argument("--size", type=int, default=256, help="side of the central square in pixels (default 256)")
@@ -67,28 +76,36 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--vae is required with --images; see --help")
     if args.images is None and args.vae is not None:
         reject("--vae", args.vae, "--from-latents copies latents as they are", "remove it")
+    for key in ("format", "scale", "shift"):
+        if args.images is not None and getattr(args, key) is not None:
+            reject(f"--{key}", getattr(args, key), "belongs to --from-latents", "remove it")
 
 
-def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | ConvertedTree:
+def open_source(args: argparse.Namespace, ranks: Ranks) -> EncodedImages | ConvertedLatents:
     """The codec is opened first: it is the usual thing to be absent, and listing a million files takes a while."""
+    if args.images is None:
+        try:
+            return ConvertedLatents(open_latents(args.from_latents, cache_options(args)))
+        except ConfigError as error:
+            raise ConfigError(renamed(error, "--from-latents")) from error
     device = ranks.pick_device(args.device)
-    codec = open_codec(args.vae, device) if args.images else None
+    codec = open_codec(args.vae, device)
     try:
-        if codec is None:
-            return ConvertedTree(LatentTree(args.from_latents))
         images = open_images(args.images, split=args.split, channels=max(IMAGE_MODES), image_size=args.size)
     except ConfigError as error:
-        raise ConfigError(renamed(error, "--images" if args.images else "--from-latents")) from error
+        raise ConfigError(renamed(error, "--images")) from error
     return EncodedImages(images, codec, args.batch, device, args.precision)
 
 
-def describe(source: EncodedImages | ConvertedTree, args: argparse.Namespace) -> str:
-    items, (channels, side, _) = len(source.label_N), source.shape
-    size = items * 2 * channels * side * side * (2 if args.dtype == "float16" else 4)
+def describe(source: EncodedImages | ConvertedLatents, args: argparse.Namespace) -> str:
+    items, (flips, channels, side, _) = len(source.label_N), source.shape
+    size = items * flips * channels * side * side * (2 if args.dtype == "float16" else 4)
+    scale = source.codec["scale"]
     posterior = "mean and log-variance" if source.codec["stochastic"] else "one point"
     return (
-        f"{items:,} items of {len(source.classes):,} classes, 2 x {channels}x{side}x{side} each "
-        f"({source.codec['kind']}, {posterior}, scale {source.codec['scale']}), {args.dtype}: {size / 1e9:.2f} GB in "
+        f"{items:,} items of {len(source.classes):,} classes, {flips} x {channels}x{side}x{side} each "
+        f"({source.codec['kind'] or 'codec not named'}, {posterior}, "
+        f"scale {'per channel' if isinstance(scale, list) else scale}), {args.dtype}: {size / 1e9:.2f} GB in "
         f"{-(-items // args.shard_size)} shards; the model needs model.image_size={side} "
         f"model.channels={source.codec['channels']} model.num_classes={len(source.classes)}"
     )
@@ -105,8 +122,8 @@ def encode(argv: list[str]) -> None:
     source = open_source(args, ranks)
     if ranks.rank == 0:
         print(describe(source, args), flush=True)
-        if source.left_out:
-            print(f"{args.images or args.from_latents}: {left_out_words(source.left_out)}", flush=True)
+        for note in notes(source.data):
+            print(f"{args.images or args.from_latents}: {note}", flush=True)
     if args.dry_run:
         return
     job = EncodeJob(args.out, args.shard_size, args.dtype, args.precision, args.skip_damaged)

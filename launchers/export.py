@@ -21,7 +21,7 @@ from promoe_ds.config.schema import reject
 from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats import diffusers_export, official, weights
 from promoe_ds.formats.card import score_rows
-from promoe_ds.sampling.job import run_of
+from promoe_ds.sampling.job import codec_of_run, run_of
 from promoe_ds.utils.command_line import Parser, launcher
 
 EXAMPLES = """examples:
@@ -105,7 +105,7 @@ def export(argv: list[str]) -> None:
         official.write_official(ema, weights.load(file, "raw", option) if len(found) > 1 else ema, args.out)
     elif args.format == "diffusers":
         model = weights.load(file, source, option)
-        diffusers_export.write_diffusers(model, args.out, dtype, args.vae, limit, metrics)
+        diffusers_export.write_diffusers(model, args.out, dtype, args.vae, limit, metrics, codec_of_run(file))
     else:
         weights.write(weights.load(file, source, option), args.out, dtype, limit, metrics)
     written = args.out.stat().st_size if args.out.is_file() else sum(map(bytes_of, [args.out, *args.out.glob("*/")]))

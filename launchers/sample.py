@@ -114,6 +114,7 @@ def choose_codec(args: argparse.Namespace, config: Config, weights: Path, device
     found = sampling.codec_of_run(weights)
     if codec is not None and found is not None:
         check_same(found, codec, f"{option}={path}", str(sampling.run_of(weights)))
+        codec.follow(found)
     return codec
 
 

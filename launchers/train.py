@@ -86,13 +86,12 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """What a start would meet in the data and the run folder; writes nothing. Raises ConfigError."""
     from promoe_ds.checkpoint import resume
-    from promoe_ds.data import build_dataset
+    from promoe_ds.data import build_dataset, notes
     from promoe_ds.recipes.validate import validate_data
-    from promoe_ds.utils.files import left_out_words
 
     validate_data(config)
-    if left_out := build_dataset(config).left_out:
-        print(f"data.path={config.data.path}: {left_out_words(left_out)}", file=sys.stderr)
+    for note in notes(build_dataset(config)):
+        print(f"data.path={config.data.path}: {note}", file=sys.stderr)
     run = args.run or Path("runs") / config.name
     saved = resume.saved_config(run)
     if saved is not None:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 Channels = Literal["all", 3]
 """which channels classifier-free guidance moves"""
+CacheFormat = Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit"]
+"""who wrote latents: `promoe_ds/data/caches`"""
 Change = Literal["never", "finetune", "resume"]
 """Who may change an option of trained weights: nobody, because the weights compute something else with it; a fine-tune
 (`train.init`), which is a new run; or the same run when it is resumed, and so a fine-tune too."""
@@ -212,9 +214,16 @@ class DataConfig:
     name: Literal["digits", "images", "latents"] = option("digits", "which source")
     path: str | None = option(
         None,
-        "images: class-per-folder tree or packed .npz; latents: what launchers/encode_latents.py wrote",
+        "images: class-per-folder tree or packed .npz; latents: shards or another project's cache (docs/imagenet.md)",
         change="resume",
     )
+    format: CacheFormat | None = option(None, "latents: who wrote them; null: found by looking", change="resume")
+    scale: float | tuple[float, ...] | None = option(
+        None,
+        "latents: x = (z - shift) * scale, one for all channels or one per channel, where the format does not say",
+        change="resume",
+    )
+    shift: float | tuple[float, ...] | None = option(None, "latents: as `data.scale`", change="resume")
     vae: str | None = option(
         None, "latents: the codec that decodes the sample grids drawn while training; none, no grids", change="resume"
     )

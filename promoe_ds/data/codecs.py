@@ -17,8 +17,9 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -37,6 +38,18 @@ HOW_TO_GET = (
 )
 
 
+PerChannel = float | list[float]
+
+
+def per_channel(value: PerChannel) -> np.ndarray:
+    """A number, or one per channel, as float32 that broadcasts over [..., C, h, w]."""
+    return np.asarray(value, np.float32).reshape(-1, 1, 1)
+
+
+def _like(value: PerChannel, x: Tensor) -> float | Tensor:
+    return value if isinstance(value, int | float) else torch.from_numpy(per_channel(value)).to(x.device)
+
+
 class Codec(ABC):
     """A frozen autoencoder.
 
@@ -44,7 +57,7 @@ class Codec(ABC):
         kind: AutoencoderKL, AutoencoderTiny, TAEF2 or identity.
         channels: C, of a latent.
         factor: pixels per side of a latent cell.
-        scale, shift: the model is trained on (z - shift) * scale.
+        scale, shift: the model is trained on (z - shift) * scale; numbers, or C of them.
         stochastic: `encode` gives mean and log-variance (M = 2C) of a Gaussian posterior, not a point (M = C).
         digest: BLAKE2b of the weight files, 32 hex digits: the same latents mean the same digest.
     """
@@ -52,10 +65,12 @@ class Codec(ABC):
     kind: str
     channels: int
     factor: int
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: PerChannel = 1.0
+    shift: PerChannel = 0.0
     stochastic = False
     digest = ""
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    """of the pictures that were encoded; `follow` may change it"""
 
     @property
     def moments(self) -> int:
@@ -71,8 +86,16 @@ class Codec(ABC):
         """Unscaled latents [B, C, h, w] to RGB float32 [B, 3, H, W], in [-1, 1] up to overshoot."""
 
     def to_pixels(self, x_BChw: Tensor) -> Tensor:
-        """What the model makes, (z - shift) * scale, to RGB."""
-        return self.decode(x_BChw / self.scale + self.shift)
+        """What the model makes, (z - shift) * scale, to RGB in [-1, 1] up to overshoot."""
+        x_BCHW = self.decode(x_BChw / _like(self.scale, x_BChw) + _like(self.shift, x_BChw))
+        low, high = self.pixel_range
+        return x_BCHW if (low, high) == (-1, 1) else (x_BCHW - low) * (2 / (high - low)) - 1
+
+    def follow(self, record: dict[str, Any]) -> Self:
+        """Decode what a model makes of the latents of `record`: its scale, shift and range of pixels count."""
+        self.scale, self.shift = record["scale"], record["shift"]
+        self.pixel_range = tuple(record.get("pixel_range", (-1.0, 1.0)))
+        return self
 
     def record(self) -> dict[str, Any]:
         """What an index or a run folder says of the codec."""
@@ -209,10 +232,14 @@ def _digest(*files: Path) -> str:
 def check_same(found: dict[str, Any], codec: Codec, option: str, where: str) -> None:
     """Raise `ConfigError` if the latents at `where` (a codec's record) were made by other weights or another scale.
 
-    A digest of "" is not known (official latent trees) and not compared.
+    What a cache does not say of its codec ("" or 0) is not compared, and neither are a scale and shift per channel, or
+    those of latents whose codec is not named: they are the data set's own, which the codec does not know.
     """
-    mine = codec.record()
-    for key, old in found.items():
-        if old != mine.get(key) and not (key == "digest" and old == ""):
-            conflict = f"has {key}={mine.get(key)}, the latents of {where} were made with {key}={old}"
+    mine, keys = codec.record(), ["kind", "channels", "factor", "digest"]
+    if found["kind"] and not isinstance(found["scale"], list):
+        keys += ["scale", "shift"]
+    for key in keys:
+        old = found[key]
+        if old != mine[key] and (old or key == "shift"):
+            conflict = f"has {key}={mine[key]}, the latents of {where} were made with {key}={old}"
             raise ConfigError(f"{option}: {conflict}; name the codec they were made with")

@@ -28,6 +28,8 @@ class ImageDataset(ABC):
 
     unit = "pixels"
     """of `image_size`"""
+    note = ""
+    """how the format was told, or what is odd about it; "" if it is plain"""
 
     def __init__(self, classes: list[str], label_B: np.ndarray, channels: int, image_size: int, left_out: int = 0):
         self.classes, self.label_B, self.left_out = classes, label_B, left_out

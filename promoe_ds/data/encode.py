@@ -5,7 +5,7 @@ makes the shards r, r + W, ... and each takes its name only when it is whole and
 says so, with its checksum. Processes need not talk to each other: whoever finishes last finds all shards done and
 writes the index. `encoding.json` says what the folder is for; another job in the same folder is refused.
 
-Legend: n items of a shard, M channels of moments, h w latent cells; r rank, W world size.
+Legend: n items of a shard, F flips, M channels of moments, h w latent cells; r rank, W world size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from promoe_ds.config.schema import ConfigError, reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages
-from promoe_ds.data.latents import LatentTree
+from promoe_ds.data.latents import Latents
 from promoe_ds.utils.files import file_digest, write_text
 from promoe_ds.utils.ranks import Ranks
 
@@ -41,7 +41,10 @@ AHEAD = 2
 
 def renamed(error: ConfigError, option: str) -> str:
     """An error about a data set, in the words of a launcher that names it otherwise."""
-    return str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
+    text = str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
+    for key in ("format", "scale", "shift"):
+        text = text.replace(f"data.{key}=", f"--{key} ").replace(f"data.{key}", f"--{key}")
+    return text
 
 
 class Source(ABC):
@@ -50,7 +53,7 @@ class Source(ABC):
     Args:
         data: names the items and their classes, and loads them.
         codec: the record of what makes the moments.
-        shape: (M, h, w) of an item.
+        shape: (F, M, h, w) of an item: F is 2 where there is a mirror image, else 1.
         image_size: H, in pixels.
     """
 
@@ -59,22 +62,20 @@ class Source(ABC):
     crop: str
     batch = 32
 
-    def __init__(
-        self, data: DecodedImages | LatentTree, codec: dict[str, Any], shape: tuple[int, ...], image_size: int
-    ):
+    def __init__(self, data: DecodedImages | Latents, codec: dict[str, Any], shape: tuple[int, ...], image_size: int):
         self.data, self.codec, self.shape, self.image_size = data, codec, shape, image_size
         self.classes, self.label_N, self.left_out = data.classes, data.label_B, data.left_out
 
     @abstractmethod
     def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
-        """What `data.load` gave of some items to float32 [2, M, h, w] of each."""
+        """What `data.load` gave of some items to float32 [F, M, h, w] of each."""
 
     def where(self, item: int) -> str:
         """Option and path, for messages."""
         return f"{self.option}={self.data.where(item)}"
 
     def read(self, items: range) -> Iterator[np.ndarray | str]:
-        """float32 [2, M, h, w] of each item in turn, or what is wrong with it. Loading runs ahead, on threads."""
+        """float32 [F, M, h, w] of each item in turn, or what is wrong with it. Loading runs ahead, on threads."""
         waiting: deque[Iterator[np.ndarray | str]] = deque()
         with ThreadPoolExecutor(thread_name_prefix="load") as pool:
             for start in range(0, len(items), self.batch):
@@ -106,7 +107,7 @@ class EncodedImages(Source):
             conflict = f"is not divisible by the {codec.factor} pixels of a latent cell of {codec.kind}"
             reject("--size", images.image_size, conflict, "choose another size")
         cells = images.image_size // codec.factor
-        super().__init__(images, codec.record(), (codec.moments, cells, cells), images.image_size)
+        super().__init__(images, codec.record(), (2, codec.moments, cells, cells), images.image_size)
         self.batch = batch
         self._codec, self._device, self._bf16 = codec, device, precision == "bf16"
 
@@ -118,13 +119,14 @@ class EncodedImages(Source):
         return torch.stack(both, dim=1).float().cpu().numpy()
 
 
-class ConvertedTree(Source):
-    """An official tree of `.latent.npz` files, as it is."""
+class ConvertedLatents(Source):
+    """Latents that somebody else encoded, as they are; std becomes a log-variance, and a scale is taken off."""
 
     option, crop = "--from-latents", "as in the tree"
 
-    def __init__(self, tree: LatentTree):
-        super().__init__(tree, tree.codec, tree.shape, tree.image_size * tree.codec["factor"])
+    def __init__(self, data: Latents):
+        shape = data.flips, data.parts * data.channels, data.image_size, data.image_size
+        super().__init__(data, data.codec, shape, data.image_size * data.codec["factor"])
 
     def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
         return loaded
@@ -216,7 +218,7 @@ class Encoder:
             ConfigError: the moments do not fit their type.
         """
         items, skipped, kept = self.shards[shard], {}, 0
-        moments = np.empty((len(items), 2, *self.source.shape), dtype=shards.DTYPES[self.job.dtype])
+        moments = np.empty((len(items), *self.source.shape), dtype=shards.DTYPES[self.job.dtype])
         for item, value in zip(items, self.source.read(items), strict=True):
             tick(1)
             if not isinstance(value, str) and not np.isfinite(value).all():
@@ -259,7 +261,7 @@ class Encoder:
         index = shards.Index(
             classes=self.source.classes,
             items=len(kept),
-            shape=[2, *self.source.shape],
+            shape=[*self.source.shape],
             dtype=self.job.dtype,
             image_size=self.source.image_size,
             crop=self.source.crop,

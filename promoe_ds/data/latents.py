@@ -1,61 +1,71 @@
-"""Latents as training data: the shards of `launchers/encode_latents.py`, and the official code's `.latent.npz` tree.
+"""Latents as training data: what a source of them is, and the shards of `launchers/encode_latents.py`.
 
-Both hold the moments of the codec's posterior, of every image and of its mirror image (an autoencoder does not commute
-with flips). A training step draws its own sample of the posterior, keyed by (seed, step, row) as all else; the model
-sees x = (z - shift) * scale.
+A source says what lies where an item is (its *content*) and which codec made it. Whatever the source, the model sees
+x = (z - shift) * scale, where z is a sample of the codec's posterior: drawn by the training step, keyed by (seed, step,
+row) as all else, or drawn once and for all by whoever wrote the cache. `caches.py` reads what other projects wrote.
 
-Another layout is another subclass of `Latents`, which says where an item is and what its moments are; `open_latents`
-finds it by what lies at the path.
-
-Shape suffixes: B images, M channels of moments, C of a latent, h w latent cells.
+Shape suffixes: B images, M channels of what is stored, C of a latent, h w latent cells.
 """
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from promoe_ds.config.schema import reject
 from promoe_ds.data import shards
-from promoe_ds.data.codecs import SD_SCALE
+from promoe_ds.data.codecs import per_channel
 from promoe_ds.data.dataset import Gauss, ImageDataset
-from promoe_ds.data.images import list_tree
 
-SUFFIX = ".latent.npz"
-PAIRS = (("latent", "latent_flip"), ("moments", "moments_flip"))
-"""arrays of an official file, and what other repositories call them: the image and its mirror image"""
-SD_CODEC = {"kind": "AutoencoderKL", "channels": 4, "factor": 8, "scale": SD_SCALE, "shift": 0.0, "stochastic": True,
-            "digest": ""}  # fmt: skip
-"""what official files hold: unscaled moments of stabilityai/sd-vae-ft-mse, whose weights they do not name"""
+Content = Literal["moments", "mean_std", "sample", "scaled_sample"]
+"""What is stored of an item:
+
+moments: mean and log-variance of the posterior, M = 2C.
+mean_std: its mean and standard deviation, M = 2C.
+sample: one draw of it, or the one point of a codec without a posterior, M = C.
+scaled_sample: (sample - shift) * scale, M = C.
+"""
 
 
 class Latents(ImageDataset):
-    """Moments by item.
+    """Latents by item.
 
     Args:
         shape: (M, h, w) of an item.
-        codec: the record of what made them.
+        codec: the record of what made them; decoding inverts its scale and shift.
+
+    Attributes:
+        content: what `read` gives.
+        flips: 2 where the mirror image of each item is stored too (an autoencoder does not commute with flips), else 1.
     """
 
     unit = "cells"
-    shape: tuple[int, ...]
+    content: Content = "moments"
+    flips = 2
+    shape: tuple[int, ...] = ()
 
     def __init__(
         self, classes: list[str], label_B: np.ndarray, shape: tuple[int, ...], codec: dict[str, Any], left_out: int = 0
     ):
-        channels = shape[0] // 2 if codec["stochastic"] else shape[0]
-        super().__init__(classes, label_B, channels, shape[1], left_out)
+        super().__init__(classes, label_B, shape[0] // self.parts, shape[1], left_out)
         self.shape, self.codec = shape, codec
 
+    @property
+    def parts(self) -> int:
+        """M / C: 2 where a posterior is stored, 1 where a point is."""
+        return 2 if self.content in ("moments", "mean_std") else 1
+
     @abstractmethod
-    def moments(self, index: int, flip: bool) -> np.ndarray:
-        """[M, h, w], unscaled, of any float type. Raises `ConfigError` where the item is missing or damaged."""
+    def name(self, index: int) -> str:
+        """What tells item `index` from the others, wherever the data set lies."""
+
+    @abstractmethod
+    def read(self, index: int, flip: bool) -> np.ndarray:
+        """[M, h, w], of any float type. Raises `ConfigError` where the item is missing or damaged."""
 
     def draw(self, indices: np.ndarray, flip_B: np.ndarray, gauss: Gauss) -> tuple[torch.Tensor, torch.Tensor]:
         """A sample of the posterior of each item, scaled: float32 [B, C, h, w], and labels int64 [B].
@@ -71,17 +81,29 @@ class Latents(ImageDataset):
         label_B = torch.from_numpy(self.label_B[indices])
         x_BMhw = np.empty((len(indices), *self.shape), dtype=np.float32)
         for row, (index, flip) in enumerate(zip(indices.tolist(), flip_B.tolist(), strict=True)):
-            x_BMhw[row] = self.moments(index, flip)
-        if self.codec["stochastic"]:  # z = mean + exp(log variance / 2) * gauss, clamped as diffusers does
-            mean, logvar = np.split(x_BMhw, 2, axis=1)
-            x_BMhw = mean + np.exp(0.5 * logvar.clip(-30, 20)) * gauss(mean.shape[1:])
-        x_BMhw -= np.float32(self.codec["shift"])
-        x_BMhw *= np.float32(self.codec["scale"])
+            x_BMhw[row] = self.read(index, flip)
+        if self.parts == 2:  # z = mean + std * gauss; a log-variance is clamped as diffusers does
+            mean, spread = np.split(x_BMhw, 2, axis=1)
+            std = np.exp(0.5 * spread.clip(-30, 20)) if self.content == "moments" else spread
+            x_BMhw = mean + std * gauss(mean.shape[1:])
+        if self.content != "scaled_sample":
+            x_BMhw -= per_channel(self.codec["shift"])
+            x_BMhw *= per_channel(self.codec["scale"])
         return torch.from_numpy(x_BMhw), label_B
 
     def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """As `draw`, unflipped, with the mean of the posterior."""
         return self.draw(indices, np.zeros(len(indices), bool), lambda shape: np.zeros((len(indices), *shape), "f4"))
+
+    def load(self, index: int) -> np.ndarray:
+        """What shards keep of an item: float32 [flips, M, h, w], unscaled moments or points. Raises `ConfigError`."""
+        x_FMhw = np.stack([np.asarray(self.read(index, bool(flip)), np.float32) for flip in range(self.flips)])
+        if self.content == "mean_std":
+            mean, std = np.split(x_FMhw, 2, axis=1)
+            return np.concatenate([mean, 2 * np.log(std.clip(np.exp(-15.0)))], axis=1, dtype=np.float32)
+        if self.content == "scaled_sample":
+            return x_FMhw / per_channel(self.codec["scale"]) + per_channel(self.codec["shift"])
+        return x_FMhw
 
 
 class LatentShards(Latents):
@@ -93,6 +115,7 @@ class LatentShards(Latents):
 
     def __init__(self, folder: Path):
         self.folder, self.index = folder, shards.read_index(folder)
+        self.flips, self.content = self.index.shape[0], "moments" if self.index.codec["stochastic"] else "sample"
         label_B = shards.open_tensors(folder / shards.ITEMS).get_tensor("label")
         super().__init__(self.index.classes, label_B, tuple(self.index.shape[1:]), self.index.codec)
         self._first = np.cumsum([0, *(shard.items for shard in self.index.shards)])
@@ -104,11 +127,13 @@ class LatentShards(Latents):
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
-    def where(self, index: int) -> str:
-        names = shards.open_tensors(self.folder / shards.ITEMS).get_tensor("names").tobytes().decode().split("\n")
-        return f"{self.folder / self.index.shards[self._shard(index)].file} ({names[index]})"
+    def name(self, index: int) -> str:
+        return shards.open_tensors(self.folder / shards.ITEMS).get_tensor("names").tobytes().decode().split("\n")[index]
 
-    def moments(self, index: int, flip: bool) -> np.ndarray:
+    def where(self, index: int) -> str:
+        return f"{self.folder / self.index.shards[self._shard(index)].file} ({self.name(index)})"
+
+    def read(self, index: int, flip: bool) -> np.ndarray:
         number = self._shard(index)
         if number not in self._mapped:  # two threads may both map a shard, which does no harm
             shard = self.index.shards[number]
@@ -119,65 +144,3 @@ class LatentShards(Latents):
                 reject("data.path", file, conflict, f"remove it and {shards.AGAIN}")
             self._mapped[number] = mapped
         return self._mapped[number][index - int(self._first[number]), int(flip)]
-
-
-class LatentTree(Latents):
-    """The official code's tree: CLASS/NAME.latent.npz, moments of stabilityai/sd-vae-ft-mse at 256 pixels.
-
-    A file per item is slow to read by the million; `launchers/encode_latents.py --from-latents` turns it into shards.
-
-    Raises:
-        ConfigError: no class folders, one without latents, or a first file that is none.
-    """
-
-    shape = ()
-    """of the first file, once it is read"""
-
-    def __init__(self, root: Path):
-        self.root = root
-        classes, self.names, label_B, left_out = list_tree(root, (SUFFIX,))
-        shape = self.load(0).shape[1:]
-        if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
-            conflict = f"holds {list(shape)}, not mean and log-variance [2C, h, h]"
-            reject("data.path", self.where(0), conflict, "name a tree of VAE moments")
-        super().__init__(classes, label_B, shape, SD_CODEC | {"channels": shape[0] // 2}, left_out)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def where(self, index: int) -> str:
-        return str(self.root / self.names[index])
-
-    def load(self, index: int) -> np.ndarray:
-        """float32 [2, M, h, w]: moments of the image and of its mirror image. Raises `ConfigError`."""
-        try:
-            with np.load(self.where(index), allow_pickle=False) as archive:
-                keys = next((pair for pair in PAIRS if set(pair) <= set(archive.files)), None)
-                if keys is None:
-                    raise ValueError(f"has the arrays {', '.join(archive.files)}, needs latent and latent_flip")
-                pair = np.stack([np.asarray(archive[key], dtype=np.float32).squeeze() for key in keys])
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            conflict = f"cannot be read ({' '.join(str(error).split())})"
-            reject("data.path", self.where(index), conflict, "encode the image again")
-        if self.shape and pair.shape[1:] != self.shape:
-            conflict = f"holds {list(pair.shape[1:])}, other files {list(self.shape)}"
-            reject("data.path", self.where(index), conflict, "encode the image again")
-        return pair
-
-    def moments(self, index: int, flip: bool) -> np.ndarray:
-        return self.load(index)[int(flip)]
-
-
-def open_latents(path: str) -> LatentShards | LatentTree:
-    """A folder of shards, or an official tree, whichever `path` is; `~` is expanded.
-
-    Raises:
-        ConfigError: neither, or what the two report.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        way_out = "name the --out of launchers/encode_latents.py, or a tree of CLASS/NAME.latent.npz"
-        reject("data.path", path, "is not a folder", way_out)
-    if any(folder.glob("shard-*")) or (folder / shards.INDEX).exists() or (folder / "encoding.json").exists():
-        return LatentShards(folder)
-    return LatentTree(folder)

@@ -2,7 +2,7 @@
 
     DIR/index.json                 classes, codec, crop, shape, dtype; of every shard: file, items, bytes, checksum
     DIR/items.safetensors          label int64 [N]; names uint8, joined by newlines: which image item i is
-    DIR/shard-00000-of-01252.safetensors   moments [n, 2, M, h, w]: of the image, and of its mirror image
+    DIR/shard-00000-of-01252.safetensors   moments [n, F, M, h, w]: of the image, and (F = 2) of its mirror image
 
 Items are numbered in the order of the shards. Only `index.json` makes a folder complete; it is written last.
 
@@ -47,7 +47,7 @@ class Index:
     items: int
     """N, over all shards"""
     shape: list[int]
-    """[2, M, h, w] of an item"""
+    """[F, M, h, w] of an item: F is 2 where its mirror image is stored too, else 1"""
     dtype: str
     image_size: int
     """H, of the images that were encoded; 0 where it is not known"""
@@ -101,15 +101,15 @@ def read_index(folder: Path, option: str = "data.path") -> Index:
     return index
 
 
-def open_tensors(path: Path, option: str = "data.path") -> Any:
-    """A safetensors file mapped into memory, arrays as NumPy. Raises `ConfigError` if it is none."""
+def open_tensors(path: Path, option: str = "data.path", again: str = AGAIN) -> Any:
+    """A safetensors file mapped into memory, arrays as NumPy. Raises `ConfigError` if it is none; `again` makes it."""
     try:
         check_readable(path)
         return safe_open(str(path), framework="np")
     except OSError as error:
-        reject(option, path, f"cannot be read ({error.strerror or error})", f"copy it back, or {AGAIN}")
+        reject(option, path, f"cannot be read ({error.strerror or error})", f"copy it back, or {again}")
     except SafetensorError as error:
-        reject(option, path, f"cannot be opened ({' '.join(str(error).split())})", f"remove it and {AGAIN}")
+        reject(option, path, f"cannot be opened ({' '.join(str(error).split())})", f"remove it and {again}")
 
 
 def verify(folder: Path, option: str = "--verify") -> Index:

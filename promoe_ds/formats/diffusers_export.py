@@ -83,11 +83,13 @@ def write_diffusers(
     vae: Path | None = None,
     limit: int = SHARD_BYTES,
     metrics: dict[str, Any] | None = None,
+    codec: dict[str, Any] | None = None,
 ) -> Path:
     """Write a diffusers pipeline folder; arguments as of `weights.write`.
 
     Args:
         vae: folder of an autoencoder in diffusers' layout, copied; None: for pixels, or to be given when loading.
+        codec: the record of the latents that the weights were trained on, if it is known: decoding inverts it.
 
     Raises:
         ConfigError: the target exists or cannot be written; the autoencoder cannot be used.
@@ -109,13 +111,15 @@ def write_diffusers(
             (temporary / "vae").mkdir()
             for name in VAE_FILES:
                 shutil.copyfile(vae / name, temporary / "vae" / name)
-        index = {
+        index: dict[str, Any] = {
             "_class_name": [PIPELINE, "ProMoEPipeline"],
             "_diffusers_version": diffusers.__version__,
             "transformer": [module, "ProMoETransformer2DModel"],
             "scheduler": ["diffusers", type(scheduler).__name__],
             "vae": ["diffusers", kind] if kind else [None, None],
         }
+        if codec:
+            index["codec"] = {key: codec[key] for key in ("scale", "shift", "pixel_range") if key in codec}
         tree, d = encode(config), config.diffusion
         arguments = {
             "_class_name": "ProMoETransformer2DModel",

@@ -24,14 +24,16 @@ class ProMoEPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler for rectified flow, DDPMScheduler for DDPM, or any of diffusers that
             draws from such a model, made by `from_config`; others are refused when they are to draw.
         vae: AutoencoderKL or AutoencoderTiny of a model of latents; None for pixels.
+        codec: scale, shift and range of pixels of the latents it was trained on; None: as the vae says.
     """
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
 
-    def __init__(self, transformer: Any, scheduler: Any, vae: Any = None):
+    def __init__(self, transformer: Any, scheduler: Any, vae: Any = None, codec: dict[str, Any] | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(codec=codec)
 
     @torch.no_grad()
     def __call__(
@@ -102,8 +104,12 @@ class ProMoEPipeline(DiffusionPipeline):
         if output_type == "latent":
             return x
         if self.vae is not None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            x = self.vae.decode((x / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample.float()
+            own = {"scale": self.vae.config.scaling_factor, "shift": getattr(self.vae.config, "shift_factor", 0) or 0}
+            codec = self.config.get("codec") or own
+            scale, shift = (torch.tensor(codec[key], device=x.device).float().reshape(-1, 1, 1) for key in own)
+            x = self.vae.decode((x / scale + shift).to(self.vae.dtype)).sample.float()
+            low, high = codec.get("pixel_range", (-1, 1))
+            x = (x - low) * (2 / (high - low)) - 1
         elif x.shape[1] not in (1, 3):
             raise ValueError("the model makes latents: give the pipeline a vae, or ask for output_type='latent'")
         if output_type == "pil":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,18 @@ class GridFailed(Exception):
     """A picture is no reason to lose a run."""
 
 
-def keep_grid(folder: Path, weights: dict[str, Tensor], config: Config, step: int, device: torch.device) -> Image.Image:
+def keep_grid(
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: Config,
+    step: int,
+    device: torch.device,
+    latents: dict[str, Any] | None = None,
+) -> Image.Image:
     """Draw with these weights and fixed noise, and write the pictures of `step`; returns the one to log.
+
+    Args:
+        latents: the codec's record of what the model is trained on, if it is no pixels.
 
     Raises:
         GridFailed: it cannot be drawn or written; says why.
@@ -32,7 +43,7 @@ def keep_grid(folder: Path, weights: dict[str, Tensor], config: Config, step: in
         model = build(config)
         model.load_state_dict(weights, assign=True)
         with LastChoice(model.to(device).eval()) as choice:
-            image = draw_grid(model, config, device, choice.keep)
+            image = draw_grid(model, config, device, choice.keep, latents)
         folder.mkdir(exist_ok=True)
         write_png(folder / f"grid_{step:08d}.png", image)
         write_png(folder / "grid.png", image)
@@ -49,17 +60,21 @@ def draw_grid(
     config: Config,
     device: torch.device,
     after_batch: Callable[[int], object] = lambda count: None,
+    latents: dict[str, Any] | None = None,
 ) -> Image.Image:
     """The grid that training shows: one row per class, `sample.per_class` columns, the same noise every time.
 
     Training in bf16 on a GPU draws in bf16. The model's training mode is left as it was. Latents are decoded by
-    `data.vae`. After each batch, `after_batch` is called with its number of images.
+    `data.vae`, with the scale and shift of their record. After each batch, `after_batch` is called with its number of
+    images.
 
     Raises:
         ConfigError: the model makes latents and `data.vae` names no codec of theirs, or values that are not finite.
     """
     codec = open_codec(config.data.vae, device, "data.vae") if config.data.vae else None
     check_channels(config, codec, "data.vae=DIR" if codec is None else "data.vae")
+    if codec is not None and latents is not None:
+        codec.follow(latents)
     s = config.sample
     labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
     precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"

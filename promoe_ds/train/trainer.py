@@ -25,7 +25,7 @@ from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.costs import flops
 from promoe_ds.costs.comm_volume import KINDS, PARTS
-from promoe_ds.data import build_dataset, fingerprint
+from promoe_ds.data import build_dataset, fingerprint, notes
 from promoe_ds.data.batches import Batch, BatchStream, item_path
 from promoe_ds.data.latents import Latents
 from promoe_ds.diffusion.objective import make_objective
@@ -46,7 +46,7 @@ from promoe_ds.train.nonfinite import TrainingStopped
 from promoe_ds.train.profiling import StepProfiler
 from promoe_ds.utils import signals
 from promoe_ds.utils.command_line import DONE, STOPPED
-from promoe_ds.utils.files import left_out_words, write_text
+from promoe_ds.utils.files import write_text
 from promoe_ds.utils.pictures import load_map
 
 
@@ -90,8 +90,8 @@ class Trainer:
         config, run, device = self.config, self.run_folder, self.topology.device
         self._connect()
         data = fingerprint(self.dataset)
-        if self.dataset.left_out:
-            self._say(f"data.path={config.data.path}: {left_out_words(self.dataset.left_out)}")
+        for note in notes(self.dataset):
+            self._say(f"data.path={config.data.path}: {note}")
         check_backend(config, device.type)
         check_compiler(config, device.type)
         self.lock = layout.claim(run) if self.topology.rank == 0 else None
@@ -358,7 +358,8 @@ class Trainer:
         if self.log:
             try:
                 target = self.run_folder / "samples"
-                image = keep_grid(target, weights, self.config, self.step, self.topology.device)
+                latents = self.dataset.codec if isinstance(self.dataset, Latents) else None
+                image = keep_grid(target, weights, self.config, self.step, self.topology.device, latents)
                 self.log.image("samples", image, self.step)
                 self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
             except GridFailed as error:

@@ -9,11 +9,12 @@ import platform
 import signal
 import sys
 import time
+import typing
 from collections.abc import Callable
 from typing import NoReturn
 
 from promoe_ds._version import __version__
-from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.config.schema import CacheFormat, ConfigError, DataConfig, reject
 from promoe_ds.utils import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
@@ -37,6 +38,21 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if isinstance(value, int) and value < 1:
             reject(option, value, "must be positive", "choose 1 or more")
+
+
+def add_cache_options(p: argparse.ArgumentParser) -> None:
+    """`--format`, `--scale` and `--shift`: `data.format`, `data.scale` and `data.shift` of a recipe."""
+    formats = ", ".join(typing.get_args(CacheFormat))
+    p.add_argument("--format", choices=typing.get_args(CacheFormat), metavar="NAME", help=f"of latents: {formats}")
+    for key in ("scale", "shift"):
+        help = f"{key} of latents whose format does not say it: one number, or one per channel"
+        p.add_argument(f"--{key}", type=float, nargs="+", metavar="X", help=help)
+
+
+def cache_options(args: argparse.Namespace) -> DataConfig:
+    """What `add_cache_options` was given."""
+    one = lambda numbers: numbers[0] if numbers and len(numbers) == 1 else numbers and tuple(numbers)  # noqa: E731
+    return DataConfig(format=args.format, scale=one(args.scale), shift=one(args.shift))
 
 
 def own_words(argv: list[str]) -> list[str]:

@@ -145,3 +145,20 @@ def test_latents_of_another_codec_are_noticed(tmp_path: Path) -> None:
         check_same(codec.record() | {"digest": "0"}, codec, "--vae=DIR", "runs/x")
     with pytest.raises(ConfigError, match="has scale=1.0, the latents of runs/x were made with scale=0.18215"):
         check_same(codec.record() | {"scale": 0.18215}, codec, "--vae=DIR", "runs/x")
+    own = {"digest": "", "scale": [0.5] * 32, "shift": [0.1] * 32}
+    check_same(codec.record() | own, codec, "--vae=DIR", "runs/x")
+    check_same(codec.record() | {"kind": "", "factor": 0, "scale": 2.0}, codec, "--vae=DIR", "runs/x")
+    with pytest.raises(ConfigError, match="has channels=32, the latents of runs/x were made with channels=4"):
+        check_same(codec.record() | own | {"channels": 4}, codec, "--vae=DIR", "runs/x")
+
+
+def test_decoding_inverts_the_scale_of_the_latents(tmp_path: Path) -> None:
+    """Per channel, and of pictures in [0, 1], as edm2 has them."""
+    codec = open_codec("identity")
+    z = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    scale, shift = [0.5, 2.0, 4.0], [0.25, 0.0, -1.0]
+    x = (z - torch.tensor(shift).view(3, 1, 1)) * torch.tensor(scale).view(3, 1, 1)
+    codec.follow(codec.record() | {"scale": scale, "shift": shift})
+    torch.testing.assert_close(codec.to_pixels(x), z)
+    codec.follow(codec.record() | {"pixel_range": [0.0, 1.0]})
+    torch.testing.assert_close(codec.to_pixels(x), 2 * z - 1)

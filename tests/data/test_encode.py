@@ -20,12 +20,14 @@ from safetensors.numpy import load_file
 from benchmarks.processes import PATIENCE, wait_until
 from launchers import encode_latents
 from promoe_ds.config.schema import ConfigError
+from promoe_ds.data.caches import open_latents
+from promoe_ds.data.caches.npz_tree import LatentTree
 from promoe_ds.data.codecs import Identity, open_codec
-from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
+from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.images import FolderImages
-from promoe_ds.data.latents import LatentTree, open_latents
 from promoe_ds.data.shards import Index
 from promoe_ds.utils.ranks import ALONE, Ranks
+from tests.data.test_caches import write_mean_std
 from tests.data.test_codecs import write_taef2
 from tests.photographs import write_tree
 
@@ -239,7 +241,7 @@ def test_an_official_latent_that_is_not_finite_is_a_damaged_item(tmp_path: Path)
         moments[0] = item  # the mirror image counts, too
         np.savez(tmp_path / f"tree/a/{item}.latent.npz", latent=moments[0], latent_flip=moments[1])
     job = EncodeJob(tmp_path / "out", dtype="float32", skip_damaged=True)
-    index = run_encoding(Encoder(ConvertedTree(LatentTree(tmp_path / "tree")), job, "", {}), ALONE)
+    index = run_encoding(Encoder(ConvertedLatents(LatentTree(tmp_path / "tree")), job, "", {}), ALONE)
     reason = f"--from-latents={tmp_path}/tree/a/2.latent.npz: its latent is not finite; replace the file"
     assert index is not None and index.skipped == [{"name": "a/2.latent.npz", "reason": reason}]
 
@@ -297,6 +299,7 @@ def test_launcher(
     assert code == 0 and f"30 items in 1 shards in {out}" in text and "30/30" in progress
     assert json.loads((out / "encoding.json").read_text())["command"].startswith("launchers/encode_latents.py --images")
     assert call("--verify", out)[:2] == (0, "30 items in 1 shards match their checksums\n")
+    cache = write_mean_std(tmp_path / "cache.zip")
     for wrong, message in (
         (["--images", tree, "--vae", tmp_path / "none", "--out", "x"], "no such folder; put config.json and diffusion"),
         (["--images", tmp_path / "none", "--vae", vae, "--out", "x"], f"--images={tmp_path}/none: does not exist"),
@@ -304,11 +307,31 @@ def test_launcher(
         (["--images", tree, "--out", "x"], "--vae is required with --images"),
         (["--images", tree, "--vae", vae, "--out", "x", "--size", 20], "--size=20: is not divisible by the 8 pixels"),
         (["--images", tree, "--vae", vae, "--out", "x", "--batch", 0], "--batch=0: must be positive"),
-        (["--from-latents", tree, "--out", "x"], "china: a class folder without images (.latent.npz)"),
+        (["--from-latents", tree, "--out", "x"], "tree: is no cache of latents: looked for index.json"),
         (["--from-latents", tree, "--vae", vae, "--out", "x"], "copies latents as they are; remove it"),
+        (["--from-latents", cache, "--out", "x"], "neither's; set --format repa (of pictures in [-1, 1]) or --format"),
+        (["--images", tree, "--vae", vae, "--out", "x", "--scale", 2], "--scale=[2.0]: belongs to --from-latents"),
         (["--verify", tmp_path], "has no index.json"),
         (["--vae", vae], "one of the arguments --images --from-latents --verify is required"),
     ):
         code, _, error = call(*wrong)
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
         assert not Path("x").exists()
+    repa = [
+        "--from-latents",
+        cache,
+        "--format",
+        "repa",
+        "--scale",
+        0.5,
+        "--dtype",
+        "float32",
+        "--out",
+        tmp_path / "shards",
+    ]
+    code, printed, error = call(*repa)
+    assert (
+        code == 0
+        and "7 items of 3 classes, 1 x 8x4x4 each (codec not named, mean and log-variance, scale 0.5)" in printed
+    )
+    assert "7 items in 1 shards" in printed and len(open_latents(tmp_path / "shards")) == 7

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from promoe_ds.config.schema import ConfigError
+from promoe_ds.data.caches.npz_tree import LatentTree
 from promoe_ds.data.images import FolderImages, PackedImages, decode, open_images
-from promoe_ds.data.latents import LatentTree
 from promoe_ds.utils.pictures import centre_crop
 
 PACKS = Path(os.environ.get("PROMOE_DS_DATA") or Path(__file__).parents[3] / "shared" / "data")

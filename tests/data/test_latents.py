@@ -11,11 +11,14 @@ import torch
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset, shards
 from promoe_ds.data.batches import BatchMaker, item_path
+from promoe_ds.data.caches import open_latents
+from promoe_ds.data.caches.cache import SD_CODEC
+from promoe_ds.data.caches.npz_tree import LatentTree
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.digits import Digits
-from promoe_ds.data.encode import ConvertedTree, EncodedImages, EncodeJob, Encoder, run_encoding
+from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.images import FolderImages
-from promoe_ds.data.latents import SD_CODEC, LatentShards, LatentTree, open_latents
+from promoe_ds.data.latents import LatentShards
 from promoe_ds.data.order import Purpose, row_generator
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 from promoe_ds.utils.ranks import ALONE, Ranks
@@ -40,7 +43,7 @@ def write_official(root: Path, keys: tuple[str, str] = ("latent", "latent_flip")
 
 def write_shards(tmp_path: Path, dtype: str = "float32") -> Path:
     out = tmp_path / "shards"
-    source = ConvertedTree(LatentTree(write_official(tmp_path / "official")))
+    source = ConvertedLatents(LatentTree(write_official(tmp_path / "official")))
     run_encoding(Encoder(source, EncodeJob(out, shard_size=3, dtype=dtype), "", {}), ALONE)
     return out
 
@@ -145,7 +148,7 @@ def test_damaged_shards_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "is not a folder; name the --out of launchers/encode_latents.py" in rejected(tmp_path / "none")
+    assert "does not exist; name the --out of launchers/encode_latents.py" in rejected(tmp_path / "none")
     out = write_shards(tmp_path)
     first, index = sorted(out.glob("shard-*"))[0], out / "index.json"
     whole, text = first.read_bytes(), index.read_text()
@@ -185,7 +188,7 @@ def test_items_are_found_again(tmp_path: Path) -> None:
 
 def test_damaged_official_files_are_one_line(tmp_path: Path) -> None:
     data = LatentTree(write_official(tmp_path))
-    path = tmp_path / data.names[1]
+    path = tmp_path / data.name(1)
     for content, message in (
         ({"latent": moments_of(0)[0]}, "has the arrays latent, needs latent and latent_flip"),
         ({"latent": np.zeros((8, 2, 2)), "latent_flip": np.zeros((8, 2, 2))}, "holds [8, 2, 2], other files [8, 4, 4]"),

@@ -287,7 +287,8 @@ def test_losses_and_gradients_that_are_not_finite(tmp_path: Path) -> None:
     skip = "train.on_nonfinite=skip"
     work = [("stop", "data", "zero2", "train.checkpoint_every=2"), ("stop_gradient", "gradient", "zero3")]
     path = bad_latent(tmp_path / "tree", step=3, row=20)  # of 32: rank 1 has it
-    work.append(("stop_latent", "none", "zero1", "data.name=latents", f"data.path={tmp_path}/tree"))
+    tree = f"data.path={tmp_path}/tree"
+    work.append(("stop_latent", "none", "zero1", "data.name=latents", "data.scale=0.18215", tree))
     for what in ("data", "gradient"):
         work += [(f"{what}{stage}", what, f"zero{stage}", skip, "train.checkpoint_every=3") for stage in range(4)]
     for stage in (2, 3):  # from the checkpoint right after the skipped step

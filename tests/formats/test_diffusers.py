@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UniPCMultistepScheduler
 
-flow, ddpm, vae, out = sys.argv[1:]
+flow, ddpm, edm2, vae, out = sys.argv[1:]
 kind = dict(class_labels=[0, 3, 10], guidance_scale=2.0, num_inference_steps=5)
 
 def pipe(path, **options):
@@ -55,6 +55,7 @@ np.savez(
     decoded=with_vae(**kind, seed=4, output_type="pt").images,
     again=given(**kind, seed=4, output_type="pt").images,
     pixels=np.stack([np.asarray(image) for image in with_vae(**kind, seed=4).images]),
+    per_channel=pipe(edm2)(**kind, seed=4, output_type="pt").images,
     ddpm=without(**kind, seed=4, generator=torch.Generator().manual_seed(9), output_type="latent").images,
 )
 try:
@@ -107,9 +108,12 @@ def test_a_stranger_draws_our_images(tmp_path: Path) -> None:
     flow, ddpm = model(*LATENTS), model(*DDPM)
     write_diffusers(weights(flow), tmp_path / "flow", vae=tmp_path / "vae", limit=100_000)
     write_diffusers(weights(ddpm), tmp_path / "ddpm")
+    scale, shift = [0.5, 0.4, 0.3, 0.2], [0.1, 0.0, -0.3, 0.2]
+    codec = {"kind": "AutoencoderKL", "scale": scale, "shift": shift, "pixel_range": [0.0, 1.0]}
+    write_diffusers(weights(flow), tmp_path / "edm2", vae=tmp_path / "vae", codec=codec)
     assert (tmp_path / "flow/transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
-    paths = [str(tmp_path / name) for name in ("flow", "ddpm", "vae", "out.npz")]
+    paths = [str(tmp_path / name) for name in ("flow", "ddpm", "edm2", "vae", "out.npz")]
     command = [sys.executable, "-c", STRANGER, *paths]
     run(command, env=environment, cwd=tmp_path)
     with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
@@ -124,6 +128,9 @@ def test_a_stranger_draws_our_images(tmp_path: Path) -> None:
     assert not torch.allclose(theirs["batch"], ours, atol=0.1)
     with torch.no_grad():
         decoded = vae.decode(ours / 0.5).sample
+        scale, shift = (torch.tensor(value).view(-1, 1, 1) for value in (scale, shift))
+        per_channel = vae.decode(ours / scale + shift).sample.clamp(0, 1)
+    torch.testing.assert_close(theirs["per_channel"], per_channel, rtol=0, atol=1e-4)
     torch.testing.assert_close(theirs["decoded"], (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
     assert torch.equal(theirs["decoded"], theirs["again"])
     assert (theirs["pixels"].int() - torch.from_numpy(to_pixels(decoded)).int()).abs().max() <= 1

@@ -19,9 +19,9 @@ from benchmarks.processes import PATIENCE, wait_until
 from launchers import pipeline as launcher
 from promoe_ds.checkpoint.layout import newest
 from promoe_ds.config.decode import dump
+from promoe_ds.data.caches import open_latents
 from promoe_ds.data.codecs import TAEF2_FILES, open_codec
 from promoe_ds.data.images import open_images
-from promoe_ds.data.latents import open_latents
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import image_noise, to_pixels

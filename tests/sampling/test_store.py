@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,10 +66,11 @@ def test_colour_images(command: Command, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "out/000002_class2.png", (8, 8, 3)), images[2])
 
 
-def test_latents_are_decoded(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [{}, {"scale": [0.5, 0.4, 0.3, 0.2], "shift": [0.1, 0.0, -0.3, 0.2], "digest": ""}])
+def test_latents_are_decoded(command: Command, tmp_path: Path, own: dict[str, Any]) -> None:
     file, vae = write_run(tmp_path, channels=4), tiny_kl(tmp_path / "kl")
     codec = open_codec(str(vae))
-    (tmp_path / "codec.json").write_text(json.dumps(codec.record()))
+    (tmp_path / "codec.json").write_text(json.dumps(codec.record() | own))
     words = ["--model", file, "--vae", vae, "--num", 5, "--cfg", 1]
     assert command(*words, "--out", tmp_path / "out") == 0
     images, labels = read_npz(tmp_path / "out/samples.npz")
@@ -78,7 +80,10 @@ def test_latents_are_decoded(command: Command, tmp_path: Path) -> None:
     predict = guided_prediction(model, torch.from_numpy(labels), 10, 1.0, torch.device("cpu"))
     with torch.no_grad():
         x = make_objective(config.diffusion).sample(predict, noise, lambda step: noise, 2, "euler")
-        drawn = to_pixels(codec.decode(x / 0.18215))
+        scale, shift = (
+            torch.tensor(own.get(key, one)).view(-1, 1, 1) for key, one in (("scale", 0.18215), ("shift", 0))
+        )
+        drawn = to_pixels(codec.decode(x / scale + shift))
     assert_same_images(images, drawn)
     record = json.loads((tmp_path / "out/sampling.json").read_text())
     assert record["vae"] == f"AutoencoderKL {codec.digest}"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import torch
 from PIL import Image
 
-from promoe_ds.sampling.generate import SamplingOptions, draw_pixels
+from promoe_ds.config.schema import DataConfig
+from promoe_ds.data.codecs import open_codec
+from promoe_ds.sampling.generate import SamplingOptions, draw_batches, draw_pixels, to_pixels
 from promoe_ds.train.grids import draw_grid
 from promoe_ds.utils.pictures import grid
+from tests.photographs import tiny_kl
 from tests.sampling.test_generate import CPU, tiny
 
 
@@ -20,3 +27,17 @@ def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:
     options = SamplingOptions(config.sample.cfg, 3, config.sample.seed)
     images = draw_pixels(dit.eval(), config, labels, np.arange(6), options, CPU)
     np.testing.assert_array_equal(np.asarray(sheet), np.asarray(grid(images, 2)))
+
+
+def test_grids_of_latents_are_decoded_with_their_own_scale(tmp_path: Path) -> None:
+    dit, config = tiny(channels=4)
+    vae = str(tiny_kl(tmp_path))
+    config = replace(config, data=DataConfig(name="latents", path="x", vae=vae))
+    record = open_codec(vae).record() | {"scale": [0.5, 0.4, 0.3, 0.2], "shift": [0.1, 0.0, -0.3, 0.2]}
+    sheet = draw_grid(dit, config, CPU, latents=record)
+    labels, options = np.repeat(np.arange(3), 2), SamplingOptions(config.sample.cfg, 3, config.sample.seed)
+    ((_, x),) = draw_batches(dit, config, labels, np.arange(6), options, CPU)
+    scale, shift = (torch.tensor(record[key]).view(-1, 1, 1) for key in ("scale", "shift"))
+    with torch.no_grad():
+        expected = to_pixels(open_codec(vae).decode(x / scale + shift))
+    np.testing.assert_array_equal(np.asarray(sheet), np.asarray(grid(expected, 2)))

@@ -1,0 +1,65 @@
+"""Latents that other projects wrote, read as they are: a class per format, found by what lies at the path.
+
+    CLASS/NAME.latent.npz, CLASS/NAME.JPEG.npz                     npz           ProMoE; MAR and DiffMoE
+    latents_rank00_shard000.safetensors, latents_stats.pt          lightningdit  LightningDiT
+    vae-sd/00000/img-mean-std-00000000.npy, vae-sd/dataset.json    repa          REPA
+    00000/img-mean-std-00000000.npy, dataset.json, often in a zip  edm2          edm2
+    imagenet256_features/0.npy, imagenet256_labels/0.npy           fast-dit      fast-DiT
+
+Each holds one `Content`, and its `codec` has the scale and shift that its own project trains with. Where a format does
+not name its codec, and the channels are not those of Stable Diffusion's, `data.scale` and `data.shift` are asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.data import shards
+from promoe_ds.data.caches.fast_dit import FastDiT
+from promoe_ds.data.caches.lightningdit import LightningDiT
+from promoe_ds.data.caches.mean_std import MeanStd
+from promoe_ds.data.caches.npz_tree import LatentTree
+from promoe_ds.data.latents import Latents, LatentShards
+
+FORMATS: dict[str, Any] = {
+    "lightningdit": LightningDiT, "repa": MeanStd, "edm2": MeanStd, "fast-dit": FastDiT, "npz": LatentTree
+}  # fmt: skip
+LOOKED_FOR = (
+    f"looked for {shards.INDEX} of launchers/encode_latents.py, CLASS/NAME.latent.npz (ProMoE) or CLASS/NAME.JPEG.npz "
+    f"(MAR, DiffMoE), {LightningDiT.PATTERN} (LightningDiT), {MeanStd.LABELS} beside NNNNN/*.npy, in vae-sd/ or in a "
+    ".zip (REPA, edm2), *_features/ beside *_labels/ (fast-DiT)"
+)
+
+
+def open_latents(path: str | Path, said: DataConfig | None = None, num_classes: int | None = None) -> Latents:
+    """A folder of shards, or the cache of another project, whichever `path` is; `~` is expanded.
+
+    Args:
+        said: `format` names the reader; `scale` and `shift` are those of a cache that does not say.
+        num_classes: of the model, for formats that store numbers and no names.
+
+    Raises:
+        ConfigError: none of these, two of them, or what the readers report.
+    """
+    said, place = said or DataConfig(), Path(path).expanduser()
+    if not place.exists():
+        way_out = "name the --out of launchers/encode_latents.py, or a cache of latents"
+        reject("data.path", path, "does not exist", way_out)
+    ours = place.is_dir() and any(any(place.glob(name)) for name in ("shard-*", shards.INDEX, "encoding.json"))
+    if said.format == "shards" or (said.format is None and ours):
+        for key in ("scale", "shift"):
+            if getattr(said, key) is not None:
+                reject(f"data.{key}", getattr(said, key), f"{shards.INDEX} of {path} says its own", "remove it")
+        return LatentShards(place)
+    if said.format is not None:
+        return FORMATS[said.format](place, said, num_classes)
+    kinds = [MeanStd] if place.is_file() else [LightningDiT, MeanStd, FastDiT, LatentTree]
+    found = [kind for kind in kinds if kind.finds(place)]
+    if len(found) > 1:
+        names = " and ".join(kind.__name__ for kind in found)
+        reject("data.path", path, f"holds what {names} read", "set data.format, or keep one of them there")
+    if not found:
+        reject("data.path", path, f"is no cache of latents: {LOOKED_FOR}", "name another path or set data.format")
+    return found[0](place, said, num_classes)

@@ -1,0 +1,435 @@
+"""Caches of other projects: written here from their layouts, and the small real ones where ../shared/data has them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
+from promoe_ds.data import build_dataset, fingerprint
+from promoe_ds.data.caches import LOOKED_FOR, open_latents
+from promoe_ds.data.caches.cache import SD_CODEC, STATISTICS
+from promoe_ds.data.encode import ConvertedLatents, EncodeJob, Encoder, run_encoding
+from promoe_ds.data.latents import Latents
+from promoe_ds.moe import routers as routers  # a Config holds the one of a router
+from promoe_ds.utils.ranks import ALONE
+from tests.data.test_codecs import PACKS
+from tests.launch import ROOT, train
+
+LABELS = [0, 0, 1, 2, 2, 1, 0]
+FILE, REAL = "latents_rank00_shard000.safetensors", PACKS / "formats"
+
+
+def normal(item: int, channels: int = 4, side: int = 4) -> np.ndarray:
+    return np.random.default_rng(item).standard_normal((channels, side, side)).astype(np.float32)
+
+
+def posterior(item: int, mean: Any = 0, std: Any = 1) -> np.ndarray:
+    """float32 [8, 4, 4]: mean and standard deviation."""
+    scaled = normal(item) * np.reshape(std, (-1, 1, 1)) + np.reshape(mean, (-1, 1, 1))
+    return np.concatenate([scaled, abs(normal(item + 99)) * 0.1]).astype(np.float32)
+
+
+def write_tree(root: Path, channels: int = 4, suffix: str = ".JPEG.npz") -> Path:
+    for item, label in enumerate(LABELS):
+        path = root / f"n0{label}" / f"n0{label}_{item}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, moments=normal(item, 2 * channels), moments_flip=normal(item + 50, 2 * channels))
+    return root
+
+
+def write_lightningdit(root: Path, channels: int = 6) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for rank in (0, 1):  # items by turns, so the order of the files is not that of the items
+        items = range(rank, len(LABELS), 2)
+        latents, flipped = (np.stack([normal(i + more, channels) for i in items]) for more in (0, 50))
+        labels = np.array([LABELS[i] for i in items], np.int64)
+        tensors = {"latents": latents, "latents_flip": flipped, "labels": labels}
+        save_file(tensors, root / f"latents_rank{rank:02d}_shard000.safetensors")
+    shape = 1, channels, 1, 1
+    stats = {"mean": torch.arange(channels).view(shape) / 8, "std": torch.arange(1, channels + 1).view(shape) / 4}
+    torch.save(stats, root / "latents_stats.pt")
+    return root
+
+
+def write_mean_std(path: Path, mean: Any = 0, std: Any = 1) -> Path:
+    """A folder, or a zip where the path ends so."""
+    names = [f"{i // 4:05d}/img-mean-std-{i:08d}.npy" for i in range(len(LABELS))]
+    files: dict[str, bytes] = {}
+    for item, name in enumerate(names):
+        np.save(buffer := io.BytesIO(), posterior(item, mean, std))
+        files[name] = buffer.getvalue()
+    labels = [[name, label] for name, label in zip(names, LABELS, strict=True)]
+    files["dataset.json"] = json.dumps({"labels": labels}).encode()
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return path
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def write_fast_dit(root: Path, count: int = 12) -> Path:
+    for kind in ("features", "labels"):
+        (root / f"imagenet256_{kind}").mkdir(parents=True, exist_ok=True)
+    for item in range(count):
+        np.save(root / f"imagenet256_features/{item}.npy", normal(item)[None])
+        np.save(root / f"imagenet256_labels/{item}.npy", np.array([LABELS[item % len(LABELS)]], np.int64))
+    return root
+
+
+def drawn(data: Latents, flip: bool = False, noise: float = 0.0) -> tuple[np.ndarray, list[int]]:
+    """x of all items with every draw of the posterior equal to `noise`, and their labels."""
+    gauss: Callable[..., np.ndarray] = lambda shape: np.full((len(data), *shape), noise, np.float32)  # noqa: E731
+    x, label = data.draw(np.arange(len(data)), np.full(len(data), flip), gauss)
+    return x.numpy(), label.tolist()
+
+
+def told(path: Path, format: Any = None, num_classes: int | None = None, **more: Any) -> str:
+    """The one line that refuses it."""
+    with pytest.raises(ConfigError) as caught:
+        data = open_latents(path, DataConfig(format=format, **more), num_classes)
+        drawn(data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_trees_of_mar_and_diffmoe(tmp_path: Path) -> None:
+    data = open_latents(write_tree(tmp_path / "a"))
+    assert (data.classes, data.content, data.codec, data.flips) == (["n00", "n01", "n02"], "moments", SD_CODEC, 2)
+    order = sorted(range(len(LABELS)), key=lambda i: (LABELS[i], i))
+    for flip in (False, True):
+        moments = np.stack([normal(i + 50 * flip, 8).astype(np.float64) for i in order])
+        expected = (moments[:, :4] + 2 * np.exp(moments[:, 4:] / 2)) * 0.18215
+        x, label = drawn(data, flip, 2.0)
+        assert label == sorted(LABELS)
+        np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_codec_that_is_not_named_has_its_scale_said(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, channels=16)
+    assert f"data.scale=null: {root} has latents of 16 channels, not sd-vae-ft-mse's 4, and names no" in told(root)
+    data = open_latents(root, DataConfig(scale=0.2325))
+    assert data.codec == SD_CODEC | {"kind": "", "factor": 0, "channels": 16, "scale": 0.2325}
+    plain = drawn(data)[0]
+    shift = tuple(i / 16 for i in range(16))
+    data = open_latents(root, DataConfig(scale=(0.5, 0.25) * 8, shift=shift))
+    expected = (plain / 0.2325 - np.reshape(shift, (-1, 1, 1))) * np.reshape((0.5, 0.25) * 8, (-1, 1, 1))
+    np.testing.assert_allclose(drawn(data)[0], expected, rtol=1e-5, atol=1e-6)
+    assert "data.scale=[0.5, 0.25]: has 2 numbers, the latents 16 channels" in told(root, scale=(0.5, 0.25))
+    assert "data.scale=0.0: 0 leaves nothing" in told(root, scale=0.0)
+
+
+def test_lightningdit(tmp_path: Path) -> None:
+    data = open_latents(write_lightningdit(tmp_path))
+    order, mean, std = [0, 2, 4, 6, 1, 3, 5], np.arange(6).reshape(-1, 1, 1) / 8, np.arange(1, 7).reshape(-1, 1, 1) / 4
+    assert (data.content, data.channels, data.image_size, data.classes) == ("sample", 6, 4, ["0", "1", "2"])
+    assert data.codec["scale"] == (1 / std).ravel().tolist() and data.codec["shift"] == mean.ravel().tolist()
+    for flip in (False, True):
+        x, label = drawn(data, flip, 5.0)
+        np.testing.assert_allclose(x, [(normal(i + 50 * flip, 6) - mean) / std for i in order], rtol=1e-6, atol=1e-6)
+        assert label == [LABELS[i] for i in order]
+    assert data.name(4) == "latents_rank01_shard000.safetensors/0"
+    assert data.where(4) == f"{tmp_path}/latents_rank01_shard000.safetensors (item 0)"
+    with_multiplier = open_latents(tmp_path, DataConfig(scale=0.18215))
+    np.testing.assert_allclose(drawn(with_multiplier)[0], drawn(data)[0] * 0.18215, rtol=1e-6)
+    unnormalised = open_latents(tmp_path, DataConfig(scale=0.5, shift=0.0))
+    np.testing.assert_allclose(drawn(unnormalised)[0], [normal(i, 6) / 2 for i in order], rtol=1e-6)
+
+
+def test_rejected_lightningdit(tmp_path: Path) -> None:
+    stats, file = write_lightningdit(tmp_path) / "latents_stats.pt", tmp_path / FILE
+    whole = file.read_bytes()
+    for content, message in (
+        ({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, "is not mean and std of 6 channels"),
+        ({"mean": torch.zeros(6), "std": torch.zeros(6)}, "a std is not above 0"),
+        ([os.system], "is not mean and std of 6 channels (Weights only load failed"),
+    ):
+        torch.save(content, stats)
+        assert f"data.path={stats}: " in (error := told(tmp_path)) and message in error
+    stats.unlink()
+    assert f"data.path={stats}: does not exist, and only it says mean and std" in told(tmp_path)
+    write_lightningdit(tmp_path)
+    assert f"data.path={file} (item 2): has the label 2, outside the 2 classes" in told(tmp_path, num_classes=2)
+    file.write_bytes(whole[:-1])
+    assert f"data.path={file}: cannot be opened" in told(tmp_path)
+    x = np.zeros((2, 6, 4, 4), np.float32)
+    for tensors, message in (
+        ({"latents": x, "labels": np.zeros(2, int)}, "holds labels, latents, not labels, latents, latents_flip"),
+        ({"latents": x, "latents_flip": x, "labels": np.zeros(3, int)}, "and labels int64 [3] disagree"),
+        ({"latents": x, "latents_flip": x, "labels": np.zeros(2)}, "and labels float64 [2] disagree"),
+        ({"latents": x[..., :3, :3], "latents_flip": x[..., :3, :3], "labels": np.zeros(2, int)}, "files [6, 3, 3]"),
+    ):
+        save_file(tensors, file)
+        assert message in told(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vae-sd", "cache.zip"])
+@pytest.mark.parametrize("format", ["repa", "edm2"])
+def test_repa_and_edm2_are_told_apart_by_their_means(tmp_path: Path, format: str, name: str) -> None:
+    mean, std = (np.reshape(values, (-1, 1, 1)) for values in STATISTICS[format])
+    path = write_mean_std(tmp_path / name, mean, std)
+    data = open_latents(path)
+    assert data.note.startswith(f"read as data.format={format}, because its means (average [")
+    assert (data.content, data.flips, data.classes) == ("mean_std", 1, ["0", "1", "2"])
+    x, label = drawn(data, noise=-1.5)
+    assert label == LABELS
+    stored = np.stack([posterior(i, mean, std) for i in range(len(LABELS))]).astype(np.float64)
+    z = stored[:, :4] - 1.5 * stored[:, 4:]
+    expected = z * 0.18215 if format == "repa" else (z - mean) * (0.5 / std)
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+    assert data.codec.get("pixel_range") == (None if format == "repa" else [0.0, 1.0])
+    other = open_latents(path, DataConfig(format={"repa": "edm2", "edm2": "repa"}[format]))  # type: ignore[arg-type]
+    assert not np.allclose(drawn(other)[0], x)
+    assert fingerprint(data).partition(", scaled")[0] == fingerprint(other).partition(", scaled")[0]
+    assert fingerprint(data) != fingerprint(other), "a run that is resumed must not change its scale"
+
+
+def test_means_of_neither(tmp_path: Path) -> None:
+    path = write_mean_std(tmp_path / "images_and_latents" / "vae-sd", 0, 0.2).parent
+    assert "like neither's; set data.format=repa (of pictures in [-1, 1]) or data.format=edm2 (in [0, 1])" in told(path)
+    assert open_latents(path, DataConfig(format="repa")).where(5).endswith("/vae-sd/00001/img-mean-std-00000005.npy")
+    config = Config(
+        moe=None,
+        model=ModelConfig(image_size=4, channels=4, num_classes=3),
+        data=DataConfig(name="latents", path=str(path), format="repa", hflip=True),
+    )
+    with pytest.raises(ConfigError, match="^data.hflip=true: .* holds no mirror images; set data.hflip=false"):
+        build_dataset(config)
+
+
+def test_rejected_mean_std(tmp_path: Path) -> None:
+    path = write_mean_std(tmp_path / "vae-sd")
+    first, labels = path / "00000/img-mean-std-00000000.npy", path / "dataset.json"
+    np.save(first, normal(0, 8))
+    assert f"data.path={first}: holds a standard deviation below 0: a log-variance is no" in told(path, "repa")
+    np.save(first, np.zeros((8, 4, 4), int))
+    assert f"data.path={first}: holds int64, not floats" in told(path, "repa")
+    np.save(first, np.zeros((8, 2, 2), np.float32))
+    assert "img-mean-std-00000001.npy: holds [8, 4, 4], other files [8, 2, 2]" in told(path, "repa")
+    np.save(first, np.zeros((7, 4, 4), np.float32))
+    assert f"data.path={first}: holds [7, 4, 4], not mean and std [2C, h, h]" in told(path, "repa")
+    first.write_bytes(first.read_bytes()[:100])
+    assert f"data.path={first}: cannot be read" in told(path, "repa")
+    first.unlink()
+    assert "dataset.json and its files disagree about 00000/img-mean-std-00000000.npy" in told(path, "repa")
+    write_mean_std(path)
+    np.save(path / "00001/img-mean-std-00000009.npy", normal(0))
+    assert "disagree about 00001/img-mean-std-00000009.npy" in told(path, "repa")
+    for text in ('{"labels": null}', "[", '{"labels": [["a", 1.5]]}', '{"labels": []}'):
+        labels.write_text(text)
+        assert f"data.path={labels}: is not names and labels" in told(path, "repa")
+    labels.write_text('{"labels": [["00000/img-mean-std-00000000.npy", 1], ["00000/img-mean-std-00000000.npy", 1]]}')
+    assert "its files disagree about 00000/img-mean-std-00000001.npy" in told(path, "repa")
+    labels.unlink()
+    assert f"data.path={labels}: is not names and labels (FileNotFoundError" in told(path, "repa")
+
+
+def test_rejected_zips(tmp_path: Path) -> None:
+    path = write_mean_std(tmp_path / "a.zip")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert f"data.path={path}: is not a whole zip (it has no directory at its end)" in told(path)
+    at = whole.index(b"img-mean-std-00000003.npy") + 300
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    assert f"data.path={path} (00000/img-mean-std-00000003.npy): does not match its checksum" in told(path, "edm2")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dataset.json", "{}" * 99)
+    assert "dataset.json is compressed: zip it with -0" in told(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("pictures.txt", "none")
+    assert f"data.path={path} (dataset.json): is not names and labels (KeyError: 'it has no such file')" in told(path)
+    assert "a.zi: is no cache of latents: looked for" in told(path.rename(path.with_suffix(".zi")))
+
+
+def test_zips_of_more_than_32_bits(tmp_path: Path) -> None:
+    """The directory of a zip whose last file begins after 4 GiB; the file is sparse."""
+    path = write_mean_std(tmp_path / "a.zip")
+    expected = drawn(open_latents(path, DataConfig(format="edm2")))[0]
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with path.open("wb") as file:
+        file.seek(2**32 + 5)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in contents.items():
+                with archive.open(name, "w", force_zip64=True) as entry:
+                    entry.write(data)
+    np.testing.assert_array_equal(drawn(open_latents(path, DataConfig(format="edm2")))[0], expected)
+
+
+def test_fast_dit(tmp_path: Path) -> None:
+    data = open_latents(write_fast_dit(tmp_path))
+    assert (data.content, data.flips, data.codec) == ("scaled_sample", 1, SD_CODEC | {"stochastic": False})
+    x, label = drawn(data, noise=3.0)
+    np.testing.assert_array_equal(x, [normal(i) for i in range(12)])  # 2 before 10
+    assert label == (LABELS * 2)[:12] and data.where(10) == f"{tmp_path}/imagenet256_features/10.npy"
+    assert open_latents(tmp_path, num_classes=1000).num_classes == 1000  # a part of them is no mistake
+
+
+def test_fast_dit_that_cannot_be_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fast_dit(tmp_path)
+    for total, note in ((12, ""), (24, "its 12 items are 1/2 of ImageNet's 24: 2 extracting processes overwrote"),
+                        (23, "its 12 items are 1/2"), (20, "")):  # fmt: skip
+        monkeypatch.setattr("promoe_ds.data.caches.fast_dit.IMAGENET", total)
+        assert open_latents(tmp_path).note.startswith(note) and bool(open_latents(tmp_path).note) == bool(note)
+    label, feature = (tmp_path / f"imagenet256_{kind}/11.npy" for kind in ("labels", "features"))
+    np.save(label, np.array([1.0]))
+    assert f"data.path={label}: is not a label (it holds float64 [1])" in told(tmp_path)
+    label.unlink()
+    assert "holds 12 features and 11 labels; extract the features again, with one process" in told(tmp_path)
+    np.save(label, np.array([1]))
+    feature.rename(feature.with_name("12.npy"))
+    assert "imagenet256_features: has 12 files and no 11.npy" in told(tmp_path)
+    (tmp_path / "imagenet512_features").mkdir()
+    assert f"data.path={tmp_path}: holds imagenet256_features and imagenet512_features" in told(tmp_path)
+
+
+def test_what_is_none_of_these_or_two_of_them(tmp_path: Path) -> None:
+    (tmp_path / "pictures/cat").mkdir(parents=True)
+    (tmp_path / "pictures/cat/0.png").write_bytes(b"")
+    assert told(tmp_path / "pictures") == (
+        f"data.path={tmp_path}/pictures: is no cache of latents: {LOOKED_FOR}; name another path or set data.format"
+    )
+    both = write_fast_dit(write_lightningdit(tmp_path / "both"))
+    assert "both: holds what LightningDiT and FastDiT read; set data.format" in told(both)
+    assert len(open_latents(both, DataConfig(format="fast-dit"))) == 12
+    mixed = write_tree(write_tree(tmp_path / "mixed"), suffix=".latent.npz")
+    assert "7 files end in .latent.npz, 7 do not: two caches in one tree; keep one" in told(mixed)
+
+
+@pytest.mark.parametrize("write", [write_tree, write_lightningdit, write_mean_std, write_fast_dit])
+def test_shards_of_a_cache_give_its_x(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    said = DataConfig(format="edm2") if write is write_mean_std else None
+    data, out = open_latents(write(tmp_path / "cache"), said), tmp_path / "shards"
+    run_encoding(Encoder(ConvertedLatents(data), EncodeJob(out, 3, "float32"), "", {}), ALONE)
+    packed = open_latents(out)
+    assert (packed.flips, packed.codec, packed.classes) == (data.flips, data.codec, data.classes)
+    for flip in range(data.flips):
+        for a, b in zip(drawn(packed, bool(flip), 0.5), drawn(data, bool(flip), 0.5), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert "data.scale=2.0: index.json of" in told(out, scale=2.0)
+
+
+INDEX = """
+import resource, sys, time
+from promoe_ds.config.schema import DataConfig
+from promoe_ds.data.caches import open_latents
+memory = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before, start = memory(), time.perf_counter()
+data = open_latents(sys.argv[1], DataConfig(format=sys.argv[2]))
+print(len(data), memory() - before, time.perf_counter() - start)
+"""
+MANY = 1_281_167
+
+
+def write_many_lightningdit(root: Path) -> Path:
+    """128 files of labels, whose latents are holes."""
+    root.mkdir()
+    torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, root / "latents_stats.pt")
+    for number, n in enumerate(np.diff(np.linspace(0, MANY, 129).astype(int)).tolist()):
+        size = n * 4 * 4 * 4 * 4
+        head = {"labels": {"dtype": "I64", "shape": [n], "data_offsets": [2 * size, 2 * size + 8 * n]}}
+        for k, key in enumerate(("latents", "latents_flip")):
+            head[key] = {"dtype": "F32", "shape": [n, 4, 4, 4], "data_offsets": [k * size, (k + 1) * size]}
+        text = json.dumps(head).encode()
+        with (root / f"latents_rank00_shard{number:03d}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.seek(2 * size, 1)
+            file.write((np.arange(n) % 1000).astype("<i8").tobytes())
+    return root
+
+
+def write_many_zip(path: Path) -> Path:
+    """A directory of so many names, all of which are the one item that lies at the beginning."""
+    item = io.BytesIO()
+    np.save(item, posterior(0))
+    names = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in range(MANY)]
+    labels = json.dumps({"labels": [[name, i % 1000] for i, name in enumerate(names)]}).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(names[0], item.getvalue())
+        archive.writestr("dataset.json", labels)
+    with path.open("r+b") as file:
+        data = file.read()
+        end = data.rindex(b"PK\5\6")
+        start = int.from_bytes(data[end + 16 : end + 20], "little")
+        length = 46 + len(names[0])
+        first, last = data[start : start + length], data[start + length : end]
+        file.seek(start)
+        for name in names:
+            file.write(first[:46] + name.encode())
+        file.write(last)
+        size, at = file.tell() - start, file.tell()
+        file.write(b"PK\6\6" + (44).to_bytes(8, "little") + bytes(12))
+        for number in (MANY + 1, MANY + 1, size, start):
+            file.write(number.to_bytes(8, "little"))
+        file.write(b"PK\6\7" + bytes(4) + at.to_bytes(8, "little") + (1).to_bytes(4, "little"))
+        file.write(b"PK\5\6" + bytes(4) + b"\xff" * 12 + bytes(2))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("format", "write"), [("lightningdit", write_many_lightningdit), ("edm2", write_many_zip)], ids=["files", "zip"]
+)
+def test_the_index_of_imagenet_fits(tmp_path: Path, format: str, write: Callable[[Path], Path]) -> None:
+    command = [sys.executable, "-c", INDEX, str(write(tmp_path / "a.zip")), format]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    print(done.stdout)
+    items, memory, seconds = map(float, done.stdout.split())
+    assert items == MANY and memory < 300e6 and seconds < 60, done.stdout  # 20 s on a machine of one's own
+
+
+# ---------------------------------------------------------------------------------------------------- the real ones
+
+CACHES = {
+    "LightningDiT": ("vavae_f16d32/imagenet_train_256", None),
+    "fast-DiT": ("", None),
+    "REPA": ("", "repa"),
+    "edm2": ("img256-sd.zip", "edm2"),
+    "MAR_DiffMoE": ("", None),
+}
+"""where each lies, and the format where random weights do not tell"""
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_real_cache_gives_the_x_of_its_own_reader(tmp_path: Path, name: str) -> None:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"{REAL / name} is absent (set PROMOE_DS_DATA to the folder above formats)")
+    inside, format = CACHES[name]
+    path, expected = REAL / name / inside, np.load(REAL / name / "expected.npz")
+    data = open_latents(path, DataConfig(format=format))  # type: ignore[arg-type]
+    x, label = drawn(data)
+    assert label == expected["label"].tolist()
+    if data.content == "moments":
+        for flip, more in ((False, ""), (True, "_flip")):
+            mean, logvar = (expected[f"{key}{more}"].astype(np.float64) for key in ("mean", "logvar"))
+            for noise in (0.0, 1.0):
+                made = (mean + noise * np.exp(logvar / 2)) * 0.18215
+                np.testing.assert_allclose(drawn(data, flip, noise)[0], made, rtol=0, atol=1e-6)
+    elif data.content == "mean_std":
+        np.testing.assert_allclose(x, expected["x_mean"], rtol=0, atol=1e-6)
+        noisy = expected["x_mean"].astype(np.float64) + expected["x_std"]
+        np.testing.assert_allclose(drawn(data, noise=1.0)[0], noisy, rtol=0, atol=1e-6)
+    else:
+        np.testing.assert_allclose(x, expected["x"], rtol=0, atol=1e-6)
+        if data.flips == 2:
+            np.testing.assert_allclose(drawn(data, True)[0], expected["x_flip"], rtol=0, atol=1e-6)
+    model = [f"model.{key}={getattr(data, key)}" for key in ("channels", "image_size", "num_classes")]
+    what = ["data.name=latents", f"data.path={path}", f"data.format={format or 'null'}", "model.patch=4"]
+    run, steps = tmp_path / "run", ["train.steps=3", "train.global_batch_size=4", "train.checkpoint_every=3"]
+    done = train("--config", "tiny", "--run", str(run), *what, *model, *steps, f"data.hflip={data.flips == 2}")
+    assert "done: 3 steps" in done.stdout and json.loads((run / "codec.json").read_text()) == data.codec

@@ -1,0 +1,91 @@
+"""launchers/inspect_data.py: what it says of caches and images, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launchers.inspect_data import main
+from promoe_ds.data.caches.cache import STATISTICS
+from tests.data.test_caches import write_lightningdit, write_mean_std, write_tree
+from tests.photographs import tiny_kl
+from tests.photographs import write_tree as write_pictures
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> str:
+    assert main(list(map(str, args))) == code
+    out, error = capsys.readouterr()
+    assert (error == "") if code == 0 else "Traceback" not in error
+    return out + error
+
+
+def test_a_cache_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_mean_std(tmp_path / "a.zip", *(np.reshape(v, (-1, 1, 1)) for v in STATISTICS["edm2"]))
+    text = said(capsys, path)
+    for part in (
+        f"{path}: 7 items of 3 classes, 2 to 3 of each",
+        "read by MeanStd: mean_std 8x4x4 float32, no mirror images (data.hflip=false)",
+        "note: read as data.format=edm2, because its means",
+        "all channels are as they should be",
+        f"data.path={path} model.channels=4 model.image_size=4 model.num_classes=3",
+        "no damaged item (0 of the 7 looked at)",
+    ):
+        assert part in text
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("      2 ")]
+    assert row[3:7] == ["0.120", "3.710", "0.13477", "0.120"]
+    assert "channels 0, 1, 3 are not: another codec" in said(capsys, path, "--format", "repa")
+    text = said(capsys, write_lightningdit(tmp_path / "b"), "--scale", "0.5")
+    assert "codec: not named" in text and " 0.50000 " in text and "unknown" not in text
+    text = said(capsys, write_tree(tmp_path / "c", channels=6), "--scale", *"123456", "--shift", "0", "--items", "2")
+    assert "(0 of the 2 looked at)" in text and "     unknown    6.00000    0.000" in text
+
+
+def test_damaged_items_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tree(tmp_path / "tree")
+    (root / "n01/n01_2.JPEG.npz").write_bytes(b"")
+    bad = np.full((8, 4, 4), np.nan, np.float32)
+    np.savez(root / "n02/n02_3.JPEG.npz", moments=bad, moments_flip=bad)
+    text = said(capsys, root, code=2)
+    assert f"damaged: PATH={root}/n01/n01_2.JPEG.npz: cannot be read" in text
+    assert f"damaged: PATH={root}/n02/n02_3.JPEG.npz: holds values that are not finite" in text
+    assert "(2 of the 7 looked at)" in text
+
+
+def test_a_sheet_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "sheet.png"
+    said(
+        capsys,
+        write_tree(tmp_path / "tree", suffix=".latent.npz"),
+        "--vae",
+        tiny_kl(tmp_path / "kl"),
+        "--sheet",
+        sheet,
+        code=2,
+    )
+    assert not sheet.exists()  # an autoencoder of 2 pixels a cell is not the one of the tree
+    said(
+        capsys,
+        write_mean_std(tmp_path / "a"),
+        "--format",
+        "edm2",
+        "--scale",
+        0.5,
+        "--vae",
+        tmp_path / "kl",
+        "--sheet",
+        sheet,
+    )
+    with Image.open(sheet) as image:
+        assert image.size[0] > 4 * 8
+
+
+def test_images_and_what_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, write_pictures(tmp_path / "tree", 3, 24))
+    assert "6 items of 2 classes, 3 to 3 of each" in text and "read by FolderImages: image files" in text
+    (empty := tmp_path / "empty").mkdir()
+    assert said(capsys, empty, code=2).startswith(f"error: PATH={empty}: is no cache of latents: looked for index.json")
+    text = "does not exist; name the --out of launchers/encode_latents.py, or a cache of latents"
+    assert said(capsys, tmp_path / "none", code=2) == f"error: PATH={tmp_path}/none: {text}\n"
