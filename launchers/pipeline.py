@@ -126,9 +126,10 @@ def encoded(shards: Path, size: int) -> bool:
 def read(path: Path) -> dict[str, Any]:
     """A file of JSON; {} if it is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sampled(packs: list[Path], wanted: dict[str, int | str]) -> bool:
@@ -138,9 +139,10 @@ def sampled(packs: list[Path], wanted: dict[str, int | str]) -> bool:
 
 def scored(metrics: Path, packs: list[Path], reference: str) -> bool:
     """Whether the scores are there, against this reference, and newer than the samples."""
-    against = read(metrics).get("reference", {}).get("name")
+    known = read(metrics).get("reference")
+    against = known.get("name") if isinstance(known, dict) else None
     return (
-        against is not None
+        isinstance(against, str)
         and Path(against) == Path(reference)
         and all(pack.exists() and pack.stat().st_mtime <= metrics.stat().st_mtime for pack in packs)
     )

@@ -72,9 +72,9 @@ def prepare_environment() -> None:
 def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.costs.dry_run import render, report
     from promoe_ds.parallel import ds_config
-    from promoe_ds.utils.ranks import Ranks
+    from promoe_ds.utils.ranks import number
 
-    world = Ranks.from_environment().world if args.world is None else args.world
+    world = number("WORLD_SIZE", 1) if args.world is None else args.world
     if args.check_files:
         check_files(args, config)
     ds = ds_config.resolve(args.ds_config, config, world)

@@ -1,8 +1,11 @@
-"""For all tests: Ctrl-C as a terminal has it, and which tests are slow."""
+"""For all tests: one thread each, Ctrl-C as a terminal has it, and which tests are slow."""
 
+import os
 import signal
 
-import pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # side by side, threads that wait for each other take the others' cores
+
+import pytest  # noqa: E402
 
 # A shell's background jobs ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -271,8 +271,7 @@ def _comparison(writer: Writer, summaries: Sequence[Summary], slug: dict[str, st
         {"run": s.observed.name} | {key: m.get(key, "") for key in keys} for s, m in zip(summaries, means, strict=True)
     ]
     writer.files["comparison.csv"] = to_csv(rows).encode()
-    sparse = [s for s in summaries if s.observed.num_experts]
-    if sparse:
+    if sparse := [s for s in summaries if s.observed.num_experts]:
         text = "Similarity of experts by depth; dotted: chance"
         parts.append(writer.figure("compare_diversity", draw.diversity(sparse), text))
     for s in sparse:

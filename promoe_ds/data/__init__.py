@@ -59,7 +59,7 @@ def build_dataset(config: Config) -> ImageDataset:
     for key, what in (
         ("num_classes", "class(es)"),
         ("channels", "channel(s)"),
-        ("image_size", f"{dataset.unit} a side"),
+        ("image_size", f"{dataset.unit} per side"),
     ):
         wanted, found = getattr(config.model, key), getattr(dataset, key)
         if wanted != found:

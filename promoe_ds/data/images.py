@@ -181,8 +181,7 @@ def _load_arrays(path: Path, split: str) -> dict[str, np.ndarray]:
             splits = sorted(key.removesuffix("_jpeg") for key in archive.files if key.endswith("_jpeg"))
             if splits and split not in splits:
                 reject("data.split", split, f"{path} has the splits {', '.join(splits)}", "choose one of them")
-            missing = [key for key in keys.values() if key not in archive.files]
-            if missing:
+            if missing := [key for key in keys.values() if key not in archive.files]:
                 reject("data.path", path, f"lacks the arrays {', '.join(missing)}", "name a packed npz of JPEG files")
             return {part: archive[key] for part, key in keys.items()}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

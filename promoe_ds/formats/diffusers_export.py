@@ -64,8 +64,7 @@ def scheduler_of(config: Config) -> Any:
 
 def vae_class(path: Path) -> str:
     """The diffusers class of an autoencoder folder; raises ConfigError."""
-    missing = [name for name in VAE_FILES if not (path / name).is_file()]
-    if missing:
+    if missing := [name for name in VAE_FILES if not (path / name).is_file()]:
         reject("--vae", path, f"holds no {missing[0]}", "name a folder of an autoencoder in diffusers' layout")
     try:
         name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")

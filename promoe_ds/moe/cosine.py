@@ -12,12 +12,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def length(x: Tensor) -> Tensor:
+    """Euclidean length along the last dimension, kept; at least 1e-12. `F.normalize` takes one operator more."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 class _Cosine(torch.autograd.Function):
     """z = x u / |x|. Its gradient in two passes over the tokens, where autograd makes five."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, unit_DE: Tensor) -> Tensor:
-        length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).clamp_min(1e-12)
+        length_T1 = length(x_TD)
         z_TE = x_TD @ unit_DE / length_T1
         ctx.save_for_backward(x_TD, unit_DE, length_T1, z_TE)
         return z_TE

@@ -97,8 +97,3 @@ def check_quota(router: Any, config: Config, images: int, pool: str) -> None:
         conflict = f"an expert's quota of {pool} is {tokens} tokens * top_k={router.top_k} // {E} experts = 0"
         way_out = f"lower it to at most {tokens * router.top_k}, or raise moe.router.top_k"
         reject("moe.num_experts", E, conflict, way_out)
-
-
-def images_a_forward(config: Config) -> int:
-    """Images in a forward pass of one process alone: what is sure before the number of processes is known."""
-    return config.train.micro_batch_size or config.train.global_batch_size

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.moe.constants import unit_rows
+from promoe_ds.moe.cosine import length
 from promoe_ds.moe.router import identity
 
 Scope = Literal["global", "rank"]
@@ -56,7 +57,7 @@ def routing_contrastive(unit_LDE: Tensor, sum_LED: Tensor, tokens_per_expert_LE:
         float32 [L].
     """
     absent_LE = (tokens_per_expert_LE == 0).to(sum_LED.dtype)
-    unit_LED = F.normalize(sum_LED, dim=-1)
+    unit_LED = sum_LED / length(sum_LED)
     logits_LEE = torch.baddbmm(absent_LE[..., None], unit_LED, unit_LDE, beta=-ABSENT, alpha=1 / temperature)
     log_p_LE = logits_LEE.log_softmax(dim=1).diagonal(dim1=1, dim2=2)  # [l, j, i] is m_j . p_i / tau
     return (log_p_LE * (absent_LE - 1)).sum(1) / tokens_per_expert_LE.count_nonzero(dim=1).clamp(min=1)

@@ -93,8 +93,7 @@ class ResolvedDS:
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ValueError(f"the key {twice[0]!r} is written twice")
     return dict(pairs)
 
@@ -117,6 +116,14 @@ def _check_zero(file: str, zero: dict[str, Any], ep: int) -> None:
     for key, value in zero.items():
         if key in ZERO_REFUSED:
             reject(f"{file}: zero_optimization.{key}", json.dumps(value), ZERO_REFUSED[key], "remove it from the file")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or not 0 <= stage <= 3:  # DeepSpeed reads "auto" as 0
+        reject(f"{file}: zero_optimization.stage", json.dumps(stage), "is not a ZeRO stage", "choose 0, 1, 2 or 3")
+    for key, block in ((key, zero.get(key)) for key in ("offload_optimizer", "offload_param")):
+        if block == "auto" or (isinstance(block, dict) and block.get("device") == "auto"):  # ... and this as none
+            reject(
+                f"{file}: zero_optimization.{key}", json.dumps(block), "nobody decides it", 'write {"device": "cpu"}'
+            )
     needed, owner = ("contiguous_gradients", "reduce_scatter"), "use_multi_rank_bucket_allreduce"
     off = [key for key in (*needed, owner) if zero.get(key, True) not in (True, "auto")]
     for key in [key for key in needed if key in off]:

@@ -58,12 +58,12 @@ class SamplingOptions:
 Labels = Literal["balanced", "random"]
 
 
-def class_labels(num: int, num_classes: int, options: Labels = "balanced", seed: int = 0) -> np.ndarray:
+def class_labels(num: int, num_classes: int, kind: Labels = "balanced", seed: int = 0) -> np.ndarray:
     """Labels [num] int64 of images 0, 1, ...
 
     Balanced: image i is of class i modulo `num_classes`. Random: drawn uniformly, for image i from (seed, i) alone.
     """
-    if options == "balanced":
+    if kind == "balanced":
         return np.arange(num, dtype=np.int64) % num_classes
     draws = (philox(seed, i, 0, LABEL_COUNTER).integers(num_classes) for i in range(num))
     return np.fromiter(draws, dtype=np.int64, count=num)

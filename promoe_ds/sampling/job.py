@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -244,8 +245,10 @@ def assemble(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None
 
 
 def complete(job: Job) -> bool:
-    """Whether a folder without PNGs is done: its packed file takes its name last, so it need only be there."""
-    return "png" not in job.formats and (job.out / (FEATURES if "features" in job.formats else SAMPLES)).exists()
+    """Whether a folder without PNGs is done: its packed file takes its name last. A zip that was cut is none."""
+    if "features" in job.formats:
+        return (job.out / FEATURES).exists()
+    return "png" not in job.formats and zipfile.is_zipfile(job.out / SAMPLES)
 
 
 def run_job(sampler: SampleWorker, job: Job, record: Mapping[str, Any]) -> None:

@@ -102,8 +102,7 @@ def culprit(names: list[str], values_by_rank: list[list[float]]) -> str:
 
 def place(by_rank: list[Findings]) -> str:
     """The worst layer in words: the first module with a bad output, else the gradient with the most bad values."""
-    outputs = [(f.order, rank, f.module) for rank, f in enumerate(by_rank) if f.order is not None]
-    if outputs:
+    if outputs := [(f.order, rank, f.module) for rank, f in enumerate(by_rank) if f.order is not None]:
         order, rank, name = min(outputs)
         if order == 0:
             return f"first seen in the images on rank {rank}{name and f': {name}'}"

@@ -86,7 +86,7 @@ class Trainer:
         self.image_flops = flops.train_flops(config, config.diffusion.label_drop)
 
     def _open_run(self) -> tuple[Path | None, str]:
-        """Collective: join the others, lock and check the run folder -> the checkpoint to go on from, whose data."""
+        """Join the ranks, check and claim the run; returns the checkpoint to resume from, if any, and its data."""
         config, run, device = self.config, self.run_folder, self.topology.device
         self._connect()
         data = fingerprint(self.dataset)

@@ -11,7 +11,7 @@ import torch
 from promoe_ds.config.schema import reject
 
 
-def _number(name: str, default: int) -> int:
+def number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         way_out = "start with deepspeed, torchrun or slurm/launch.sh, or unset it"
@@ -52,19 +52,19 @@ class Ranks:
         """
         rank_name, world_name = "RANK", "WORLD_SIZE"
         way_out = "start with deepspeed, torchrun or slurm/launch.sh, or export RANK and WORLD_SIZE"
-        told, tasks = {rank_name, world_name} & os.environ.keys(), _number("SLURM_STEP_NUM_TASKS", 1)
+        told, tasks = {rank_name, world_name} & os.environ.keys(), number("SLURM_STEP_NUM_TASKS", 1)
         if srun and not told:
             rank_name, world_name = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
         elif tasks > 1 and len(told) < 2:
             conflict = "each task would do everything: RANK and WORLD_SIZE are not both set"
             reject("environment SLURM_STEP_NUM_TASKS", tasks, conflict, way_out)
-        rank, world = _number(rank_name, 0), _number(world_name, 1)
+        rank, world = number(rank_name, 0), number(world_name, 1)
         if world > 1 and rank_name not in os.environ:
             conflict = f"{world_name}={world} processes cannot be told apart without it"
             reject(f"environment {rank_name}", "(not set)", conflict, way_out)
         if rank >= world:
             reject(f"environment {rank_name}", rank, f"is not below {world_name}={world}", way_out)
-        return Ranks(rank, world, _number("LOCAL_RANK", _number("SLURM_LOCALID", 0)))
+        return Ranks(rank, world, number("LOCAL_RANK", number("SLURM_LOCALID", 0)))
 
     @property
     def device(self) -> torch.device:

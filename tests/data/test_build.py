@@ -37,7 +37,7 @@ def test_digits_are_built():
     [
         ("num_classes", 1000, "10 class(es)"),
         ("channels", 3, "1 channel(s)"),
-        ("image_size", 32, "8 pixels a side"),
+        ("image_size", 32, "8 pixels per side"),
     ],
 )
 def test_digits_that_disagree_with_the_model(key: str, value: int, found: str):

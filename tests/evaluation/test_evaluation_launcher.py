@@ -16,6 +16,8 @@ from promoe_ds.evaluation.digits import digits_images
 from promoe_ds.evaluation.report import format_table, notes
 from tests.evaluation.random_inception import pictures
 
+pytestmark = pytest.mark.slow  # starts processes
+
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "evaluate.py"
 
 

@@ -17,6 +17,8 @@ from benchmarks.processes import PATIENCE, wait_until
 from promoe_ds.parallel import watchdog
 from promoe_ds.parallel.watchdog import Watchdog
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 class Team:
     """Watchdogs of `world` ranks and the (code, text) with which each would have left."""

@@ -28,7 +28,6 @@ from promoe_ds.moe.gates import (
     at_least_fp32,
     check_quota,
     expert_major,
-    images_a_forward,
 )
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
 from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
@@ -60,7 +59,8 @@ class DiffMoEConfig(TopKConfig):
 
     def validate(self, config: Any) -> None:
         super().validate(config)
-        check_quota(self, config, images_a_forward(config), "the pool")
+        images = config.train.micro_batch_size or config.train.global_batch_size  # of one process alone, at most
+        check_quota(self, config, images, "the pool")
 
 
 class Choice(NamedTuple):

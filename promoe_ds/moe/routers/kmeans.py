@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import RouterConfig, reject
-from promoe_ds.moe.gates import at_least_fp32, images_a_forward
+from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import centroid_sums
 from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.split import Split
@@ -31,7 +31,8 @@ PRIME = 16_777_213
 @dataclass(frozen=True, kw_only=True)
 class KMeansConfig(RouterConfig):
     def validate(self, config: Any) -> None:
-        E, tokens = config.moe.num_experts, images_a_forward(config) * config.model.tokens
+        images = config.train.micro_batch_size or config.train.global_batch_size  # of one process alone, at most
+        E, tokens = config.moe.num_experts, images * config.model.tokens
         if tokens < E:
             conflict = f"a forward pass has {tokens} tokens, fewer than centroids"
             reject("moe.num_experts", E, conflict, "lower it, or raise the batch size")

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import option
-from promoe_ds.moe.cosine import cosine
+from promoe_ds.moe.cosine import cosine, length
 from promoe_ds.moe.gates import TopKConfig, at_least_fp32, top_experts
 from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
 from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
@@ -81,7 +80,8 @@ class ProMoERouter(PrototypicalRouter):
         """Route each token to the K prototypes nearest in cosine. x_TD [T, D] -> Routing with N = T*K."""
         cfg = self.config
         with torch.autocast(x_TD.device.type, enabled=False):  # bf16 scores would tie and flip the choice
-            x_TD, unit_DE = at_least_fp32(x_TD), F.normalize(at_least_fp32(self.prototypes)).T
+            x_TD, prototype_ED = at_least_fp32(x_TD), at_least_fp32(self.prototypes)
+            unit_DE = (prototype_ED / length(prototype_ED)).T
             z_TE = cosine(x_TD, unit_DE)  # Eq. (4)
             score_TE = ACTIVATIONS[cfg.activation](z_TE if cfg.alpha == 1 else cfg.alpha * z_TE)  # Eq. (2)
             routing = top_experts(score_TE, cfg.top_k)  # Eq. (3)

@@ -11,7 +11,7 @@ A file in YAML or JSON, `digits.yaml` beside this module being the example:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,7 @@ import yaml
 from promoe_ds.config.decode import read_mapping
 from promoe_ds.config.schema import reject
 
-FOLDER = Path(__file__).parent
 OPTION = "moe.router.superclasses"
-
-
-def _some(values: Iterable[Any], limit: int = 5) -> str:
-    listed = [str(value) for value in values]
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict[str, list[int]]:
@@ -39,20 +33,18 @@ def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict
     Raises:
         ConfigError: no such file, another format, or classes missing, unknown or given twice.
     """
-    builtin = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    path = FOLDER / f"{name_or_path}.yaml" if name_or_path in builtin else Path(name_or_path)
+    folder = Path(__file__).parent  # not at import: an exported model's code has no file
+    builtin = sorted(path.stem for path in folder.glob("*.yaml"))
+    path = folder / f"{name_or_path}.yaml" if name_or_path in builtin else Path(name_or_path)
     if not path.is_file():
         reject(OPTION, name_or_path, "is no file", f"name a file or one of {', '.join(builtin)}")
     way_out = "write `superclasses: {name: [class numbers], ...}`"
     groups = read_mapping(OPTION, path, yaml.safe_load, "YAML or JSON", way_out).get("superclasses")
-    if not isinstance(groups, dict) or not groups or not all(map(_is_class_list, groups.values())):
+    is_class_list = lambda value: isinstance(value, list) and value and all(type(n) is int for n in value)  # noqa: E731
+    if not isinstance(groups, dict) or not groups or not all(map(is_class_list, groups.values())):
         reject(OPTION, name_or_path, "does not map names to lists of class numbers", way_out)
     _check_cover(name_or_path, groups, num_classes)
     return {str(name): numbers for name, numbers in groups.items()}
-
-
-def _is_class_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(number) is int for number in value)
 
 
 def _check_cover(path: str, groups: Mapping[Any, list[int]], num_classes: int | None) -> None:
@@ -69,7 +61,7 @@ def _check_cover(path: str, groups: Mapping[Any, list[int]], num_classes: int | 
         ),
     ):
         if numbers:
-            reject(OPTION, path, f"{conflict} {_some(numbers)}", way_out)
+            reject(OPTION, path, f"{conflict} {', '.join(map(str, numbers[:5]))}", way_out)
 
 
 def assignment(groups: Mapping[str, Sequence[int]]) -> list[int]:
