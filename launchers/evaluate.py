@@ -113,8 +113,7 @@ def _say_left_out(*sets: str) -> None:
     """A line on stderr for each folder in which names are left out."""
     for name in dict.fromkeys(sets):
         if name not in REFERENCES and Path(name).is_dir():
-            count = sum(left_out for *_, left_out in picture_folders(Path(name), "images"))
-            if count:
+            if count := sum(left_out for *_, left_out in picture_folders(Path(name), "images")):
                 print(f"note: {name}: {left_out_words(count)}", file=sys.stderr)
 
 

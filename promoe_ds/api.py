@@ -94,8 +94,7 @@ def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np
         label_N = np.asarray(torch.as_tensor(labels).cpu()).reshape(-1)
     except (ValueError, TypeError, RuntimeError):
         reject("labels", labels, "are no numbers", f"give integers in 0..{num_classes}")
-    bad = [label for label in label_N.tolist() if not (isinstance(label, int) and 0 <= label <= num_classes)]
-    if bad:
+    if bad := [label for label in label_N.tolist() if not (isinstance(label, int) and 0 <= label <= num_classes)]:
         reject("labels", bad[0], f"is not in 0..{num_classes}", f"{num_classes} means no class")
     return label_N
 

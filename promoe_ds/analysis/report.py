@@ -159,8 +159,7 @@ def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
     if len(records := _records(run)) > 1:
         parts.append(writer.figure("training", draw.training(records), "Loss and busiest expert while training"))
     samples = {"experts.png": ", and the expert of each token in the last step (middle layer)", "grid.png": ""}
-    name = next((name for name in samples if (run / "samples" / name).is_file()), None)
-    if name:
+    if name := next((name for name in samples if (run / "samples" / name).is_file()), None):
         caption = f"EMA samples, one row per class{samples[name]}"
         parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
     scores = _scores(run)

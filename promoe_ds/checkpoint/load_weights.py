@@ -60,8 +60,7 @@ def _find_weights(path: Path, option: str) -> Path:
         reject(option, path, "no such file or folder", "name a run folder, a checkpoint folder or an ema.safetensors")
     for name in (EMA, WEIGHTS, WEIGHTS_INDEX):
         if is_file(path / name):
-            problem = damage(path, read_bytes=False) if is_checkpoint_name(path.resolve().name) else None
-            if problem:
+            if problem := (damage(path, read_bytes=False) if is_checkpoint_name(path.resolve().name) else None):
                 reject(option, path, f"is damaged: {problem}", "name another checkpoint")
             if name != EMA and is_file(path / MANIFEST):  # of a weights folder, whose config.json is never read
                 problems = (text for text in damages(path, read_bytes=False) if not text.startswith("config.json "))

@@ -129,8 +129,7 @@ class Trainer:
         materialize(model, self.config.train.seed, topology.device)
         self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
         reader = resume.Reader(checkpoint) if checkpoint else None
-        source = InitialWeights(self.config) if self.config.train.init and not reader else reader
-        if source:
+        if source := (InitialWeights(self.config) if self.config.train.init and not reader else reader):
             resume.load_weights(source, model, lambda p, full: local_part(p, full, topology))
         self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
         if self.config.train.compile:
