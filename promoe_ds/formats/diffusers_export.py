@@ -75,6 +75,11 @@ def vae_class(path: Path) -> str:
     return name
 
 
+def _decoding(codec: dict[str, Any] | None) -> dict[str, Any]:
+    """What the pipeline must know to invert the latents, from their record."""
+    return {"codec": {k: codec[k] for k in ("scale", "shift", "pixel_range") if k in codec}} if codec else {}
+
+
 def write_diffusers(
     weights: Weights,
     out: Path,
@@ -116,9 +121,7 @@ def write_diffusers(
             "transformer": [module, "ProMoETransformer2DModel"],
             "scheduler": ["diffusers", type(scheduler).__name__],
             "vae": ["diffusers", kind] if kind else [None, None],
-        }
-        if codec:
-            index["codec"] = {key: codec[key] for key in ("scale", "shift", "pixel_range") if key in codec}
+        } | _decoding(codec)
         tree, d = encode(config), config.diffusion
         arguments = {
             "_class_name": "ProMoETransformer2DModel",
