@@ -2,7 +2,7 @@
 
 A source says what lies where an item is (its *content*) and which codec made it. Whatever the source, the model sees
 x = (z - shift) * scale, where z is a sample of the codec's posterior: drawn by the training step, keyed by (seed, step,
-row) as all else, or drawn once and for all by whoever wrote the cache. `caches.py` reads what other projects wrote.
+row) as all else, or drawn once and for all by whoever wrote the cache. `caches/` reads what other projects wrote.
 
 Shape suffixes: B images, M channels of what is stored, C of a latent, h w latent cells.
 """

@@ -67,6 +67,8 @@ class StoredZip:
                 raise ValueError(f"{name.decode(errors='replace')} is compressed: zip it with -0")
             if 2**32 - 1 in (size, start):
                 size, start = _wide(view[at + 46 + n : at + 46 + n + extra], size, start)
+            if start + 30 + size > len(view):  # behind its header
+                raise ValueError(f"{name.decode(errors='replace')} reaches beyond its end")
             crcs.append(crc)
             sizes.append(size)
             starts.append(start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -245,6 +246,10 @@ def test_rejected_zips(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
     assert f"data.path={path}: is not a whole zip (it has no directory at its end)" in told(path)
+    long = bytearray(whole)
+    struct.pack_into("<L", long, long.index(b"PK\1\2") + 24, len(long))  # a file as long as all of them
+    path.write_bytes(long)
+    assert "00000/img-mean-std-00000000.npy reaches beyond its end" in told(path)
     at = whole.index(b"img-mean-std-00000003.npy") + 300
     path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
     assert f"data.path={path} (00000/img-mean-std-00000003.npy): does not match its checksum" in told(path, "edm2")

@@ -317,21 +317,7 @@ def test_launcher(
         code, _, error = call(*wrong)
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
         assert not Path("x").exists()
-    repa = [
-        "--from-latents",
-        cache,
-        "--format",
-        "repa",
-        "--scale",
-        0.5,
-        "--dtype",
-        "float32",
-        "--out",
-        tmp_path / "shards",
-    ]
-    code, printed, error = call(*repa)
-    assert (
-        code == 0
-        and "7 items of 3 classes, 1 x 8x4x4 each (codec not named, mean and log-variance, scale 0.5)" in printed
-    )
-    assert "7 items in 1 shards" in printed and len(open_latents(tmp_path / "shards")) == 7
+    words = ["--from-latents", cache, "--format", "repa", "--scale", 0.5, "--dtype", "float32", "--out", tmp_path / "z"]
+    code, text, _ = call(*words)
+    assert code == 0 and "7 items in 1 shards" in text and len(open_latents(tmp_path / "z")) == 7
+    assert "7 items of 3 classes, 1 x 8x4x4 each (codec not named, mean and log-variance, scale 0.5)" in text
