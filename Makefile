@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/digits
 BIN := $(VENV)/bin
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist worksteal
+# twice as many as cores of a small machine: tests that start jobs wait for them most of the time
+SIDE_BY_SIDE := --numprocesses 4 --dist loadgroup --no-loadscope-reorder
 export DS_BUILD_OPS = 0
 
 .PHONY: setup demo test test-fast test-slurm bench-gpu lint clean

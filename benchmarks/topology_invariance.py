@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,14 +113,21 @@ def deviation(folder: Path, case: Case) -> Deviation:
     return Deviation(max(map(relative, losses)), relative("grad_norm"), ema)
 
 
-def measure(folder: Path, steps: int = 20) -> dict[Case, Deviation]:
-    """Train every case under `folder` and return each one's deviation from its reference."""
+def launch(world: int, words: list[str]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--"]
+    done = subprocess.run([*torchrun, __file__, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def measure(folder: Path, steps: int = 20, start: Callable[[int, list[str]], object] = launch) -> dict[Case, Deviation]:
+    """Train every case under `folder` and return each one's deviation from its reference.
+
+    Args:
+        start: runs this script with some words in a number of processes.
+    """
     for world in (1, 2, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--",
-                   __file__, "--worker", "--steps", str(steps), "--keep", str(folder)]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        start(world, ["--worker", "--steps", str(steps), "--keep", str(folder)])
     return {case: deviation(folder, case) for case in CASES}
 
 

@@ -72,13 +72,21 @@ def kill(job: subprocess.Popen[Any]) -> None:
 
 
 def run(
-    command: list[str], check: bool = True, env: dict[str, str] = ENVIRONMENT, cwd: Path = ROOT
+    command: list[str],
+    check: bool = True,
+    env: dict[str, str] = ENVIRONMENT,
+    cwd: Path = ROOT,
+    fork: bool | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; with `check`, a failure shows the end of both outputs.
 
     A script that is expected to succeed is forked from a process that has its imports (`tests/forkserver.py`).
+
+    Args:
+        fork: whether it is; for a script whose failure does not depend on how it was started.
     """
-    done = run_to_end(command, env, cwd, start_forked if check and forkable(command, env) else subprocess.Popen)
+    fork = forkable(command, env) and (check if fork is None else fork)
+    done = run_to_end(command, env, cwd, start_forked if fork else subprocess.Popen)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}: {command}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
     return done
@@ -104,8 +112,9 @@ def start_forked(command: list[str], env: dict[str, str], cwd: Path, stdout: Any
     return fork_server().start(argv, processes, env, cwd, stdout, stderr)
 
 
-def train(*args: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+def train(
+    *args: str, processes: int = 1, check: bool = True, fork: bool | None = None
+) -> subprocess.CompletedProcess[str]:
     """launchers/train.py, alone or under torchrun."""
-    if processes > 1:
-        return run(torchrun(processes, "launchers/train.py", *args), check)
-    return run([sys.executable, str(ROOT / "launchers/train.py"), *args], check)
+    alone = [sys.executable, str(ROOT / "launchers/train.py"), *args]
+    return run(torchrun(processes, "launchers/train.py", *args) if processes > 1 else alone, check, fork=fork)

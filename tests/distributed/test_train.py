@@ -59,7 +59,7 @@ def losses_so_far(folder: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(deepspeed(2, "launchers/train.py", *ZERO2_EP2, "--run", str(folder), *STEPS))
+    train(*ZERO2_EP2, "--run", str(folder), *STEPS, processes=2)
     return folder
 
 
@@ -156,7 +156,7 @@ def test_stops_of_the_process_group_of_the_deepspeed_launcher(uninterrupted: Pat
         assert "stopped by a signal at step" in out and process.returncode == -number
         assert step <= layout.step_of(layout.candidates(folder)[-1]) < 60
         assert number.name in (folder / "requeue").read_text()
-    run(command)
+    train(*ZERO2_EP2, "--run", str(folder), *STEPS, processes=2)
     assert losses(folder) == losses(uninterrupted)
 
 
@@ -191,14 +191,15 @@ def test_a_damaged_image_that_one_rank_reads_is_named(tmp_path: Path) -> None:
     victim = tmp_path / "data" / "dog" / "2.png"
     victim.write_bytes(victim.read_bytes()[:40])
     images = ("data.name=images", f"data.path={tmp_path / 'data'}", "model.num_classes=2", "train.global_batch_size=2")
-    done = train("--config", "tiny", "--run", str(tmp_path / "run"), *images, processes=2, check=False)
+    done = train("--config", "tiny", "--run", str(tmp_path / "run"), *images, processes=2, check=False, fork=True)
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert done.returncode != 0 and str(victim) in line and line.startswith("error: rank ")
 
 
 def test_topology_invariance(tmp_path: Path) -> None:
     """Every (world, ep, ZeRO stage, micro-batch, accumulation) of the promise, 20 steps in fp32."""
-    rows = topology_invariance.measure(tmp_path)
+    script = "benchmarks/topology_invariance.py"
+    rows = topology_invariance.measure(tmp_path, start=lambda world, words: run(torchrun(world, script, *words)))
     assert len(rows) == len(topology_invariance.CASES)
     log = read_log(tmp_path / topology_invariance.REFERENCE.name)
     golden = json.loads((ROOT / "tests/golden/tiny_losses.json").read_text())

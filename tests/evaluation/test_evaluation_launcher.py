@@ -15,8 +15,7 @@ from launchers.evaluate import main
 from promoe_ds.evaluation.digits import digits_images
 from promoe_ds.evaluation.report import format_table, notes
 from tests.evaluation.random_inception import pictures
-
-pytestmark = pytest.mark.slow  # starts processes
+from tests.launch import run
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "evaluate.py"
 
@@ -37,13 +36,12 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 
 
 def test_run_folder_from_elsewhere(tmp_path: Path):
-    run = tmp_path / "run"
-    save(run / "samples" / "cfg4.0", 200, 4.0)
-    save(run / "samples" / "cfg1.0", 300, 1.0)
-    done = subprocess.run([sys.executable, str(LAUNCHER), "--run", "run"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    save(folder / "samples" / "cfg4.0", 200, 4.0)
+    save(folder / "samples" / "cfg1.0", 300, 1.0)
+    done = run([sys.executable, str(LAUNCHER), "--run", "run"], cwd=tmp_path)
     assert done.stdout.startswith("digits-cnn: accuracy on held-out real images 0.9")
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["cfg"] == 1.0 and metrics["num"] == 300 and metrics["sampling"]["seed"] == 7
     assert [s["cfg"] for s in metrics["sets"]] == [1.0, 4.0]
     assert metrics["label_agreement"] >= 0.97 and metrics["fd_over_noise"] < 0.1

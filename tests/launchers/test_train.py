@@ -202,8 +202,9 @@ def test_one_process_by_the_deepspeed_launcher_with_nothing_else(tmp_path: Path)
     assert after == before
 
     shutil.rmtree(layout.folder(folder, 4))
-    assert "resuming at step 2 of 4" in run([*command, *short]).stdout
-    finished = run([*command, *short])
+    alone = ("--ds_config", str(ROOT / "ds_configs/zero2.json"), "--run", str(folder), *short)
+    assert "resuming at step 2 of 4" in train(*alone).stdout
+    finished = train(*alone)
     assert "resuming at step 4 of 4" in finished.stdout and "done: 4 steps" in finished.stdout
 
 
