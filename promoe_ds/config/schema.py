@@ -236,7 +236,26 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with an exponential moving average (EMA) of the fp32 master weights as one more state."""
 
-    lr: float = option(1e-4, "learning rate, constant", above=0, change="resume")
+    lr: float = option(1e-4, "learning rate; of a schedule its peak", above=0, change="resume")
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = option(
+        "constant",
+        "the learning rate after warm-up: constant; down to the floor as half a cosine or linearly; or constant, then "
+        "linearly down over the last `decay_steps` (wsd: warm-up, stable, decay)",
+        change="resume",
+    )
+    warmup_steps: int = option(0, "steps in which the learning rate rises linearly", at_least=0, change="resume")
+    schedule_steps: int | None = option(
+        None,
+        "the step at which a schedule reaches its floor, and stays there; null: train.steps",
+        above=0,
+        change="resume",
+    )
+    decay_steps: int | None = option(
+        None, "wsd: steps of the decay; null: a tenth of the schedule", above=0, change="resume"
+    )
+    lr_floor: float = option(
+        0.0, "where a schedule ends, as a share of the learning rate", at_least=0, below=1, change="resume"
+    )
     beta1: float = option(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = option(0.999, "decay of the second moment", at_least=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", above=0)

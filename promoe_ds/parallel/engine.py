@@ -86,17 +86,20 @@ class Engine:
             torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def step(self, norm: float | None) -> float:
+    def step(self, norm: float | None, lr: float) -> float:
         """Update after the last micro-batch; returns the global gradient norm before clipping.
 
         If the norm is not finite there is no update, on any rank: DeepSpeed refuses it at stages 1 to 3.
 
         Args:
             norm: what `clip` returned, read by the caller.
+            lr: the learning rate of this step.
         """
         if norm is not None and not math.isfinite(norm):
             self.drop()
             return norm
+        for group in self.adam.param_groups:
+            group["lr"] = lr
         self.engine.step()
         return norm if norm is not None else float(self.engine.get_global_grad_norm())
 

@@ -7,6 +7,7 @@ a one-line `ConfigError`.
 from __future__ import annotations
 
 from promoe_ds.config.batching import divisors, listed
+from promoe_ds.config.schedule import validate_schedule
 from promoe_ds.config.schema import Channels, Config, ModelConfig, options, reject
 from promoe_ds.diffusion.objective import check_steps
 
@@ -105,6 +106,7 @@ def validate(config: Config) -> None:
     _validate_moe(config)
     _validate_speed(config)
     _validate_objective(config)
+    validate_schedule(config)
 
 
 def validate_data(config: Config) -> None:

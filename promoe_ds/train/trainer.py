@@ -22,6 +22,7 @@ from promoe_ds.checkpoint import layout, resume
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.save import Saver, ema_state_dict
 from promoe_ds.config.decode import dump
+from promoe_ds.config.schedule import learning_rate
 from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.costs import flops
 from promoe_ds.costs.comm_volume import KINDS, PARTS
@@ -103,8 +104,8 @@ class Trainer:
             resume.check_same_run(layout.manifest(checkpoint)["config"], config, checkpoint)
             resume.check_same_data(checkpoint, data)
         self.step = resume.check_history(run, checkpoint, config)
-        self.lr_before = resume.changed_lr(checkpoint, config)
-        self.renewed = self.step + 1 if self.lr_before else 0
+        self.lr_change = resume.changed_lr(checkpoint, config)
+        self.renewed = self.step + 1 if self.lr_change else 0
         return checkpoint, data
 
     def _connect(self) -> None:
@@ -236,7 +237,7 @@ class Trainer:
         norm = math.nan
         if all(map(math.isfinite, losses)):
             with self._part("optimizer"):
-                norm = self.engine.step(read)
+                norm = self.engine.step(read, learning_rate(self.config, self.step + 1))
         else:
             self.engine.drop()
         self.step += 1
@@ -339,7 +340,7 @@ class Trainer:
             mfu = rate / self.topology.world * self.image_flops / peak if peak else None
             self.log.write({
                 "step": self.step, **{k: _finite(record[k]) for k in (*self.terms, "grad_norm")},
-                "lr": self.config.optimizer.lr,
+                "lr": learning_rate(self.config, self.step),
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
                 "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
             } | measured | ({"skipped": record["skipped"]} if record["skipped"] else {})
@@ -377,7 +378,7 @@ class Trainer:
         t, cfg = self.topology, self.config.train
         fresh = f"starting from {cfg.init}" if cfg.init else "starting"
         where = f"resuming at step {self.step}" if self.step else fresh
-        lr = f", optimizer.lr {self.config.optimizer.lr:g} instead of {self.lr_before:g}" if self.lr_before else ""
+        lr = ", optimizer.lr {1:g} instead of {0:g}".format(*self.lr_change) if self.lr_change else ""
         parameters = flops.count_parameters(self.config).total
         return (
             f"{self.config.name}: {where} of {cfg.steps}{lr}; {parameters / 1e6:.1f} M parameters, "
