@@ -172,13 +172,20 @@ class DDPMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """Training objective: rectified flow with logit-normal timesteps (Esser et al. 2024, arXiv:2403.03206) or DDPM.
+    """Training objective: rectified flow or DDPM, whose timesteps are uniform.
 
-    `logit_mean`, `logit_std` and `shift` are read by rectified flow alone, `ddpm` by DDPM alone.
+    `timesteps` to `shift` are read by rectified flow alone, `ddpm` by DDPM alone. A noise level sigma of 0 is data, 1
+    is noise: a larger `logit_mean`, or a shift above 1, means more noise.
     """
 
     name: Literal["rectified_flow", "ddpm"] = option("rectified_flow", "velocity or noise prediction")
-    logit_mean: float = option(0.0, "mean of the logit of the noise level")
+    timesteps: Literal["logit_normal", "uniform", "mix"] = option(
+        "logit_normal",
+        "how noise levels are drawn: logit-normal (arXiv:2403.03206), uniform (SiT, REPA, DiffMoE), or uniform for "
+        "`uniform_share` of the images and logit-normal for the rest",
+    )
+    uniform_share: float = option(0.1, "mix: the share of uniform levels", at_least=0, below=1)
+    logit_mean: float = option(0.0, "mean of the logit of the noise level; above 0 is more noise")
     logit_std: float = option(1.0, "its standard deviation", above=0)
     shift: float = option(1.0, "sigma = shift * u / (1 + (shift - 1) * u)", above=0)
     label_drop: float = option(0.1, "probability that an image is trained with the null label", at_least=0, below=1)

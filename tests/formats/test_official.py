@@ -89,6 +89,7 @@ def test_conventions_of_time_and_sign(convention: str, their_time: Any, sign: in
     c = made.config
     assert c.diffusion.name == ("ddpm" if convention == "ddpm" else "rectified_flow")
     assert c.guidance.channels == ("all" if convention == "repa" else 3)
+    assert c.diffusion.timesteps == ("logit_normal" if convention == "ddpm" else "uniform"), "as that code trains"
     write(made, tmp_path / "model")
     x = torch.randn(1, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     t = 250.0
