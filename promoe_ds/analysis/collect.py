@@ -91,8 +91,9 @@ class Observed:
         """of the sampled tokens, among those of all images"""
         self.class_N = self.label_I[self.place_N // S]
         """int64, of the image that each sampled token is from"""
-        self.token_LND = np.zeros((L, number, self.config.model.width), np.float32)
-        """inputs of the routers"""
+        D, moe = self.config.model.width, self.config.moe
+        self.token_LND = np.zeros((L, number, moe.router_width(D) if moe else D), np.float32)
+        """inputs of the routers; D is 2D where they see the timestep too"""
         self.expert_LN = np.zeros((L, number), np.int64)
         """each token's heaviest expert, -1 for none"""
         self.first = self.time = 0

@@ -149,10 +149,19 @@ class MoEConfig:
     )
     hidden_ratio: float = option(2.0, "F over D, hidden width of one expert", above=0)
     conditional: bool = option(True, "conditional routing (Sec. 4.1): null-label images bypass the router")
+    router_input: Literal["modulated", "plain", "plain+t"] = option(
+        "modulated",
+        "what the router looks at: the experts' input (the normalised token after adaLN); the token before adaLN; or "
+        "that beside the embedding of the timestep, 2D wide (Nucleus-Image, arXiv:2604.12163)",
+    )
     experts_backend: Literal["loop", "grouped_mm", "megablocks"] = option(
         "grouped_mm", "how the experts' products are computed (docs/performance.md)", change="resume"
     )
     router: RouterConfig = section(lambda: router_config_class("promoe", "moe.router.name")(), "never")
+
+    def router_width(self, width: int) -> int:
+        """Of what the router looks at, in a model of width D."""
+        return 2 * width if self.router_input == "plain+t" else width
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,8 @@ def why_not(config: Config) -> str | None:
     extra = (1, 1) if prototypes else (0, 0)
     if moe.router.name not in FAMILIES:
         return f"it has no router {moe.router.name}"
+    if moe.router_input != "modulated":
+        return f"its routers see modulated tokens, not moe.router_input={moe.router_input}"
     if (moe.num_shared, moe.num_unconditional if moe.conditional else 0) != extra:
         return f"moe.num_shared and moe.num_unconditional must be {extra[0]} and {extra[1]} there"
     return None

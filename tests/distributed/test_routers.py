@@ -23,6 +23,7 @@ assert ROUTERS["hash"] is example_router.HashRouter, "the worker registers CONTR
 CASES = {name: (f"moe.router.name={name}",) for name in sorted(ROUTERS)}
 CASES["classification"] += ("moe.router.superclasses=digits", "moe.num_experts=4")
 CASES["promoe top-2, balanced"] = ("moe.router.top_k=2", "moe.router.balance_weight=0.1")
+CASES["promoe with the timestep"] = ("moe.router_input=plain+t",)
 """overrides of each router"""
 RESUMED = ("diffmoe", "kmeans")
 """routers with buffers"""

@@ -17,7 +17,7 @@ from launchers import export, import_weights
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.formats.importing import describe, import_checkpoint
-from promoe_ds.formats.official import to_official
+from promoe_ds.formats.official import check_layout, to_official
 from promoe_ds.formats.weights import load, write
 from promoe_ds.models.init import build
 from promoe_ds.moe.experts import StackedExperts
@@ -194,6 +194,20 @@ def test_the_published_number_of_keys(recipe: str, keys: int) -> None:
     layout = to_official(dict(build(config).state_dict()), config)
     assert len(layout) == keys
     assert layout["blocks.1.mlp.experts.12.up_proj.weight"].shape == (2 * config.model.width, config.model.width)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["moe.router.name=kmeans"], "it has no router kmeans"),
+        (["moe.num_shared=2"], "moe.num_shared and moe.num_unconditional must be 1 and 1 there"),
+        (["moe.router_input=plain"], "its routers see modulated tokens, not moe.router_input=plain"),
+    ],
+)
+def test_models_that_the_official_code_has_not(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_layout(load_config("tiny", overrides))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
