@@ -104,6 +104,10 @@ def why_not(config: Config) -> str | None:
         return f"it has no router {moe.router.name}"
     if moe.router_input != "modulated":
         return f"its routers see modulated tokens, not moe.router_input={moe.router_input}"
+    usual = type(moe.router)()
+    for key in ("score", "renormalise", "bias_rate"):
+        if (value := getattr(moe.router, key, None)) != getattr(usual, key, None):
+            return f"its routers do not compute moe.router.{key}={value}"
     if (moe.num_shared, moe.num_unconditional if moe.conditional else 0) != extra:
         return f"moe.num_shared and moe.num_unconditional must be {extra[0]} and {extra[1]} there"
     return None

@@ -201,6 +201,8 @@ def test_the_published_number_of_keys(recipe: str, keys: int) -> None:
     [
         (["moe.router.name=kmeans"], "it has no router kmeans"),
         (["moe.num_shared=2"], "moe.num_shared and moe.num_unconditional must be 1 and 1 there"),
+        (["moe.router.bias_rate=0.01"], "its routers do not compute moe.router.bias_rate=0.01"),
+        (["moe.router={name: token_choice, score: sigmoid}"], "its routers do not compute moe.router.score=sigmoid"),
         (["moe.router_input=plain"], "its routers see modulated tokens, not moe.router_input=plain"),
     ],
 )
