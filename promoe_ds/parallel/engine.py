@@ -138,6 +138,12 @@ class Engine:
         dist.all_gather(parts, full.contiguous(), group=self._ep_group())
         return torch.cat(parts)
 
+    def mean_gradient(self, name: str) -> Tensor:
+        """Adam's first moment of a parameter without its bias, fp32: the mean of its clipped gradients over about
+        1 / (1 - beta1) steps, alike at every topology and ZeRO stage; after a step and `relink`; collective."""
+        steps, beta1 = self.engine.global_steps, self.config.optimizer.beta1
+        return self.read(name, "exp_avg") / (1 - beta1 ** max(1, steps))
+
     def whole(self, x: Tensor) -> Tensor:
         """All values of a parameter or buffer that is not an expert's; collective at stage 3."""
         full = safe_get_full_fp32_param(x) if self.stage == 3 and isinstance(x, torch.nn.Parameter) else x

@@ -322,7 +322,8 @@ class Trainer:
         """Collective: sum the expert loads over ranks; rank 0 writes the record."""
         measured = self._measured()
         tokens_per_expert_LE = sum_over_ranks(record.pop("load").clone())
-        layers = self.experts.report(tokens_per_expert_LE, sum_over_ranks, self.engine.whole)
+        self.engine.relink()
+        layers = self.experts.report(tokens_per_expert_LE, sum_over_ranks, self.engine.whole, self.engine.mean_gradient)
         if self.log:
             rate = self.throughput.rate()
             ratio, dead = expert_load(tokens_per_expert_LE.cpu())
