@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from promoe_ds.checkpoint.init_from import InitialWeights
-from promoe_ds.checkpoint.layout import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
+from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
 from promoe_ds.config.decode import BAD_YAML
 from promoe_ds.config.schedule import end_of, learning_rate
@@ -79,14 +79,17 @@ class Reader:
     def __init__(self, path: Path):
         self.path = path
         self.where: dict[str, Any] = {}
+        self.averages: list[str] = []
+        """states that are EMAs"""
         for name in sorted(manifest(path)["files"]):
-            file = open_weights(path / name)
-            prefix = "ema/" if name == EMA else ""
+            file, average = open_weights(path / name), AVERAGE.fullmatch(name)
+            self.averages += [average[1]] if average else []
+            prefix = f"{average[1]}/" if average else ""
             self.where |= {prefix + key: (file, key) for key in file.keys()}
 
     def __call__(self, name: str, state: str) -> Tensor:
         """The full fp32 tensor of a parameter's state; raises ConfigError if the checkpoint lacks it."""
-        key = f"ema/{name}" if state == "ema" else f"{name}/{state}"
+        key = f"{state}/{name}" if state in self.averages else f"{name}/{state}"
         if key not in self.where:
             reject("checkpoint", self.path, f"holds no {key}", "use a checkpoint of this model")
         file, inner = self.where[key]
@@ -113,10 +116,10 @@ def load_weights(reader: Reader | InitialWeights, model: nn.Module, local: Calla
 
 
 def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) -> None:
-    """Fill the engine's master weights, moments and EMA as after `step` updates."""
+    """Fill the engine's master weights, moments and EMAs as after `step` updates."""
     engine.allocate(step)
     for name in tqdm(engine.params, desc="restoring", unit="tensor", disable=quiet or None, delay=1):
-        for state in (*RESUMED_STATES, "ema"):
+        for state in (*RESUMED_STATES, *reader.averages):
             engine.write(name, state, reader(name, state))
 
 

@@ -279,7 +279,14 @@ class OptimizerConfig:
     clip_grad_norm: float = option(
         0.5, "global L2 norm at which gradients are clipped; 0 turns clipping off", at_least=0
     )
-    ema_decay: float = option(0.9999, "decay of the EMA", at_least=0, below=1)
+    ema_decay: float = option(0.9999, "decay of the EMA that is sampled and scored", at_least=0, below=1)
+    ema_more: tuple[float, ...] = option(
+        (), "decays of further EMAs, kept beside it: `promoe-export --ema DECAY`", at_least=0, below=1
+    )
+
+    def averages(self) -> dict[str, float]:
+        """Decay of each EMA by the name of its state; "ema" is the one that is sampled."""
+        return {"ema": self.ema_decay} | {f"ema_{decay}": decay for decay in self.ema_more}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,11 @@ def _optimizer_states(config: Config, world: int, ep: int, stage: int) -> dict[s
     """fp32 states of one rank. ZeRO keeps a master copy even of fp32 weights; stage 0 steps the weights themselves."""
     held, share = _held_and_share(config, world, ep)
     elements = share if stage else held
-    return {"master_weights": 4 * elements if stage else 0.0, "adam_moments": 8 * elements, "ema": 4 * elements}
+    return {
+        "master_weights": 4 * elements if stage else 0.0,
+        "adam_moments": 8 * elements,
+        "ema": 4 * elements * len(config.optimizer.averages()),
+    }
 
 
 def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> float:

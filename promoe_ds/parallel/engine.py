@@ -120,7 +120,7 @@ class Engine:
         return groups._get_expert_parallel_group(f"ep_size_{self.topology.ep}")
 
     def read(self, name: str, state: str) -> Tensor:
-        """The full tensor of a parameter's state ("fp32", "exp_avg", "exp_avg_sq", "ema"), fp32; collective.
+        """The full tensor of a parameter's state ("fp32", "exp_avg", "exp_avg_sq", "ema" ...), fp32; collective.
 
         Sharded experts are gathered over the expert-parallel group: first dimension E.
         """
@@ -141,8 +141,8 @@ class Engine:
     def mean_gradient(self, name: str) -> Tensor:
         """Adam's first moment of a parameter without its bias, fp32: the mean of its clipped gradients over about
         1 / (1 - beta1) steps, alike at every topology and ZeRO stage; after a step and `relink`; collective."""
-        steps, beta1 = self.engine.global_steps, self.config.optimizer.beta1
-        return self.read(name, "exp_avg") / (1 - beta1 ** max(1, steps))
+        steps = float(self.adam.state[self._partitions()[0]]["step"])
+        return self.read(name, "exp_avg") / (1 - self.config.optimizer.beta1**steps)
 
     def whole(self, x: Tensor) -> Tensor:
         """All values of a parameter or buffer that is not an expert's; collective at stage 3."""

@@ -41,6 +41,8 @@ def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
     resume.check_same_run(saved, load_config("tiny", ["train.steps=99", "parallel.expert_parallel=4"]), found)
     with pytest.raises(ConfigError, match=r"optimizer.eps=0.5: .*was made with optimizer.eps=1e-08; set optimizer"):
         resume.check_same_run(saved, load_config("tiny", ["optimizer.eps=0.5"]), found)
+    with pytest.raises(ConfigError, match=r"ema_more=\(0.5,\): .*was made with optimizer.ema_more=\(\); set optimizer"):
+        resume.check_same_run(saved, load_config("tiny", ["optimizer.ema_more=[0.5]"]), found)
     with pytest.raises(ConfigError, match="moe=None: .* was made with moe=a section; name its recipe or"):
         resume.check_same_run(saved, load_config("tiny", ["moe=null"]), found)
 
