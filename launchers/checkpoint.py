@@ -145,7 +145,7 @@ def render(path: Path, facts: dict[str, Any]) -> str:
         "model": model_line(config),
         "parameters": f"{facts['parameters']:,}",
         "training": f"{config.diffusion.name}, {t.precision}, global batch {t.global_batch_size}, seed {t.seed}, "
-        f"lr {config.optimizer.lr:g}, EMA {config.optimizer.ema_decay:g}",
+        f"lr {config.optimizer.lr:g}, EMA {', '.join(map(str, config.optimizer.averages().values()))}",
         "saved by": saved_by,
         "versions": f"promoe_ds {facts['version']}, torch {facts['torch']}, format {facts['format']}",
         "config": f"blake2b {facts['config_blake2b'][:16]}",

@@ -17,7 +17,7 @@ if not __package__:
 
 from promoe_ds.checkpoint.layout import bytes_of, size
 from promoe_ds.checkpoint.load_weights import find_weights, header
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import Config, reject
 from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats import diffusers_export, official, weights
 from promoe_ds.formats.card import score_rows
@@ -27,6 +27,7 @@ from promoe_ds.utils.command_line import Parser, launcher
 EXAMPLES = """examples:
   python launchers/export.py --run runs/digits --out digits_ema                 model.safetensors, config.json, card
   python launchers/export.py --run runs/digits --out digits_bf16 --dtype bf16 --weights raw
+  python launchers/export.py --run runs/digits --out digits_ema --ema 0.999     another EMA that the run kept
   python launchers/export.py --run runs/imagenet256_promoe_b --out promoe_b --format diffusers --vae sd-vae-ft-mse
   python launchers/export.py --model promoe_b_imported --out ckpt_step_500000.pth --format official
   python launchers/export.py --run runs/digits --out digits_ema --dry-run       what would be written
@@ -45,6 +46,7 @@ def parser() -> Parser:
     p.add_argument("--out", type=Path, required=True, metavar="PATH", help="what does not exist yet")
     p.add_argument("--format", choices=("safetensors", "diffusers", "official"), default="safetensors")
     p.add_argument("--weights", choices=("ema", "raw"), help="(default: ema; official holds both)")
+    p.add_argument("--ema", type=float, metavar="DECAY", help="which EMA, of those that optimizer.ema_more kept")
     p.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16: half the size, rounded (default fp32)")
     p.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="10^9 bytes of a file at most (default 5)")
     p.add_argument("--vae", type=Path, metavar="DIR", help="diffusers: autoencoder to copy into the pipeline")
@@ -62,17 +64,20 @@ def check(args: argparse.Namespace) -> None:
     if args.vae:
         diffusers_export.vae_class(args.vae)
     if args.format == "official":
-        for key in ("dtype", "weights"):
+        for key in ("dtype", "weights", "ema"):
             if getattr(args, key):
                 reject(f"--{key}", getattr(args, key), "official files are fp32 with both weights", "leave it out")
+    if args.ema is not None and args.weights == "raw":
+        reject("--ema", args.ema, "raw weights are no average", "leave one of them out")
     if not (math.isfinite(args.shard_gb) and args.shard_gb > 0):
         reject("--shard-gb", args.shard_gb, "must be positive", "choose a number above 0")
 
 
-def metrics_of(args: argparse.Namespace, file: Path, step: int) -> dict[str, Any] | None:
+def metrics_of(args: argparse.Namespace, file: Path, config: Config, step: int) -> dict[str, Any] | None:
     """Scores for the model card: of --metrics, or those that stand in the run folder."""
     run = run_of(file)
-    path = args.metrics or (run / "metrics.json" if run and args.weights != "raw" else None)  # a run's are of its EMA
+    others = args.weights == "raw" or args.ema not in (None, config.optimizer.ema_decay)
+    path = args.metrics or (run / "metrics.json" if run and not others else None)  # a run's are of its first EMA
     if path is None or not (args.metrics or path.is_file()):
         return None
     try:
@@ -91,7 +96,9 @@ def export(argv: list[str]) -> None:
     found = weights.held(file, option)
     source, dtype, limit = args.weights or found[0], args.dtype or "fp32", int(args.shard_gb * 1e9)
     config, step = header(file)
-    metrics = metrics_of(args, file, step)
+    if args.ema is not None:
+        weights.average_of(config, args.ema, "--ema")
+    metrics = metrics_of(args, file, config, step)
     count = count_parameters(config).total
     text = f"{config.name}, step {step}, {count:,} parameters, {source if args.format != 'official' else 'ema and raw'}"
     if args.format == "official":
@@ -104,10 +111,10 @@ def export(argv: list[str]) -> None:
         ema = weights.load(file, found[0], option)
         official.write_official(ema, weights.load(file, "raw", option) if len(found) > 1 else ema, args.out)
     elif args.format == "diffusers":
-        model = weights.load(file, source, option)
+        model = weights.load(file, source, option, args.ema)
         diffusers_export.write_diffusers(model, args.out, dtype, args.vae, limit, metrics, codec_of_run(file))
     else:
-        weights.write(weights.load(file, source, option), args.out, dtype, limit, metrics)
+        weights.write(weights.load(file, source, option, args.ema), args.out, dtype, limit, metrics)
     written = args.out.stat().st_size if args.out.is_file() else sum(map(bytes_of, [args.out, *args.out.glob("*/")]))
     print(f"{args.out}: {text}; {size(written)}")
 

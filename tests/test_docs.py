@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 import tomllib
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 
+from promoe_ds.config.schema import Config, options
 from tests.launch import ROOT
 
 FOLDERS = ("docs", "benchmarks", "promoe_ds", "ds_configs", "slurm")
@@ -75,6 +77,16 @@ def test_the_router_of_the_page_is_the_one_that_is_tested() -> None:
 def test_the_tables_of_options_are_those_of_the_schema() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "options.py"))
     assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "run python docs/options.py"
+
+
+@pytest.mark.parametrize("section", ["optimizer", "diffusion"])
+def test_every_option_of_training_is_named_once_with_when_to_use_it(section: str) -> None:
+    """As the head of a row or a point; several rows, one for each value, stand together."""
+    lines = (ROOT / "docs/training.md").read_text(encoding="utf-8").splitlines()
+    heads = [m[1] for line in lines if (m := re.match(rf"(?:\| |- \*\*)`({section}\.[\w.]+)", line))]
+    named = [head for i, head in enumerate(heads) if i == 0 or heads[i - 1] != head]
+    known = {path for path, _, value in options(Config()) if path.startswith(f"{section}.") and not is_dataclass(value)}
+    assert sorted(named) == sorted(known)
 
 
 def test_every_command_and_make_target_that_is_named_exists() -> None:

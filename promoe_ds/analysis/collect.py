@@ -86,13 +86,18 @@ class Observed:
         """sum of gate weights"""
         self.map_LMTS = np.full((L, min(self.plan.maps, images), T, S), -1, np.int64)
         """heaviest expert of each token of the first images, -1 for none"""
+        self.first_LIS = np.full((L, images, S), -1, np.int16)
+        """heaviest expert of each token at the first timestep"""
+        self.kept_LIS = np.ones((L, images, S), bool)
+        """whether it is the same at every timestep since"""
         rng, number = np.random.default_rng(self.plan.seed + 1), min(self.plan.tokens, images * S)
         self.place_N = np.sort(rng.choice(images * S, number, replace=False))
         """of the sampled tokens, among those of all images"""
         self.class_N = self.label_I[self.place_N // S]
         """int64, of the image that each sampled token is from"""
-        self.token_LND = np.zeros((L, number, self.config.model.width), np.float32)
-        """inputs of the routers"""
+        D, moe = self.config.model.width, self.config.moe
+        self.token_LND = np.zeros((L, number, moe.router_width(D) if moe else D), np.float32)
+        """inputs of the routers; D is 2D where they see the timestep too"""
         self.expert_LN = np.zeros((L, number), np.int64)
         """each token's heaviest expert, -1 for none"""
         self.first = self.time = 0
@@ -119,6 +124,10 @@ class Observed:
             np.add.at(self.count_LSE[layer], (token_N % S, expert_N), 1)
             self.weight_L[layer] += float(routing.weight_N.double().sum())
             self.nobody_L[layer] += B * S - len(np.unique(token_N))
+        shown = layer, slice(self.first, self.first + B)
+        if self.time == 0:
+            self.first_LIS[shown] = expert_T.reshape(B, S)
+        self.kept_LIS[shown] &= self.first_LIS[shown] == expert_T.reshape(B, S)
         here = max(0, min(B, self.map_LMTS.shape[1] - self.first))
         self.map_LMTS[layer, self.first : self.first + here, self.time] = expert_T.reshape(B, S)[:here]
         if self.time == self.plan.middle:

@@ -39,6 +39,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "gate": ("gate", "mean gate weight of an edge"),
     "by_class": ("class", "share of the choice of expert that the class of the image explains, I/H; 0 to 1"),
     "by_time": ("timestep", "the same for the timestep"),
+    "kept": ("same expert", "share of tokens that keep one expert at all timesteps shown; near 1, the layer is stuck"),
     "by_position": ("position", "the same for the token's place in the image"),
     "class_chance": ("class by chance", "what the class explains with the classes of the images shuffled"),
     "ratio_expert": ("inter/intra expert", "distance between experts' tokens over their spread; high is specialised"),
@@ -128,6 +129,7 @@ def _use(o: Observed, layer: int) -> dict[str, float]:
         "by_class": explained_entropy(count_TCE.sum(0)),
         "class_chance": chance_entropy(o.count_LIE[layer], o.label_I, o.plan.seed),
         "by_time": explained_entropy(count_TCE.sum(1)),
+        "kept": float(o.kept_LIS[layer].mean()),
         "by_position": explained_entropy(o.count_LSE[layer]),
         "ratio_expert": distance_ratio(o.token_LND[layer][taken_N], o.expert_LN[layer][taken_N]),
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from promoe_ds.checkpoint.layout import EMA, FORMAT, RESUMED_STATES, bytes_of, damage, folder, manifest, size
+from promoe_ds.checkpoint.layout import AVERAGE, EMA, FORMAT, RESUMED_STATES, bytes_of, damage, folder, manifest, size
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import complete, write_tensors
 from promoe_ds.config.decode import dump
@@ -68,15 +68,17 @@ def resplit(path: Path, run: Path, count: int) -> Path:
         reject("--out", run, "exists", "name a folder that does not exist yet")
     tree, final = checked(path), folder(run, manifest(path)["step"])
     reader = Reader(path)
-    names = list(dict.fromkeys(key.rsplit("/", 1)[0] for key in reader.where if not key.startswith("ema/")))
+    averages = tuple(f"{state}/" for state in reader.averages)
+    names = list(dict.fromkeys(key.rsplit("/", 1)[0] for key in reader.where if not key.startswith(averages)))
     if not 1 <= count <= len(names):
         reject("--files", count, f"the state has {len(names)} parameters", f"choose 1 to {len(names)}")
     config = dump(load_tree(tree["config"]))
     metadata = {"format": FORMAT, "config": config, "step": str(tree["step"])}
     with made(final, bytes_of(path) * 101 // 100) as temporary:
-        with atomic(temporary / EMA, durable=True) as copy:
-            shutil.copyfile(path / EMA, copy)
-        files = {EMA: tree["files"][EMA]}
+        files = {name: entry for name, entry in tree["files"].items() if AVERAGE.fullmatch(name)}
+        for name in files:
+            with atomic(temporary / name, durable=True) as copy:
+                shutil.copyfile(path / name, copy)
         for i in range(count):
             part = {f"{n}/{s}": reader(n, s) for n in names[i::count] for s in RESUMED_STATES}
             files |= write_tensors(temporary / f"state-{i:05d}-of-{count:05d}.safetensors", part, metadata)

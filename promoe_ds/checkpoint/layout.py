@@ -4,6 +4,7 @@
         state-00000-of-00002.safetensors   full fp32 tensors: NAME/fp32, NAME/exp_avg, NAME/exp_avg_sq
         ema.safetensors                    the model's state dict with EMA weights: what sampling and evaluation read;
                                        also the buffers of routers, not averaged
+        ema_0.999.safetensors              the same of each decay in `optimizer.ema_more`
         manifest.json                      written last: step, config, topology, sizes and checksums of the files
 
 The tensors are stored in full under single-device names, so any world size, expert-parallel degree and ZeRO stage can
@@ -40,6 +41,8 @@ WEIGHTS = "model.safetensors"
 """of a folder that holds weights alone, made by `launchers/export.py` and its like"""
 WEIGHTS_INDEX = "model.safetensors.index.json"
 """of a folder whose weights are in several files"""
+AVERAGE = re.compile(r"(ema(_[0-9.e-]+)?)\.safetensors")
+"""of the files of a checkpoint, those that hold an EMA: NAME.safetensors, of the state NAME"""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """how file systems without flock answer (some of Lustre and NFS)"""
 RESUMED_STATES = ("fp32", "exp_avg", "exp_avg_sq")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from promoe_ds.checkpoint.init_from import InitialWeights
-from promoe_ds.checkpoint.layout import EMA, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
+from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
 from promoe_ds.config.decode import BAD_YAML
+from promoe_ds.config.schedule import end_of, learning_rate
 from promoe_ds.config.schema import Config, ConfigError, differences, reject
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND
@@ -33,19 +34,36 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
         reject(path, new, f"{where} was made with {path}={old}", f"{way_out} or choose another --run")
 
 
-def changed_lr(found: Path | None, config: Config) -> float | None:
-    """The learning rate that the steps before were made with, where `config` goes on with another; None for the same.
+def changed_lr(found: Path | None, config: Config) -> tuple[float, float] | None:
+    """The learning rates of the next step under the options of the steps before and under `config`, where they differ.
 
     Raises:
-        ConfigError: there is no step left to make with it.
+        ConfigError: there is no step left to make with another `optimizer.lr`; or the run is made longer, and its
+            schedule would have had other rates from the start.
     """
-    before = load_tree(manifest(found)["config"]).optimizer.lr if found else config.optimizer.lr
-    if before == config.optimizer.lr:
+    if found is None:
         return None
-    if found and step_of(found) >= config.train.steps:
+    saved, done = load_tree(manifest(found)["config"]), step_of(found)
+    if saved.optimizer == config.optimizer:
+        _check_length(saved, config, done)
+        return None
+    before, now = saved.optimizer.lr, config.optimizer.lr
+    if before != now and done >= config.train.steps:
         conflict = f"{found} is at the last step, and was made with optimizer.lr={before}"
-        reject("optimizer.lr", config.optimizer.lr, conflict, f"raise train.steps, or set optimizer.lr={before}")
-    return before
+        reject("optimizer.lr", now, conflict, f"raise train.steps, or set optimizer.lr={before}")
+    rates = learning_rate(saved, done + 1), learning_rate(config, done + 1)
+    return rates if rates[0] != rates[1] else None
+
+
+def _check_length(saved: Config, config: Config, done: int) -> None:
+    """Another length must not change, without a word, what the steps before should have been made with."""
+    steps, end = config.train.steps, end_of(saved)
+    if steps != saved.train.steps and any(
+        learning_rate(saved, step) != learning_rate(config, step) for step in range(1, done + 1)
+    ):
+        conflict = f"the {done} steps before were made for a {config.optimizer.schedule} schedule of {end} steps"
+        way_out = f"set optimizer.schedule_steps={end} to keep it, or {steps} to change it from here on"
+        reject("train.steps", steps, conflict, way_out)
 
 
 def check_same_data(found: Path, data: str) -> None:
@@ -61,14 +79,17 @@ class Reader:
     def __init__(self, path: Path):
         self.path = path
         self.where: dict[str, Any] = {}
+        self.averages: list[str] = []
+        """states that are EMAs"""
         for name in sorted(manifest(path)["files"]):
-            file = open_weights(path / name)
-            prefix = "ema/" if name == EMA else ""
+            file, average = open_weights(path / name), AVERAGE.fullmatch(name)
+            self.averages += [average[1]] if average else []
+            prefix = f"{average[1]}/" if average else ""
             self.where |= {prefix + key: (file, key) for key in file.keys()}
 
     def __call__(self, name: str, state: str) -> Tensor:
         """The full fp32 tensor of a parameter's state; raises ConfigError if the checkpoint lacks it."""
-        key = f"ema/{name}" if state == "ema" else f"{name}/{state}"
+        key = f"{state}/{name}" if state in self.averages else f"{name}/{state}"
         if key not in self.where:
             reject("checkpoint", self.path, f"holds no {key}", "use a checkpoint of this model")
         file, inner = self.where[key]
@@ -95,10 +116,10 @@ def load_weights(reader: Reader | InitialWeights, model: nn.Module, local: Calla
 
 
 def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) -> None:
-    """Fill the engine's master weights, moments and EMA as after `step` updates."""
+    """Fill the engine's master weights, moments and EMAs as after `step` updates."""
     engine.allocate(step)
     for name in tqdm(engine.params, desc="restoring", unit="tensor", disable=quiet or None, delay=1):
-        for state in (*RESUMED_STATES, "ema"):
+        for state in (*RESUMED_STATES, *reader.averages):
             engine.write(name, state, reader(name, state))
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from promoe_ds._version import __version__
 from promoe_ds.checkpoint.layout import (
-    EMA,
     FORMAT,
     RESUMED_STATES,
     StateAccess,
@@ -55,16 +54,19 @@ def _copied(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
 
 
-def ema_state_dict(engine: StateAccess, fixed: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def ema_state_dict(
+    engine: StateAccess, fixed: dict[str, Tensor], ranks: Ranks, state: str = "ema"
+) -> dict[str, Tensor]:
     """The EMA model on rank 0 (fp32, CPU); collective, empty on the other ranks.
 
     Args:
         fixed: what the optimizer does not train (the position table, buffers of routers), as it is.
+        state: one of `OptimizerConfig.averages`.
     """
     engine.relink()
     out = {name: _copied(tensor) for name, tensor in fixed.items()}
     for name in engine.params:
-        full = engine.read(name, "ema")
+        full = engine.read(name, state)
         if ranks.rank == 0:
             out[name] = _copied(full)
     return out if ranks.rank == 0 else {}
@@ -212,7 +214,7 @@ class Saver:
         """Copy the state after `step` optimizer steps and begin to write it.
 
         Args:
-            fixed: what the optimizer does not train, for the EMA file.
+            fixed: what the optimizer does not train, for the EMA files.
             last: of the run: wait until it is complete.
 
         Raises:
@@ -222,9 +224,13 @@ class Saver:
         """
         self.finish(tolerant=last)
         start = time.perf_counter()
-        ema = ema_state_dict(self.engine, fixed, self.ranks)
+        averages = {
+            f"{state}.safetensors": ema_state_dict(self.engine, fixed, self.ranks, state)
+            for state in self.config.optimizer.averages()
+        }
         mine = f"state-{self.ranks.rank:05d}-of-{self.ranks.world:05d}.safetensors"
-        tensors = ({EMA: ema} if ema else {}) | {mine: share(self.engine, self.ranks)}  # by file
+        tensors = {name: ema for name, ema in averages.items() if ema}  # by file
+        tensors[mine] = share(self.engine, self.ranks)
         need = sum(self.ranks.gather(self._bytes(tensors)))
         self.job = job = Job(step, folder(self.run, step), need, 0.0)
         if self.ranks.rank == 0:

@@ -149,10 +149,19 @@ class MoEConfig:
     )
     hidden_ratio: float = option(2.0, "F over D, hidden width of one expert", above=0)
     conditional: bool = option(True, "conditional routing (Sec. 4.1): null-label images bypass the router")
+    router_input: Literal["modulated", "plain", "plain+t"] = option(
+        "modulated",
+        "what the router looks at: the experts' input (the normalised token after adaLN); the token before adaLN; or "
+        "that beside the embedding of the timestep, 2D wide (Nucleus-Image, arXiv:2604.12163)",
+    )
     experts_backend: Literal["loop", "grouped_mm", "megablocks"] = option(
         "grouped_mm", "how the experts' products are computed (docs/performance.md)", change="resume"
     )
     router: RouterConfig = section(lambda: router_config_class("promoe", "moe.router.name")(), "never")
+
+    def router_width(self, width: int) -> int:
+        """Of what the router looks at, in a model of width D."""
+        return 2 * width if self.router_input == "plain+t" else width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,13 +181,20 @@ class DDPMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """Training objective: rectified flow with logit-normal timesteps (Esser et al. 2024, arXiv:2403.03206) or DDPM.
+    """Training objective: rectified flow or DDPM, whose timesteps are uniform.
 
-    `logit_mean`, `logit_std` and `shift` are read by rectified flow alone, `ddpm` by DDPM alone.
+    `timesteps` to `shift` are read by rectified flow alone, `ddpm` by DDPM alone. A noise level sigma of 0 is data, 1
+    is noise: a larger `logit_mean`, or a shift above 1, means more noise.
     """
 
     name: Literal["rectified_flow", "ddpm"] = option("rectified_flow", "velocity or noise prediction")
-    logit_mean: float = option(0.0, "mean of the logit of the noise level")
+    timesteps: Literal["logit_normal", "uniform", "mix"] = option(
+        "logit_normal",
+        "how noise levels are drawn: logit-normal (arXiv:2403.03206), uniform (SiT, REPA, DiffMoE), or uniform for "
+        "`uniform_share` of the images and logit-normal for the rest",
+    )
+    uniform_share: float = option(0.1, "mix: the share of uniform levels", at_least=0, below=1)
+    logit_mean: float = option(0.0, "mean of the logit of the noise level; above 0 is more noise")
     logit_std: float = option(1.0, "its standard deviation", above=0)
     shift: float = option(1.0, "sigma = shift * u / (1 + (shift - 1) * u)", above=0)
     label_drop: float = option(0.1, "probability that an image is trained with the null label", at_least=0, below=1)
@@ -236,7 +252,26 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with an exponential moving average (EMA) of the fp32 master weights as one more state."""
 
-    lr: float = option(1e-4, "learning rate, constant", above=0, change="resume")
+    lr: float = option(1e-4, "learning rate; of a schedule its peak", above=0, change="resume")
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = option(
+        "constant",
+        "the learning rate after warm-up: constant; down to the floor as half a cosine or linearly; or constant, then "
+        "linearly down over the last `decay_steps` (wsd: warm-up, stable, decay)",
+        change="resume",
+    )
+    warmup_steps: int = option(0, "steps in which the learning rate rises linearly", at_least=0, change="resume")
+    schedule_steps: int | None = option(
+        None,
+        "the step at which a schedule reaches its floor, and stays there; null: train.steps",
+        above=0,
+        change="resume",
+    )
+    decay_steps: int | None = option(
+        None, "wsd: steps of the decay; null: a tenth of the schedule", above=0, change="resume"
+    )
+    lr_floor: float = option(
+        0.0, "where a schedule ends, as a share of the learning rate", at_least=0, below=1, change="resume"
+    )
     beta1: float = option(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = option(0.999, "decay of the second moment", at_least=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", above=0)
@@ -244,7 +279,14 @@ class OptimizerConfig:
     clip_grad_norm: float = option(
         0.5, "global L2 norm at which gradients are clipped; 0 turns clipping off", at_least=0
     )
-    ema_decay: float = option(0.9999, "decay of the EMA", at_least=0, below=1)
+    ema_decay: float = option(0.9999, "decay of the EMA that is sampled and scored", at_least=0, below=1)
+    ema_more: tuple[float, ...] = option(
+        (), "decays of further EMAs, kept beside it: `promoe-export --ema DECAY`", at_least=0, below=1
+    )
+
+    def averages(self) -> dict[str, float]:
+        """Decay of each EMA by the name of its state; "ema" is the one that is sampled."""
+        return {"ema": self.ema_decay} | {f"ema_{decay}": decay for decay in self.ema_more}
 
 
 @dataclass(frozen=True, kw_only=True)

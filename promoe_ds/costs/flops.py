@@ -95,7 +95,8 @@ def _router(config: Config) -> Router:
     """One layer's router on `meta`, where sizes cost nothing."""
     assert config.moe is not None
     with torch.device("meta"):
-        return ROUTERS[config.moe.router.name](config.moe.router, config.moe.num_experts, config.model.width)
+        width = config.moe.router_width(config.model.width)
+        return ROUTERS[config.moe.router.name](config.moe.router, config.moe.num_experts, width)
 
 
 def count_parameters(config: Config) -> ParameterCount:
@@ -172,7 +173,11 @@ def _optimizer_states(config: Config, world: int, ep: int, stage: int) -> dict[s
     """fp32 states of one rank. ZeRO keeps a master copy even of fp32 weights; stage 0 steps the weights themselves."""
     held, share = _held_and_share(config, world, ep)
     elements = share if stage else held
-    return {"master_weights": 4 * elements if stage else 0.0, "adam_moments": 8 * elements, "ema": 4 * elements}
+    return {
+        "master_weights": 4 * elements if stage else 0.0,
+        "adam_moments": 8 * elements,
+        "ema": 4 * elements * len(config.optimizer.averages()),
+    }
 
 
 def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> float:
@@ -182,8 +187,9 @@ def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> 
     kept = D * (4 * wide + 8 * narrow)
     if not is_moe or config.moe is None:
         return kept + 2 * narrow * _dense_hidden(config)
-    F, K = expert_hidden(config), experts_per_token(config)
-    router = D * (4 if narrow == 4 else 8)  # normalised tokens, and their fp32 source where it is not kept anyway
+    F, K, R = expert_hidden(config), experts_per_token(config), config.moe.router_width(D)
+    router = R * (4 if narrow == 4 else 8)  # normalised tokens, and their fp32 source where it is not kept anyway
+    router += 0 if config.moe.router_input == "modulated" else R * wide
     rows = K * (2 * narrow * D + 2 * narrow * F)  # rows in, hidden before and after GELU, rows out
     return kept + router + rows + config.moe.num_shared * 2 * narrow * F
 

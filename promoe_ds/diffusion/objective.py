@@ -96,11 +96,22 @@ class RectifiedFlow(Objective):
         self.aux_loss_weights = {}
 
     def loss(self, forward: Forward, z_BCHW: Tensor, eps_BCHW: Tensor, gauss_B: Tensor) -> tuple[Any, Losses]:
-        c = self.config
-        sigma_B = flow.sigma_from_gauss(gauss_B, c.logit_mean, c.logit_std, c.shift)
+        sigma_B = self.levels(gauss_B)
         output = forward(flow.interpolate(z_BCHW, eps_BCHW, sigma_B), flow.TIME_SCALE * sigma_B)
         loss_B = flow.loss_per_image(output.prediction, flow.target(z_BCHW, eps_BCHW))
         return output, {"diffusion": loss_B.mean()}
+
+    def levels(self, gauss_B: Tensor) -> Tensor:
+        """The noise levels sigma [B] that are trained, 1 is noise, from the standard normal draws; dtype of these."""
+        c = self.config
+        if c.timesteps == "logit_normal":
+            return flow.sigma_from_gauss(gauss_B, c.logit_mean, c.logit_std, c.shift)
+        if c.timesteps == "uniform":
+            return flow.shift_sigma(flow.uniform_from_gauss(gauss_B), c.shift).to(gauss_B.dtype)
+        uniform_B, draw_B = flow.mixed_gauss(gauss_B, c.uniform_share)
+        uniform_sigma_B = flow.shift_sigma(flow.uniform_from_gauss(draw_B), c.shift)
+        logit_normal_B = flow.sigma_from_gauss(draw_B, c.logit_mean, c.logit_std, c.shift)
+        return torch.where(uniform_B, uniform_sigma_B, logit_normal_B).to(gauss_B.dtype)
 
     def noised(self, z_BCHW: Tensor, eps_BCHW: Tensor, time: float) -> tuple[Tensor, Tensor]:
         sigma_B = z_BCHW.new_full((len(z_BCHW),), time / flow.TIME_SCALE)

@@ -1,4 +1,4 @@
-"""Rectified flow with logit-normal timesteps (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206).
+"""Rectified flow (Liu et al. 2022, arXiv:2209.03003) and its noise levels (Esser et al. 2024, arXiv:2403.03206).
 
 Legend: B images, C channels, H W side. z is an image (or latent), eps is standard normal noise, sigma in [0, 1] is the
 share of noise: 0 is data, 1 is noise. The straight path x = (1 - sigma) z + sigma eps has velocity dx/dsigma = eps - z.
@@ -38,6 +38,29 @@ def sigma_from_gauss(gauss_B: torch.Tensor, mean: float = 0.0, std: float = 1.0,
         sigma [B] in [0, 1], dtype of `gauss_B`.
     """
     return shift_sigma(torch.sigmoid(mean + std * gauss_B), shift)
+
+
+def uniform_from_gauss(gauss_B: torch.Tensor) -> torch.Tensor:
+    """Phi(g), uniform in (0, 1): float64 [B] from the standard normal draws. As in `ddpm.timestep_from_gauss`."""
+    return torch.special.ndtr(gauss_B.double())
+
+
+def mixed_gauss(gauss_B: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One draw made into two independent ones: whether a level is uniform, and the draw for either kind.
+
+    Of u = Phi(g), what lies below `share` is spread over (0, 1) again, and so is the rest.
+
+    Args:
+        gauss_B: standard normal draws [B].
+        share: probability of True, in [0, 1).
+
+    Returns:
+        bool [B]; standard normal draws, float64 [B].
+    """
+    u_B = uniform_from_gauss(gauss_B)
+    uniform_B = u_B < share
+    spread_B = torch.where(uniform_B, u_B / max(share, 1e-300), (u_B - share) / (1 - share))
+    return uniform_B, torch.special.ndtri(spread_B)
 
 
 def _per_image(sigma_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

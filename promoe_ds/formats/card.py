@@ -55,10 +55,12 @@ def recipe_rows(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     if imported:
         return rows | {"training": f"not here: imported from `{imported}`, which does not say its data and recipe"}
     t, o = config.train, config.optimizer
+    decay = facts.get("ema_decay", o.ema_decay)
+    schedule = "" if o.schedule == "constant" else f" ({o.schedule})"
     rows["data"] = f"`{config.data.name}`"
     rows["training"] = (
-        f"AdamW lr {o.lr:g}, betas {o.beta1:g} {o.beta2:g}, weight decay {o.weight_decay:g}, "
-        f"global batch {t.global_batch_size}, label drop {d.label_drop:g}, EMA {o.ema_decay:g}, "
+        f"AdamW lr {o.lr:g}{schedule}, betas {o.beta1:g} {o.beta2:g}, weight decay {o.weight_decay:g}, "
+        f"global batch {t.global_batch_size}, label drop {d.label_drop:g}, EMA {decay:g}, "
         f"clip {o.clip_grad_norm:g}, {t.precision}, seed {t.seed}"
     )
     return rows | ({"started from": f"the weights `{t.init}`"} if t.init else {})

@@ -160,7 +160,8 @@ def describe(state: State, path: Path, family: str | None, convention: str, over
     read = dict(text.split("=", 1) for text in sizes)
     size = SIZES.get((int(read["model.depth"]), int(read["model.width"])), read["model.width"])
     chosen = [f"name=imported_{family}_{size}", *sizes, *_moe_overrides(state, family, path)]
-    chosen += [f"diffusion.name={how.objective}", f"model.time={how.time}", f"guidance.channels={how.guided}"]
+    chosen += [f"diffusion.name={how.objective}", f"diffusion.timesteps={how.timesteps}"]
+    chosen += [f"model.time={how.time}", f"guidance.channels={how.guided}"]
     return load_config(BASE, [*chosen, *overrides])
 
 

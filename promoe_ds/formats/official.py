@@ -50,14 +50,18 @@ class Convention:
     """-1: the velocity is data - noise"""
     guided: str
     """`guidance.channels` of the code that samples such checkpoints"""
+    timesteps: str
+    """`diffusion.timesteps` of the code that trains them; DDPM has one way"""
     who: str
 
 
 CONVENTIONS = {
-    "promoe": Convention("rectified_flow", "t", 1, "all", "ProMoE: t in 0..1000, v = noise - data"),
-    "sit": Convention("rectified_flow", "1-sigma", -1, "3", "SiT, DiffMoE: t from 0 (noise) to 1, v = data - noise"),
-    "repa": Convention("rectified_flow", "sigma", 1, "all", "REPA: t from 0 (data) to 1, v = noise - data"),
-    "ddpm": Convention("ddpm", "t", 1, "3", "DiT, DiffMoE-DDPM: t in 0..999, noise and variance range"),
+    "promoe": Convention("rectified_flow", "t", 1, "all", "logit_normal", "ProMoE: t in 0..1000, v = noise - data"),
+    "sit": Convention(
+        "rectified_flow", "1-sigma", -1, "3", "uniform", "SiT, DiffMoE: t from 0 (noise) to 1, v = data - noise"
+    ),
+    "repa": Convention("rectified_flow", "sigma", 1, "all", "uniform", "REPA: t from 0 (data) to 1, v = noise - data"),
+    "ddpm": Convention("ddpm", "t", 1, "3", "logit_normal", "DiT, DiffMoE-DDPM: t in 0..999, noise and variance range"),
 }
 
 
@@ -98,6 +102,12 @@ def why_not(config: Config) -> str | None:
     extra = (1, 1) if prototypes else (0, 0)
     if moe.router.name not in FAMILIES:
         return f"it has no router {moe.router.name}"
+    if moe.router_input != "modulated":
+        return f"its routers see modulated tokens, not moe.router_input={moe.router_input}"
+    usual = type(moe.router)()
+    for key in ("score", "renormalise", "bias_rate"):
+        if (value := getattr(moe.router, key, None)) != getattr(usual, key, None):
+            return f"its routers do not compute moe.router.{key}={value}"
     if (moe.num_shared, moe.num_unconditional if moe.conditional else 0) != extra:
         return f"moe.num_shared and moe.num_unconditional must be {extra[0]} and {extra[1]} there"
     return None

@@ -49,20 +49,32 @@ class Weights:
     source: Source
     origin: str
     """name of the checkpoint or file they come from"""
+    ema_decay: float | None = None
+    """of an EMA that is not the one that is sampled"""
     imported: str = ""
     """name of the published file they were imported from, also after they were exported again; empty if trained here"""
 
     def facts(self, dtype: str) -> dict[str, Any]:
         """What an exported folder says of them."""
         facts = {"weights": self.source, "dtype": dtype, "source": self.origin, "step": self.step}
+        facts |= {"ema_decay": self.ema_decay} if self.ema_decay is not None else {}
         return facts | ({"imported": self.imported} if self.imported else {})
 
 
-def model_weights(reader: Reader, source: Source) -> dict[str, Tensor]:
-    """The model's state dict. Raw weights are the fp32 masters; what is not trained is the same in both."""
+def model_weights(reader: Reader, source: Source, average: str = "ema") -> dict[str, Tensor]:
+    """The model's state dict. Raw weights are the fp32 masters; what is not trained is the same in all."""
     names = [key.removeprefix("ema/") for key in reader.where if key.startswith("ema/")]
     raw = {name for name in names if source == "raw" and f"{name}/fp32" in reader.where}
-    return {name: reader(name, "fp32" if name in raw else "ema") for name in names}
+    return {name: reader(name, "fp32" if name in raw else average) for name in names}
+
+
+def average_of(config: Config, decay: float | None, option: str) -> str:
+    """The state that is the EMA of this decay; None is the one that is sampled. Raises ConfigError, listing them."""
+    averages = {value: state for state, value in config.optimizer.averages().items()}
+    if decay is not None and decay not in averages:
+        kept = " and ".join(map(str, averages))
+        reject(option, decay, f"the run kept an EMA of decay {kept}", "choose one of these")
+    return "ema" if decay is None else averages[decay]
 
 
 def held(path: Path, option: str = "--model") -> tuple[Source, ...]:
@@ -74,24 +86,34 @@ def held(path: Path, option: str = "--model") -> tuple[Source, ...]:
         return ("raw",) if (opened.metadata() or {}).get("weights") == "raw" else ("ema",)
 
 
-def load(path: Path, source: Source = "ema", option: str = "--model") -> Weights:
+def load(path: Path, source: Source = "ema", option: str = "--model", decay: float | None = None) -> Weights:
     """Read the weights of a run folder (its newest checkpoint), a checkpoint, or a weights folder.
 
     Every byte of a checkpoint is verified first.
 
+    Args:
+        decay: which EMA of a checkpoint; None: the one that is sampled.
+
     Raises:
-        ConfigError: nothing there; damage; a weights folder that holds the other kind of weights.
+        ConfigError: nothing there; damage; a weights folder that holds the other kind of weights; a checkpoint without
+            an EMA of this decay.
     """
     file = find_weights(path, option)
     if file.name == EMA and (file.parent / MANIFEST).is_file():
         tree = checked(file.parent)
-        tensors = model_weights(Reader(file.parent), source)
-        return Weights(tensors, load_tree(tree["config"]), tree["step"], source, file.parent.name)
+        config = load_tree(tree["config"])
+        state = average_of(config, decay, "--ema")
+        tensors = model_weights(Reader(file.parent), source, state)
+        other = decay if state != "ema" else None
+        return Weights(tensors, config, tree["step"], source, file.parent.name, other)
+    if decay is not None:
+        reject("--ema", decay, f"{file} holds one kind of weights", "name a run or a checkpoint, or leave it out")
     tensors, config, step, held = read_weights(file, torch.device("cpu"))
     if held.get("weights", "ema") != source:
         reject("--weights", source, f"{file} holds {held['weights']} weights alone", "choose them, or another source")
     tensors, imported = {k: v.float() for k, v in tensors.items()}, held.get("imported", "")
-    return Weights(tensors, config, step, source, file.parent.name, imported)
+    other = float(held["ema_decay"]) if "ema_decay" in held else None
+    return Weights(tensors, config, step, source, file.parent.name, other, imported)
 
 
 def cast(weights: Weights, dtype: str) -> dict[str, Tensor]:
@@ -173,6 +195,7 @@ def write(
     """
     tensors, head = cast(weights, dtype), {"format": FORMAT, "config": dump(weights.config), "step": str(weights.step)}
     head |= {"weights": weights.source, "dtype": dtype} | ({"imported": weights.imported} if weights.imported else {})
+    head |= {"ema_decay": str(weights.ema_decay)} if weights.ema_decay is not None else {}
     with made(out, sum(t.nbytes for t in tensors.values()) * 101 // 100) as temporary:
         files = write_safetensors(temporary, Path(WEIGHTS).stem, tensors, head, limit)
         tree = {"format": FORMAT, "promoe_ds": __version__, **weights.facts(dtype), **encode(weights.config)}

@@ -81,7 +81,7 @@ def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "induct
         experts.backends = BACKENDS | {"grouped_mm": grouped}
 
     def forward(*args: Any) -> Any:
-        split: Split = args[-1]
+        split = next(x for x in args if isinstance(x, Split))
         return (compiled if split.num_conditional else traced)(*args)
 
     module.forward = forward if stacks else compiled

@@ -54,14 +54,27 @@ class DiTBlock(nn.Module):
         self.attn = Attention(m.width, m.heads, m.qk_norm)
         self.adaLN = Modulation(m.width, 6)
         self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
+        self.router_input = config.moe.router_input if config.moe else "modulated"
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, split: Split) -> tuple[Tensor, LayerStats | None]:
-        """-> (x_BSD, what its MoE layer tells)."""
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, time_BD: Tensor, split: Split) -> tuple[Tensor, LayerStats | None]:
+        """-> (x_BSD, what its MoE layer tells); c_BD is the conditioning, time_BD its part of the timestep."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
             return x_BSD + gate_B1D * self.mlp(h_BSD), None
-        out_BSD, stats = self.mlp(h_BSD, split)
+        out_BSD, stats = self.mlp(h_BSD, split, self.looked_at(x_BSD, time_BD))
         return x_BSD + gate_B1D * out_BSD, stats
+
+    def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor | None:
+        """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`.
+
+        A second norm, so that the usual path keeps nothing more for the backward pass.
+        """
+        if self.router_input == "modulated":
+            return None
+        plain_BSD = self.norm2(x_BSD)
+        if self.router_input == "plain":
+            return plain_BSD
+        return torch.cat([plain_BSD, time_BD[:, None].expand_as(plain_BSD).to(plain_BSD.dtype)], dim=-1)
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
@@ -114,10 +127,11 @@ class DiT(nn.Module):
         split = split_by_label(y_B, self.config.model.num_classes, x_BCHW.device, row_B)
         x_BCHW, t_B = x_BCHW.index_select(0, split.order_B), t_B.index_select(0, split.order_B)
         x_BSD = self.x_embedder(x_BCHW) + self.pos_embed
-        c_BD = self.t_embedder(t_B) + self.y_embedder(split.label_B)
+        time_BD = self.t_embedder(t_B)
+        c_BD = time_BD + self.y_embedder(split.label_B)
         layers: list[LayerStats] = []
         for block in self.blocks:
-            x_BSD, stats = checkpointed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, split)
+            x_BSD, stats = checkpointed(block, self.config.train.activation_checkpointing, x_BSD, c_BD, time_BD, split)
             if stats is not None:
                 layers.append(stats)
         out_BCHW = self.unpatchify(self.final_layer(x_BSD, c_BD)).index_select(0, split.restore_B)

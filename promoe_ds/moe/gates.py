@@ -40,6 +40,41 @@ class PerImageConfig(TopKConfig):
         check_quota(self, config, 1, "an image")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BiasedConfig(TopKConfig):
+    """Options of a router whose load may be balanced by biases."""
+
+    bias_rate: float = option(
+        0.0,
+        "balance without a loss (arXiv:2408.15664): after each step a bias per expert moves by this much against its "
+        "load; it is added to the scores where experts are chosen, not to the gate weights; 0: there is no bias",
+        at_least=0,
+    )
+
+
+class BiasedRouter(Router):
+    """Choice of experts by scores plus a bias that follows the load.
+
+    b_i += bias_rate * sign(mean load - load_i), by the edges of all ranks and micro-batches of a step: every rank
+    computes the same from the same sums. The bias is a buffer, saved with the EMA weights and not averaged.
+    """
+
+    def __init__(self, config: Any, num_experts: int, width: int):
+        super().__init__(config, num_experts, width)
+        self.bias: Tensor | None
+        self.register_buffer("bias", torch.empty(num_experts) if config.bias_rate else None)
+        self.wants_load = config.bias_rate > 0
+
+    def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
+        super().init_weights(generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def follow_load(self, load_E: Tensor) -> None:
+        assert self.bias is not None
+        self.bias.add_((load_E.mean() - load_E).sign(), alpha=self.config.bias_rate)
+
+
 class LinearGateRouter(Router):
     """Scores by a linear layer without bias and a softmax over the experts."""
 
@@ -50,10 +85,15 @@ class LinearGateRouter(Router):
     def init_weights(self, generator: Callable[[str], torch.Generator]) -> None:
         nn.init.normal_(self.gate, std=0.006, generator=generator("gate"))
 
-    def scores(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor) -> Tensor:
         """float32 [T, E] whatever the autocast: bf16 scores would tie and flip the choice."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
+            return at_least_fp32(x_TD) @ at_least_fp32(self.gate).T
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """The softmax of `logits`."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self.logits(x_TD).softmax(dim=-1)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -61,12 +101,19 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def top_experts(score_TE: Tensor, top_k: int) -> Routing:
-    """Token choice: each token goes to the K experts of highest score, which is the gate weight."""
+def top_experts(score_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> Routing:
+    """Token choice: each token goes to the K experts of highest score, which is the gate weight.
+
+    Args:
+        bias_E: added to the scores for the choice alone.
+    """
+    ranked_TE = score_TE if bias_E is None else score_TE.detach() + bias_E.to(score_TE.dtype)
     if top_k == 1:
-        weight_N, expert_N = score_TE.max(dim=-1)  # several times faster than topk on a CPU
+        weight_N, expert_N = ranked_TE.max(dim=-1)  # several times faster than topk on a CPU
     else:
-        weight_N, expert_N = (x_TK.view(-1) for x_TK in score_TE.topk(top_k, dim=-1))
+        weight_N, expert_N = (x_TK.view(-1) for x_TK in ranked_TE.topk(top_k, dim=-1))
+    if bias_E is not None:
+        weight_N = score_TE.gather(1, expert_N.view(-1, top_k)).view(-1)
     return Routing(cached_arange(len(score_TE), score_TE.device, top_k), expert_N, weight_N, top_k, {})
 
 

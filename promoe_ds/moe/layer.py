@@ -4,7 +4,8 @@
                               { sum_k E_k^U(x)     if x is unconditional
 
 Data flow for a batch whose first I images are conditional (`Split`):
-  1. split: x[:I] goes to the router, x[I:] (null label) to the unconditional experts; both are views
+  1. split: x[:I] goes to the router, x[I:] (null label) to the unconditional experts; both are views. The router may be
+     given another view of the same tokens, r[:I] (`moe.router_input`); the experts' input stays x
   2. router: an edge list for the tokens of x[:I]
   3. routed experts: dispatch, stacked experts, combine (`RoutedExperts`; expert parallelism replaces exactly this part)
      While rows travel, shared experts (dispatch) and unconditional ones (combine) are computed; so backwards too
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,18 +79,28 @@ class MoELayer(nn.Module):
         assert moe is not None, "a dense block has no MoE layer"
         hidden = int(moe.hidden_ratio * width)
         self.conditional = moe.conditional
-        self.router = ROUTERS[moe.router.name](moe.router, moe.num_experts, width)  # type: ignore[call-arg]
+        kind: Any = ROUTERS[moe.router.name]
+        self.router = kind(moe.router, moe.num_experts, moe.router_width(width))
         self.routed: nn.Module = RoutedExperts(moe.num_experts, width, hidden, moe.experts_backend)
         self.shared = nn.ModuleList(Mlp(width, hidden) for _ in range(moe.num_shared))
         unconditional = moe.num_unconditional if moe.conditional else 0
         self.unconditional = nn.ModuleList(Mlp(width, hidden) for _ in range(unconditional))
 
-    def forward(self, x_BSD: Tensor, split: Split) -> tuple[Tensor, LayerStats]:
-        """x_BSD [B, S, D], conditional images first -> (output [B, S, D] in x's dtype, stats)."""
+    def forward(self, x_BSD: Tensor, split: Split, r_BSR: Tensor | None = None) -> tuple[Tensor, LayerStats]:
+        """Images in the model's order, conditional ones first.
+
+        Args:
+            x_BSD: [B, S, D], what the experts compute from.
+            r_BSR: [B, S, R], what the router looks at, R = `moe.router_width`; None: x.
+
+        Returns:
+            Output [B, S, D] in x's dtype, stats.
+        """
         B, S, D = x_BSD.shape
         x_TD, images = x_BSD.reshape(-1, D), split.num_conditional if self.conditional else B
         known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
-        routing = self.router(known_TD, S, split)
+        seen_TR = known_TD if r_BSR is None else r_BSR[:images].flatten(0, 1)
+        routing = self.router(seen_TR, S, split)
         out_TD, offsets_E, shared, nulls = self.routed(
             known_TD, routing, lambda: _each(self.shared, x_TD), lambda: _each(self.unconditional, null_TD)
         )

@@ -118,6 +118,12 @@ def load_balance(score_LE: Tensor, tokens_per_expert_LE: Tensor, top_k: int) -> 
     return tokens_per_expert_LE.shape[1] * top_k * (tokens_per_expert_LE * score_LE).sum(1) / edges_L / edges_L
 
 
+def z_terms(logit_TE: Tensor) -> Tensor:
+    """What one layer gives to the router z-loss, the mean over tokens of (log sum_i exp z_i)^2 (ST-MoE,
+    arXiv:2202.08906, Eq. (5)), for `mean_over_scope`; [2]."""
+    return sum_and_number(logit_TE.logsumexp(dim=-1).square().sum(), len(logit_TE))
+
+
 def routing_contrastive_per_image(
     prototype_ED: Tensor, x_BSD: Tensor, token_N: Tensor, quota: int, temperature: float
 ) -> Tensor:

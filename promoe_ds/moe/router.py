@@ -57,6 +57,8 @@ class Router(nn.Module):
     Config: ClassVar[type[RouterConfig]] = RouterConfig
     one_graph: ClassVar[bool] = False
     """whether `forward` can be a compiled graph: it neither waits for the device nor keeps anything between calls"""
+    wants_load: bool = False
+    """whether `follow_load` is to be called"""
     all_reduce: Reducer = staticmethod(identity)
     """differentiable sum over the ranks; `parallel.parallelize` sets this and the next"""
     all_gather: Reducer = staticmethod(identity)
@@ -122,9 +124,18 @@ class Router(nn.Module):
                 counts every forward twice, so divide them by a number that they hold.
         """
 
+    def follow_load(self, load_E: Tensor) -> None:
+        """Change the buffers after an optimizer step, as `update` does, by the edges that each expert got.
+
+        Args:
+            load_E: float32 [E], over all ranks and micro-batches of the step; recomputation is not counted.
+        """
+
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Called on every rank after each optimizer step."""
+    def after_step(self, load_E: Tensor | None = None) -> None:
+        """Called on every rank after each optimizer step; `load_E` as of `follow_load`, where `wants_load` is set."""
+        if load_E is not None and self.wants_load:
+            self.follow_load(load_E)
         if self._sums is not None:  # a training forward was made since, on every rank
             self.update(self.all_reduce(self._sums))
             self._sums = None

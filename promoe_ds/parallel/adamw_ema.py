@@ -1,7 +1,7 @@
-"""AdamW whose state also holds an exponential moving average (EMA) of the weights it updates.
+"""AdamW whose state also holds exponential moving averages (EMA) of the weights it updates.
 
-Under ZeRO the optimizer sees the fp32 master weights, or this rank's partition of them: the EMA is then in fp32 and
-sharded or offloaded like the moments, without a second copy of the model anywhere.
+Under ZeRO the optimizer sees the fp32 master weights, or this rank's partition of them: the averages are then in fp32
+and sharded or offloaded like the moments, without a second copy of the model anywhere.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from promoe_ds.config.schema import OptimizerConfig
 
-STATES = ("exp_avg", "exp_avg_sq", "ema")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamWithEMA(torch.optim.AdamW):
-    """AdamW (arXiv:1711.05101) and, per step, ema <- decay * ema + (1 - decay) * weight, started at the weight."""
+    """AdamW (arXiv:1711.05101) and, per step, ema <- decay * ema + (1 - decay) * weight, started at the weight.
+
+    The states of a parameter are torch's, and those of `OptimizerConfig.averages`.
+    """
 
     def __init__(self, params: Any, config: OptimizerConfig):
         super().__init__(
@@ -29,7 +32,7 @@ class AdamWithEMA(torch.optim.AdamW):
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.ema_decay = config.ema_decay
+        self.averages = config.averages()
         self.refuse = False
         """let `step` change nothing"""
 
@@ -42,9 +45,9 @@ class AdamWithEMA(torch.optim.AdamW):
         first = {p: p.detach().clone() for p in live if "ema" not in self.state[p]}
         loss = super().step(closure)
         for p, start in first.items():
-            self.state[p]["ema"] = start
-        if live:
-            torch._foreach_lerp_([self.state[p]["ema"] for p in live], live, 1 - self.ema_decay)
+            self.state[p] |= {name: start.clone() if i else start for i, name in enumerate(self.averages)}
+        for name, decay in self.averages.items() if live else ():
+            torch._foreach_lerp_([self.state[p][name] for p in live], live, 1 - decay)
         return loss
 
     @torch.no_grad()
@@ -53,10 +56,12 @@ class AdamWithEMA(torch.optim.AdamW):
         fresh = [p for p in params if "ema" not in self.state[p]]
         self.allocate(fresh, 0)
         for p in fresh:
-            self.state[p]["ema"].copy_(p)
+            for name in self.averages:
+                self.state[p][name].copy_(p)
 
     def allocate(self, params: list[Tensor], step: int) -> None:
         """Make the state of `params` as after `step` updates, to be filled from a checkpoint."""
         for p in params:
-            self.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in STATES}
+            names = (*MOMENTS, *self.averages)
+            self.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
             self.state[p]["step"] = torch.tensor(float(step), device=p.device)

@@ -36,7 +36,7 @@ OWNERS = {
 
 _WHY = {
     "the optimizer lives in the section `optimizer` of the recipe": "optimizer",
-    "the learning rate is constant and lives in optimizer.lr": "scheduler",
+    "the learning rate lives in optimizer.lr and optimizer.schedule": "scheduler",
     "precision lives in train.precision (fp32, bf16_autocast, bf16)": "fp16 bfloat16 data_types",
     "gradients travel in the precision that train.precision implies": "communication_data_type",
     "it lives in train.activation_checkpointing": "activation_checkpointing",

@@ -86,17 +86,20 @@ class Engine:
             torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def step(self, norm: float | None) -> float:
+    def step(self, norm: float | None, lr: float) -> float:
         """Update after the last micro-batch; returns the global gradient norm before clipping.
 
         If the norm is not finite there is no update, on any rank: DeepSpeed refuses it at stages 1 to 3.
 
         Args:
             norm: what `clip` returned, read by the caller.
+            lr: the learning rate of this step.
         """
         if norm is not None and not math.isfinite(norm):
             self.drop()
             return norm
+        for group in self.adam.param_groups:
+            group["lr"] = lr
         self.engine.step()
         return norm if norm is not None else float(self.engine.get_global_grad_norm())
 
@@ -117,7 +120,7 @@ class Engine:
         return groups._get_expert_parallel_group(f"ep_size_{self.topology.ep}")
 
     def read(self, name: str, state: str) -> Tensor:
-        """The full tensor of a parameter's state ("fp32", "exp_avg", "exp_avg_sq", "ema"), fp32; collective.
+        """The full tensor of a parameter's state ("fp32", "exp_avg", "exp_avg_sq", "ema" ...), fp32; collective.
 
         Sharded experts are gathered over the expert-parallel group: first dimension E.
         """
@@ -134,6 +137,12 @@ class Engine:
         parts = [torch.empty_like(full) for _ in range(self.topology.ep)]
         dist.all_gather(parts, full.contiguous(), group=self._ep_group())
         return torch.cat(parts)
+
+    def mean_gradient(self, name: str) -> Tensor:
+        """Adam's first moment of a parameter without its bias, fp32: the mean of its clipped gradients over about
+        1 / (1 - beta1) steps, alike at every topology and ZeRO stage; after a step and `relink`; collective."""
+        steps = float(self.adam.state[self._partitions()[0]]["step"])
+        return self.read(name, "exp_avg") / (1 - self.config.optimizer.beta1**steps)
 
     def whole(self, x: Tensor) -> Tensor:
         """All values of a parameter or buffer that is not an expert's; collective at stage 3."""

@@ -7,6 +7,7 @@ a one-line `ConfigError`.
 from __future__ import annotations
 
 from promoe_ds.config.batching import divisors, listed
+from promoe_ds.config.schedule import validate_schedule
 from promoe_ds.config.schema import Channels, Config, ModelConfig, options, reject
 from promoe_ds.diffusion.objective import check_steps
 
@@ -96,15 +97,26 @@ def _validate_objective(config: Config) -> None:
     check_steps(config.diffusion, config.sample.steps, "sample.steps")
 
 
+def _validate_averages(config: Config) -> None:
+    """An average is known by its decay."""
+    decays = [config.optimizer.ema_decay, *config.optimizer.ema_more]
+    if twice := [decay for decay in decays if decays.count(decay) > 1]:
+        way_out = "leave it out: optimizer.ema_more are those beside optimizer.ema_decay"
+        reject("optimizer.ema_more", list(config.optimizer.ema_more), f"{twice[0]} is kept twice", way_out)
+
+
 def validate(config: Config) -> None:
     """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
     for path, known, value in options(config):
-        if isinstance(value, int | float) and not known.allows(value):
-            reject(path, value, f"must {known.range()}", "choose such a value")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not known.allows(number):
+                reject(path, number, f"must {known.range()}", "choose such a value")
     _validate_model(config)
     _validate_moe(config)
     _validate_speed(config)
     _validate_objective(config)
+    validate_schedule(config)
+    _validate_averages(config)
 
 
 def validate_data(config: Config) -> None:

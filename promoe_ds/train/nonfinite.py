@@ -28,6 +28,10 @@ class TrainingStopped(Exception):
     """The run cannot go on (not a user's mistake); raised on every rank alike; the message is one line."""
 
 
+class RankFailed(Exception):
+    """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What one rank saw in the repeated step."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from promoe_ds.checkpoint import layout, resume
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.save import Saver, ema_state_dict
 from promoe_ds.config.decode import dump
+from promoe_ds.config.schedule import learning_rate
 from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.costs import flops
 from promoe_ds.costs.comm_volume import KINDS, PARTS
@@ -41,8 +42,9 @@ from promoe_ds.parallel.meter import Meter
 from promoe_ds.parallel.topology import Topology, connect, sum_over_ranks
 from promoe_ds.train import nonfinite
 from promoe_ds.train.grids import GridFailed, keep_grid
+from promoe_ds.train.loss import total_loss
 from promoe_ds.train.metrics import ExpertWatch, MetricsLog, Throughput, expert_load, memory_gib
-from promoe_ds.train.nonfinite import TrainingStopped
+from promoe_ds.train.nonfinite import RankFailed, TrainingStopped
 from promoe_ds.train.profiling import StepProfiler
 from promoe_ds.utils import signals
 from promoe_ds.utils.command_line import DONE, STOPPED
@@ -52,10 +54,6 @@ from promoe_ds.utils.pictures import load_map
 
 class StoppedEarly(Exception):
     """A signal came before the first step; raised on every rank alike, after the marker is written."""
-
-
-class RankFailed(Exception):
-    """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
 
 
 def _finite(value: float) -> float | None:
@@ -103,8 +101,8 @@ class Trainer:
             resume.check_same_run(layout.manifest(checkpoint)["config"], config, checkpoint)
             resume.check_same_data(checkpoint, data)
         self.step = resume.check_history(run, checkpoint, config)
-        self.lr_before = resume.changed_lr(checkpoint, config)
-        self.renewed = self.step + 1 if self.lr_before else 0
+        self.lr_change = resume.changed_lr(checkpoint, config)
+        self.renewed = self.step + 1 if self.lr_change else 0
         return checkpoint, data
 
     def _connect(self) -> None:
@@ -223,7 +221,7 @@ class Trainer:
         totals[-1] = float(signals.requested() is not None)  # every rank learns of it with the losses of the step
         with self._part("optimizer"):
             clipped = self.engine.clip()
-        sums = sum_over_ranks(totals) / self.topology.world
+        sums, load_LE = self._summed(totals, tokens_per_expert_LE)
         if clipped is None:
             (*losses, stop), read = sums.tolist(), None
         else:  # stage 0: the norm comes with the losses, in the one host read of the step
@@ -236,18 +234,26 @@ class Trainer:
         norm = math.nan
         if all(map(math.isfinite, losses)):
             with self._part("optimizer"):
-                norm = self.engine.step(read)
+                norm = self.engine.step(read, learning_rate(self.config, self.step + 1))
         else:
             self.engine.drop()
         self.step += 1
         if math.isfinite(norm):
             self.skips_in_a_row = 0
-            for router in self.routers:
-                router.after_step()
+            for router, load_E in zip(self.routers, load_LE, strict=True):
+                router.after_step(load_E)
         else:
             record["skipped"] = self._not_finite(batches, mine[:-1].tolist(), norm)
         self.throughput.images += self.config.train.global_batch_size
         return record | {"grad_norm": norm}
+
+    def _summed(self, totals: Tensor, tokens_per_expert_LE: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """One collective -> means over ranks of the losses; the load of each router over the ranks, where one asks."""
+        if not any(router.wants_load for router in self.routers):
+            return sum_over_ranks(totals) / self.topology.world, [None] * len(self.routers)
+        load = tokens_per_expert_LE.flatten().to(totals.dtype)  # exact: fewer than 2^24 tokens
+        both = sum_over_ranks(torch.cat([totals, load]))
+        return both[: len(totals)] / self.topology.world, both[len(totals) :].view_as(tokens_per_expert_LE).unbind()
 
     def _accumulate(self, batches: list[Batch], logged: bool = False) -> tuple[Tensor, Tensor]:
         """Forwards and backwards of a step -> (this rank's mean losses and one place more, tokens per expert)."""
@@ -294,25 +300,11 @@ class Trainer:
         return text
 
     def _forward(self, batch: Batch) -> tuple[DiTOutput, list[Tensor]]:
-        """-> model output and [total loss, diffusion loss, auxiliary losses]; L = Eq. (1) + lambda * Eq. (6)."""
+        """-> model output and `total_loss`."""
         device = self.topology.device
         z, eps, gauss = (x.to(device, non_blocking=True) for x in (batch.x_BCHW, batch.noise_BCHW, batch.gauss_B))
         output, losses = self.objective.loss(lambda x, t: self.engine(x, t, batch.label_B, batch.rows), z, eps, gauss)
-        total, aux = losses["diffusion"], losses | {name: loss_L.sum() for name, loss_L in output.aux_losses.items()}
-        if extra := sorted(output.aux_losses.keys() - self.aux_loss_weights.keys()):
-            raise RankFailed(
-                f"the router's losses() return {extra[0]!r}: name it in aux_loss_weights, at 0 only to log it"
-            )
-        for name, weight in self.aux_loss_weights.items():
-            if name not in losses and (
-                name not in output.aux_losses or output.aux_losses[name].shape != output.tokens_per_expert_LE.shape[:1]
-            ):
-                raise RankFailed(
-                    f"the router's aux_loss_weights name a loss {name!r}: its losses() must return it, one value per "
-                    "MoE layer, and its forward the terms of it"
-                )
-            total = total + weight * aux[name]
-        return output, [total, losses["diffusion"], *(aux[name] for name in self.aux_loss_weights)]
+        return output, total_loss(losses, output, self.aux_loss_weights)
 
     def _part(self, name: str) -> AbstractContextManager[None]:
         return self.meter.part(name) if self.meter else nullcontext()
@@ -330,7 +322,8 @@ class Trainer:
         """Collective: sum the expert loads over ranks; rank 0 writes the record."""
         measured = self._measured()
         tokens_per_expert_LE = sum_over_ranks(record.pop("load").clone())
-        layers = self.experts.report(tokens_per_expert_LE, sum_over_ranks, self.engine.whole)
+        self.engine.relink()
+        layers = self.experts.report(tokens_per_expert_LE, sum_over_ranks, self.engine.whole, self.engine.mean_gradient)
         if self.log:
             rate = self.throughput.rate()
             ratio, dead = expert_load(tokens_per_expert_LE.cpu())
@@ -339,7 +332,7 @@ class Trainer:
             mfu = rate / self.topology.world * self.image_flops / peak if peak else None
             self.log.write({
                 "step": self.step, **{k: _finite(record[k]) for k in (*self.terms, "grad_norm")},
-                "lr": self.config.optimizer.lr,
+                "lr": learning_rate(self.config, self.step),
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
                 "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
             } | measured | ({"skipped": record["skipped"]} if record["skipped"] else {})
@@ -377,7 +370,7 @@ class Trainer:
         t, cfg = self.topology, self.config.train
         fresh = f"starting from {cfg.init}" if cfg.init else "starting"
         where = f"resuming at step {self.step}" if self.step else fresh
-        lr = f", optimizer.lr {self.config.optimizer.lr:g} instead of {self.lr_before:g}" if self.lr_before else ""
+        lr = ", optimizer.lr {1:g} instead of {0:g}".format(*self.lr_change) if self.lr_change else ""
         parameters = flops.count_parameters(self.config).total
         return (
             f"{self.config.name}: {where} of {cfg.steps}{lr}; {parameters / 1e6:.1f} M parameters, "

@@ -53,6 +53,8 @@ def test_observe_counts_every_edge(router: str) -> None:
     assert (o.count_LTCE == count).all() and (o.count_LSE == position).all() and (o.nobody_L == nobody).all()
     by_class = np.stack([o.count_LIE[:, o.label_I == c].sum(1) for c in range(10)], axis=1)
     assert (by_class == count.sum(1)).all() and o.count_LIE.shape[1] == 10
+    kept = (maps == maps[:, :, :1]).all(2)  # of the first images
+    assert (o.kept_LIS[:, :3] == kept).all() and 0 < o.kept_LIS.mean() < 1
     assert (o.map_LMTS == maps).all() and np.allclose(o.weight_L, weight, rtol=1e-4)
     assert o.token_LND.shape == (2, 50, 32) and o.class_N.shape == (50,) and o.images == 10
     assert o.pictures is not None and o.pictures.shape == (3, 8, 8, 1)

@@ -41,6 +41,8 @@ def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
     resume.check_same_run(saved, load_config("tiny", ["train.steps=99", "parallel.expert_parallel=4"]), found)
     with pytest.raises(ConfigError, match=r"optimizer.eps=0.5: .*was made with optimizer.eps=1e-08; set optimizer"):
         resume.check_same_run(saved, load_config("tiny", ["optimizer.eps=0.5"]), found)
+    with pytest.raises(ConfigError, match=r"ema_more=\(0.5,\): .*was made with optimizer.ema_more=\(\); set optimizer"):
+        resume.check_same_run(saved, load_config("tiny", ["optimizer.ema_more=[0.5]"]), found)
     with pytest.raises(ConfigError, match="moe=None: .* was made with moe=a section; name its recipe or"):
         resume.check_same_run(saved, load_config("tiny", ["moe=null"]), found)
 
@@ -49,10 +51,28 @@ def test_another_learning_rate_needs_a_step_to_make_with_it(tmp_path: Path) -> N
     save(tmp_path, 5)
     found, other = layout.folder(tmp_path, 5), ["optimizer.lr=0.5"]
     resume.check_same_run(layout.manifest(found)["config"], load_config("tiny", other), found)
-    assert resume.changed_lr(found, load_config("tiny", other)) == 0.001
+    assert resume.changed_lr(found, load_config("tiny", other)) == (0.001, 0.5)
     assert resume.changed_lr(found, CONFIG) is resume.changed_lr(None, load_config("tiny", other)) is None
     with pytest.raises(ConfigError, match=r"optimizer.lr=0.5: .*at the last step, .*; raise train.steps, or"):
         resume.changed_lr(found, load_config("tiny", [*other, "train.steps=5"]))
+
+
+def test_a_longer_run_must_not_change_the_rates_of_the_steps_before(tmp_path: Path) -> None:
+    """A schedule's end is told apart from the run's, or the run goes on within its stable phase."""
+    decay = ["optimizer.schedule=wsd", "optimizer.decay_steps=10"]
+    config = load_config("tiny", ["train.steps=30", *decay])
+    for step in (20, 25):
+        Saver(tmp_path, State(1), config, ALONE, {}, say=lambda text: None).save(step, {}, last=True)
+    stable, decaying = layout.candidates(tmp_path)
+    longer = load_config("tiny", ["train.steps=60", *decay])
+    assert resume.changed_lr(stable, longer) is resume.changed_lr(decaying, config) is None
+    message = r"train.steps=60: the 25 steps before were made for a wsd schedule of 30 steps; set optimizer.schedule_"
+    with pytest.raises(ConfigError, match=message + r"steps=30 to keep it, or 60 to change it from here on"):
+        resume.changed_lr(decaying, longer)
+    kept = load_config("tiny", ["train.steps=60", *decay, "optimizer.schedule_steps=30"])
+    moved = load_config("tiny", ["train.steps=60", *decay, "optimizer.schedule_steps=60"])
+    assert resume.changed_lr(decaying, kept) is None
+    assert resume.changed_lr(decaying, moved) == (pytest.approx(0.0005), 0.001)
 
 
 def test_what_is_advised_after_a_nan_may_change_on_resume() -> None:

@@ -50,7 +50,7 @@ EXPERT_SCALING = {4: 558.9, 6: 659.6, 8: 760.4, 10: 861.2, 12: 961.9, 14: 1062.7
 """experts of ProMoE-L, shared and unconditional included -> millions of parameters"""
 MIXES = """
 model.qk_norm=true model.learn_sigma=false moe=null moe.layers=all moe.conditional=false moe.num_shared=2
-moe.num_unconditional=3 moe.hidden_ratio=1.5 moe.num_experts=5
+moe.num_unconditional=3 moe.hidden_ratio=1.5 moe.num_experts=5 moe.router_input=plain+t
 """.split()
 
 

@@ -3,10 +3,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 
+from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.diffusion.objective import RectifiedFlow
 from promoe_ds.diffusion.rectified_flow import (
     euler,
     heun,
@@ -120,3 +124,65 @@ def test_callback_sees_every_step_and_the_start_is_kept(solver: Callable) -> Non
     assert [step for step, _ in seen] == [0, 1, 2]
     torch.testing.assert_close(seen[-1][1], end, rtol=0, atol=0)
     torch.testing.assert_close(start, torch.ones(2), rtol=0, atol=0)
+
+
+def levels(draws: int = 20_000, **options: Any) -> torch.Tensor:
+    """Noise levels in float64, of evenly spaced quantiles of the normal draw."""
+    probability = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    objective = RectifiedFlow(DiffusionConfig(**options), torch.device("cpu"))
+    return objective.levels(torch.special.ndtri(probability))
+
+
+def test_uniform_levels_are_uniform_and_keep_the_order_of_the_draws() -> None:
+    """Evenly spaced quantiles become evenly spaced levels; real draws pass a Kolmogorov-Smirnov test."""
+    sigma = levels(1000, timesteps="uniform")
+    torch.testing.assert_close(sigma, (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000, rtol=0, atol=1e-12)
+    shifted = levels(1000, timesteps="uniform", shift=3.0)
+    torch.testing.assert_close(shifted, shift_sigma(sigma, 3.0), rtol=0, atol=1e-12)
+    gauss = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+    drawn = RectifiedFlow(DiffusionConfig(timesteps="uniform"), torch.device("cpu")).levels(gauss)
+    assert drawn.dtype == torch.float32 and scipy.stats.kstest(drawn.double(), "uniform").pvalue > 0.01
+    logit_normal = torch.sigmoid(gauss).double()
+    assert scipy.stats.kstest(logit_normal, "uniform").pvalue < 1e-6, "the test tells them apart"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_a_mix_has_the_density_of_both(share: float) -> None:
+    """P(sigma <= s) = share * s + (1 - share) Phi((logit(s) - mean) / std)."""
+    sigma = levels(timesteps="mix", uniform_share=share, logit_mean=0.7, logit_std=0.8)
+    s = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    found = (sigma[None] <= s[:, None]).double().mean(1)
+    expected = share * s + (1 - share) * torch.special.ndtr((torch.logit(s) - 0.7) / 0.8)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_default_levels_are_unchanged_to_the_bit() -> None:
+    gauss = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    objective = RectifiedFlow(DiffusionConfig(logit_mean=0.3, shift=2.0), torch.device("cpu"))
+    assert torch.equal(objective.levels(gauss), sigma_from_gauss(gauss, 0.3, 1.0, 2.0))
+
+
+def test_a_positive_mean_is_more_noise_and_less_in_diffusers() -> None:
+    """Ours is the level itself; the training scripts of diffusers take entry 1000 u of a table that descends.
+
+    The same mean gives levels that are mirrored: ours at mean m are theirs at mean -m.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    table = FlowMatchEulerDiscreteScheduler().sigmas
+    assert table[0] == 1 and table[-1] < 0.002
+
+    def theirs(mean: float) -> float:
+        u = compute_density_for_timestep_sampling(
+            "logit_normal", 20_000, mean, 1.0, generator=torch.Generator().manual_seed(0)
+        )
+        return float(table[(u * 1000).long()].mean())
+
+    def ours(mean: float) -> float:
+        return float(levels(logit_mean=mean).mean())
+
+    assert ours(1.0) > 0.65 > 0.35 > theirs(1.0)
+    assert ours(1.0) == pytest.approx(theirs(-1.0), abs=0.01) and ours(0.0) == pytest.approx(0.5, abs=1e-9)
+    z, eps = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    assert interpolate(z, eps, torch.tensor([0.9])).mean() == pytest.approx(0.9), "0.9 is nine tenths of noise"

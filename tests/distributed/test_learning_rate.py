@@ -1,4 +1,4 @@
-"""Another learning rate on resume, through the real trainer on two processes."""
+"""Learning rates through the real trainer: another one on resume, and a schedule that goes on at another topology."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from promoe_ds.checkpoint import layout
+from promoe_ds.config.schedule import learning_rate
+from promoe_ds.recipes.load import load_config
 from tests.launch import run, torchrun
 
 OTHER = "optimizer.lr=0.003"
@@ -57,3 +60,35 @@ def test_another_learning_rate_on_resume(tmp_path: Path) -> None:
     assert done.stdout.count("resuming at step 7 of 9, optimizer.lr 0.001 instead of 0.003; ") == 1
     assert layout.manifest(layout.folder(tmp_path / "other2", 9))["config"]["optimizer"]["lr"] == 0.001
     assert done.stdout.count("  no sample grid: ") == 3 and done.stdout.count("  sample grid: ") == len(work) - 3
+
+
+SCHEDULE = ("optimizer.schedule=cosine", "optimizer.warmup_steps=3", "optimizer.schedule_steps=10",
+            "optimizer.lr_floor=0.1")  # fmt: skip
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+def test_a_schedule_goes_on_at_another_topology(tmp_path: Path) -> None:
+    """Stopped at the top of a cosine, and on at other world sizes, ep and ZeRO stages, past the schedule's end.
+
+    A rate that was taken from the wrong step would change the loss of the next step by 1e-3 and more.
+    """
+    often = ("train.log_every=1", "train.checkpoint_every=5", *SCHEDULE)
+    first = [("whole", "zero2", "train.steps=12", *often), ("first", "zero2", "train.steps=5", *often)]
+    run(torchrun(2, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(first)))
+    after = {"alone": (1, 1, 0), "two": (2, 1, 1), "four": (4, 4, 3)}
+    for name, (world, ep, stage) in after.items():
+        target = layout.folder(tmp_path / name, 5)
+        target.parent.mkdir(parents=True)
+        os.symlink(layout.folder(tmp_path / "first", 5), target)
+        work = [(name, f"zero{stage}", "train.steps=12", f"parallel.expert_parallel={ep}", *often)]
+        run(torchrun(world, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(work)))
+        whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / name)
+        assert list(resumed) == list(range(6, 13))
+        assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-5)
+        assert rates(tmp_path / name) == rates(tmp_path / "whole")[5:]
+    config = load_config("tiny", ["train.steps=12", *SCHEDULE])
+    assert rates(tmp_path / "whole") == [(step, learning_rate(config, step)) for step in range(1, 13)]
+    assert len({rate for _, rate in rates(tmp_path / "whole")}) == 10  # step 3 and 4 are at the peak, 11 and 12 at 0.1

@@ -23,8 +23,12 @@ assert ROUTERS["hash"] is example_router.HashRouter, "the worker registers CONTR
 CASES = {name: (f"moe.router.name={name}",) for name in sorted(ROUTERS)}
 CASES["classification"] += ("moe.router.superclasses=digits", "moe.num_experts=4")
 CASES["promoe top-2, balanced"] = ("moe.router.top_k=2", "moe.router.balance_weight=0.1")
+CASES["biased"] = (
+    "moe.router={name: token_choice, score: sigmoid, top_k: 2, renormalise: true, bias_rate: 0.01, z_weight: 0.01}",
+)
+CASES["promoe with the timestep"] = ("moe.router_input=plain+t",)
 """overrides of each router"""
-RESUMED = ("diffmoe", "kmeans")
+RESUMED = ("biased", "diffmoe", "kmeans")
 """routers with buffers"""
 FEW = ("train.global_batch_size=8", "diffusion.label_drop=0.6")
 """two images a rank, more often null than not: in most steps a rank has nothing to route"""
@@ -98,7 +102,7 @@ def test_recomputation_under_zero_3_changes_nothing(folder: Path, router: str) -
 def test_buffers_are_fp32_in_a_bf16_model(folder: Path, router: str) -> None:
     (log, ema), (log0, _) = read(folder / f"{router} bf16"), read(folder / f"{router} alone")
     assert log[-1]["loss"] == pytest.approx(log0[-1]["loss"], rel=0.06)
-    name = {"diffmoe": "threshold", "kmeans": "centroids"}[router]
+    name = {"biased": "bias", "diffmoe": "threshold", "kmeans": "centroids"}[router]
     values = ema[f"blocks.0.mlp.router.{name}"]
     assert not torch.equal(values, values.bfloat16().float())
 
@@ -108,11 +112,11 @@ def test_buffers_are_saved_and_resumed_bit_exact(folder: Path, router: str) -> N
     (log, ema), (log0, ema0) = read(folder / f"{router} resumed"), read(folder / f"{router} 2")
     assert [record["loss"] for record in log] == [record["loss"] for record in log0]
     assert all(torch.equal(ema[name], ema0[name]) for name in ema0)
-    buffers = {"diffmoe": ("threshold", "updates"), "kmeans": ("centroids", "placed")}[router]
+    buffers = {"biased": ("bias",), "diffmoe": ("threshold", "updates"), "kmeans": ("centroids", "placed")}[router]
     for name in buffers:
         values = ema[f"blocks.0.mlp.router.{name}"]
         assert values.dtype == torch.float32 and values.isfinite().all() and values.abs().sum() > 0
     if router == "diffmoe":
         assert ema["blocks.0.mlp.router.updates"] == STEPS
-    else:
+    elif router == "kmeans":
         assert (ema["blocks.0.mlp.router.placed"] == 1).all()

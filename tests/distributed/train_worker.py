@@ -77,6 +77,13 @@ def train_badly(folder: Path, what: str, ds: str, *overrides: str) -> None:
     trainer.close()
 
 
+def same_buffers(trainer: Trainer) -> None:
+    """What routers learn without gradients is equal on every rank, to the bit."""
+    mine = {name: buffer.cpu() for name, buffer in trainer.model.named_buffers()}
+    for theirs in trainer.topology.gather(mine):
+        assert all(torch.equal(buffer, theirs[name]) for name, buffer in mine.items())
+
+
 def main() -> None:
     folder, work = Path(sys.argv[1]), sys.argv[2]
     if work == "bad":
@@ -89,6 +96,7 @@ def main() -> None:
         for name, ds, *overrides in json.loads(work):
             trainer = make(folder / name, ds, *overrides)
             assert trainer.run() == 0
+            same_buffers(trainer)
             trainer.close()
     topology.disconnect()
     topology.leave(0)

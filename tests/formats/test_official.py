@@ -17,7 +17,7 @@ from launchers import export, import_weights
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.formats.importing import describe, import_checkpoint
-from promoe_ds.formats.official import to_official
+from promoe_ds.formats.official import check_layout, to_official
 from promoe_ds.formats.weights import load, write
 from promoe_ds.models.init import build
 from promoe_ds.moe.experts import StackedExperts
@@ -89,6 +89,7 @@ def test_conventions_of_time_and_sign(convention: str, their_time: Any, sign: in
     c = made.config
     assert c.diffusion.name == ("ddpm" if convention == "ddpm" else "rectified_flow")
     assert c.guidance.channels == ("all" if convention == "repa" else 3)
+    assert c.diffusion.timesteps == ("logit_normal" if convention == "ddpm" else "uniform"), "as that code trains"
     write(made, tmp_path / "model")
     x = torch.randn(1, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     t = 250.0
@@ -193,6 +194,22 @@ def test_the_published_number_of_keys(recipe: str, keys: int) -> None:
     layout = to_official(dict(build(config).state_dict()), config)
     assert len(layout) == keys
     assert layout["blocks.1.mlp.experts.12.up_proj.weight"].shape == (2 * config.model.width, config.model.width)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["moe.router.name=kmeans"], "it has no router kmeans"),
+        (["moe.num_shared=2"], "moe.num_shared and moe.num_unconditional must be 1 and 1 there"),
+        (["moe.router.bias_rate=0.01"], "its routers do not compute moe.router.bias_rate=0.01"),
+        (["moe.router={name: token_choice, score: sigmoid}"], "its routers do not compute moe.router.score=sigmoid"),
+        (["moe.router_input=plain"], "its routers see modulated tokens, not moe.router_input=plain"),
+    ],
+)
+def test_models_that_the_official_code_has_not(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_layout(load_config("tiny", overrides))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

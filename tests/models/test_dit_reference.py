@@ -47,10 +47,14 @@ def norm(x: Tensor) -> Tensor:
     return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
 
 
-def condition(s: State, t: float, label: int) -> Tensor:
+def timestep(s: State, t: float) -> Tensor:
     angle = [t * 1e4 ** (-i / 128) for i in range(128)]
     wave = torch.tensor([math.cos(a) for a in angle] + [math.sin(a) for a in angle], dtype=torch.float64)
-    return linear(s, "t_embedder.mlp.2", silu(linear(s, "t_embedder.mlp.0", wave))) + s["y_embedder.weight"][label]
+    return linear(s, "t_embedder.mlp.2", silu(linear(s, "t_embedder.mlp.0", wave)))
+
+
+def condition(s: State, t: float, label: int) -> Tensor:
+    return timestep(s, t) + s["y_embedder.weight"][label]
 
 
 def attention(s: State, name: str, x_SD: Tensor, heads: int) -> Tensor:
@@ -67,13 +71,13 @@ def mlp(s: State, name: str, x: Tensor) -> Tensor:
     return linear(s, f"{name}.fc2", gelu(linear(s, f"{name}.fc1", x)))
 
 
-def moe(s: State, name: str, x_SD: Tensor, label: int, hidden: int) -> Tensor:
+def moe(s: State, name: str, x_SD: Tensor, seen_SD: Tensor, label: int, hidden: int) -> Tensor:
     out = mlp(s, f"{name}.shared.0", x_SD)
     if label == NULL:
         return out + mlp(s, f"{name}.unconditional.0", x_SD)
     p, e = s[f"{name}.router.prototypes"], f"{name}.routed.experts"
-    for i, x in enumerate(x_SD):
-        cosine = p @ x / (p.norm(dim=-1) * x.norm())
+    for i, (x, seen) in enumerate(zip(x_SD, seen_SD, strict=True)):
+        cosine = p @ seen / (p.norm(dim=-1) * seen.norm())
         j = int(cosine.argmax())
         b1, b2 = s[f"{e}.w3"][j, 0, :hidden], s[f"{e}.w3"][j, 0, hidden:]
         out[i] += cosine[j] * (s[f"{e}.w2"][j] @ gelu(s[f"{e}.w1"][j] @ x + b1) + b2)
@@ -95,8 +99,14 @@ def plain_dit(model: DiT, x_CHW: Tensor, t: float, label: int) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(s, f"{b}.adaLN.linear", silu(c)).split(m.width)
         x = x + gate_a * attention(s, f"{b}.attn", norm(x) * (1 + scale_a) + shift_a, m.heads)
         h = norm(x) * (1 + scale_m) + shift_m
-        is_moe = i in model.config.moe_layers()
-        x = x + gate_m * (moe(s, f"{b}.mlp", h, label, 2 * m.width) if is_moe else mlp(s, f"{b}.mlp", h))
+        if i in model.config.moe_layers():
+            assert model.config.moe is not None
+            seen = {"modulated": h, "plain": norm(x)}.get(model.config.moe.router_input)
+            if seen is None:
+                seen = torch.stack([torch.cat([token, timestep(s, t)]) for token in norm(x)])
+            x = x + gate_m * moe(s, f"{b}.mlp", h, seen, label, 2 * m.width)
+        else:
+            x = x + gate_m * mlp(s, f"{b}.mlp", h)
     shift, scale = linear(s, "final_layer.adaLN.linear", silu(c)).split(m.width)
     out = linear(s, "final_layer.linear", norm(x) * (1 + scale) + shift)
     image = torch.empty(m.out_channels, m.image_size, m.image_size, dtype=torch.float64)
@@ -109,7 +119,16 @@ def plain_dit(model: DiT, x_CHW: Tensor, t: float, label: int) -> Tensor:
     return image
 
 
-@pytest.mark.parametrize("overrides", [(), ("moe=null",), ("model.learn_sigma=true", "model.channels=3")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("moe=null",),
+        ("model.learn_sigma=true", "model.channels=3"),
+        ("moe.router_input=plain",),
+        ("moe.router_input=plain+t",),
+    ],
+)
 def test_forward_equals_the_plain_transformer(overrides: tuple[str, ...]) -> None:
     model = random_model(*overrides)
     m = model.config.model

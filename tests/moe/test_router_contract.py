@@ -21,12 +21,19 @@ from tests.moe import example_router
 from tests.moe.test_layer import MIXES, Operations, losses_of, split_of
 
 D, S, E, NULL = 16, 16, 4, 10
-NAMES = sorted(ROUTERS)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "token_choice with all": {"score": "sigmoid", "top_k": 2, "renormalise": True, "bias_rate": 0.01, "z_weight": 0.1},
+    "promoe with a bias": {"bias_rate": 0.01},
+}
+"""options beside the router's name"""
+NAMES = [*sorted(ROUTERS), *VARIANTS]
 assert ROUTERS["hash"] is example_router.HashRouter, "the example of CONTRIBUTING is tested like the rest"
 SIZES = {
     "promoe": (E * D, E * D),
     "promoe_ec": (E * D, E * D),
     "token_choice": (E * D, E * D),
+    "token_choice with all": (E * D, E * D),
+    "promoe with a bias": (E * D, E * D),
     "expert_choice": (E * D, E * D),
     "diffmoe": (2 * E * D + E + D * D + D, 2 * E * D + D * D),  # no multiplication by a bias
     "kmeans": (0, E * D),
@@ -35,12 +42,12 @@ SIZES = {
     "hash": (0, 0),
 }
 """parameters, and multiply-adds a token"""
-EXTRA: dict[str, dict[str, Any]] = {"classification": {"superclasses": "digits"}}
+EXTRA = VARIANTS | {"classification": {"superclasses": "digits"}}
 
 
 def make_config(name: str, **moe: object) -> Config:
     model = {"width": D, "heads": 4, "num_classes": NULL, "image_size": 8, "patch": 2}
-    router = {"name": name, **EXTRA.get(name, {})}
+    router = {"name": name.split()[0], **EXTRA.get(name, {})}
     return load_tree({"model": model, "moe": {"num_experts": E, "experts_backend": "loop", "router": router, **moe}})
 
 
@@ -69,7 +76,7 @@ def step(layer: MoELayer, labels: list[int], seed: int = 1) -> tuple[Tensor, dic
     out, (terms, offsets_E, _) = layer(x[split.order_B], split)
     aux, count_E = losses_of(layer, terms, offsets_E), tokens_per_expert(offsets_E)
     (out.square().sum() + sum(aux.values())).backward()
-    router_of(layer).after_step()
+    router_of(layer).after_step(count_E.float())
     return out[split.restore_B].detach(), aux, count_E
 
 
@@ -225,7 +232,7 @@ def test_losses_of_several_layers_are_those_of_each(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_and_names(name: str) -> None:
-    config, layer, kind = make_config(name), make_layer(name), ROUTERS[name]
+    config, layer, kind = make_config(name), make_layer(name), ROUTERS[name.split()[0]]
     assert config.moe is not None
     found = sum(p.numel() for p in layer.router.parameters()), router_of(layer).macs_per_token()
     parameters, macs = SIZES.get(name, found)
@@ -234,6 +241,6 @@ def test_sizes_and_names(name: str) -> None:
         and flops.count_parameters(config).by_part["router"] == len(config.moe_layers()) * parameters
     )
     assert flops._router(config).macs_per_token() == macs
-    assert kind.Config is type(config.moe.router) and kind.Config().name == name
+    assert kind.Config is type(config.moe.router) and kind.Config().name == name.split()[0]
     assert all(b.is_floating_point() for b in layer.router.buffers())
     assert inspect.getdoc(kind.forward)

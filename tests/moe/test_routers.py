@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.config.schema import ConfigError
 from promoe_ds.moe.router import Router, Routing, aux_losses_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.routers.diffmoe import choose_here, choose_in_pool
 from promoe_ds.moe.split import Split, split_by_label
+from promoe_ds.recipes.load import load_config
 
 D, S, E, NULL = 8, 12, 4, 10
 LABELS = [3, 1, 9, 3, 0]
@@ -126,6 +128,64 @@ def test_the_load_balance_loss_follows_the_scope_and_costs_nothing_at_0(scope: s
     assert kind.aux_loss_weights(kind.Config()) == {"routing_contrastive": 1.0}
     both = kind.aux_loss_weights(kind.Config(balance_weight=0.5))  # type: ignore[call-arg]
     assert both == {"routing_contrastive": 1.0, "load_balance": 0.5}
+
+
+@pytest.mark.parametrize(("score", "top_k", "renormalise"), [("sigmoid", 1, False), ("sigmoid", 2, True),
+                                                             ("softmax", 3, True)])  # fmt: skip
+def test_token_choice_of_today(score: str, top_k: int, renormalise: bool) -> None:
+    """Sigmoid scores, renormalised weights, the z-loss, and a bias that counts in the choice and nowhere else."""
+    router: Any = make("token_choice", score=score, top_k=top_k, renormalise=renormalise, z_weight=0.1, bias_rate=0.5)
+    bias = [0.3, -0.4, 0.0, 0.2]
+    router.bias.copy_(torch.tensor(bias))
+    x, gate = tokens(), router.gate
+    expected, share, mean, z_loss, x_TD = {}, [0.0] * E, [torch.zeros(()).double()] * E, 0.0, x.reshape(-1, D)
+    for t, token in enumerate(x_TD):
+        z = [token @ gate[i] for i in range(E)]
+        partition = sum(torch.exp(v) for v in z)
+        s = [torch.exp(v) / partition if score == "softmax" else 1 / (1 + torch.exp(-v)) for v in z]
+        chosen = sorted(range(E), key=lambda i: -(s[i].item() + bias[i]))[:top_k]  # noqa: B023
+        for i in chosen:
+            expected[t, i] = s[i] / sum(s[j] for j in chosen) if renormalise else s[i]
+            share[i] += 1 / (len(x_TD) * top_k)
+        mean = [m + v / sum(s) / len(x_TD) for m, v in zip(mean, s, strict=True)]
+        z_loss = z_loss + torch.log(partition) ** 2 / len(x_TD)
+    routing = route(router, x, split_of())
+    check(routing, expected)  # type: ignore[arg-type]
+    aux = losses_of(router, routing)
+    balance = E * sum(f * P for f, P in zip(share, mean, strict=True))
+    torch.testing.assert_close(aux, {"load_balance": balance, "z": z_loss})
+    probe = torch.linspace(-1, 1, len(routing.weight_N), dtype=torch.float64)
+    edge = [expected[pair] for pair in zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True)]
+    ours = (routing.weight_N * probe).sum() + aux["load_balance"] + 0.3 * aux["z"]
+    same_gradients(ours, (torch.stack(edge) * probe).sum() + balance + 0.3 * z_loss, [x, gate])
+    kind = type(router)
+    assert kind.aux_loss_weights(router.config) == {"load_balance": 0.01, "z": 0.1}
+
+
+@pytest.mark.parametrize("name", ["token_choice", "promoe"])
+def test_biases_follow_the_load(name: str) -> None:
+    """b_i += rate * sign(mean - load_i), from 0; a bias of 0 chooses as none does; loads even out."""
+    router: Any = make(name, bias_rate=0.01)
+    plain, x = route(make(name), tokens(), split_of()), tokens()
+    routing = route(router, x, split_of())
+    assert torch.equal(routing.expert_N, plain.expert_N) and torch.equal(routing.weight_N, plain.weight_N)
+    router.after_step(torch.tensor([7.0, 1.0, 4.0, 4.0]))
+    assert router.bias.tolist() == pytest.approx([-0.01, 0.01, 0.0, 0.0], abs=1e-12)
+    router.after_step(torch.tensor([7.0, 1.0, 3.0, 5.0]))
+    assert router.bias.tolist() == pytest.approx([-0.02, 0.02, 0.01, -0.01], abs=1e-12)
+    router.after_step(None)
+    assert router.bias.tolist() == pytest.approx([-0.02, 0.02, 0.01, -0.01], abs=1e-12)
+    router, skewed, loads = make(name, bias_rate=0.002), x.detach() + 0.5, []
+    for _ in range(400):
+        loads.append(torch.bincount(route(router, skewed, split_of()).expert_N, minlength=E).double())
+        router.after_step(loads[-1])
+    assert loads[0].std() > 6 and loads[-1].std() < 3
+    assert not make(name).wants_load and dict(make(name).named_buffers()) == {}
+
+
+def test_a_weight_that_is_always_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"moe.router.renormalise=true: with moe.router.top_k=1 every gate weight"):
+        load_config("digits_tc", ["moe.router.renormalise=true", "moe.router.top_k=1"])
 
 
 def test_perfect_balance_costs_one() -> None:

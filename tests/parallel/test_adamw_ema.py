@@ -39,3 +39,26 @@ def test_allocated_state_continues_exactly() -> None:
         parameter.grad = torch.tensor([0.3, 0.1, -1.0])
         optimizer.step()
     assert torch.equal(p, q) and torch.equal(one.state[p]["ema"], two.state[q]["ema"])
+
+
+def test_several_averages_are_those_of_separate_runs() -> None:
+    """Also after a start without an update, and from allocated state."""
+    decays = (0.8, 0.5, 0.0)
+    config = OptimizerConfig(lr=0.1, ema_decay=decays[0], ema_more=decays[1:])
+    assert list(config.averages()) == ["ema", "ema_0.5", "ema_0.0"]
+    together = torch.nn.Parameter(torch.ones(3))
+    several = AdamWithEMA([together], config)
+    alone = [torch.nn.Parameter(torch.ones(3)) for _ in decays]
+    single = [
+        AdamWithEMA([p], OptimizerConfig(lr=0.1, ema_decay=decay)) for p, decay in zip(alone, decays, strict=True)
+    ]
+    several.start([together])
+    assert all(torch.equal(several.state[together][name], torch.ones(3)) for name in config.averages())
+    for i in range(4):
+        for p, adam in zip((together, *alone), (several, *single), strict=True):
+            p.grad = torch.tensor([1.0, -2.0, float(i)])
+            adam.step()
+    for name, p, adam in zip(config.averages(), alone, single, strict=True):
+        assert torch.equal(several.state[together][name], adam.state[p]["ema"]) and torch.equal(together, p)
+    several.allocate([together], 4)
+    assert set(several.state[together]) == {"step", "exp_avg", "exp_avg_sq", "ema", "ema_0.5", "ema_0.0"}

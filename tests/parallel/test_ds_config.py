@@ -136,7 +136,7 @@ def test_deepspeed_reads_the_result(path: Path) -> None:
         ({"steps_per_print": 10}, "the trainer does this itself (train.log_every)"),
         ({"zero_allow_untested_optimizer": 1}, "contradicts true"),
         ({"optimizer": {"type": "Adam"}}, "the optimizer lives in the section `optimizer`"),
-        ({"scheduler": {}}, "lives in optimizer.lr"),
+        ({"scheduler": {}}, "lives in optimizer.lr and optimizer.schedule"),
         ({"fp16": {"enabled": True}}, "precision lives in train.precision"),
         ({"expert_parallel": {"enabled": True}}, "experts are sharded by parallel.expert_parallel"),
         ({"tensor_parallel": {}}, "there is no tensor parallelism"),

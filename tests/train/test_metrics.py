@@ -102,7 +102,12 @@ def test_report_is_what_the_routers_did() -> None:
             outputs.append(model(x_BCHW, t_B, label_B))
             watch.see(outputs[-1])
     load = [output.tokens_per_expert_LE for output in outputs]
-    layers = watch.report(load[0] + load[1], lambda x: 2 * x)  # as if a second rank had the same
+    asked: list[str] = []
+    gradient = lambda name: asked.append(name) or torch.full((2, 2), float(len(asked)))  # noqa: E731
+    # as if a second rank had the same
+    layers = watch.report(load[0] + load[1], lambda x: 2 * x, gradient=gradient)
+    assert asked == ["blocks.1.mlp.router.prototypes", "blocks.3.mlp.router.prototypes"]
+    assert layers["router_grad_norm"] == [2.0, 4.0]
     assert layers["block"] == [1, 3] and len(seen) == 4
     for row, block in enumerate(layers["block"]):
         weight_N = torch.cat([routing.weight_N.detach() for b, routing in seen if b == block]).double()

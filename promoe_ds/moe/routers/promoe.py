@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import option
 from promoe_ds.moe.cosine import cosine, length
-from promoe_ds.moe.gates import TopKConfig, at_least_fp32, top_experts
+from promoe_ds.moe.gates import BiasedConfig, BiasedRouter, TopKConfig, at_least_fp32, top_experts
 from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
 from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
 from promoe_ds.moe.split import Split
@@ -57,7 +57,7 @@ class PrototypicalRouter(Router):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProMoEConfig(PrototypicalConfig):
+class ProMoEConfig(BiasedConfig, PrototypicalConfig):
     activation: Literal["identity", "sigmoid", "softmax"] = option(
         "identity", "A in S = A(Z), Eq. (2); the paper prefers identity (Tab. 7)"
     )
@@ -72,7 +72,7 @@ class ProMoEConfig(PrototypicalConfig):
 
 
 @register_router("promoe")
-class ProMoERouter(PrototypicalRouter):
+class ProMoERouter(BiasedRouter, PrototypicalRouter):
     Config = ProMoEConfig
     one_graph = True
 
@@ -84,7 +84,7 @@ class ProMoERouter(PrototypicalRouter):
             unit_DE = (prototype_ED / length(prototype_ED)).T
             z_TE = cosine(x_TD, unit_DE)  # Eq. (4)
             score_TE = ACTIVATIONS[cfg.activation](z_TE if cfg.alpha == 1 else cfg.alpha * z_TE)  # Eq. (2)
-            routing = top_experts(score_TE, cfg.top_k)  # Eq. (3)
+            routing = top_experts(score_TE, cfg.top_k, self.bias)  # Eq. (3)
             terms = {}
             if self.training:
                 terms = {"unit": unit_DE, "sum": centroid_sums(x_TD, routing.expert_N, self.num_experts, cfg.top_k)}

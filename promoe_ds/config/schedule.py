@@ -1,0 +1,58 @@
+"""The learning rate of a step: a pure function of the configuration and the step.
+
+Nothing is kept between steps, so a run that is resumed, at whatever topology, has the rates of one that never stopped.
+The values are those of torch's schedulers, whose own state a checkpoint would have to carry: `CosineAnnealingLR` and
+`LinearLR`, after a `LinearLR` warm-up (tests/config/test_schedule.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+from promoe_ds.config.schema import Config, reject
+
+
+def end_of(config: Config) -> int:
+    """The step at which the schedule reaches its floor."""
+    return config.optimizer.schedule_steps or config.train.steps
+
+
+def decay_start(config: Config) -> int:
+    """Steps before the learning rate begins to fall."""
+    o, end = config.optimizer, end_of(config)
+    if o.schedule == "wsd":
+        return end - (o.decay_steps or math.ceil(end / 10))
+    return o.warmup_steps
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of an optimizer step; the first step is 1.
+
+    With k = step - 1, w the warm-up, d the `decay_start`, T the `end_of` the schedule and f the floor:
+
+        k < w     lr (k + 1) / w
+        k < d     lr
+        else      lr (f + (1 - f) g(p)),  p = min(1, (k - d) / (T - d)),  g = 1 - p, or (1 + cos pi p) / 2
+    """
+    o, done = config.optimizer, step - 1
+    if done < o.warmup_steps:
+        return o.lr * (step / o.warmup_steps)
+    start = decay_start(config)
+    if o.schedule == "constant" or done < start:
+        return o.lr
+    passed = min(1.0, (done - start) / max(1, end_of(config) - start))
+    left = (1 + math.cos(math.pi * passed)) / 2 if o.schedule == "cosine" else 1 - passed
+    return o.lr * (o.lr_floor + (1 - o.lr_floor) * left)
+
+
+def validate_schedule(config: Config) -> None:
+    """Raise ConfigError if the phases of a schedule do not fit into its steps."""
+    o, end = config.optimizer, end_of(config)
+    if o.schedule == "constant":
+        return
+    if o.warmup_steps > end:
+        conflict = f"the {o.schedule} schedule has {end} steps"
+        reject("optimizer.warmup_steps", o.warmup_steps, conflict, "shorten it, or set optimizer.schedule_steps")
+    if decay_start(config) < o.warmup_steps:
+        conflict = f"with optimizer.warmup_steps={o.warmup_steps} it does not fit into the {end} steps of the schedule"
+        reject("optimizer.decay_steps", end - decay_start(config), conflict, "shorten one of them")

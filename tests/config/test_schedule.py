@@ -1,0 +1,101 @@
+"""The learning rate by step: torch's schedulers give the same values, and impossible phases are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from promoe_ds.config.schedule import learning_rate
+from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.recipes.load import load_config
+
+LR, WARM, END = 0.02, 4, 24
+
+
+def configured(*overrides: str) -> Config:
+    return load_config("tiny", [f"optimizer.lr={LR}", f"train.steps={END}", *overrides])
+
+
+def rates_of(*schedulers: Callable[[Any], Any], milestones: list[int]) -> list[float]:
+    """The rates that torch's schedulers give to 30 steps, one scheduler after the other."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    chained = lr_scheduler.SequentialLR(optimizer, [make(optimizer) for make in schedulers], milestones)
+    rates = []
+    for _ in range(30):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        chained.step()
+    return rates
+
+
+def warm(optimizer: Any) -> Any:
+    return lr_scheduler.LinearLR(optimizer, 1 / WARM, 1.0, WARM - 1)
+
+
+def fall(steps: int) -> Callable[[Any], Any]:
+    return lambda optimizer: lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+
+
+def stay(optimizer: Any) -> Any:
+    return lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def cosine(optimizer: Any) -> Any:
+    return lr_scheduler.CosineAnnealingLR(optimizer, END - WARM, 0.1 * LR)
+
+
+def floor(optimizer: Any) -> Any:
+    return lr_scheduler.ConstantLR(optimizer, 0.1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedulers", "milestones"),
+    [
+        ("constant", [warm, stay], [WARM]),
+        ("cosine", [warm, cosine, floor], [WARM, END]),
+        ("linear", [warm, fall(END - WARM)], [WARM]),
+        ("wsd", [warm, stay, fall(6)], [WARM, END - 6]),
+    ],
+)
+def test_values_are_those_of_torch(name: str, schedulers: list[Any], milestones: list[int]) -> None:
+    """Also past the end of the schedule, where it stays at its floor."""
+    config = configured(f"optimizer.schedule={name}", f"optimizer.warmup_steps={WARM}", "optimizer.lr_floor=0.1",
+                        "optimizer.decay_steps=6")  # fmt: skip
+    ours = [learning_rate(config, step) for step in range(1, 31)]
+    assert ours == pytest.approx(rates_of(*schedulers, milestones=milestones), rel=1e-12)
+    assert ours[0] == LR / WARM and ours[WARM] == LR
+
+
+def test_the_default_is_the_rate_itself_to_the_bit() -> None:
+    config = load_config("imagenet256_promoe_b")
+    assert {learning_rate(config, step) for step in (1, 2, 499_999, 500_000, 7_000_000)} == {config.optimizer.lr}
+
+
+def test_lengths_that_are_not_given() -> None:
+    """A schedule ends with the run, a decay is its last tenth, rounded up."""
+    config = configured("optimizer.schedule=wsd", "train.steps=95")
+    assert [learning_rate(config, step) for step in (86, 87)] == [LR, pytest.approx(0.9 * LR)]
+    assert learning_rate(configured("optimizer.schedule=linear"), END) == pytest.approx(LR / END)
+    longer = configured("optimizer.schedule=linear", "optimizer.schedule_steps=24", "train.steps=99")
+    assert learning_rate(longer, END) == pytest.approx(LR / END) and learning_rate(longer, 25) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule=cosine", "warmup_steps=25"], "optimizer.warmup_steps=25: the cosine schedule has 24 steps; short"),
+        (["schedule=wsd", "decay_steps=30"], "optimizer.decay_steps=30: with optimizer.warmup_steps=0 it does not fit"),
+        (["schedule=wsd", "warmup_steps=22"], "decay_steps=3: with optimizer.warmup_steps=22 it does not fit"),
+        (["lr_floor=1"], "optimizer.lr_floor=1.0: must lie in [0, 1)"),
+        (["schedule=wds"], "optimizer.schedule='wds': must be one of constant, cosine, linear, wsd; did you mean"),
+        (["warmup_steps=-1"], "optimizer.warmup_steps=-1: must not be negative"),
+    ],
+)  # fmt: skip
+def test_phases_that_do_not_fit(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured(*(f"optimizer.{text}" for text in overrides))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
