@@ -9,6 +9,7 @@ DiT's own code:
 - The periods of the timestep embedding are 1e4^(i/127), DiT's are 1e4^(i/128): `model.time_divisor`.
 - The position table is computed, not stored. The null label is the last row of the label table; `DiTPipeline` always
   asks for row 1000, which is the same with 1000 classes alone.
+- `DiTPipeline` guides all channels, DiT's code three.
 - The norm before the MLP has eps 1e-5 unless the folder says otherwise; here, as in DiT, 1e-6.
 """
 
@@ -122,5 +123,5 @@ def read_folder(path: Path) -> Found:
         "time embedding as diffusers computes it (model.time_divisor=127); weights that DiT's own code trained, such "
         "as facebook/DiT-XL-2-256, were trained with model.time_divisor=128",
     )
-    overrides = (f"model.heads={sizes['num_attention_heads']}", "model.time_divisor=127")
+    overrides = (f"model.heads={sizes['num_attention_heads']}", "model.time_divisor=127", "guidance.channels=all")
     return Found(state, notes=notes, overrides=overrides, convention="ddpm")

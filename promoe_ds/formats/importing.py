@@ -28,11 +28,13 @@ HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16}
 EXTRA = {"projectors.*": "REPA's projectors, which training alone uses"}
 """what is left out without being asked, and what it is"""
 FOREIGN = {
-    r"blocks\.\d+\.moe\.": "DiT-MoE (feizc), whose experts are SwiGLU without biases",
-    r".*\.e_score_correction_bias$": "DSMoE, which has RoPE, SwiGLU experts and sigmoid gates",
-    r"feat_rope|.*\.mlp\.w12\.|blocks\.\d+\.norm1\.weight": "LightningDiT, JiT or PixelDiT: RoPE, RMSNorm, SwiGLU",
+    r"(^|\.)blocks\.\d+\.moe\.": "DiT-MoE (feizc): SwiGLU experts without biases",
+    r"\.e_score_correction_bias$": "DSMoE: RoPE, SwiGLU experts, sigmoid gates",
+    r"(^|\.)patch_blocks\.": "PixelDiT: RoPE, RMSNorm, SwiGLU, pixels",
+    r"(^|\.)feat_rope|\.mlp\.w12\.|(^|\.)blocks\.\d+\.norm1\.weight": "LightningDiT or JiT: RoPE, RMSNorm, SwiGLU",
 }
-"""how keys tell models that are not built here"""
+"""how keys tell models that are not built here (feizc/DiT-MoE bd34bbb, yhlleo/EfficientMoE, gcy-hub/PixelDiT-ProMoE,
+hustvl/LightningDiT 2725fed)"""
 SHOWN = 6
 NAME_ONE = "name a checkpoint of a diffusion transformer"
 
@@ -66,8 +68,8 @@ def family_of(state: State) -> str:
 def refuse_foreign(state: State, path: Path) -> None:
     """Raise ConfigError for a model that is known and not built here."""
     for pattern, who in FOREIGN.items():
-        if name := next((name for name in sorted(state) if re.match(pattern, name)), None):
-            reject("CHECKPOINT", path, f"{name} is of {who}; that is not built here", NAME_ONE)
+        if name := next((name for name in sorted(state) if re.search(pattern, name)), None):
+            reject("CHECKPOINT", path, f"{name} is of {who}: not built here", NAME_ONE)
 
 
 def drop(state: State, needed: State, patterns: Sequence[str], path: Path) -> tuple[State, list[str]]:

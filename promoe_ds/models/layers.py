@@ -100,8 +100,8 @@ def sinusoids(t_B: Tensor, dim: int, divisor: int, max_period: float = 1e4) -> T
 
     DiT's code divides by dim/2, diffusers' port of it by dim/2 - 1 (`CombinedTimestepLabelEmbeddings`, 0.42.1).
     """
-    exponent = torch.arange(dim // 2, dtype=torch.float32, device=t_B.device) / divisor
-    angle = t_B.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    exponent = -math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t_B.device) / divisor
+    angle = t_B.float()[:, None] * torch.exp(exponent)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

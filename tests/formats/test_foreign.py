@@ -139,6 +139,7 @@ def test_a_folder_of_diffusers(folder: Path, tmp_path: Path) -> None:
         expected = theirs(x, t, torch.tensor(LABELS)).sample
     made = imported(folder, overrides=["train.precision=fp32"])  # the pipeline's folder; heads and objective are known
     assert made.config.diffusion.name == "ddpm" and made.config.model.time_divisor == 127
+    assert made.config.guidance.channels == "all"
     assert "facebook/DiT-XL-2-256" in made.notes[0]
     out = ours(write(made, tmp_path / "made"), x, T, LABELS)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)  # the eps of a norm, 1e-5 there, is 1e-6 here
@@ -201,6 +202,7 @@ def test_what_is_dropped(tmp_path: Path) -> None:
     [
         ("blocks.1.moe.experts.0.gate_proj.weight", "DiT-MoE (feizc)"),
         ("blocks.1.mlp.gate.e_score_correction_bias", "DSMoE"),
+        ("denoiser.patch_blocks.0.mlp.w3.weight", "PixelDiT"),
         ("blocks.0.mlp.w12.weight", "LightningDiT"),
         ("blocks.0.norm1.weight", "LightningDiT"),
     ],
@@ -208,7 +210,7 @@ def test_what_is_dropped(tmp_path: Path) -> None:
 def test_models_that_are_not_built_here_are_named(name: str, who: str, tmp_path: Path) -> None:
     file = save({"ema": repa_state() | {name: torch.ones(3)}}, tmp_path / "a.pt")
     text = mistake(file)
-    assert f"{name} is of {who}" in text and "that is not built here" in text
+    assert f"{name} is of {who}" in text and "not built here; name a checkpoint of a diffusion" in text
 
 
 def test_the_command_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
