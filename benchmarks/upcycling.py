@@ -2,7 +2,7 @@
 """What becomes of a trained dense model that is upcycled to experts: its loss before, at once, and after more steps.
 
 examples:
-  python benchmarks/upcycling.py                                   two seeds, some 15 minutes on one CPU core
+  python benchmarks/upcycling.py                                   two seeds, some 12 minutes on one idle CPU core
   python benchmarks/upcycling.py --steps 500 --more 500 --seeds 0
 
 A dense digits model is trained; from its weights start the dense model again, ProMoE and a k-means mixture, each with a
@@ -44,14 +44,14 @@ from promoe_ds.utils.files import write_text  # noqa: E402
 ROWS = {
     "dense, trained on": ("digits_dense", ()),
     "upcycled to ProMoE": ("digits", ("train.init_reset=[experts]",)),
-    "upcycled to k-means": ("digits_kmeans", ("train.init_reset=[experts]",)),
     "ProMoE from scratch": ("digits", None),
+    "upcycled to k-means": ("digits_kmeans", ("train.init_reset=[experts]",)),
 }
 """name -> (recipe, overrides of a start from the dense weights; None: from nothing)"""
 FRACTIONS = (0, 0.05, 0.2, 0.5, 1)
 """of the further steps, at which the loss is measured"""
-DRAWS = 5391
-"""images of the loss: three of each digit, every draw with its own noise and timestep"""
+DRAWS = 1797
+"""images of the loss: every digit, with a noise and timestep of its own"""
 NOTE = """A dense digits model (1.27 M parameters) is trained for {steps} steps of 128 images. From its EMA weights
 start the same model, ProMoE, and a mixture routed by k-means, whose gate weights are 1, each with a new optimizer;
 beside them a ProMoE from scratch. Loss: `loss/diffusion` of the raw weights on {draws} labelled images, with the same
