@@ -174,7 +174,7 @@ def test_upcycling_keeps_what_the_dense_model_computes(folder: Path, overrides: 
     model, source, _ = start(folder, "train.init_reset=[experts]", *overrides)
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     for layer in layers:
-        w1 = layer.routed.experts.w1  # type: ignore[union-attr]
+        w1: Any = layer.routed.get_parameter("experts.w1")
         assert torch.equal(w1, w1[:1].expand_as(w1))
     expected, raw = predictions(dense, labels), predictions(model, labels)
     if forced:

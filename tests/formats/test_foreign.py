@@ -122,7 +122,7 @@ def test_averages_of_edm2_and_of_a_wrapper(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     """A port of DiT's weights: every block holds the same embedders. diffusers' own initialisation, made larger."""
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(
+    model: Any = DiTTransformer2DModel(
         num_attention_heads=HEADS, attention_head_dim=D // HEADS, in_channels=CHANNELS, out_channels=2 * CHANNELS,
         num_layers=2, sample_size=SIDE, patch_size=2, num_embeds_ada_norm=CLASSES,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def test_a_folder_of_diffusers(folder: Path, tmp_path: Path) -> None:
 
 def test_folders_of_diffusers_in_parts_and_as_pickles(folder: Path, tmp_path: Path) -> None:
     whole = imported(folder, overrides=["train.precision=fp32"])
-    model = DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    model: Any = DiTTransformer2DModel.from_pretrained(folder / "transformer")
     for name, how in (("parts", {"max_shard_size": "50KB"}), ("bin", {"safe_serialization": False})):
         model.save_pretrained(tmp_path / name, **how)
         made = imported(tmp_path / name, overrides=["train.precision=fp32"])
@@ -172,7 +172,7 @@ def test_folders_of_diffusers_that_are_refused(folder: Path, tmp_path: Path) -> 
         (inner / "config.json").write_text(json.dumps(config | change))
         assert text in mistake(folder, None)
     (inner / "config.json").write_text(json.dumps(config))
-    model = DiTTransformer2DModel.from_pretrained(inner)
+    model: Any = DiTTransformer2DModel.from_pretrained(inner)
     with torch.no_grad():
         model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias[0] = 3.0
     model.save_pretrained(tmp_path / "trained")
