@@ -2,7 +2,8 @@
 
 The hidden units of the MLP, 4D in every DiT, are cut into N_s + 1 slices of an expert's width F. Each shared expert
 gets one of the first N_s, and every routed and every unconditional expert a copy of the last. W2's bias goes to the
-first shared expert. With gate weights of 1,
+first shared expert. The units are sorted before, by the product of the lengths of their rows in W1 and columns in W2:
+those that matter most go where no gate can weaken them. With gate weights of 1,
 
     sum_s E_s^S(x) + E_j(x) = W2 gelu(W1 x + b1) + b2 for every j: the dense model, whatever the router chooses.
 
@@ -58,9 +59,15 @@ def upcycled(mlp: Mapping[str, Tensor], config: Config, part: str) -> Tensor:
     return one.expand(moe.num_experts, *one.shape).contiguous()
 
 
+def by_weight(mlp: Mapping[str, Tensor]) -> Tensor:
+    """Hidden units, the heaviest first; int64 [H]."""
+    weight_H = mlp["fc1.weight"].norm(dim=1) * mlp["fc2.weight"].norm(dim=0)
+    return weight_H.argsort(descending=True, stable=True)
+
+
 def _slice(mlp: Mapping[str, Tensor], F: int, index: int, number: int, bias: bool) -> dict[str, Tensor]:
     """The `index`-th F hidden units as an MLP, one of `number` whose outputs are added; with W2's bias or without."""
-    here = slice(index * F, (index + 1) * F)
+    here = by_weight(mlp)[index * F : (index + 1) * F]
     return {
         "fc1.weight": mlp["fc1.weight"][here],
         "fc1.bias": mlp["fc1.bias"][here],

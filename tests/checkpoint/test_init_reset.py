@@ -189,6 +189,19 @@ def test_upcycling_keeps_what_the_dense_model_computes(folder: Path, overrides: 
     assert all(torch.equal(dense.state_dict()[name].float(), tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("folder", [DENSE], indirect=True)
+def test_the_heaviest_units_are_shared(folder: Path) -> None:
+    """No gate weakens them."""
+    model, _, _ = start(folder, "train.init_reset=[experts]")
+    weights = model.state_dict()
+    for layer in ("blocks.1.mlp", "blocks.3.mlp"):
+        shared = weights[f"{layer}.shared.0.fc1.weight"].norm(dim=1) * weights[f"{layer}.shared.0.fc2.weight"].norm(
+            dim=0
+        )
+        routed = [weights[f"{layer}.routed.experts.w{i}"][0] for i in (1, 2)]
+        assert float(shared.min()) >= float((routed[0].norm(dim=1) * routed[1].norm(dim=0)).max())
+
+
 @pytest.mark.parametrize("folder", [("moe.layers=[1]",)], indirect=True)
 def test_more_layers_become_mixtures(folder: Path) -> None:
     """Of a model that has some, further dense blocks are split; those there start anew."""

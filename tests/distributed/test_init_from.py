@@ -14,6 +14,7 @@ from launchers import export, import_weights
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.resume import Reader
+from promoe_ds.checkpoint.upcycle import by_weight
 from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.formats.weights import Weights, load, write
@@ -130,9 +131,13 @@ def test_a_dense_run_becomes_experts_on_two_ranks(tmp_path: Path) -> None:
     assert "train.init: split blocks.1.mlp" in done and "train.init: drawn blocks.1.mlp.router.prototypes" in done
     before, after = load(dense).tensors, load(run).tensors
     w1, w2 = (before[f"blocks.1.mlp.fc{i}.weight"] for i in (1, 2))
+    first, last = by_weight({"fc1.weight": w1, "fc2.weight": w2}).split(64)
     for name, expected in {
-        "shared.0.fc1.weight": w1[:64], "shared.0.fc2.weight": w2[:, :64], "unconditional.0.fc1.weight": w1[64:],
-        "routed.experts.w1": w1[64:].expand(12, 64, 32), "routed.experts.w2": w2[:, 64:].expand(12, 32, 64),
-    }.items():  # fmt: skip
+        "shared.0.fc1.weight": w1[first],
+        "shared.0.fc2.weight": w2[:, first],
+        "unconditional.0.fc1.weight": w1[last],
+        "routed.experts.w1": w1[last].expand(12, 64, 32),
+        "routed.experts.w2": w2[:, last].expand(12, 32, 64),
+    }.items():
         torch.testing.assert_close(after[f"blocks.1.mlp.{name}"], expected, rtol=0, atol=1e-6, msg=name)
     assert after["pos_embed"].shape == (1, 64, 32)
