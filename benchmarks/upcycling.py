@@ -55,8 +55,8 @@ DRAWS = 1797
 NOTE = """A dense digits model (1.27 M parameters) is trained for {steps} steps of 128 images. From its EMA weights
 start the same model, ProMoE, and a mixture routed by k-means, whose gate weights are 1, each with a new optimizer;
 beside them a ProMoE from scratch. Loss: `loss/diffusion` of the raw weights on {draws} labelled images, with the same
-noise and timesteps for all; the mean of seeds {seeds}, with the lowest and highest. "Gates of 1" is the upcycled
-ProMoE with its gate weights replaced by 1: the dense model, by construction."""
+noise and timesteps for all; mean of seeds {seeds} (lowest to highest). "Gates of 1" is the upcycled ProMoE with its
+gate weights replaced by 1: the dense model, by construction."""
 GATES = "gates of 1"
 
 
@@ -85,8 +85,10 @@ def with_gates_of_one(model: DiT) -> DiT:
     return model
 
 
-def points(more: int) -> list[int]:
-    return [round(more * fraction) for fraction in FRACTIONS]
+def points(args: argparse.Namespace, from_dense: bool) -> list[int]:
+    """Steps at which a row is measured; from scratch also after as many as the dense model and what follows it."""
+    further = [round(args.more * fraction) for fraction in FRACTIONS]
+    return further if from_dense else [*further, args.steps + args.more]
 
 
 def measure(args: argparse.Namespace, seed: int) -> None:
@@ -104,7 +106,7 @@ def measure(args: argparse.Namespace, seed: int) -> None:
     for name, (recipe, start) in ROWS.items():
         overrides = [f"train.steps={args.more}", f"train.seed={seed + 100}", "train.log_every=25"]
         config = load_config(recipe, overrides + ([] if start is None else [f"train.init={source}", *start]))
-        for step in points(args.more):
+        for step in points(args, start is not None):
             if key(args, name, seed, step) in load_points(args.runs / "points"):
                 continue
             run = args.runs / f"{name.replace(' ', '_')}_{args.steps}_{args.more}_seed{seed}"
@@ -128,15 +130,16 @@ def run(words: list[str]) -> int:
     args = parser.parse_args(words)
     for seed in args.seeds:
         measure(args, seed)
-    kept, steps = load_points(args.runs / "points"), points(args.more)
+    kept, steps = load_points(args.runs / "points"), points(args, False)
 
     def cell(name: str, step: int) -> str:
         found = [kept[k]["loss"] for seed in args.seeds if (k := key(args, name, seed, step)) in kept]
-        return f"{mean(found):.4f} ({min(found):.4f} to {max(found):.4f})" if found else ""
+        spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
+        return f"{mean(found):.4f}{spread}" if found else ""
 
     rows = [(name, *(cell(name, step) for step in steps)) for name in (*ROWS, GATES)]
     note = NOTE.format(steps=args.steps, draws=f"{DRAWS:,}", seeds=", ".join(map(str, args.seeds)))
-    columns = ["row", *(f"after {step:,} further steps" if step else "at once" for step in steps)]
+    columns = ["row", *(f"after {step:,} steps of its own" if step else "at once" for step in steps)]
     made = [{name: point[name] for name in facts()} for point in kept.values()]
     text = page("Upcycling on digits", "benchmarks/upcycling.py", words, note, table(columns, rows), measured=made)
     write_text(args.out, text)
