@@ -30,7 +30,8 @@ CHANGE = {"finetune": "fine-tune"}
 def values(kind: Any, option: Option) -> str:
     """What may be written: the choices of a `Literal`, also of one in a union, or the range of a number."""
     if choices := [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Literal]:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(choices[0]))
+        listed = ", ".join(f"`{choice}`" for choice in typing.get_args(choices[0]))
+        return f"a list of {listed}" if typing.get_origin(kind) is tuple else listed
     if option.above is not None:
         return f"> {option.above:g}"
     return ">= 0" if option.range() == "not be negative" else option.range().removeprefix("lie in ")
@@ -38,6 +39,7 @@ def values(kind: Any, option: Option) -> str:
 
 def default(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{words[value] if value is None or isinstance(value, bool) else value}`"
 
 

@@ -98,7 +98,7 @@ class Reader:
 
 def load_weights(reader: Reader | InitialWeights, model: nn.Module, local: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Copy weights into a model before the engine is made: the master weights of what is trained, and of the EMA file
-    what is not (the position table, buffers).
+    what is not (the position table, buffers). What `train.init_reset` starts anew stays as it was drawn.
 
     Args:
         local: (parameter, full tensor) -> this rank's part of it.
@@ -108,7 +108,10 @@ def load_weights(reader: Reader | InitialWeights, model: nn.Module, local: Calla
     """
     with torch.no_grad():
         for name, p in (*model.named_parameters(), *model.named_buffers()):
-            part = local(p, reader(name, "fp32" if p.requires_grad else "ema"))
+            full = reader(name, "fp32" if p.requires_grad else "ema")
+            if full is None:
+                continue
+            part = local(p, full)
             if part.shape != p.shape:
                 conflict = f"{name} has shape {list(part.shape)}, the model {list(p.shape)}"
                 reject("checkpoint", reader.path, conflict, "use a checkpoint of this model")

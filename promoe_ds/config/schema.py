@@ -18,6 +18,8 @@ Channels = Literal["all", 3]
 """which channels classifier-free guidance moves"""
 CacheFormat = Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit"]
 """who wrote latents: `promoe_ds/data/caches`"""
+Reset = Literal["labels", "experts"]
+"""parts of weights that start anew: `promoe_ds/checkpoint/init_from.py`"""
 Change = Literal["never", "finetune", "resume"]
 """Who may change an option of trained weights: nobody, because the weights compute something else with it; a fine-tune
 (`train.init`), which is a new run; or the same run when it is resumed, and so a fine-tune too."""
@@ -106,6 +108,9 @@ class ModelConfig:
         "t",
         "what the timestep embedding is given: t in 0..1000, where 1000 is noise; or sigma = t / 1000, or 1 - sigma, "
         "for imported weights that were trained so (REPA; SiT, DiffMoE)",
+    )
+    time_divisor: Literal[128, 127] = option(
+        128, "the 128 periods of the timestep embedding are 1e4^(i / this); 127 in weights of diffusers"
     )
 
     @property
@@ -309,6 +314,12 @@ class TrainConfig:
     init: str | None = option(
         None,
         "weights to start from, without optimizer state: an imported or exported folder, a checkpoint or another run",
+        change="resume",
+    )
+    init_reset: tuple[Reset, ...] = option(
+        (),
+        "parts of `train.init` that start anew: labels (drawn, but for the null label), experts (routers and routed "
+        "experts: drawn, or split from the MLPs of a dense model)",
         change="resume",
     )
     seed: int = option(0, "seed of weights, noise, labels dropped and order of the data", at_least=0, below=2**64)

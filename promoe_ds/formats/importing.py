@@ -1,69 +1,42 @@
 """Reading a published checkpoint: which model it is, whether every key is accounted for, and its weights as ours.
 
-Read: `ckpt_step_N.pth` of the official ProMoE code (model_state_dict, ema_model_state_dict), training checkpoints of
-DiT, SiT and REPA (model, ema), and bare state dicts, such as DiT-XL-2-256x256.pt. Files load without running code.
+Files are read by `state_files.py`, folders of diffusers by `diffusers_import.py`; neither runs code.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
-import zipfile
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.card import BASE
+from promoe_ds.formats.diffusers_import import read_folder
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES, State, from_official, problems, to_official, why_not
+from promoe_ds.formats.state_files import counted, read_file
 from promoe_ds.formats.weights import Source, Weights
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_config
 
-NESTED = {"ema": ("ema_model_state_dict", "ema"), "raw": ("model_state_dict", "model")}
 SIZES = {(12, 384): "s", (12, 768): "b", (24, 1024): "l", (28, 1152): "xl"}
 HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16}
 """width -> attention heads of the published sizes: weights do not tell"""
+EXTRA = {"projectors.*": "REPA's projectors, which training alone uses"}
+"""what is left out without being asked, and what it is"""
+FOREIGN = {
+    r"(^|\.)blocks\.\d+\.moe\.": "DiT-MoE (feizc): SwiGLU experts without biases",
+    r"\.e_score_correction_bias$": "DSMoE: RoPE, SwiGLU experts, sigmoid gates",
+    r"(^|\.)patch_blocks\.": "PixelDiT: RoPE, RMSNorm, SwiGLU, pixels",
+    r"(^|\.)feat_rope|\.mlp\.w12\.|(^|\.)blocks\.\d+\.norm1\.weight": "LightningDiT or JiT: RoPE, RMSNorm, SwiGLU",
+}
+"""how keys tell models that are not built here (feizc/DiT-MoE bd34bbb, yhlleo/EfficientMoE, gcy-hub/PixelDiT-ProMoE,
+hustvl/LightningDiT 2725fed)"""
 SHOWN = 6
 NAME_ONE = "name a checkpoint of a diffusion transformer"
-
-
-def read_checkpoint(path: Path, source: Source) -> tuple[State, int, bool]:
-    """The state dict of a .pth or .pt file.
-
-    Returns:
-        (tensors by their official names, the training step or 0, whether the file names its weights as ProMoE does).
-
-    Raises:
-        ConfigError: no such file, one that would run code to load, or one without such weights.
-    """
-    if not path.is_file():
-        reject("CHECKPOINT", path, "no such file", "name a .pth or .pt file")
-    try:
-        # Namespace: DiT and SiT store their command line; it holds plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            tree: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
-        text = " ".join(str(error).split())[:200]
-        reject("CHECKPOINT", path, f"does not load as plain tensors ({text})", "get the file again")
-    if not isinstance(tree, dict):
-        reject("CHECKPOINT", path, f"holds a {type(tree).__name__}, not a state dict", "name another file")
-    key = next((key for key in NESTED[source] if isinstance(tree.get(key), dict)), None)
-    if key is None and any(isinstance(tree.get(k), dict) for k in (*NESTED["ema"], *NESTED["raw"])):
-        held = ", ".join(k for k in tree if isinstance(k, str))
-        reject("--weights", source, f"{path} holds none of {', '.join(NESTED[source])} ({held})", "choose the other")
-    state = tree if key is None else tree[key]
-    bad = [name for name, t in state.items() if not (isinstance(name, str) and isinstance(t, Tensor))]
-    if bad or not state:
-        reject("CHECKPOINT", path, f"{bad[0]!r} is no tensor" if state else "is empty", "name a state dict")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    step = tree.get("step") if key else None  # DiT's, SiT's and REPA's own files have none or another name
-    return state, step if isinstance(step, int) else 0, key is not None and key.endswith("state_dict")
 
 
 def _need(state: State, name: str, dims: int, path: Path) -> torch.Size:
@@ -90,6 +63,31 @@ def family_of(state: State) -> str:
     if "gate.weight" in names:
         return "token_choice"
     return "diffmoe" if any(name.startswith("capacity_predictor.") for name in names) else "expert_choice"
+
+
+def refuse_foreign(state: State, path: Path) -> None:
+    """Raise ConfigError for a model that is known and not built here."""
+    for pattern, who in FOREIGN.items():
+        if name := next((name for name in sorted(state) if re.search(pattern, name)), None):
+            reject("CHECKPOINT", path, f"{name} is of {who}: not built here", NAME_ONE)
+
+
+def drop(state: State, needed: State, patterns: Sequence[str], path: Path) -> tuple[State, list[str]]:
+    """Leave out what `EXTRA` or `--drop` names -> (the rest, what was left out, for people).
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or something that the model needs.
+    """
+    notes = []
+    for pattern in (*EXTRA, *patterns):
+        names = sorted(name for name in state if fnmatchcase(name, pattern))
+        if kept := [name for name in names if name in needed]:
+            reject("--drop", pattern, f"matches {kept[0]}, which the model needs", "narrow the pattern")
+        if names:
+            what = f" ({EXTRA[pattern]})" if pattern in EXTRA else ""
+            notes.append(f"left out {counted(len(names))} {pattern}{what}")
+        state = {name: tensor for name, tensor in state.items() if name not in names}
+    return state, notes
 
 
 def _model_overrides(state: State, path: Path) -> list[str]:
@@ -188,18 +186,45 @@ def import_checkpoint(
     family: str | None = None,
     convention: str | None = None,
     overrides: Sequence[str] = (),
+    dropped: Sequence[str] = (),
+    ema_std: float | None = None,
 ) -> Weights:
-    """Read a published checkpoint; arguments as of `describe` and `read_checkpoint`.
+    """Read a published checkpoint.
 
-    Without a convention, a file that names its weights as ProMoE's code does is of ProMoE's; others do not tell.
+    Without a convention, a file that names its weights as ProMoE's code does is of ProMoE's, and a folder of diffusers
+    is a DDPM; others do not tell.
+
+    Args:
+        path: a file, or a folder that diffusers wrote.
+        source: averaged or raw weights, where it holds both.
+        dropped: patterns of names that are left out, as `fnmatch` reads them.
+        ema_std: which of edm2's averages.
+
+    Raises:
+        ConfigError: as of `describe`, `drop`, `convert`, `read_file` and `read_folder`; a pattern that matches nothing.
     """
     if family is not None and family not in FAMILIES:
         reject("--family", family, "is unknown", f"choose {', '.join(FAMILIES)}")
-    state, step, named = read_checkpoint(path, source)
+    hits = dict.fromkeys(dropped, False)
+
+    def is_dropped(name: str) -> bool:
+        found = [pattern for pattern in dropped if fnmatchcase(name, pattern)]
+        hits.update(dict.fromkeys(found, True))
+        return bool(found)
+
+    found = read_folder(path) if path.is_dir() else read_file(path, source, is_dropped, ema_std)
+    for name in found.state:
+        is_dropped(name)
+    if unused := [pattern for pattern, hit in hits.items() if not hit]:
+        heads = ", ".join(sorted({name.split(".")[0] for name in found.state})[:10])
+        reject("--drop", unused[0], f"matches no name in {path} ({heads})", "correct it or leave it out")
     if convention is None:
-        if not named:
+        if not (found.promoe or found.convention):
             choices = "; ".join(f"{name} ({how.who})" for name, how in CONVENTIONS.items())
             reject("--convention", "none", f"{path} does not say how it was trained", f"choose one: {choices}")
-        convention = "promoe"
-    config = describe(state, path, family, convention, overrides)
-    return Weights(convert(state, config, path), config, step, source, path.name, imported=path.name)
+        convention = found.convention or "promoe"
+    refuse_foreign(found.state, path)
+    config = describe(found.state, path, family, convention, [*found.overrides, *overrides])
+    state, notes = drop(found.state, to_official(dict(build(config).state_dict()), config), dropped, path)
+    tensors = convert(state, config, path)
+    return Weights(tensors, config, found.step, source, path.name, imported=path.name, notes=(*found.notes, *notes))

@@ -180,7 +180,10 @@ def problems(found: State, expected: State) -> list[str]:
 
 def check_layout(config: Config) -> None:
     """Raises ConfigError if the official code has no such model."""
-    if text := why_not(config):
+    text = why_not(config)
+    if text is None and config.model.time_divisor != 128:
+        text = f"its timestep embedding has model.time_divisor=128, this one {config.model.time_divisor}"
+    if text:
         reject("--format", "official", f"the official layout does not hold this model: {text}", "use another --format")
 
 

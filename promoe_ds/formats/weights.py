@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,8 @@ class Weights:
     """of an EMA that is not the one that is sampled"""
     imported: str = ""
     """name of the published file they were imported from, also after they were exported again; empty if trained here"""
+    notes: tuple[str, ...] = ()
+    """what an import left out or renamed, for people"""
 
     def facts(self, dtype: str) -> dict[str, Any]:
         """What an exported folder says of them."""
@@ -193,6 +195,9 @@ def write(
     Raises:
         ConfigError: the target exists or cannot be written.
     """
+    # Who fine-tunes from here by this configuration keeps the classes and experts that were trained.
+    config = replace(weights.config, train=replace(weights.config.train, init_reset=()))
+    weights = replace(weights, config=config)
     tensors, head = cast(weights, dtype), {"format": FORMAT, "config": dump(weights.config), "step": str(weights.step)}
     head |= {"weights": weights.source, "dtype": dtype} | ({"imported": weights.imported} if weights.imported else {})
     head |= {"ema_decay": str(weights.ema_decay)} if weights.ema_decay is not None else {}

@@ -107,7 +107,7 @@ class DiT(nn.Module):
         m, moe_layers = config.model, set(config.moe_layers())
         self.config = config
         self.x_embedder = nn.Sequential(OrderedDict(proj=PatchProjection(m.channels, m.width, m.patch, stride=m.patch)))
-        self.t_embedder = TimestepEmbedder(m.width, m.time)
+        self.t_embedder = TimestepEmbedder(m.width, m.time, m.time_divisor)
         self.y_embedder = nn.Embedding(m.num_classes + 1, m.width)
         self.pos_embed = nn.Parameter(torch.empty(1, m.tokens, m.width), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(config, i in moe_layers) for i in range(m.depth))

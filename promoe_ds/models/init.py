@@ -40,6 +40,12 @@ def materialize(model: DiT, seed: int, device: torch.device | str = "cpu") -> Di
 
 
 @torch.no_grad()
+def draw_labels(table: torch.Tensor, seed: int) -> torch.Tensor:
+    """Draw the label table, [classes + 1, D], in place."""
+    return nn.init.normal_(table, std=0.02, generator=generator(seed, "y_embedder", "weight"))
+
+
+@torch.no_grad()
 def init_weights(model: DiT, seed: int) -> None:
     """Initialise as the official code does (DiT's rules, xavier for the experts too):
 
@@ -61,7 +67,7 @@ def init_weights(model: DiT, seed: int) -> None:
             nn.init.xavier_uniform_(module.weight.flatten(1), generator=draw("weight"))
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02, generator=draw("weight"))
+            draw_labels(module.weight, seed)
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)

@@ -77,13 +77,14 @@ class TimestepEmbedder(nn.Module):
     Args:
         width: D.
         time: what the sinusoids are of: "t", "sigma" = t / 1000, or "1-sigma".
+        divisor: of the exponent of their periods.
     """
 
     FREQUENCIES = 256
 
-    def __init__(self, width: int, time: str = "t"):
+    def __init__(self, width: int, time: str = "t", divisor: int = FREQUENCIES // 2):
         super().__init__()
-        self.time = time
+        self.time, self.divisor = time, divisor
         self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
@@ -91,13 +92,16 @@ class TimestepEmbedder(nn.Module):
         assert isinstance(weight, Tensor)
         if self.time != "t":
             t_B = t_B / 1000 if self.time == "sigma" else 1 - t_B / 1000
-        return self.mlp(sinusoids(t_B, self.FREQUENCIES).to(weight.dtype))
+        return self.mlp(sinusoids(t_B, self.FREQUENCIES, self.divisor).to(weight.dtype))
 
 
-def sinusoids(t_B: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
-    """[B] -> float32 [B, dim]: cos and sin of t / max_period^(i / (dim/2))."""
-    exponent = torch.arange(dim // 2, dtype=torch.float32, device=t_B.device) / (dim // 2)
-    angle = t_B.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+def sinusoids(t_B: Tensor, dim: int, divisor: int, max_period: float = 1e4) -> Tensor:
+    """[B] -> float32 [B, dim]: cos and sin of t / max_period^(i / divisor), i below dim/2.
+
+    DiT's code divides by dim/2, diffusers' port of it by dim/2 - 1 (`CombinedTimestepLabelEmbeddings`, 0.42.1).
+    """
+    exponent = -math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t_B.device) / divisor
+    angle = t_B.float()[:, None] * torch.exp(exponent)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

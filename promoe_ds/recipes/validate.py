@@ -65,6 +65,16 @@ def _validate_moe(config: Config) -> None:
     moe.router.validate(config)
 
 
+def _validate_start(config: Config) -> None:
+    """What a run starts from."""
+    cfg = config.train
+    if cfg.init_reset and cfg.init is None:
+        conflict = "there are no weights to reset (train.init=null)"
+        reject("train.init_reset", list(cfg.init_reset), conflict, "add train.init=PATH or leave it out")
+    if "experts" in cfg.init_reset and config.moe is None:
+        reject("train.init_reset", list(cfg.init_reset), "the model is dense (moe: null)", "leave out experts")
+
+
 def _validate_speed(config: Config) -> None:
     """Ways to compute the same."""
     cfg, text = config.train, config.train.profile
@@ -113,6 +123,7 @@ def validate(config: Config) -> None:
                 reject(path, number, f"must {known.range()}", "choose such a value")
     _validate_model(config)
     _validate_moe(config)
+    _validate_start(config)
     _validate_speed(config)
     _validate_objective(config)
     validate_schedule(config)

@@ -127,7 +127,8 @@ class Trainer:
         materialize(model, self.config.train.seed, topology.device)
         self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
         reader = resume.Reader(checkpoint) if checkpoint else None
-        if source := (InitialWeights(self.config) if self.config.train.init and not reader else reader):
+        self.started = InitialWeights(self.config) if self.config.train.init and not reader else None
+        if source := self.started or reader:
             resume.load_weights(source, model, lambda p, full: local_part(p, full, topology))
         self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
         if self.config.train.compile:
@@ -147,6 +148,7 @@ class Trainer:
             texts = {"config.yaml": dump(self.config), "ds_config.json": json.dumps(ds.json, indent=1)}
             if isinstance(self.dataset, Latents):  # what must decode the samples
                 texts["codec.json"] = json.dumps(self.dataset.codec, indent=1)
+            texts |= {"init.json": json.dumps(self.started.record(), indent=1)} if self.started else {}
             for name, text in texts.items():
                 write_text(run / name, text.rstrip() + "\n")
             return MetricsLog(run, self.step, self.config.train.steps)
@@ -376,6 +378,7 @@ class Trainer:
             f"{self.config.name}: {where} of {cfg.steps}{lr}; {parameters / 1e6:.1f} M parameters, "
             f"{len(self.dataset)} images; {t.world} x {t.device.type}, ep {t.ep}, ZeRO-{self.engine.stage}, "
             f"{cfg.precision}, global batch {cfg.global_batch_size}; run folder {self.run_folder}"
+            f"{self.started.summary() if self.started else ''}"
         )
 
     def _say(self, text: str) -> None:

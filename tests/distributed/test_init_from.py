@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from launchers import import_weights
+from launchers import export, import_weights
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.resume import Reader
+from promoe_ds.checkpoint.upcycle import by_weight
 from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.formats.weights import Weights, load, write
+from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_config, load_tree
 from tests.formats.official_model import random_state
 from tests.launch import train
@@ -56,7 +61,8 @@ def test_weights_that_compute_something_else_are_refused(folder: Path, tmp_path:
     def start(*overrides: str) -> InitialWeights:
         return InitialWeights(load_config(str(folder / "config.yaml"), [f"train.init={folder}", *overrides]))
 
-    assert start("moe.router.capacity_weight=1", "diffusion.name=ddpm")("pos_embed", "fp32").shape == (1, 16, 32)
+    table = start("moe.router.capacity_weight=1", "diffusion.name=ddpm")("pos_embed", "fp32")
+    assert table is not None and table.shape == (1, 16, 32)
     for change, text in (
         ("moe.router.top_k=2", "moe.router.top_k=2: the weights in train.init=.* have moe.router.top_k=1"),
         ("model.qk_norm=true", "model.qk_norm=True: the weights in"),
@@ -66,3 +72,72 @@ def test_weights_that_compute_something_else_are_refused(folder: Path, tmp_path:
     ):
         with pytest.raises(ConfigError, match=text):
             start(change)
+
+
+def tree_of_digits(folder: Path, classes: int) -> Path:
+    """Two grey pictures of each class, in a folder of its own."""
+    numbers = np.random.default_rng(0)
+    for c in range(classes):
+        (folder / f"class{c:02d}").mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(numbers.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"class{c:02d}/{i}.png")
+    return folder
+
+
+def test_own_classes_from_a_run_with_others(tmp_path: Path) -> None:
+    """From digits to 5 classes, on two ranks that share the experts; resumed; exported; and to 12 classes."""
+    ten, five = tmp_path / "ten", tmp_path / "five"
+    train("--config", "tiny", "--run", str(ten), "train.steps=2", "train.checkpoint_every=2")
+    slow = ["optimizer.lr=1e-9", "optimizer.ema_decay=0", "train.init_reset=[labels]", "train.global_batch_size=8"]
+
+    def command(run: Path, classes: int) -> list[str]:
+        data = tmp_path / f"data{classes}"
+        if not data.exists():
+            tree_of_digits(data, classes)
+        own = [f"model.num_classes={classes}", "data.name=images", f"data.path={data}", "sample.classes=5"]
+        return ["--config", "tiny", "--run", str(run), *slow, *own]
+
+    done = train(
+        *command(five, 5), f"train.init={ten}", "parallel.expert_parallel=2", "train.steps=1", processes=2
+    ).stdout
+    assert "train.init: drawn y_embedder.weight (the null label keeps its row)" in done
+    record = json.loads((five / "init.json").read_text())
+    assert record["drawn"] == ["y_embedder.weight"] and record["init"] == str(layout.folder(ten, 2))
+    before, after = load(ten).tensors, load(five).tensors
+    config = load_config(str(five / "config.yaml"))
+    rows = materialize(build(config), config.train.seed).y_embedder.weight
+    for name, tensor in after.items():
+        expected = torch.cat([rows[:-1], before[name][-1:]]) if name == "y_embedder.weight" else before[name]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6, msg=name)
+
+    again = train(*command(five, 5), "train.steps=2", f"train.init={tmp_path / 'gone'}").stdout
+    assert "resuming at step 1" in again and "train.init: " not in again
+    assert json.loads((five / "init.json").read_text()) == record
+    export.export(["--run", str(five), "--out", str(tmp_path / "out")])
+    assert load(tmp_path / "out").tensors["y_embedder.weight"].shape == (6, 32)
+    train(*command(tmp_path / "twelve", 12), f"train.init={tmp_path / 'out'}", "train.steps=1")
+    assert load(tmp_path / "twelve").tensors["y_embedder.weight"].shape == (13, 32)
+
+
+def test_a_dense_run_becomes_experts_on_two_ranks(tmp_path: Path) -> None:
+    """Each rank gets its share of the copies, and a larger picture its positions."""
+    dense, run = tmp_path / "dense", tmp_path / "run"
+    train("--config", "tiny", "--run", str(dense), "moe=null", "train.steps=1")
+    command = ["--config", "tiny", "--run", str(run), "optimizer.lr=1e-9", "optimizer.ema_decay=0", "train.steps=1"]
+    command += ["data.name=images", f"data.path={tree_of_digits(tmp_path / 'data', 10)}", "model.image_size=16"]
+    command += [f"train.init={dense}", "train.init_reset=[experts]", "parallel.expert_parallel=2"]
+    done = train(*command, processes=2).stdout
+    assert "train.init: resized pos_embed (4x4 to 8x8 tokens, computed anew)" in done
+    assert "train.init: split blocks.1.mlp" in done and "train.init: drawn blocks.1.mlp.router.prototypes" in done
+    before, after = load(dense).tensors, load(run).tensors
+    w1, w2 = (before[f"blocks.1.mlp.fc{i}.weight"] for i in (1, 2))
+    first, last = by_weight({"fc1.weight": w1, "fc2.weight": w2}).split(64)
+    for name, expected in {
+        "shared.0.fc1.weight": w1[first],
+        "shared.0.fc2.weight": w2[:, first],
+        "unconditional.0.fc1.weight": w1[last],
+        "routed.experts.w1": w1[last].expand(12, 64, 32),
+        "routed.experts.w2": w2[:, last].expand(12, 32, 64),
+    }.items():
+        torch.testing.assert_close(after[f"blocks.1.mlp.{name}"], expected, rtol=0, atol=1e-6, msg=name)
+    assert after["pos_embed"].shape == (1, 64, 32)

@@ -12,7 +12,7 @@ from promoe_ds.moe.mlp import gelu
 
 
 def test_timestep_sinusoids() -> None:
-    table = sinusoids(torch.tensor([0.0, 250.5]), 8)
+    table = sinusoids(torch.tensor([0.0, 250.5]), 8, 4)
     for b, t in enumerate((0.0, 250.5)):
         for i in range(4):
             angle = t * 1e4 ** (-i / 4)
