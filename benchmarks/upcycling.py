@@ -5,8 +5,8 @@ examples:
   python benchmarks/upcycling.py                                   two seeds, some 12 minutes on one idle CPU core
   python benchmarks/upcycling.py --steps 500 --more 500 --seeds 0
 
-A dense digits model is trained; from its weights start the dense model again, ProMoE and a k-means mixture, each with a
-new optimizer, beside a ProMoE without weights. The same command goes on where it was. exit codes: 0 done, 2 a mistake.
+A dense digits model is trained; from its weights start the dense model again and ProMoE, each with a new optimizer,
+beside a ProMoE without weights. The same command goes on where it was. exit codes: 0 done, 2 a mistake.
 """
 
 from __future__ import annotations
@@ -41,23 +41,27 @@ from promoe_ds.recipes.load import load_config  # noqa: E402
 from promoe_ds.utils.command_line import Parser, guarded  # noqa: E402
 from promoe_ds.utils.files import write_text  # noqa: E402
 
+ANEW = "train.init_reset=[experts]"
 ROWS = {
-    "dense, trained on": ("digits_dense", ()),
-    "upcycled to ProMoE": ("digits", ("train.init_reset=[experts]",)),
-    "ProMoE from scratch": ("digits", None),
-    "upcycled to k-means": ("digits_kmeans", ("train.init_reset=[experts]",)),
+    "dense, trained on": ("digits_dense", ("train.init={dense}",)),
+    "upcycled to ProMoE": ("digits", ("train.init={dense}", ANEW)),
+    "ProMoE from scratch": ("digits", ()),
 }
-"""name -> (recipe, overrides of a start from the dense weights; None: from nothing)"""
+"""name -> (recipe, overrides)"""
+AT_ONCE = {
+    "upcycled to ProMoE, gates of 1": ("digits", ("train.init={dense}", ANEW)),
+    "upcycled to k-means": ("digits_kmeans", ("train.init={dense}", ANEW)),
+}
+"""what is not trained"""
 FRACTIONS = (0, 0.05, 0.2, 0.5, 1)
 """of the further steps, at which the loss is measured"""
 DRAWS = 1797
 """images of the loss: every digit, with a noise and timestep of its own"""
 NOTE = """A dense digits model (1.27 M parameters) is trained for {steps} steps of 128 images. From its EMA weights
-start the same model, ProMoE, and a mixture routed by k-means, whose gate weights are 1, each with a new optimizer;
-beside them a ProMoE from scratch. Loss: `loss/diffusion` of the raw weights on {draws} labelled images, with the same
-noise and timesteps for all; mean of seeds {seeds} (lowest to highest). "Gates of 1" is the upcycled ProMoE with its
-gate weights replaced by 1: the dense model, by construction."""
-GATES = "gates of 1"
+start the same model and ProMoE, each with a new optimizer; beside them a ProMoE from scratch. Loss: `loss/diffusion` of
+the raw weights on {draws} labelled images, with the same noise and timesteps for all; mean of seeds {seeds} (lowest to
+highest). Not trained: the upcycled ProMoE with its gate weights replaced by 1, which is the dense model by
+construction, and a mixture routed by k-means, whose gate weights are 1."""
 
 
 def trained(config: Config, run: Path, step: int) -> DiT:
@@ -85,10 +89,8 @@ def with_gates_of_one(model: DiT) -> DiT:
     return model
 
 
-def points(args: argparse.Namespace, from_dense: bool) -> list[int]:
-    """Steps at which a row is measured; from scratch also after as many as the dense model and what follows it."""
-    further = [round(args.more * fraction) for fraction in FRACTIONS]
-    return further if from_dense else [*further, args.steps + args.more]
+def points(more: int) -> list[int]:
+    return [round(more * fraction) for fraction in FRACTIONS]
 
 
 def measure(args: argparse.Namespace, seed: int) -> None:
@@ -98,26 +100,23 @@ def measure(args: argparse.Namespace, seed: int) -> None:
     if done_steps(source) < args.steps:
         trained(dense, source, args.steps)
 
-    def keep(name: str, config: Config, step: int, model: DiT) -> None:
-        loss = ema_loss(model, config, data, DRAWS, 512, device)
-        save_point(args.runs / "points", key(args, name, seed, step), {"loss": loss} | facts())
-        print(f"seed {seed}: {name}, step {step}: {loss:.4f}", flush=True)
-
-    for name, (recipe, start) in ROWS.items():
-        overrides = [f"train.steps={args.more}", f"train.seed={seed + 100}", "train.log_every=25"]
-        config = load_config(recipe, overrides + ([] if start is None else [f"train.init={source}", *start]))
-        for step in points(args, start is not None):
+    for name, (recipe, overrides) in (ROWS | AT_ONCE).items():
+        chosen = [f"train.steps={args.more}", f"train.seed={seed + 100}", "train.log_every=25"]
+        config = load_config(recipe, [*chosen, *(text.format(dense=source) for text in overrides)])
+        for step in points(args.more) if name in ROWS else [0]:
             if key(args, name, seed, step) in load_points(args.runs / "points"):
                 continue
-            run = args.runs / f"{name.replace(' ', '_')}_{args.steps}_{args.more}_seed{seed}"
-            model = trained(config, run, step)
-            keep(name, config, step, model)
-            if step == 0 and recipe == "digits" and start:
-                keep(GATES, config, 0, with_gates_of_one(model))
+            model = trained(config, args.runs / key(args, name, seed), step)
+            model = with_gates_of_one(model) if "gates of 1" in name else model
+            loss = ema_loss(model, config, data, DRAWS, 512, device)
+            save_point(args.runs / "points", key(args, name, seed, step), {"loss": loss} | facts())
+            print(f"seed {seed}: {name}, step {step}: {loss:.4f}", flush=True)
 
 
-def key(args: argparse.Namespace, name: str, seed: int, step: int) -> str:
-    return f"{name.replace(' ', '_')}_{args.steps}_{args.more}_seed{seed}_step{step}"
+def key(args: argparse.Namespace, name: str, seed: int, step: int | None = None) -> str:
+    """Of a point, or of the run that it is measured on."""
+    point = "" if step is None else f"_step{step}"
+    return f"{name.replace(' ', '_')}_{args.steps}_{args.more}_seed{seed}{point}"
 
 
 def run(words: list[str]) -> int:
@@ -130,16 +129,16 @@ def run(words: list[str]) -> int:
     args = parser.parse_args(words)
     for seed in args.seeds:
         measure(args, seed)
-    kept, steps = load_points(args.runs / "points"), points(args, False)
+    kept, steps = load_points(args.runs / "points"), points(args.more)
 
     def cell(name: str, step: int) -> str:
         found = [kept[k]["loss"] for seed in args.seeds if (k := key(args, name, seed, step)) in kept]
         spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
         return f"{mean(found):.4f}{spread}" if found else ""
 
-    rows = [(name, *(cell(name, step) for step in steps)) for name in (*ROWS, GATES)]
+    rows = [(name, *(cell(name, step) for step in steps)) for name in (*ROWS, *AT_ONCE)]
     note = NOTE.format(steps=args.steps, draws=f"{DRAWS:,}", seeds=", ".join(map(str, args.seeds)))
-    columns = ["row", *(f"after {step:,} steps of its own" if step else "at once" for step in steps)]
+    columns = ["row", *(f"after {step:,} steps" if step else "at once" for step in steps)]
     made = [{name: point[name] for name in facts()} for point in kept.values()]
     text = page("Upcycling on digits", "benchmarks/upcycling.py", words, note, table(columns, rows), measured=made)
     write_text(args.out, text)
