@@ -18,17 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.processes import PATIENCE
-from promoe_ds.config.schema import ConfigError
-from promoe_ds.data import archive, fingerprint
-from promoe_ds.data.caches import open_latents
-from promoe_ds.data.codecs import open_codec
-from promoe_ds.data.encode import EncodedImages, EncodeJob, Encoder, run_encoding
-from promoe_ds.data.images import DecodedImages, image_kinds, open_images
-from promoe_ds.data.images import parquet as parquet_images
-from promoe_ds.utils.ranks import ALONE
-from tests.image_sources import (
-    CLASSES,
+from benchmarks.image_layouts import (
     SOURCES,
     add,
     as_old_parquet,
@@ -41,9 +31,19 @@ from tests.image_sources import (
     write_tars,
     write_zip,
 )
+from benchmarks.image_sources import MANY, index_of
+from benchmarks.processes import PATIENCE
+from promoe_ds.config.schema import ConfigError
+from promoe_ds.data import archive, fingerprint
+from promoe_ds.data.caches import open_latents
+from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.encode import EncodedImages, EncodeJob, Encoder, run_encoding
+from promoe_ds.data.images import DecodedImages, image_kinds, open_images
+from promoe_ds.data.images import parquet as parquet_images
+from promoe_ds.utils.ranks import ALONE
 
 ITEMS = some_items()
-LABELS = [label for *_, label in ITEMS]
+LABELS, NAMES = [label for *_, label in ITEMS], ["n01", "n02", "n03"]
 
 
 def opened(path: Path, split: str = "train", num_classes: int | None = 3) -> DecodedImages:
@@ -73,7 +73,7 @@ def test_labels_and_pixels_are_those_of_the_tree(tmp_path: Path, source: str) ->
         ITEMS[i][1] for i in order
     ]
     assert data.hold().get(order)[0].equal(tree.get(order)[0])
-    assert data.classes == (CLASSES if source.startswith("parquet") else ["0", "1", "2"])
+    assert data.classes == (NAMES if source.startswith("parquet") else ["0", "1", "2"])
     assert (fingerprint(data) == fingerprint(tree)) == source.startswith("parquet")
     assert len({data.name(i) for i in range(11)}) == 11 and data.note == ""
     with pytest.raises(IndexError):
@@ -108,9 +108,9 @@ def test_numbers_have_as_many_classes_as_the_model(tmp_path: Path) -> None:
         path = SOURCES[source](tmp_path / source, ITEMS)
         assert opened(path, num_classes=None).num_classes == 3 and opened(path, num_classes=1000).num_classes == 1000
         assert "has the label 2, outside the 2 classes; set model.num_classes=3 if" in told(path, num_classes=2)
-    path = write_parquet(tmp_path / "unnamed", ITEMS, named=False)
+    path = write_parquet(tmp_path / "unnamed", ITEMS, classes=0)
     assert opened(path, num_classes=5).classes == list("01234")
-    assert opened(write_parquet(tmp_path / "named", ITEMS), num_classes=5).classes == CLASSES
+    assert opened(write_parquet(tmp_path / "named", ITEMS), num_classes=5).classes == NAMES
 
 
 def test_a_split_is_chosen_by_the_names_of_files(tmp_path: Path) -> None:
@@ -256,7 +256,10 @@ def test_values_of_all_sizes_are_found(tmp_path: Path) -> None:
     ]):  # fmt: skip
         data = opened(write_parquet(tmp_path / str(number), items, files=1, row_group_size=24, **how))
         assert data._groups["plain"].all()
-        assert [data.read(i) for i in range(24)] == values
+        assert [data.read(i) for i in range(24)] == values and data._known.all()
+    other = {"column_encoding": {"image.bytes": "DELTA_LENGTH_BYTE_ARRAY"}}
+    data = opened(write_parquet(tmp_path / "other", items, files=1, **other))
+    assert [data.read(i) for i in range(24)] == values and not data._known.any()
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
@@ -314,10 +317,10 @@ def test_parquet_without_what_is_needed(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([], kind), "label": pa.array([], pa.int64())}), path)
     assert "its 1 Parquet file(s) have no rows" in told(path)
     root = write_parquet(tmp_path / "two", ITEMS)
-    write_parquet(tmp_path / "other", ITEMS, named=False)
+    write_parquet(tmp_path / "other", ITEMS, classes=0)
     os.replace(tmp_path / "other/train-00001-of-00002.parquet", root / "train-00001-of-00002.parquet")
     assert "00001-of-00002.parquet: has other columns or class names than train-00000-of-00002.parquet" in told(root)
-    write_parquet(root, [(name, data, label + 1) for name, data, label in ITEMS])
+    write_parquet(root, [(name, data, label + 1) for name, data, label in ITEMS], classes=3)
     assert "(row 2): has the label 3, outside the 3 classes; give every row one of the classes" in told(root)
 
 
@@ -399,3 +402,10 @@ def test_labels_and_files_that_disagree(tmp_path: Path) -> None:
     (root / "00000/img00000001.jpeg").unlink()
     with pytest.raises(ConfigError, match=r"img00000001.jpeg: cannot be read \(No such file"):
         data.read(1)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_index_of_a_tenth_of_imagenet_fits(tmp_path: Path, name: str) -> None:
+    items, seconds, opened_mb, later_mb = index_of(MANY[name](tmp_path / "many", 128_000))
+    text = f"{items} items, {seconds} s, {opened_mb} MB, {later_mb} MB"
+    assert items == 128_000 and opened_mb < 60 and seconds < 20, text

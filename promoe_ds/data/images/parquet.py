@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -50,22 +51,27 @@ class ParquetImages(DecodedImages):
 
     def __init__(self, path: Path, split: str, channels: int, image_size: int, num_classes: int | None = None):
         self._root, files = files_of_split(path, self.SUFFIXES, split)
-        first, *others = (_File(file) for file in files)
-        for other in others:
-            if (other.picture, other.label, other.classes) != (first.picture, first.label, first.classes):
-                conflict = f"has other columns or class names than {first.path.name}"
-                reject("data.path", other.path, conflict, "keep the files of one data set there")
-        self._picture, self._optional = first.picture, first.optional
-        self._archives = [file.archive for file in (first, *others)]
-        self._groups = np.concatenate([file.groups(number) for number, file in enumerate((first, *others))])
+        self._archives: list[Archive] = []
+        groups, labels, columns = [], [], None
+        for number, file in enumerate(files):
+            found = _File(file)  # one at a time: there may be more of them than a process may have open
+            columns = columns or found.columns
+            if found.columns != columns:
+                conflict = f"has other columns or class names than {files[0].name}"
+                reject("data.path", file, conflict, "keep the files of one data set there")
+            self._archives.append(found.archive)
+            groups.append(found.groups(number))
+            labels.append(found.labels())
+        assert columns is not None
+        self._columns, self._groups = columns, np.concatenate(groups)
         self._first = np.cumsum([0, *self._groups["rows"]])
         """number of the first item of each row group"""
-        label_N = np.concatenate([file.labels() for file in (first, *others)])
+        label_N, names = np.concatenate(labels), columns.classes
         if not len(label_N):
             reject("data.path", path, f"its {len(files)} Parquet file(s) have no rows", "name files with pictures")
-        if first.classes is not None:
-            check_labels(label_N, len(first.classes), self.where, "give every row one of the classes")
-        classes = first.classes or numbered_classes(label_N, num_classes, self.where)
+        if names is not None:
+            check_labels(label_N, len(names), self.where, "give every row one of the classes")
+        classes = list(names) if names else numbered_classes(label_N, num_classes, self.where)
         super().__init__(classes, label_N, channels, image_size)
         self._start_N, self._size_N = np.zeros(len(label_N), np.int64), np.zeros(len(label_N), np.int32)
         """where pictures lie that are read by themselves, as far as it is `_known` of a row group"""
@@ -103,8 +109,7 @@ class ParquetImages(DecodedImages):
     def read(self, index: int) -> bytes:
         group, row = self._place(index)
         try:
-            if self._groups["plain"][group]:
-                self._find(group)
+            if self._found(group):
                 archive = self._archives[self._groups["file"][group]]
                 data = archive.read(int(self._size_N[index]), int(self._start_N[index]))
             else:
@@ -115,58 +120,67 @@ class ParquetImages(DecodedImages):
             reject("data.path", self.where(index), "holds no bytes, at most a path", "embed the pictures' files")
         return data
 
-    def _find(self, group: int) -> None:
-        """Find the pictures of a row group. Several threads may, which does no harm. Raises OSError, ValueError."""
-        if not self._known[group]:
+    def _found(self, group: int) -> bool:
+        """Whether it is known where the pictures of a row group lie. Several threads may look for them, which does no
+        harm. Raises OSError."""
+        if self._groups["plain"][group] and not self._known[group]:
             file, start, end, rows = (int(self._groups[key][group]) for key in ("file", "start", "end", "rows"))
             items = slice(self._first[group], self._first[group + 1])
-            found = places(self._archives[file], start, end, rows, self._optional)
-            self._start_N[items], self._size_N[items] = found
-            self._known[group] = True
+            try:
+                found = places(self._archives[file], start, end, rows, self._columns.optional)
+                self._start_N[items], self._size_N[items] = found
+                self._known[group] = True
+            except ValueError:  # another encoding, or damage, which pyarrow will name
+                self._groups["plain"][group] = False
+        return bool(self._known[group])
 
     def _decoded(self, group: int) -> pa.ChunkedArray:
         """The pictures of a row group, by a reader of its own: readers are not made for several threads."""
         archive, number = self._archives[self._groups["file"][group]], int(self._groups["number"][group])
         archive.read(1, 0)  # raises if the file has changed
         with pq.ParquetFile(archive.path, pre_buffer=False, page_checksum_verification=True) as file:
-            table = file.read_row_group(number, [self._picture], use_threads=False)
-        return table.flatten().column(self._picture)
+            table = file.read_row_group(number, [self._columns.picture], use_threads=False)
+        return table.flatten().column(self._columns.picture)
+
+
+class Columns(NamedTuple):
+    """Which columns of a file hold what."""
+
+    picture: str
+    """path of the column of pictures, such as image.bytes"""
+    optional: bool
+    """whether its pages say which values are there"""
+    label: str
+    classes: tuple[str, ...] | None
+    """names, if the file has them"""
 
 
 class _File:
-    """What lies in one Parquet file, by its footer.
-
-    Attributes:
-        picture: path of the column of pictures, such as image.bytes.
-        optional: whether pages of it say which values are there.
-        label: name of the column of labels.
-        classes: names, if the file has them.
-
-    Raises:
-        ConfigError: it is damaged, or has no such columns.
-    """
+    """What lies in one Parquet file, by its footer. Raises `ConfigError`: it is damaged, or has no such columns."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             self.archive = Archive.of(path)
             self._file = pq.ParquetFile(path, pre_buffer=False)
+            described = json.loads((self._file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         except (OSError, ValueError, pa.ArrowException) as error:
             self._reject(f"is no whole Parquet file ({' '.join(str(error).split())})")
         schema = self._file.schema_arrow
-        self.picture = self._picture(schema)
-        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        picture = self._picture(schema)
         features = described.get("info", {}).get("features") or {}
-        named = [key for key, feature in features.items() if feature.get("_type") == "ClassLabel"]
-        self.label = named[0] if len(named) == 1 else "label"
-        if self.label not in schema.names or not pa.types.is_integer(schema.field(self.label).type):
+        named = {key: feature["names"] for key, feature in features.items()
+                 if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}  # fmt: skip
+        label = next(iter(named)) if len(named) == 1 else "label"
+        if label not in schema.names or not pa.types.is_integer(schema.field(label).type):
             self._reject(f"has no column `label` of integers, but {', '.join(schema.names)}", "give each row its class")
-        self.classes = features.get(self.label, {}).get("names")
+        classes = named.get(label)
         leaves = [self._file.schema.column(i) for i in range(len(self._file.schema))]
-        self._leaf = [leaf.path for leaf in leaves].index(self.picture)
-        self.optional = leaves[self._leaf].max_definition_level > 0
+        self._leaf = [leaf.path for leaf in leaves].index(picture)
+        optional = leaves[self._leaf].max_definition_level > 0
+        self.columns = Columns(picture, optional, label, tuple(classes) if classes else None)
 
-    def _reject(self, conflict: str, way_out: str = AGAIN) -> None:
+    def _reject(self, conflict: str, way_out: str = AGAIN) -> NoReturn:
         reject("data.path", self.path, conflict, way_out)
 
     def _picture(self, schema: pa.Schema) -> str:
@@ -203,7 +217,7 @@ class _File:
     def labels(self) -> np.ndarray:
         """int64, of its rows. Raises `ConfigError`."""
         try:
-            column = self._file.read([self.label], use_threads=False).column(self.label)
+            column = self._file.read([self.columns.label], use_threads=False).column(0)
         except (OSError, ValueError, pa.ArrowException) as error:
             self._reject(f"has labels that cannot be read ({' '.join(str(error).split())})")
         if column.null_count:

@@ -1,4 +1,5 @@
-"""The same pictures in every layout that images are read from, written here from the layouts' descriptions."""
+"""The same pictures in every layout that images are read from, written from the layouts' descriptions: for the timing
+of `image_sources.py`, and for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from PIL import Image
 
 Item = tuple[str, bytes, int]
 """name, content of the file, class"""
-CLASSES = ["n01", "n02", "n03"]
+CLASSES = [f"n{number:02d}" for number in range(1, 51)]
+"""names of the classes; so many are used as the items have"""
 
 
 def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
@@ -45,11 +47,16 @@ def write_folders(root: Path, items: Sequence[Item]) -> Path:
     return root
 
 
-def write_parquet(root: Path, items: Sequence[Item], files: int = 2, named: bool = True, **how: Any) -> Path:
-    """As datasets 5 writes it, or with other options of pyarrow.parquet.write_table."""
+def write_parquet(root: Path, items: Sequence[Item], files: int = 2, classes: int | None = None, **how: Any) -> Path:
+    """As datasets 5 writes it, or with other options of pyarrow.parquet.write_table.
+
+    Args:
+        classes: how many are named; None: as many as the items have, 0: none.
+    """
     root.mkdir(parents=True, exist_ok=True)
     how = {"row_group_size": 3, "use_dictionary": False, "compression": "none"} | how
-    feature = {"names": CLASSES, "_type": "ClassLabel"} if named else {"dtype": "int64", "_type": "Value"}
+    count = 1 + max(label for *_, label in items) if classes is None else classes
+    feature = {"names": CLASSES[:count], "_type": "ClassLabel"} if count else {"dtype": "int64", "_type": "Value"}
     features = {"image": {"_type": "Image"}, "label": feature}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
