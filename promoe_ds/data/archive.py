@@ -31,11 +31,14 @@ class Archive:
 
     def read(self, size: int, start: int) -> bytes:
         """`size` bytes from `start` on, fewer where the file ends. Raises OSError, also if the file has changed."""
-        descriptor = _opened(self)  # held, or it might be closed before it is read
-        return os.pread(descriptor.number, size, start)
+        return self.opened().read(size, start)
+
+    def opened(self) -> Descriptor:
+        """What reads it, for many reads in a row. Raises OSError."""
+        return _opened(self)
 
 
-class _Descriptor:
+class Descriptor:
     """Closed when the last reader lets go of it, so none ever reads from another file that got its number."""
 
     def __init__(self, archive: Archive):
@@ -45,7 +48,11 @@ class _Descriptor:
         if (found.st_size, found.st_mtime_ns) != (archive.size, archive.modified_ns):
             raise OSError("it has changed since it was opened")
 
+    def read(self, size: int, start: int) -> bytes:
+        """As `Archive.read`."""
+        return os.pread(self.number, size, start)
+
 
 @lru_cache(maxsize=KEPT_OPEN)
-def _opened(archive: Archive) -> _Descriptor:
-    return _Descriptor(archive)
+def _opened(archive: Archive) -> Descriptor:
+    return Descriptor(archive)

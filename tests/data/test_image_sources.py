@@ -174,6 +174,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
 def test_read_by_threads_and_by_forked_processes(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive opened before a fork has one position for all of them; a tar object then gives wrong bytes."""
     monkeypatch.setattr(parquet_images, "HELD", 1)  # row groups come and go
+    monkeypatch.setattr(parquet_images, "LEAST", 0)
     data = opened(SOURCES[source](tmp_path / source, ITEMS))
     orders = [np.random.default_rng(seed).integers(0, 11, 300).tolist() for seed in range(4)]
     data.read(0)  # opens it
@@ -206,7 +207,7 @@ def test_read_by_threads_and_by_forked_processes(tmp_path: Path, source: str, mo
 def test_more_tars_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_tars(tmp_path, ITEMS, files=11)
     data = opened(root)
-    monkeypatch.setattr(archive, "_opened", archive.lru_cache(maxsize=2)(archive._Descriptor))
+    monkeypatch.setattr(archive, "_opened", archive.lru_cache(maxsize=2)(archive.Descriptor))
     before = len(os.listdir("/proc/self/fd"))
     assert [data.read(i) for i in range(11)] == [content for _, content, _ in ITEMS]
     assert len(os.listdir("/proc/self/fd")) <= before + 2
@@ -404,8 +405,9 @@ def test_labels_and_files_that_disagree(tmp_path: Path) -> None:
         data.read(1)
 
 
-@pytest.mark.parametrize("name", MANY)
-def test_the_index_of_a_tenth_of_imagenet_fits(tmp_path: Path, name: str) -> None:
-    items, seconds, opened_mb, later_mb = index_of(MANY[name](tmp_path / "many", 128_000))
+@pytest.mark.parametrize("name", list(MANY)[:2])  # that of a zip is looked at in test_caches.py
+def test_the_index_of_a_twentieth_of_imagenet_fits(tmp_path: Path, name: str) -> None:
+    items, seconds, opened_mb, later_mb = index_of(MANY[name](tmp_path / "many", 64_000))
     text = f"{items} items, {seconds} s, {opened_mb} MB, {later_mb} MB"
-    assert items == 128_000 and opened_mb < 60 and seconds < 20, text
+    print(text)
+    assert items == 64_000 and later_mb < 40 and seconds < 20, text  # 1 s on a machine of one's own

@@ -21,8 +21,8 @@ from promoe_ds.data.images.parquet_pages import places
 from promoe_ds.data.images.splits import files_of_split
 from promoe_ds.data.labelled import check_labels, numbered_classes
 
-HELD = 2**28
-"""bytes of row groups that a process keeps, but two of them at least: threads read neighbours at the same time"""
+HELD, LEAST = 2**28, 2
+"""bytes of row groups that a process keeps, and how many at least: threads read neighbours at the same time"""
 DEAR = 2**24
 """bytes of a row group above which a picture takes longer to find than to decode"""
 AGAIN = "copy or write the file again"
@@ -256,6 +256,6 @@ class _Kept:
         """The oldest, as far as they are too many."""
         with self._lock:
             size = {key: kept.result().nbytes for key, kept in self._groups.items() if kept.done()}
-            for key in list(size)[:-2]:
+            for key in list(size)[: max(0, len(size) - LEAST)]:
                 if sum(size.values()) > HELD:
                     del self._groups[key], size[key]
