@@ -41,6 +41,7 @@ from promoe_ds.data.encode import EncodedImages, EncodeJob, Encoder, run_encodin
 from promoe_ds.data.images import DecodedImages, image_kinds, open_images
 from promoe_ds.data.images import parquet as parquet_images
 from promoe_ds.utils.ranks import ALONE
+from tests.data.test_images import PACKS
 
 ITEMS = some_items()
 LABELS, NAMES = [label for *_, label in ITEMS], ["n01", "n02", "n03"]
@@ -150,6 +151,16 @@ def test_pictures_of_repa_lie_beside_its_latents(tmp_path: Path) -> None:
     assert opened(tmp_path).where(0) == f"{tmp_path}/images/00000/img00000000.jpeg"
     (tmp_path / "images/00000/._img00000000.jpeg").write_bytes(b"")
     assert opened(tmp_path / "images").left_out == 1
+
+
+def test_the_real_pictures_of_repa() -> None:
+    """Read as one class, 00000, before their labels were looked at."""
+    root = PACKS / "formats" / "REPA"
+    if not root.is_dir():
+        pytest.skip(f"{root} is absent (set PROMOE_DS_DATA to the folder above formats)")
+    data = opened(root / "images")
+    assert data.label_B.tolist() == np.load(root / "expected.npz")["label"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.get(np.arange(6))[0].std() > 0.1
 
 
 def test_columns_of_other_names(tmp_path: Path) -> None:
