@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -187,14 +188,20 @@ def test_read_by_threads_and_by_forked_processes(tmp_path: Path, source: str, mo
     monkeypatch.setattr(parquet_images, "HELD", 1)  # row groups come and go
     monkeypatch.setattr(parquet_images, "LEAST", 0)
     data = opened(SOURCES[source](tmp_path / source, ITEMS))
-    orders = [np.random.default_rng(seed).integers(0, 11, 300).tolist() for seed in range(4)]
+    reads = 200 if source == "parquet_snappy" else 2000
+    orders = [np.random.default_rng(seed).integers(0, 11, reads).tolist() for seed in range(4)]
     data.read(0)  # opens it
 
     def right(order: list[int]) -> bool:
         return all(data.read(index) == ITEMS[index][1] for index in order)
 
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(right, orders)) == [True] * 4
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # or threads of Python would rarely meet between two calls
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(right, orders)) == [True] * 4
+    finally:
+        sys.setswitchinterval(interval)
     # Forked while another thread reads on: a lock of ours that it holds then must not stay locked.
     stop = threading.Event()
     thread = threading.Thread(target=lambda: [right(orders[0]) for _ in iter(stop.is_set, True)])
@@ -418,7 +425,7 @@ def test_labels_and_files_that_disagree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(MANY)[:2])  # that of a zip is looked at in test_caches.py
 def test_the_index_of_a_twentieth_of_imagenet_fits(tmp_path: Path, name: str) -> None:
-    items, seconds, opened_mb, later_mb = index_of(MANY[name](tmp_path / "many", 64_000))
+    items, _, seconds, opened_mb, later_mb = index_of(MANY[name](tmp_path / "many", 64_000))
     text = f"{items} items, {seconds} s, {opened_mb} MB, {later_mb} MB"
     print(text)
-    assert items == 64_000 and later_mb < 40 and seconds < 20, text  # 1 s on a machine of one's own
+    assert items == 64_000 and later_mb < 40 and seconds < 5, text
