@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,9 @@ class Shard:
 
     archive: Archive
     keys: bytes
-    """names of the samples, a NUL between them"""
+    """names of the samples, one after the other"""
+    key_end_N: np.ndarray
+    """int64, where each ends in `keys`"""
     start_N: np.ndarray
     """int64, first byte of each picture"""
     size_N: np.ndarray
@@ -61,7 +62,7 @@ class TarImages(DecodedImages):
     def __init__(self, path: Path, split: str, channels: int, image_size: int, num_classes: int | None = None):
         self._root, files = files_of_split(path, self.SUFFIXES, split)
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tars") as pool:
-            self._shards = [shard for shard in pool.map(read_shard, files)]
+            self._shards = list(pool.map(read_shard, files))
         self._first = np.cumsum([0, *(len(shard.label_N) for shard in self._shards)])
         """number of the first item of each tar"""
         label_N = np.concatenate([shard.label_N for shard in self._shards])
@@ -77,7 +78,8 @@ class TarImages(DecodedImages):
 
     def _key(self, index: int) -> tuple[Shard, str]:
         shard, item = self._place(index)
-        return shard, os.fsdecode(split_keys(shard.keys)[item])
+        start = int(shard.key_end_N[item - 1]) if item else 0
+        return shard, os.fsdecode(shard.keys[start : int(shard.key_end_N[item])])
 
     def name(self, index: int) -> str:
         shard, key = self._key(index)
@@ -99,11 +101,6 @@ class TarImages(DecodedImages):
         return data
 
 
-@lru_cache(maxsize=2)  # names are asked for in order
-def split_keys(keys: bytes) -> list[bytes]:
-    return keys.split(b"\0")
-
-
 def read_shard(path: Path) -> Shard:
     """The samples of a tar. Raises `ConfigError`."""
     samples, left_out = _Samples(), 0
@@ -122,9 +119,10 @@ def read_shard(path: Path) -> Shard:
     except (OSError, ValueError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
         reject("data.path", path, f"is no whole tar of samples ({' '.join(str(text).split())})", AGAIN)
-    keys = "\0".join(samples.keys).encode(errors="surrogateescape")
+    keys = [os.fsencode(key) for key in samples.keys]
+    key_end_N = np.cumsum([len(key) for key in keys], dtype=np.int64)
     start_N, size_N, label_N = (np.array(column, np.int64) for column in (samples.start, samples.size, samples.label))
-    return Shard(window.archive, keys, start_N, size_N, label_N, left_out)
+    return Shard(window.archive, b"".join(keys), key_end_N, start_N, size_N, label_N, left_out)
 
 
 class _Samples:
