@@ -34,13 +34,15 @@ from benchmarks.image_layouts import (
 )
 from benchmarks.image_sources import MANY, index_of
 from benchmarks.processes import PATIENCE
-from promoe_ds.config.schema import ConfigError
-from promoe_ds.data import archive, fingerprint
+from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from promoe_ds.data import archive, build_dataset, fingerprint
+from promoe_ds.data.batches import Batch, BatchMaker
 from promoe_ds.data.caches import open_latents
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.encode import EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.images import DecodedImages, image_kinds, open_images
 from promoe_ds.data.images import parquet as parquet_images
+from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 from promoe_ds.utils.ranks import ALONE
 from tests.data.test_images import PACKS
 
@@ -91,6 +93,23 @@ def test_shards_of_a_source_are_those_of_the_tree(tmp_path: Path, source: str) -
         latents.append(open_latents(out))
     for a, b in zip(*(data.get(np.arange(11)) for data in latents), strict=True):
         assert a.equal(b)
+
+
+def test_training_draws_from_a_source_what_it_draws_from_the_tree(tmp_path: Path) -> None:
+    def batches(path: Path) -> list[Batch]:
+        config = Config(
+            moe=None,
+            model=ModelConfig(image_size=8, channels=3, num_classes=3),
+            data=DataConfig(name="images", path=str(path), hflip=True),
+            train=TrainConfig(global_batch_size=8, micro_batch_size=4),
+        )
+        maker = BatchMaker(config, build_dataset(config))
+        return [batch for step in range(3) for batch in maker.step(step)]
+
+    expected = batches(write_folders(tmp_path / "tree", ITEMS))
+    for source, write in SOURCES.items():
+        for batch, right in zip(batches(write(tmp_path / source, ITEMS)), expected, strict=True):
+            assert batch.x_BCHW.equal(right.x_BCHW) and batch.label_B.equal(right.label_B)
 
 
 def test_names_and_places(tmp_path: Path) -> None:
