@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   python launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents --dry-run
   torchrun --nproc-per-node 8 -- launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents
   srun --ntasks 64 python launchers/encode_latents.py --images imagenet/train --vae sd-vae-ft-mse --out latents
+  python launchers/encode_latents.py --images imagenet-1k/data --split validation --vae sd-vae-ft-mse --out latents
   python launchers/encode_latents.py --images tinyimagenet.npz --size 128 --vae taef2 --out latents
   python launchers/encode_latents.py --from-latents sd-vae-ft-mse_Latents_256img_npz --out latents
   python launchers/encode_latents.py --verify latents                                        reads every byte
@@ -48,13 +49,13 @@ continues), 130 by Ctrl-C.
 def parser() -> Parser:
     p = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", metavar="PATH", help="tree with a folder per class, or a packed npz of JPEG files")
+    source.add_argument("--images", metavar="PATH", help="folder per class, Parquet, tars, zip, packed npz: any images")
     source.add_argument("--from-latents", type=Path, metavar="PATH", help="latents that another project wrote")
     source.add_argument("--verify", type=Path, metavar="DIR", help="compare finished shards with their checksums")
     p.add_argument("--vae", metavar="PATH", help="AutoencoderKL or AutoencoderTiny (diffusers), TAEF2, or identity")
     add_cache_options(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards")
-    p.add_argument("--split", default="train", help="of a packed npz (default train)")
+    p.add_argument("--split", default="train", help="where names or a pack have several (default train)")
     p.add_argument("--size", type=int, default=256, help="side of the central square in pixels (default 256)")
     p.add_argument("--batch", type=int, default=32, help="images per forward and process (default 32)")
     p.add_argument("--shard-size", type=int, default=1024, help="images per shard (default 1024)")

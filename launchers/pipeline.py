@@ -67,7 +67,7 @@ def parser() -> Parser:
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the recipe")
     p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default runs/RECIPE)")
     p.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
-    p.add_argument("--images", metavar="PATH", help="encode these: a tree with a folder per class, or a packed npz")
+    p.add_argument("--images", metavar="PATH", help="encode these, as launchers/encode_latents.py")
     p.add_argument("--size", type=int, default=256, help="side in pixels of what is encoded (default 256)")
     p.add_argument("--latents", type=Path, metavar="DIR", help="shards, made if absent (default RUN/latents)")
     p.add_argument("--vae", metavar="PATH", help="codec, for recipes of latents")

@@ -235,7 +235,8 @@ class DataConfig:
     name: Literal["digits", "images", "latents"] = option("digits", "which source")
     path: str | None = option(
         None,
-        "images: class-per-folder tree or packed .npz; latents: shards or another project's cache (docs/imagenet.md)",
+        "images: a folder per class, Parquet, tars, zip or packed .npz (docs/training.md); latents: shards or another "
+        "project's cache (docs/imagenet.md)",
         change="resume",
     )
     format: CacheFormat | None = option(None, "latents: who wrote them; null: found by looking", change="resume")
@@ -248,7 +249,7 @@ class DataConfig:
     vae: str | None = option(
         None, "latents: the codec that decodes the sample grids drawn while training; none, no grids", change="resume"
     )
-    split: str = option("train", "packed .npz: which split")
+    split: str = option("train", "images: which split of a packed .npz, or of files whose names say one")
     hflip: bool = option(False, "random horizontal flips")
     prefetch: int = option(2, "batches prepared ahead of the step, on a thread", above=0, change="resume")
 

@@ -80,4 +80,5 @@ def _open(config: Config) -> ImageDataset:
         reject("data.path", "null", f"data.name={data.name} needs one", "add data.path=PATH")
     if data.name == "latents":
         return open_latents(data.path, data, model.num_classes)
-    return open_images(data.path, split=data.split, channels=model.channels, image_size=model.image_size)
+    size = {"channels": model.channels, "image_size": model.image_size, "num_classes": model.num_classes}
+    return open_images(data.path, split=data.split, **size)

@@ -7,9 +7,7 @@ a fork. This index is four arrays, and every read says where it begins.
 from __future__ import annotations
 
 import mmap
-import os
 import struct
-import weakref
 import zlib
 from array import array
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.config.schema import reject
+from promoe_ds.data.archive import Archive
 
 END, END64, WHERE64, ENTRY, LOCAL = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2", b"PK\3\4"
 """signatures: end of the directory, the same with 64 bits, where that is, an entry of the directory, a file"""
@@ -36,9 +35,8 @@ class StoredZip:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
-            with mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) as view:
+            self._file = Archive.of(path)
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 entries = self._entries(view)
         except (OSError, ValueError, struct.error) as error:
             reject("data.path", path, f"is not a whole zip ({' '.join(str(error).split())})", COPY)
@@ -82,14 +80,25 @@ class StoredZip:
             raise KeyError("it has no such file")
         where, start, size = f"{self.path} ({name.decode(errors='replace')})", int(self._start[i]), int(self._size[i])
         try:
-            head = os.pread(self._file, 30, start)
+            head = self._file.read(30, start)
             n, extra = struct.unpack_from("<2H", head, 26)
-            data = os.pread(self._file, size, start + 30 + n + extra)
+            data = self._file.read(size, start + 30 + n + extra)
         except (OSError, struct.error) as error:
             reject("data.path", where, f"cannot be read ({error})", COPY)
         if head[:4] != LOCAL or zlib.crc32(data) != self._crc[i]:
             reject("data.path", where, "does not match its checksum", COPY)
         return data
+
+
+def first_name(path: Path) -> str:
+    """The name of the first file in a zip; "" of what is no zip."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        head = file.read(30 + 2**12)
+    if len(head) < 30 or head[:4] != LOCAL:
+        return ""
+    return head[30 : 30 + struct.unpack_from("<H", head, 26)[0]].decode(errors="replace")
 
 
 def _wide(extra: bytes, size: int, start: int) -> tuple[int, int]:

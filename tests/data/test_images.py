@@ -13,7 +13,7 @@ from PIL import Image
 
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.data.caches.npz_tree import LatentTree
-from promoe_ds.data.images import FolderImages, PackedImages, decode, open_images
+from promoe_ds.data.images import LOOKED_FOR, FolderImages, PackedImages, decode, open_images
 from promoe_ds.utils.pictures import centre_crop
 
 PACKS = Path(os.environ.get("PROMOE_DS_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -212,7 +212,7 @@ def test_folder_in_grey_and_another_size(tree: Path):
 
 def test_path_that_does_not_exist(tmp_path: Path):
     message = rejected(open_images, str(tmp_path / "no"), split="train", channels=3, image_size=8)
-    assert message == f"data.path={tmp_path}/no: does not exist; name a class-per-folder tree or a packed npz"
+    assert message == f"data.path={tmp_path}/no: does not exist; name {LOOKED_FOR}"
 
 
 def test_folder_without_classes(tmp_path: Path):
@@ -297,11 +297,13 @@ def test_files_that_are_no_packs(tmp_path: Path):
     (tmp_path / "half.npz").write_bytes(path.read_bytes()[:2000])
     (tmp_path / "text.npz").write_text("hello")
     np.save(tmp_path / "bare.npy", np.zeros(3))
-    for name in ("half.npz", "text.npz", "bare.npy"):
+    for name in ("half.npz", "text.npz"):
         message = rejected(open_images, str(tmp_path / name), split="train", channels=3, image_size=8)
         assert message == (
             f"data.path={tmp_path}/{name}: is neither a folder nor a complete npz; name a folder or a packed npz"
         )
+    message = rejected(open_images, str(tmp_path / "bare.npy"), split="train", channels=3, image_size=8)
+    assert message == f"data.path={tmp_path}/bare.npy: is none of the kinds of images; name {LOOKED_FOR}"
 
 
 def test_flipped_bytes_in_a_pack(tmp_path: Path):

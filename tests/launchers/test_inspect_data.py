@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.image_layouts import SOURCES, some_items, write_tars
 from launchers.inspect_data import main
 from promoe_ds.data.caches.cache import STATISTICS
 from tests.data.test_caches import write_lightningdit, write_mean_std, write_tree
@@ -83,9 +84,42 @@ def test_a_sheet_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_images_and_what_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, write_pictures(tmp_path / "tree", 3, 24))
-    assert "6 items of 2 classes, 3 to 3 of each" in text and "read by FolderImages: image files" in text
+    text = said(capsys, write_pictures(tmp_path / "tree", 3, 24), "--sheet", tmp_path / "sheet.png")
+    assert "6 items of 2 classes, 3 to 3 of each" in text and "classes: china, flower\n" in text
+    assert "read by FolderImages: image files in a folder per class" in text
+    assert "image files of 24x24 pixels: 6 JPEG RGB" in text and "6 of them" in text
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (4 * 258 + 2, 2 * 258 + 2)
     (empty := tmp_path / "empty").mkdir()
-    assert said(capsys, empty, code=2).startswith(f"error: PATH={empty}: is no cache of latents: looked for index.json")
+    text = said(capsys, empty, code=2)
+    assert text.startswith(f"error: PATH={empty}: holds neither latents nor images: looked for index.json")
+    assert "of images: a folder per class, a packed npz" in text
     text = "does not exist; name the --out of launchers/encode_latents.py, or a cache of latents"
     assert said(capsys, tmp_path / "none", code=2) == f"error: PATH={tmp_path}/none: {text}\n"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_of_images_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
+    path = SOURCES[source](tmp_path / source, some_items())
+    text = said(capsys, path)
+    reader = {
+        "parquet": "ParquetImages: pictures in Parquet (Hugging Face), 2 file(s), ",
+        "tars": "TarImages: pictures in tars (WebDataset), 2 of them",
+    }.get(source.partition("_")[0], "NumberedImages: image files with the labels of dataset.json")
+    assert f"{path}: 11 items of 3 classes, 3 to 4 of each\nread by {reader}" in text
+    assert "image files of 20x16 pixels: 8 JPEG RGB, 3 PNG RGB" in text and "no damaged item (0 of the 11" in text
+    assert f"train with data.name=images data.path={path} model.channels=3 model.num_classes=3" in text
+
+
+def test_damaged_images_and_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = some_items()
+    items[4] = (items[4][0], b"no picture", items[4][2])
+    root = write_tars(tmp_path / "tars", items)
+    text = said(capsys, root, code=2)
+    assert f"damaged: PATH={root}/pictures-train-0000.tar (n02_00004): is not an image" in text
+    assert "7 JPEG RGB, 3 PNG RGB" in text and "(1 of the 11 looked at)" in text
+    text = said(capsys, root, "--split", "test", code=2)
+    assert text == f"error: --split=test: {root} has the splits train; choose one of them\n"
+    with (root / "pictures-train-0000.tar").open("r+b") as file:
+        file.truncate(5000)
+    assert "error: PATH=" in (text := said(capsys, root, code=2)) and "is no whole tar of samples" in text

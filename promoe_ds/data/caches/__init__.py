@@ -21,6 +21,7 @@ from promoe_ds.data.caches.fast_dit import FastDiT
 from promoe_ds.data.caches.lightningdit import LightningDiT
 from promoe_ds.data.caches.mean_std import MeanStd
 from promoe_ds.data.caches.npz_tree import LatentTree
+from promoe_ds.data.labelled import LABELS
 from promoe_ds.data.latents import Latents, LatentShards
 
 FORMATS: dict[str, Any] = {
@@ -28,7 +29,7 @@ FORMATS: dict[str, Any] = {
 }  # fmt: skip
 LOOKED_FOR = (
     f"looked for {shards.INDEX} of launchers/encode_latents.py, CLASS/NAME.latent.npz (ProMoE) or CLASS/NAME.JPEG.npz "
-    f"(MAR, DiffMoE), {LightningDiT.PATTERN} (LightningDiT), {MeanStd.LABELS} beside NNNNN/*.npy, in vae-sd/ or in a "
+    f"(MAR, DiffMoE), {LightningDiT.PATTERN} (LightningDiT), {LABELS} beside NNNNN/*.npy, in vae-sd/ or in a "
     ".zip (REPA, edm2), *_features/ beside *_labels/ (fast-DiT)"
 )
 

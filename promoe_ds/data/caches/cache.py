@@ -17,6 +17,7 @@ import numpy as np
 
 from promoe_ds.config.schema import DataConfig, reject
 from promoe_ds.data.codecs import SD_SCALE
+from promoe_ds.data.labelled import numbered_classes
 from promoe_ds.data.latents import Latents
 
 SD_CODEC = {"kind": "AutoencoderKL", "channels": 4, "factor": 8, "scale": SD_SCALE, "shift": 0.0, "stochastic": True,
@@ -60,25 +61,16 @@ class Cache(Latents):
         left_out: int = 0,
     ):
         self.root, self.said, self.label_B = root, said, label_N
+        if not len(label_N):
+            reject("data.path", root, "holds no latents", self.again)
         if classes is None:
-            classes = [str(number) for number in range(self._count_classes(label_N, num_classes))]
+            classes = numbered_classes(label_N, num_classes, self.where)
         shape = self.read(0, False).shape
         if len(shape) != 3 or shape[0] % self.parts or shape[1] != shape[2]:
             expected = {"moments": "mean and log-variance [2C, h, h]", "mean_std": "mean and std [2C, h, h]"}
             conflict = f"holds {list(shape)}, not {expected.get(self.content, 'a latent [C, h, h]')}"
             reject("data.path", self.where(0), conflict, "name a cache of VAE latents")
         super().__init__(classes, label_N, shape, self.record(shape[0] // self.parts), left_out)
-
-    def _count_classes(self, label_N: np.ndarray, num_classes: int | None) -> int:
-        """As many as the model has, or as the labels need. Raises `ConfigError` for a label outside of them."""
-        if not len(label_N):
-            reject("data.path", self.root, "holds no latents", self.again)
-        count = int(label_N.max()) + 1
-        wrong = np.flatnonzero((label_N < 0) | (label_N >= (num_classes or count)))
-        if len(wrong):
-            conflict = f"has the label {label_N[wrong[0]]}, outside the {num_classes or count} classes"
-            reject("data.path", self.where(int(wrong[0])), conflict, f"set model.num_classes={count} if it is right")
-        return num_classes or count
 
     def record(self, channels: int) -> dict[str, Any]:
         """The codec of latents with C channels: Stable Diffusion's, or one whose scale the user says."""

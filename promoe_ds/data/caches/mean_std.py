@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from promoe_ds.config.schema import DataConfig, reject
-from promoe_ds.data.caches.cache import BROKEN, STATISTICS, Cache, unlike
-from promoe_ds.data.zips import StoredZip
-from promoe_ds.utils.files import walk
+from promoe_ds.data.caches.cache import STATISTICS, Cache, unlike
+from promoe_ds.data.labelled import LABELS, LabelledFiles
 
 
 class MeanStd(Cache):
@@ -32,53 +28,25 @@ class MeanStd(Cache):
     """
 
     content, flips = "mean_std", 1
-    LABELS = "dataset.json"
 
     def __init__(self, path: Path, said: DataConfig, num_classes: int | None = None):
-        self.root = path / "vae-sd" if (path / "vae-sd" / self.LABELS).is_file() else path
-        self._zip = None if self.root.is_dir() else StoredZip(self.root)
-        self.names, label_N = self._labelled()
-        found = self._zip.names if self._zip else np.array(sorted(self._listed()) or [b""])
-        found = found[np.char.endswith(found, b".npy")]
-        if not np.array_equal(found, self.names):
-            odd = [*np.setdiff1d(self.names, found), *np.setdiff1d(found, self.names), b"a name that it has twice"][0]
-            conflict = f"its {self.LABELS} and its files disagree about {odd.decode()}"
-            reject("data.path", self.root, conflict, self.again)
-        super().__init__(self.root, said, num_classes, label_N)
+        self.root = path / "vae-sd" if (path / "vae-sd" / LABELS).is_file() else path
+        self._files = LabelledFiles(self.root, (".npy",), self.again)
+        self.names = self._files.names
+        super().__init__(self.root, said, num_classes, self._files.label_N, left_out=self._files.left_out)
 
-    @classmethod
-    def finds(cls, path: Path) -> bool:
+    @staticmethod
+    def finds(path: Path) -> bool:
         if path.is_file():
             return path.suffix == ".zip"
         folder = path / "vae-sd" if (path / "vae-sd").is_dir() else path
-        return (folder / cls.LABELS).is_file() and any(folder.glob("*/*.npy"))
-
-    def _listed(self) -> Iterator[bytes]:
-        for parent, files, _ in walk(self.root, (".npy",)):
-            prefix = Path(parent).relative_to(self.root).as_posix()
-            yield from (os.fsencode(f"{prefix}/{name}") for name in files)
-
-    def _labelled(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted names as bytes, and their labels."""
-        where = f"{self.root} ({self.LABELS})" if self._zip else self.root / self.LABELS
-        try:
-            text = self._zip.read(self.LABELS.encode()) if self._zip else (self.root / self.LABELS).read_bytes()
-            pairs = json.loads(text)["labels"]
-            names, labels = np.array([name.encode() for name, _ in pairs]), np.array([label for _, label in pairs])
-            if labels.dtype.kind not in "iu" or labels.ndim != 1:
-                raise ValueError("its labels are not integers")
-        except (*BROKEN, TypeError, AttributeError) as error:
-            conflict = f"is not names and labels ({type(error).__name__}: {' '.join(str(error).split())})"
-            reject("data.path", where, conflict, "write the cache again, from pictures with labels")
-        order = np.argsort(names, kind="stable")
-        return names[order], labels[order].astype(np.int64)
+        return (folder / LABELS).is_file() and any(folder.glob("*/*.npy"))
 
     def where(self, index: int) -> str:
-        return f"{self.root} ({self.name(index)})" if self._zip else super().where(index)
+        return self._files.where(index)
 
     def stored(self, index: int, flip: bool) -> np.ndarray:
-        data = self._zip.read(self.names[index]) if self._zip else Path(self.where(index)).read_bytes()
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        return np.load(io.BytesIO(self._files.read(index)), allow_pickle=False)
 
     def record(self, channels: int) -> dict[str, Any]:
         codec, kind = super().record(channels), self.said.format or self._told(channels)

@@ -9,7 +9,7 @@ import numpy as np
 
 from promoe_ds.config.schema import DataConfig, reject
 from promoe_ds.data.caches.cache import Cache
-from promoe_ds.data.images import list_tree
+from promoe_ds.data.images.trees import list_tree
 from promoe_ds.utils.files import hidden, walk
 
 SUFFIX = ".latent.npz"
