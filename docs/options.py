@@ -12,7 +12,8 @@ from typing import Any, Literal
 PAGE = Path(__file__).with_suffix(".md")
 sys.path.insert(0, str(PAGE.parents[1]))  # as `python docs/options.py`
 
-from promoe_ds.config.schema import ROUTER_CONFIGS, Config, MoEConfig, Option, options  # noqa: E402
+from promoe_ds.config.option import Option, options  # noqa: E402
+from promoe_ds.config.schema import ROUTER_CONFIGS, Config, MoEConfig  # noqa: E402
 from promoe_ds.recipes import load as load  # noqa: E402  (makes the routers known)
 
 HEAD = """# Options

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from promoe_ds.config.schema import Config, options
+from promoe_ds.config.option import options
+from promoe_ds.config.schema import Config
 from tests.launch import ROOT
 
 FOLDERS = ("docs", "benchmarks", "promoe_ds", "ds_configs", "slurm")

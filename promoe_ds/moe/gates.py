@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import Config, RouterConfig, option, reject
+from promoe_ds.config.option import option
+from promoe_ds.config.schema import Config, RouterConfig, reject
 from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.router import Router, Routing
 

@@ -7,8 +7,9 @@ a one-line `ConfigError`.
 from __future__ import annotations
 
 from promoe_ds.config.batching import divisors, listed
+from promoe_ds.config.option import options
 from promoe_ds.config.schedule import validate_schedule
-from promoe_ds.config.schema import Channels, Config, ModelConfig, options, reject
+from promoe_ds.config.schema import Channels, Config, ModelConfig, reject
 from promoe_ds.diffusion.objective import check_steps
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import option
+from promoe_ds.config.option import option
 from promoe_ds.moe.gates import (
     LinearGateRouter,
     TopKConfig,

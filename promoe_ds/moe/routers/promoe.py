@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import option
+from promoe_ds.config.option import option
 from promoe_ds.moe.cosine import cosine, length
 from promoe_ds.moe.gates import BiasedConfig, BiasedRouter, TopKConfig, at_least_fp32, top_experts
 from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
