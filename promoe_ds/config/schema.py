@@ -1,4 +1,4 @@
-"""One configuration tree: frozen dataclasses whose every field is an `option`; imports nothing of ours.
+"""One configuration tree: frozen dataclasses whose every field is an `option`.
 
 What is said of an option is said here and nowhere else: its default, its line in docs/options.md, its range, and
 whether a resumed run or a fine-tune may change it. The batch sizes, optimizer, precision and clipping live here too;
