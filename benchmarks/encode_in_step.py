@@ -2,13 +2,15 @@
 
 Three tables, rounds of which take turns: images per second of pictures to pixels by threads and by processes; how many
 small operations the main thread starts per second meanwhile, as it does when it launches a model's kernels; training
-steps of a small ProMoE by both ways. A round of a system begins when its stream has run dry.
+steps of a small ProMoE by both ways. A round of a system begins when its stream has run dry. CPU time, of all processes
+together and of whole rounds, hardly depends on what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import resource
 import shutil
 import sys
 import tempfile
@@ -41,8 +43,8 @@ from promoe_ds.recipes import load as load  # makes the routers known
 from promoe_ds.utils.files import write_text
 from promoe_ds.utils.ranks import ALONE
 
-Round = Callable[[], float]
-"""-> images (or operations) per second"""
+Round = Callable[[], tuple[float, int]]
+"""-> images (or operations) per second, and how many were made in all"""
 
 
 def write_subset(images: DecodedImages, count: int, root: Path) -> Path:
@@ -84,16 +86,15 @@ def decoding(config: Config, threads: int, processes: int) -> Iterator[Iterator[
         data.images.pool.shutdown()
 
 
-def decode_rate(config: Config, threads: int, processes: int, batches: int) -> float:
+def decode_rate(config: Config, threads: int, processes: int, batches: int) -> tuple[float, int]:
     with decoding(config, threads, processes) as made:
-        for _ in range(2 * max(1, processes)):  # what was prepared while nobody measured
-            next(made)
+        before = sum(itertools.islice(made, 2 * max(1, processes)))  # what was prepared while nobody measured
         start = time.perf_counter()
         count = sum(itertools.islice(made, batches))
-        return count / (time.perf_counter() - start)
+        return count / (time.perf_counter() - start), before + count
 
 
-def launch_rate(config: Config, threads: int, processes: int, seconds: float = 1.0) -> float:
+def launch_rate(config: Config, threads: int, processes: int, seconds: float = 1.0) -> tuple[float, int]:
     """Small operations that the main thread starts per second, while another one takes batches as fast as they come."""
     stop, x = threading.Event(), torch.zeros(8)
 
@@ -101,13 +102,13 @@ def launch_rate(config: Config, threads: int, processes: int, seconds: float = 1
         while not stop.is_set():
             next(made)
 
-    def launches() -> float:
+    def launches() -> tuple[float, int]:
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
             for _ in range(100):
                 x.add_(1)
             count += 100
-        return count / (time.perf_counter() - start)
+        return count / (time.perf_counter() - start), count
 
     if not threads and not processes:
         return launches()
@@ -140,7 +141,7 @@ def train_rate(config: Config, device: torch.device, steps: int) -> Round:
         optimizer.step()
         optimizer.zero_grad()
 
-    def work() -> float:
+    def work() -> tuple[float, int]:
         with BatchStream(config, data, ALONE) as stream:
             for _ in range(config.data.prefetch + 1):
                 step(stream)
@@ -149,7 +150,8 @@ def train_rate(config: Config, device: torch.device, steps: int) -> Round:
             for _ in range(steps):
                 step(stream)
             synchronize(device)
-            return steps * config.train.global_batch_size / (time.perf_counter() - start)
+            batch = config.train.global_batch_size
+            return steps * batch / (time.perf_counter() - start), (steps + config.data.prefetch + 1) * batch
 
     return work
 
@@ -163,7 +165,7 @@ def stream_rate(config: Config, steps: int) -> Round:
     """Batches with all that is random in them, but not encoded: what the model waits for at most."""
     data = build_dataset(config)
 
-    def work() -> float:
+    def work() -> tuple[float, int]:
         with BatchStream(config, data, ALONE) as stream:
             stream._encoder = None
             for _ in range(config.data.prefetch + 1):
@@ -171,23 +173,36 @@ def stream_rate(config: Config, steps: int) -> Round:
             start = time.perf_counter()
             for _ in range(steps):
                 next(stream)
-            return steps * config.train.global_batch_size / (time.perf_counter() - start)
+            batch = config.train.global_batch_size
+            return steps * batch / (time.perf_counter() - start), (steps + config.data.prefetch + 1) * batch
 
     return work
 
 
-def rounds_of(systems: dict[str, Round], rounds: int) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = {name: [] for name in systems}
+def cpu_seconds() -> float:
+    """Of this process, and of those it started that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def rounds_of(systems: dict[str, Round], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """By system, of each round: per second, and CPU milliseconds of each."""
+    out: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
     for number in range(rounds):
         for name, work in systems.items():
-            out[name].append(work())
-            print(f"round {number + 1}: {name}: {out[name][-1]:.1f}", file=sys.stderr, flush=True)
+            before = cpu_seconds()
+            rate, count = work()
+            out[name].append((rate, 1e3 * (cpu_seconds() - before) / count))
+            print(f"round {number + 1}: {name}: {out[name][-1]}", file=sys.stderr, flush=True)
     return out
 
 
-def report(title: str, unit: str, measured: dict[str, list[float]]) -> str:
-    rows = [(name, spread(values, ",.3g" if max(values) < 1000 else ",.0f")) for name, values in measured.items()]
-    return f"## {title}\n\n{table(['', unit], rows)}"
+def report(title: str, unit: str, measured: dict[str, list[tuple[float, float]]]) -> str:
+    rows = []
+    for name, values in measured.items():
+        rates, cpu = zip(*values, strict=True)
+        rows.append((name, spread(rates, ",.3g" if max(rates) < 1000 else ",.0f"), spread(cpu)))
+    return f"## {title}\n\n{table(['', f'{unit}/s', f'CPU ms per {unit[:-1]}'], rows)}"
 
 
 def sections(args: argparse.Namespace, root: Path) -> list[str]:
@@ -210,9 +225,9 @@ def sections(args: argparse.Namespace, root: Path) -> list[str]:
         steps[f"training that encodes, decoded by {who}"] = train_rate(config, device, args.steps)
         steps[f"batches alone, decoded by {who}, not encoded"] = stream_rate(config, args.decode_batches)
     tables = {
-        "decode": ("Decoding and cropping", "images/s", rate),
-        "launch": ("Beside it, on the main thread", "small operations/s", launched),
-        "train": ("Training", "images/s", steps),
+        "decode": ("Decoding and cropping", "images", rate),
+        "launch": ("Beside it, on the main thread", "operations", launched),
+        "train": ("Training", "images", steps),
     }
     return [report(title, unit, rounds_of(tables[part][2], args.rounds)) for part in args.parts
             for title, unit, _ in [tables[part]]]  # fmt: skip
