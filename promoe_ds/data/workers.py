@@ -5,7 +5,7 @@ benchmarks/results/encode_in_step.md has figures. The workers are forked, so the
 parent. They end with it at once: its peers notice its death by the sockets that it had open, and so have its children.
 
 Not torch's DataLoader, whose workers hear SIGTERM again, which schedulers send to every process of a job although the
-ranks are to save first; and whose tensors come from /dev/shm, of which containers have 64 MB.
+ranks are to save first; and whose tensors come from /dev/shm, of which Docker gives 64 MB.
 """
 
 from __future__ import annotations
