@@ -1,4 +1,7 @@
-"""Encode, train, sample and score one recipe: the four launchers in turn, each skipped where its result is there."""
+"""Encode, train, sample and score one recipe: the four launchers in turn, each skipped where its result is there.
+
+With data.name=images and --vae nothing is encoded beforehand: the training step does it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ if not __package__:
 from promoe_ds.checkpoint.layout import newest, step_of, trained
 from promoe_ds.checkpoint.resume import changed_lr, check_same_run, saved_config
 from promoe_ds.config.schema import Config, ConfigError, reject
-from promoe_ds.data.codecs import find_codec
+from promoe_ds.data.codecs import find_codec, open_codec
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
@@ -32,12 +35,14 @@ HERE = Path(__file__).resolve().parent
 DIGITS = "digits"
 """the data set that is its own reference"""
 STAGES = ("encode", "train", "sample", "evaluate")
+SIZE = 256
 
 EXAMPLES = """examples:
   python launchers/pipeline.py digits --num 1000 --cfg 1.0,2.0 --steps 50
   python launchers/pipeline.py imagenet256_promoe_b --processes 8 --images imagenet/train --vae sd-vae-ft-mse \\
       --ref VIRTUAL_imagenet256_labeled.npz --inception-weights pt_inception-2015-12-05-6726825d.pth
   python launchers/pipeline.py imagenet256_promoe_b --latents latents --vae sd-vae-ft-mse --dry-run train.steps=1000
+  python launchers/pipeline.py imagenet256_promoe_b data.name=images --images imagenet/train --vae sd-vae-ft-mse ...
 
 The same command again continues where it stopped. --dry-run prints the commands, which can also be run one by one (on
 several nodes, through srun). Exit codes: 0 done, 2 user error, otherwise that of the launcher that stopped.
@@ -68,9 +73,9 @@ def parser() -> Parser:
     p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default runs/RECIPE)")
     p.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
     p.add_argument("--images", metavar="PATH", help="encode these, as launchers/encode_latents.py")
-    p.add_argument("--size", type=int, default=256, help="side in pixels of what is encoded (default 256)")
+    p.add_argument("--size", type=int, help="side in pixels of what is encoded (default 256)")
     p.add_argument("--latents", type=Path, metavar="DIR", help="shards, made if absent (default RUN/latents)")
-    p.add_argument("--vae", metavar="PATH", help="codec, for recipes of latents")
+    p.add_argument("--vae", metavar="PATH", help="codec, for recipes of latents, and images that the step encodes")
     p.add_argument("--ds_config", metavar="PATH", help="DeepSpeed JSON of the training")
     p.add_argument("--num", type=int, default=50_000, help="samples per guidance scale (default 50000)")
     p.add_argument("--cfg", default="1.0,1.5", metavar="S[,S...]", help="guidance scales (default 1.0,1.5)")
@@ -86,15 +91,16 @@ def parser() -> Parser:
 
 def stages_of(args: argparse.Namespace, config: Config) -> list[Stage]:
     """What is to run, in order; each is judged anew when its turn comes."""
-    run, latent = args.run or Path("runs") / config.name, config.data.name == "latents"
+    run, latent, size = args.run or Path("runs") / config.name, config.data.name == "latents", args.size or SIZE
     shards = args.latents or (Path(config.data.path) if config.data.path else run / "latents")
-    vae = ["--vae", args.vae] if latent else []
+    vae = ["--vae", args.vae] if args.vae else []
     packs = [run / "samples" / f"cfg{scale}" / SAMPLES for scale in parse_scales(args.cfg)]
     batch, out = str(args.batch), []
     if latent and args.images:
-        words = ["--images", args.images, "--size", str(args.size), "--out", str(shards), "--batch", batch, *vae]
-        out.append(Stage("encode", "encode_latents.py", words, lambda: encoded(shards, args.size)))
-    data = [f"data.path={shards}"] if latent else []
+        words = ["--images", args.images, "--size", str(size), "--out", str(shards), "--batch", batch, *vae]
+        out.append(Stage("encode", "encode_latents.py", words, lambda: encoded(shards, size)))
+    given = {"data.path": shards} if latent else {"data.path": args.images, "data.vae": args.vae}
+    data = [f"{key}={value}" for key, value in given.items() if value]
     ds = ["--ds_config", args.ds_config] if args.ds_config else []
     words = ["--config", args.recipe, "--run", str(run), *ds, *data, *args.overrides]
     out.append(Stage("train", "train.py", words, lambda: trained(run, config.train.steps)))
@@ -159,9 +165,25 @@ def check(args: argparse.Namespace, config: Config) -> None:
             way_out = "add --vae DIR, and --images DIR or --latents DIR"
             reject(missing, "(none)", f"{config.name} trains on latents", way_out)
         return
-    for key in ("images", "latents", "vae"):
-        if getattr(args, key):
-            reject(f"--{key}", getattr(args, key), f"data.name={config.data.name} has no latents", "remove it")
+    images = config.data.name == "images"
+    for key in ("latents", "vae", "images"):
+        if (value := getattr(args, key)) and not (images and key != "latents"):
+            reject(f"--{key}", value, f"data.name={config.data.name} has no latents", "remove it")
+    if args.vae and not (args.images or config.data.path):
+        reject("--images", "(none)", "there is nothing to encode in the step", "add --images PATH")
+    if args.images and not (args.vae or config.data.vae):
+        reject("--vae", "(none)", "pixels are trained on with data.path=PATH", "add --vae DIR to encode in the step")
+
+
+def check_size(size: int, cells: int, vae: str) -> None:
+    """Raise `ConfigError` if --size is not the side of the pictures that the step encodes."""
+    codec = open_codec(vae)
+    if size % codec.factor:
+        conflict = f"is not divisible by the {codec.factor} pixels of a latent cell of {codec.kind}"
+        reject("--size", size, conflict, f"leave it out: model.image_size={cells} decides")
+    if size != cells * codec.factor:
+        conflict = f"model.image_size={cells} cells of {codec.factor} pixels are {cells * codec.factor}"
+        reject("--size", size, conflict, f"set model.image_size={size // codec.factor}, or leave it out")
 
 
 def check_files(args: argparse.Namespace, config: Config) -> None:
@@ -175,6 +197,10 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
         shards = args.latents or config.data.path
         if shards and not args.images and not Path(shards).exists():
             reject("--latents", shards, "does not exist, and no images are named", "add --images DIR")
+    elif args.vae:
+        find_codec(args.vae)
+        if args.size:
+            check_size(args.size, config.model.image_size, args.vae)
     features = args.features or ("digits-cnn" if args.ref in (None, DIGITS) else "inception")
     named = {"--ref": args.ref, "--features": features, "--inception-weights": args.inception_weights}
     for option, path in named.items():

@@ -9,6 +9,8 @@ examples:
       parallel.expert_parallel=4 --run runs/cifar           (torchrun needs the lone --)
   python launchers/train.py --config imagenet256_promoe_xl --dry-run --world 64 parallel.expert_parallel=4
   python launchers/train.py --config digits train.steps=2000 --run runs/longer
+  deepspeed launchers/train.py --config imagenet256_promoe_b data.name=images data.path=imagenet/train \\
+      data.vae=sd-vae-ft-mse                                (without a cache of latents: the step encodes)
   deepspeed launchers/train.py --config promoe_b/config.yaml train.init=promoe_b data.path=latents --run runs/tuned
                                   (fine-tuning: promoe_b is what launchers/import_weights.py or export.py made)
 

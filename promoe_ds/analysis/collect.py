@@ -21,6 +21,7 @@ from tqdm import tqdm
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.data import ImageDataset, build_dataset
 from promoe_ds.data.codecs import Codec
+from promoe_ds.data.coded_images import CodedImages
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.observe import prototypes_of, routers_of, top_expert, watching
@@ -157,6 +158,8 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
         ConfigError: the data cannot be read, or do not fit the model.
     """
     dataset, device = build_dataset(config), next(model.parameters()).device
+    if isinstance(dataset, CodedImages):
+        dataset.to(device)
     indices, m, routers = choose_images(dataset, plan), config.model, routers_of(model)
     layers: list[Any] = [model.blocks[i].mlp for i in routers]
     observed = Observed(

@@ -191,11 +191,24 @@ class DataConfig:
     )
     shift: float | tuple[float, ...] | None = option(None, "latents: as `data.scale`", change="resume")
     vae: str | None = option(
-        None, "latents: the codec that decodes the sample grids drawn while training; none, no grids", change="resume"
+        None,
+        "a codec: decodes the sample grids drawn while training (latents without one: no grids); images with one are "
+        "encoded by it in the step, and the model is one of latents",
+        change="resume",
+    )
+    vae_precision: Literal["fp32", "bf16"] = option(
+        "fp32", "images with `data.vae`: how they are encoded; bf16 is autocast"
     )
     split: str = option("train", "images: which split of a packed .npz, or of files whose names say one")
     hflip: bool = option(False, "random horizontal flips")
     prefetch: int = option(2, "batches prepared ahead of the step, on a thread", above=0, change="resume")
+    workers: int | None = option(
+        None,
+        "images: processes per rank that decode them, 0: threads; null: with a GPU as many as the rank has CPU cores, "
+        "less one, at most 16; without a GPU, 0",
+        at_least=0,
+        change="resume",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,17 @@ import yaml
 from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import Config
 from promoe_ds.costs import flops
+from promoe_ds.costs.codec_cost import codec_cost
 
 GIB = 2**30
 
 
-def _memory(config: Config, ds: Any, world: int) -> dict[str, Any]:
+def _memory(config: Config, ds: Any, world: int, codec: dict[str, Any]) -> dict[str, Any]:
     topology = config, world, config.parallel.expert_parallel, ds.stage, ds.offload
     zero = {key: value for key, value in ds.json["zero_optimization"].items() if value != "auto"}  # its own default
     buckets = 2 if zero.get("overlap_comm", ds.stage == 3) else 1  # one fills while the other is reduced
     device = flops.memory_per_gpu(*topology, buckets * int(zero.get("reduce_bucket_size", flops.DEFAULT_BUCKET)))
+    device |= {f"codec_{name}": codec[name] for name in ("weights", "activations") if name in codec}
     parts = {name: size / GIB for name, size in device.items()}
     host = {name: size / GIB for name, size in flops.host_memory_per_rank(*topology).items()}
     return {**parts, "total": sum(parts.values()), "host": host}
@@ -50,6 +52,7 @@ def report(config: Config, ds: Any, world: int) -> dict[str, Any]:
         world: number of processes.
     """
     count, forward, step = flops.count_parameters(config), flops.forward_flops(config), flops.train_flops(config)
+    codec = codec_cost(config)
     return {
         "name": config.name,
         "config": encode(config),
@@ -59,7 +62,8 @@ def report(config: Config, ds: Any, world: int) -> dict[str, Any]:
             "train_gflops_per_image": step / 1e9,
             "train_tflops_per_step": step * config.train.global_batch_size / 1e12,
         },
-        "memory_gib": _memory(config, ds, world),
+        "memory_gib": _memory(config, ds, world, codec or {}),
+        "codec": codec,
         "groups": _groups(config, ds, world),
         "ds_config": ds.json,
     }
@@ -85,6 +89,12 @@ def render(facts: dict[str, Any]) -> str:
         ("training, per image", f"{work['train_gflops_per_image']:,.2f} GFLOP"),
         ("training, per step", f"{work['train_tflops_per_step']:,.3f} TFLOP"),
     ]
+    codec = facts["codec"] or {}
+    if "missing" in codec:
+        speed.append(("encoding", f"not known ({codec['missing']})"))
+    elif codec:
+        speed.append((f"encoding {codec['side']} pixels, per image", f"{codec['gflops_per_image']:,.2f} GFLOP"))
+        sizes |= {f"encoder ({codec['kind']}, frozen)": codec["params"]}
     memory = dict(facts["memory_gib"])
     host = memory.pop("host")
     shown = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups.pop("expert_parallel_groups")]

@@ -77,6 +77,11 @@ class Codec(ABC):
         """M, channels of what `encode` gives."""
         return self.channels * (2 if self.stochastic else 1)
 
+    @property
+    def encoding(self) -> list[nn.Module]:
+        """What `encode` needs."""
+        return []
+
     @abstractmethod
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """RGB float32 [B, 3, H, W] in [-1, 1] to unscaled moments float32 [B, M, h, w]."""
@@ -84,6 +89,25 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, z_BChw: Tensor) -> Tensor:
         """Unscaled latents [B, C, h, w] to RGB float32 [B, 3, H, W], in [-1, 1] up to overshoot."""
+
+    def encode_pixels(self, pixels_BHWC: Tensor, bf16: bool = False) -> Tensor:
+        """RGB uint8 [B, H, W, 3] to unscaled moments float32 [B, M, h, w]; `bf16` is autocast."""
+        x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bf16):
+            return self.encode(x_BCHW.contiguous()).float()
+
+    def to_latents(self, moments_BMhw: Tensor, gauss_BChw: Tensor | None) -> Tensor:
+        """What the model sees: (z - shift) * scale of a sample of the posterior, z = mean + std * gauss, or of a point.
+
+        Args:
+            gauss_BChw: standard normal draws; not looked at where there is no posterior.
+        """
+        z_BChw = moments_BMhw
+        if self.stochastic:
+            assert gauss_BChw is not None
+            mean, log_variance = moments_BMhw.chunk(2, dim=1)  # clamped as diffusers does
+            z_BChw = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * gauss_BChw
+        return (z_BChw - _like(self.shift, z_BChw)) * _like(self.scale, z_BChw)
 
     def to_pixels(self, x_BChw: Tensor) -> Tensor:
         """What the model makes, (z - shift) * scale, to RGB in [-1, 1] up to overshoot."""
@@ -131,6 +155,10 @@ class TAEF2(Codec):
         self.encoder, self.decoder = (_frozen(module, device) for module in parts)
         self.digest = _digest(*files)
 
+    @property
+    def encoding(self) -> list[nn.Module]:
+        return [self.encoder]
+
     def encode(self, x_BCHW: Tensor) -> Tensor:
         return self.encoder(x_BCHW * 0.5 + 0.5)
 
@@ -168,6 +196,11 @@ class Diffusers(Codec):
         self.scale = float(model.config.scaling_factor or 1.0)
         self.shift = float(getattr(model.config, "shift_factor", None) or 0.0)
         self.digest = _digest(folder / WEIGHTS)
+
+    @property
+    def encoding(self) -> list[nn.Module]:
+        parts = (self.model.encoder, getattr(self.model, "quant_conv", None))
+        return [part for part in parts if part is not None]
 
     def encode(self, x_BCHW: Tensor) -> Tensor:
         encoded = self.model.encode(x_BCHW)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,10 @@ class ImageDataset(ABC):
     """of `image_size`"""
     note = ""
     """how the format was told, or what is odd about it; "" if it is plain"""
+    codec: dict[str, Any] | None = None
+    """the record of what makes the latents; None for pixels"""
+    decodes = False
+    """whether pictures are decoded when they are drawn: work for several processes"""
 
     def __init__(self, classes: list[str], label_B: np.ndarray, channels: int, image_size: int, left_out: int = 0):
         self.classes, self.label_B, self.left_out = classes, label_B, left_out

@@ -113,10 +113,9 @@ class EncodedImages(Source):
 
     @torch.inference_mode()
     def compute(self, loaded: list[np.ndarray]) -> Iterable[np.ndarray]:
-        x_BCHW = torch.from_numpy(np.stack(loaded)).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            both = [self._codec.encode(x.contiguous()) for x in (x_BCHW, x_BCHW.flip(-1))]
-        return torch.stack(both, dim=1).float().cpu().numpy()
+        pixels_BHWC = torch.from_numpy(np.stack(loaded)).to(self._device)
+        both = [self._codec.encode_pixels(x_BHWC, self._bf16) for x_BHWC in (pixels_BHWC, pixels_BHWC.flip(2))]
+        return torch.stack(both, dim=1).cpu().numpy()
 
 
 class ConvertedLatents(Source):

@@ -44,6 +44,7 @@ class Latents(ImageDataset):
     """
 
     unit = "cells"
+    codec: dict[str, Any]
     content: Content = "moments"
     flips = 2
     shape: tuple[int, ...] = ()

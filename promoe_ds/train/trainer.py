@@ -27,8 +27,8 @@ from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.costs import flops
 from promoe_ds.costs.comm_volume import KINDS, PARTS
 from promoe_ds.data import build_dataset, fingerprint, notes
-from promoe_ds.data.batches import Batch, BatchStream, item_path
-from promoe_ds.data.latents import Latents
+from promoe_ds.data.batch import Batch
+from promoe_ds.data.batches import BatchStream, item_path
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.compiled import check_compiler, compile_model, untested_torch
 from promoe_ds.models.dit import DiTOutput
@@ -146,7 +146,7 @@ class Trainer:
         run = self.run_folder
         try:
             texts = {"config.yaml": dump(self.config), "ds_config.json": json.dumps(ds.json, indent=1)}
-            if isinstance(self.dataset, Latents):  # what must decode the samples
+            if self.dataset.codec is not None:  # what must decode the samples
                 texts["codec.json"] = json.dumps(self.dataset.codec, indent=1)
             texts |= {"init.json": json.dumps(self.started.record(), indent=1)} if self.started else {}
             for name, text in texts.items():
@@ -352,8 +352,7 @@ class Trainer:
         if self.log:
             try:
                 target = self.run_folder / "samples"
-                latents = self.dataset.codec if isinstance(self.dataset, Latents) else None
-                image = keep_grid(target, weights, self.config, self.step, self.topology.device, latents)
+                image = keep_grid(target, weights, self.config, self.step, self.topology.device, self.dataset.codec)
                 self.log.image("samples", image, self.step)
                 self._say(f"  sample grid: {time.perf_counter() - start:.1f} s")
             except GridFailed as error:

@@ -19,6 +19,12 @@ def number(name: str, default: int) -> int:
     return int(text)
 
 
+def cores_per_rank() -> int:
+    """CPU cores of this machine that this process may use, shared with the other ranks on it."""
+    local = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its job; by default it is alone.

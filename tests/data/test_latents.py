@@ -136,9 +136,6 @@ def test_latents_that_disagree_with_the_model(tmp_path: Path, key: str, value: i
 def test_vae_of_the_grids_is_looked_for_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^data.vae=nowhere: no such folder; put config.json and"):
         build_dataset(config_for(tmp_path, vae="nowhere"))
-    config = config_for(tmp_path, vae="identity")
-    with pytest.raises(ConfigError, match="^data.vae=identity: data.name=images has no latents to decode; remove it"):
-        build_dataset(replace(config, data=replace(config.data, name="images")))
 
 
 def test_damaged_shards_are_one_line(tmp_path: Path) -> None:

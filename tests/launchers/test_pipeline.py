@@ -41,6 +41,9 @@ TINY = {
 }
 
 
+IN_STEP = ["--vae=identity", "imagenet256_promoe_b", "data.name=images", "data.path=i"]
+
+
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Pipeline:
     """Runs the launcher in this process, those it starts in theirs; returns exit code, output, errors."""
@@ -69,6 +72,14 @@ def test_a_dry_run_prints_the_commands(pipeline: Pipeline) -> None:
     assert code == 0 and text.count("\n") == 1 and text.endswith("train.py --config digits --run nowhere\n")
 
 
+def test_images_that_the_step_encodes_need_no_stage(pipeline: Pipeline) -> None:
+    words = ["imagenet256_promoe_b", "data.name=images", "--images", "train", "--vae", "vae", "--until", "sample"]
+    code, text, _ = pipeline(*words, "--dry-run")
+    lines = text.splitlines()
+    assert code == 0 and [line.split("]")[0] for line in lines] == ["[1 train", "[2 sample"]
+    assert lines[0].endswith(" data.path=train data.vae=vae data.name=images") and lines[1].endswith("--vae vae")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -77,6 +88,14 @@ def test_a_dry_run_prints_the_commands(pipeline: Pipeline) -> None:
         (["imagenet256_promoe_b", "--vae", "v", "--images", "i"], "--vae=v: no such folder; put config.json and"),
         (["imagenet256_promoe_b", "--vae", "identity", "--latents", "l"], "--latents=l: does not exist, and no images"),
         (["digits", "--vae", "v"], "--vae=v: data.name=digits has no latents; remove it"),
+        (IN_STEP[:3], "--images=(none): there is nothing to encode in the step; add --images PATH"),
+        ([*IN_STEP[1:], "--images", "i"], "--vae=(none): pixels are trained on with data.path=PATH; add --vae DIR"),
+        ([*IN_STEP, "--latents", "l"], "--latents=l: data.name=images has no latents; remove it"),
+        ([*IN_STEP, "--vae", "v"], "--vae=v: no such folder; put config.json and"),
+        (
+            [*IN_STEP, "--size", "64"],
+            "--size=64: model.image_size=32 cells of 1 pixels are 32; set model.image_size=64",
+        ),
         (["digits", "--ref", "none.npz"], "--ref=none.npz: no such file; it would be missed after the training"),
         (["digits", "--inception-weights", "w"], "--inception-weights=w: no such file"),
         (["digits", "--cfg", "one"], "--cfg='one': is not a list of numbers"),
@@ -187,6 +206,20 @@ def test_photographs_to_samples_and_nothing_twice(pipeline: Pipeline, tmp_path: 
         assert pipeline(*words, "--dry-run")[1].startswith("[1 encode] ") == file.name.startswith("shard"), file
         file.write_bytes(whole)
     assert pipeline(*words, "--dry-run")[1].startswith("[1 encode: done] ")
+
+
+def test_photographs_to_samples_without_a_cache(pipeline: Pipeline, tmp_path: Path) -> None:
+    tree, vae, recipe = write_tree(tmp_path / "tree", 8, 24), tiny_kl(tmp_path / "vae"), tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(TINY | {"data": {"name": "images", "hflip": True}}))
+    work = tmp_path / "run"
+    words = [recipe, "--images", tree, "--vae", vae, "--run", work, "--num", 4, "--cfg", "1.0", "--steps", 2]
+    assert "--size=15: is not divisible by the 2 pixels of a latent cell" in pipeline(*words, "--size", 15)[2]
+    code, text, errors = pipeline(*words, "--size", 16, "--until", "sample")
+    assert code == 0, errors
+    assert "pictures of 16x16 pixels become 4x8x8 latents in the step, by AutoencoderKL" in text
+    assert "done: 4 steps" in text and not (work / "latents").exists()
+    with np.load(work / "samples/cfg1.0/samples.npz", allow_pickle=False) as pack:
+        assert pack["arr_0"].shape == (4, 16, 16, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- real data

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import multiprocessing
 import os
 from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -58,8 +59,13 @@ def decode(data: bytes, where: str, channels: int, size: int) -> np.ndarray:
 
 
 class DecodedImages(ImageDataset):
-    """Images decoded when they are asked for, by a small pool of threads; or once and for all, by `hold`."""
+    """Images decoded when they are asked for, by a small pool of threads; or once and for all, by `hold`.
 
+    In a worker process (`workers.py`) one thread decodes: the other processes are its siblings, and the threads of the
+    pool stayed behind when it was forked.
+    """
+
+    decodes = True
     kind: str
     """what the files are, in a few words"""
     held_BHWC: np.ndarray | None = None
@@ -94,15 +100,18 @@ class DecodedImages(ImageDataset):
                 held_BHWC[index] = self.load(index)
 
         list(self.pool.map(fill, range(0, len(self), FILL_CHUNK)))  # a list raises what they raise
-        self.held_BHWC = held_BHWC
+        self.held_BHWC, self.decodes = held_BHWC, False
         return self
 
-    def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        label_B = torch.from_numpy(self.label_B[indices])
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """Images `indices` as uint8 [B, H, W, C]. Raises what `get` raises."""
         if self.held_BHWC is not None:
-            x_BHWC = self.held_BHWC[indices]
-        else:
-            x_BHWC = np.stack(list(self.pool.map(self.load, map(int, indices))))
+            return self.held_BHWC[indices]
+        each = self.pool.map if multiprocessing.parent_process() is None else map
+        return np.stack(list(each(self.load, map(int, indices))))
+
+    def get(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        label_B, x_BHWC = torch.from_numpy(self.label_B[indices]), self.pixels(indices)
         x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
         x_BCHW /= 127.5
         x_BCHW -= 1
