@@ -11,6 +11,7 @@ from benchmarks.image_layouts import Item, encoded, picture, write_folders, writ
 from tests.data.test_images import write_pack
 
 
+@pytest.mark.slow
 def test_all_sources_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_sources, "IMAGENET", 2000)
     monkeypatch.setattr(image_sources, "LARGE", (48, 40))

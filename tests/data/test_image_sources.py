@@ -442,6 +442,7 @@ def test_labels_and_files_that_disagree(tmp_path: Path) -> None:
         data.read(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MANY)[:2])  # that of a zip is looked at in test_caches.py
 def test_the_index_of_a_twentieth_of_imagenet_fits(tmp_path: Path, name: str) -> None:
     items, _, seconds, opened_mb, later_mb = index_of(MANY[name](tmp_path / "many", 64_000))
