@@ -38,6 +38,7 @@ def values(kind: Any, option: Option) -> str:
 
 def default(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{words[value] if value is None or isinstance(value, bool) else value}`"
 
 
