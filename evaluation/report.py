@@ -39,7 +39,22 @@ def notes(scores: list[dict[str, Any]]) -> list[str]:
     """What a reader must know before comparing FIDs: sets too small for published numbers."""
     small = sum("FID" in s and s["num"] < PUBLISHED for s in scores)
     text = f"note: {small} of {len(scores)} sets hold fewer than {PUBLISHED:,} images; their FID is not comparable with"
-    return [f"{text} published ones (it falls as images are added)"] if small else []
+    lines = [f"{text} published ones (it falls as images are added)"] if small else []
+    return lines + list(dict.fromkeys(line for s in scores for line in protocol_notes(s)))
+
+
+def protocol_notes(score: dict[str, Any]) -> list[str]:
+    """Whose protocol a set was drawn by, what was changed, and whether it is scored as that project scores."""
+    found = score["sampling"].get("protocol")
+    if not isinstance(found, dict):
+        return []
+    changed = found.get("changed")
+    changes = ", ".join(f"{key}={value}" for key, value in changed.items()) if isinstance(changed, dict) else ""
+    lines = [f"protocol: {found.get('name')} ({found.get('source')}), {f'but {changes}' if changes else 'unchanged'}"]
+    reference = found.get("reference")
+    if Path(str(score["reference"]["name"])).name != reference:
+        lines.append(f"note: {found.get('name')} scores by {found.get('metric')} against {reference}")
+    return lines
 
 
 def _columns(scores: list[dict[str, Any]]) -> dict[str, str]:

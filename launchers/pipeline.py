@@ -158,7 +158,7 @@ def check(args: argparse.Namespace, config: Config) -> None:
     """What a later stage needs is asked for now, not after days of training. Raises `ConfigError`."""
     check_positive(args, "processes", "num", "size", "batch", "steps")
     parse_scales(args.cfg)
-    choose_sampler(config, None, args.steps, 0.0)
+    choose_sampler(config, None, args.steps)
     if config.data.name == "latents":
         if not args.vae or not (args.images or args.latents or config.data.path):
             missing = "--images" if args.vae else "--vae"

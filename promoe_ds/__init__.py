@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from promoe_ds.api import generate as generate
     from promoe_ds.api import load_model as load_model
     from promoe_ds.config.schema import ConfigError as ConfigError
+    from promoe_ds.diffusion.flow_sde import SDE as SDE
 
-__all__ = ["ConfigError", "generate", "load_model"]
+__all__ = ["SDE", "ConfigError", "generate", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

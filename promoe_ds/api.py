@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from promoe_ds.checkpoint.load_weights import load_ema
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import Interval, reject
+from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
+from promoe_ds.recipes.validate import check_interval
 from promoe_ds.sampling.generate import Precision, SamplingOptions, draw_batches
+from promoe_ds.sampling.weak import check_weak, load_weak
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
@@ -48,6 +51,10 @@ def generate(
     *,
     sampler: str | None = None,
     eta: float = 0.0,
+    shift: float | None = None,
+    sde: SDE | None = None,
+    interval: Interval | None = None,
+    guidance_model: DiT | None = None,
     batch: int = 64,
     precision: Precision = "fp32",
 ) -> Tensor:
@@ -62,10 +69,15 @@ def generate(
             conditional forward a step. None: `model.config.sample.cfg`.
         steps: of the sampler; None: `model.config.sample.steps`. DDPM also takes ADM's "10,15,20" or "ddim50".
         seed: 0 <= seed < 2**64.
-        sampler: euler (default) or heun for rectified flow (arXiv:2209.03003); ddpm (default, ancestral,
-            arXiv:2006.11239) or ddim (arXiv:2010.02502) for DDPM.
+        sampler: euler (default), heun or sde (arXiv:2401.08740) for rectified flow (arXiv:2209.03003); ddpm (default,
+            ancestral, arXiv:2006.11239) or ddim (arXiv:2010.02502) for DDPM.
         eta: of ddim, 0 to 1.
-        batch: images a forward; twice as many under guidance.
+        shift: of a flow's noise levels; None: the configuration's `sample.shift`, else as it was trained.
+        sde: of the sampler sde, `promoe_ds.SDE`; None: SiT's defaults.
+        interval: (lo, hi), the times in 0..1000 that are guided (arXiv:2404.07724). None: the configuration's.
+        guidance_model: a weaker model of the same classes and sizes, for p_null (arXiv:2406.02507). None: that of the
+            configuration, if it names one.
+        batch: images a forward; twice as many under classifier-free guidance.
         precision: fp32, or bf16 autocast.
 
     Returns:
@@ -73,19 +85,33 @@ def generate(
         was trained on (Stable Diffusion's, times 0.18215: decode x / 0.18215).
 
     Raises:
-        promoe_ds.ConfigError: a label, scale, seed, sampler, precision or number of steps that does not exist.
+        promoe_ds.ConfigError: a label, scale, seed, sampler, precision, interval or number of steps that does not
+            exist; a guidance model of other classes or sizes.
     """
     m, config = model.config.model, model.config
     label_N = _labels(labels, m.num_classes)
     cfg, steps = config.sample.cfg if cfg is None else cfg, config.sample.steps if steps is None else steps
     _check(seed, batch, cfg, steps, precision)
-    name, _ = choose_sampler(config, sampler, steps, eta)
+    solver, _ = choose_sampler(config, sampler, steps, eta, shift, sde)
+    check_interval(config.guidance.interval if interval is None else interval, "interval")
     device = next(model.parameters()).device
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
-    options = SamplingOptions(cfg, steps, seed, batch, precision, name, eta)
-    for rows, x in draw_batches(model, config, label_N, np.arange(len(label_N)), options, device):
+    how = {"sampler": solver.sampler, "eta": eta, "interval": interval, "shift": solver.shift, "sde": sde}
+    options = SamplingOptions(cfg, steps, seed, batch, precision, **how)
+    drawn = label_N, np.arange(len(label_N)), options, device
+    for rows, x in draw_batches(model, config, *drawn, weak=_weak(model, guidance_model)):
         out[rows] = cast(Tensor, x)
     return out
+
+
+def _weak(model: DiT, given: DiT | None) -> DiT | None:
+    """The model that guides: the given one, else that of the configuration, on the same device; raises ConfigError."""
+    config, device = model.config, next(model.parameters()).device
+    if given is not None:
+        check_weak(given.config, config, "guidance_model")
+        return given
+    path = config.guidance.model
+    return load_weak(path, config, device, "guidance.model")[0] if path else None
 
 
 def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +26,29 @@ LAUNCHER = ROOT / "launchers/sample.py"
 Command = Callable[..., int]
 
 
-def write_run(run: Path, seed: int = 0, channels: int = 1, objective: str = "rectified_flow") -> Path:
+def write_run(
+    run: Path,
+    seed: int = 0,
+    channels: int = 1,
+    objective: str = "rectified_flow",
+    classes: int = 10,
+    sample: dict[str, Any] | None = None,
+) -> Path:
     """A run folder with one complete checkpoint of a tiny model whose every parameter is drawn."""
     config = load_tree(
         {
             "name": "tiny",
-            "model": {"depth": 2, "width": 32, "heads": 2, "image_size": 8, "channels": channels, "num_classes": 10},
+            "model": {
+                "depth": 2,
+                "width": 32,
+                "heads": 2,
+                "image_size": 8,
+                "channels": channels,
+                "num_classes": classes,
+            },
             "moe": {"num_experts": 4},
             "diffusion": {"name": objective},
+            "sample": sample or {},
         }
     )
     dit = materialize(build(config), seed)

@@ -39,7 +39,17 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
     default = promoe_ds.generate(loaded, labels)
     c = loaded.config.sample
     assert torch.equal(default, promoe_ds.generate(loaded, labels, c.cfg, c.steps, 0, sampler="euler"))
+    sde = promoe_ds.SDE("constant", 0.5)
+    more = {"sampler": "sde", "shift": 2.0, "sde": sde, "interval": (300.0, 900.0)}
+    options = SamplingOptions(2.0, 3, 5, sampler="sde", shift=2.0, sde=sde, interval=(300.0, 900.0))
+    known = draw_pixels(loaded, loaded.config, labels, np.arange(3), options, torch.device("cpu"))
+    assert np.array_equal(to_pixels(promoe_ds.generate(loaded, labels, 2.0, 3, 5, **more)), known)  # type: ignore[arg-type]
+    itself = promoe_ds.generate(loaded, labels, 2.0, 3, 5, guidance_model=loaded)
+    torch.testing.assert_close(itself, promoe_ds.generate(loaded, labels, 1.0, 3, 5), rtol=1e-4, atol=1e-4)
     for options, text in (
+        ({"interval": (9.0, 1.0)}, r"interval=\[9,1\]: is not \[lo, hi\]"),
+        ({"guidance_model": model("model.channels=3")}, "guidance_model=.*: has model.channels=3"),
+        ({"sde": sde}, "--sampler=euler: has no diffusion"),
         ({"labels": [11]}, "labels=11: is not in 0..10"),
         ({"labels": [0.5]}, "labels=0.5"),
         ({"seed": -1}, "seed=-1"),

@@ -17,6 +17,8 @@ from promoe_ds.config.option import option, section
 
 Channels = Literal["all", 3]
 """which channels classifier-free guidance moves"""
+Interval = tuple[float, ...]
+"""(lo, hi): times in 0..1000 in which guidance acts"""
 CacheFormat = Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit"]
 """who wrote latents: `promoe_ds/data/caches`"""
 Reset = Literal["labels", "experts"]
@@ -152,10 +154,18 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
-    """Classifier-free guidance while sampling."""
+    """Guidance while sampling: by the null label (classifier-free), or by a weaker model (autoguidance)."""
 
     channels: Channels = option(
         "all", "all, or 3: guide the first three channels only, as DiT and DiffMoE sample their DDPM models"
+    )
+    interval: Interval = option(
+        (0.0, 1000.0), "[lo, hi]: the t in which guidance acts; outside, a step is one conditional forward"
+    )
+    model: str | None = option(
+        None,
+        "a weaker model of the same classes and sizes that guides in place of the null label: a run, a checkpoint or a "
+        "weights folder",
     )
 
 
@@ -167,6 +177,9 @@ class SampleConfig:
         250, 'solver steps; DDPM also takes ADM\'s notation of respacing, such as "10,15,20" or ddim50', above=0
     )
     cfg: float = option(1.5, "classifier-free guidance scale; at <= 1 one conditional forward per step", at_least=0)
+    shift: float | None = option(
+        None, "shift of the noise levels of a flow's sampler; null: `diffusion.shift`, as it was trained", above=0
+    )
     per_class: int = option(8, "columns of the grid", above=0)
     classes: int = option(10, "rows of the grid: the first classes", above=0)
     seed: int = option(0, "seed of the noise", at_least=0, below=2**64)

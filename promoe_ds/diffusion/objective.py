@@ -5,8 +5,10 @@ Legend: B images, C channels, H W side. An objective is stateless but for its ta
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +18,29 @@ from promoe_ds.config.schema import Config, DiffusionConfig, reject
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
 from promoe_ds.diffusion.ddpm_samplers import Noise, Predict, ancestral, ddim, spaced_timesteps
+from promoe_ds.diffusion.flow_sde import SDE, euler_maruyama
 from promoe_ds.diffusion.rectified_flow import Callback, euler, heun, sigma_schedule
 
 Forward = Callable[[Tensor, Tensor], Any]
 """(x [B, C, H, W], t float32 [B] in 0..1000) -> an output whose `prediction` is [B, C or 2C, H, W]"""
 Losses = dict[str, Tensor]
 """float32 scalars by name"""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """One way of drawing images with an objective."""
+
+    sampler: str
+    """one of the objective's"""
+    steps: int | str
+    """as the objective takes them"""
+    eta: float = 0.0
+    """of ddim"""
+    shift: float | None = None
+    """of a flow's noise levels; None: as it was trained"""
+    sde: SDE = SDE()
+    """of sde"""
 
 
 class Objective(ABC):
@@ -58,8 +77,8 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def timesteps(self, steps: int | str) -> list[float]:
-        """The times a sampler of so many steps tells the model at the start of each, from 1000 (noise) downwards.
+    def timesteps(self, solver: Solver) -> list[float]:
+        """The times that a sampler tells the model at the start of each step, from 1000 (noise) downwards.
 
         Raises:
             ValueError: there is no such way of `steps`; says why, without the value.
@@ -71,9 +90,7 @@ class Objective(ABC):
         predict: Predict,
         x_BCHW: Tensor,
         noise: Noise,
-        steps: int | str,
-        sampler: str,
-        eta: float = 0.0,
+        solver: Solver,
         callback: Callback | None = None,
     ) -> Tensor:
         """Images [B, C, H, W] from noise x.
@@ -81,15 +98,13 @@ class Objective(ABC):
         Args:
             predict: the guided model, with its variance channels where it has them.
             noise: for samplers that draw more noise than x.
-            sampler: one of `samplers`.
-            eta: of DDIM.
         """
 
 
 class RectifiedFlow(Objective):
     """Velocity regression on straight paths, `rectified_flow.py`; the loss has one term."""
 
-    samplers = ("euler", "heun")
+    samplers = ("euler", "heun", "sde")
 
     def __init__(self, config: DiffusionConfig, device: torch.device):
         self.config = config
@@ -117,26 +132,32 @@ class RectifiedFlow(Objective):
         sigma_B = z_BCHW.new_full((len(z_BCHW),), time / flow.TIME_SCALE)
         return flow.interpolate(z_BCHW, eps_BCHW, sigma_B), flow.TIME_SCALE * sigma_B
 
-    def timesteps(self, steps: int | str) -> list[float]:
-        if not isinstance(steps, int):
+    def _sigmas(self, solver: Solver) -> list[float]:
+        if not isinstance(solver.steps, int):
             raise ValueError("rectified flow takes a number of steps")
-        return [flow.TIME_SCALE * sigma for sigma in sigma_schedule(steps, self.config.shift)[:-1]]
+        shift = self.config.shift if solver.shift is None else solver.shift
+        if solver.sampler == "sde":
+            return solver.sde.sigmas(solver.steps, shift)
+        return sigma_schedule(solver.steps, shift)
+
+    def timesteps(self, solver: Solver) -> list[float]:
+        return [flow.TIME_SCALE * sigma for sigma in self._sigmas(solver)[:-1]]
 
     def sample(
         self,
         predict: Predict,
         x_BCHW: Tensor,
         noise: Noise,
-        steps: int | str,
-        sampler: str,
-        eta: float = 0.0,
+        solver: Solver,
         callback: Callback | None = None,
     ) -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return predict(x, flow.TIME_SCALE * sigma)[:, : x.shape[1]]
 
-        solver = {"euler": euler, "heun": heun}[sampler]
-        return solver(velocity, x_BCHW, sigma_schedule(int(steps), self.config.shift), callback)
+        sigmas = self._sigmas(solver)
+        if solver.sampler == "sde":
+            return euler_maruyama(velocity, x_BCHW, sigmas, noise, solver.sde, callback)
+        return {"euler": euler, "heun": heun}[solver.sampler](velocity, x_BCHW, sigmas, callback)
 
 
 class DDPM(Objective):
@@ -163,8 +184,8 @@ class DDPM(Objective):
         t_B = torch.full((len(z_BCHW),), nearest, device=z_BCHW.device)
         return ddpm.q_sample(self.schedule, z_BCHW, eps_BCHW, t_B), self.schedule.time_T[t_B].float()
 
-    def timesteps(self, steps: int | str) -> list[float]:
-        kept = spaced_timesteps(self.config.num_steps, steps)
+    def timesteps(self, solver: Solver) -> list[float]:
+        kept = spaced_timesteps(self.config.num_steps, solver.steps)
         return self.schedule.respaced(kept).time_T.flip(0).tolist()
 
     def sample(
@@ -172,14 +193,12 @@ class DDPM(Objective):
         predict: Predict,
         x_BCHW: Tensor,
         noise: Noise,
-        steps: int | str,
-        sampler: str,
-        eta: float = 0.0,
+        solver: Solver,
         callback: Callback | None = None,
     ) -> Tensor:
-        schedule = self.schedule.respaced(spaced_timesteps(self.config.num_steps, steps))
-        if sampler == "ddim":
-            return ddim(predict, x_BCHW, schedule, noise, eta, self.config.clip_denoised, callback)
+        schedule = self.schedule.respaced(spaced_timesteps(self.config.num_steps, solver.steps))
+        if solver.sampler == "ddim":
+            return ddim(predict, x_BCHW, schedule, noise, solver.eta, self.config.clip_denoised, callback)
         return ancestral(predict, x_BCHW, schedule, noise, self.config.clip_denoised, callback)
 
 
@@ -191,19 +210,30 @@ def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") 
     return OBJECTIVES[config.name](config, torch.device(device))
 
 
-def check_steps(config: DiffusionConfig, steps: int | str, option: str) -> int:
-    """How many steps these are. Raises ConfigError, naming `option`, where the objective has no such steps."""
+def check_steps(config: DiffusionConfig, solver: Solver, option: str) -> int:
+    """How many steps these are. Raises ConfigError, naming `option`, where the sampler has no such steps."""
     try:
-        return len(make_objective(config).timesteps(steps))
+        return len(make_objective(config).timesteps(solver))
     except ValueError as error:
-        reject(option, steps, str(error), "choose another number of steps")
+        reject(option, solver.steps, str(error), "choose another number of steps")
 
 
-def choose_sampler(config: Config, name: str | None, steps: int | str, eta: float) -> tuple[str, int]:
-    """The sampler's name (default: the objective's first) and its number of steps.
+def choose_sampler(
+    config: Config,
+    name: str | None,
+    steps: int | str,
+    eta: float = 0.0,
+    shift: float | None = None,
+    sde: SDE | None = None,
+) -> tuple[Solver, int]:
+    """The solver of these options (by default the objective's first sampler) and its number of steps.
+
+    Args:
+        shift: of a flow's noise levels; None: `sample.shift`, and where that is null, as it was trained.
+        sde: None: SiT's defaults.
 
     Raises:
-        ConfigError: the objective has no such sampler, the sampler no such steps, or an eta that means nothing.
+        ConfigError: the objective has no such sampler; the sampler no such steps, or an option that means nothing.
     """
     samplers = OBJECTIVES[config.diffusion.name].samplers
     chosen = name or samplers[0]
@@ -214,4 +244,14 @@ def choose_sampler(config: Config, name: str | None, steps: int | str, eta: floa
         reject("--eta", eta, "must lie in [0, 1]", "choose such a value")
     if eta and chosen != "ddim":
         reject("--eta", eta, f"the sampler {chosen} has no eta", "remove it, or add --sampler ddim")
-    return chosen, check_steps(config.diffusion, steps, "--steps")
+    if shift is not None and config.diffusion.name != "rectified_flow":
+        reject("--shift", shift, f"the sampler {chosen} has no noise levels to shift", "remove it")
+    if shift is not None and not (math.isfinite(shift) and shift > 0):
+        reject("--shift", shift, "must be positive", "choose such a value; 1 is none")
+    if sde is not None and chosen != "sde":
+        conflict = "has no diffusion and no last step, which belong to the sampler sde"
+        reject("--sampler", chosen, conflict, "remove them" + (", or add --sampler sde" if "sde" in samplers else ""))
+    if sde is not None and (why := sde.why_not()):
+        reject("--sampler", chosen, why, "change it")
+    solver = Solver(chosen, steps, eta, config.sample.shift if shift is None else shift, sde or SDE())
+    return solver, check_steps(config.diffusion, solver, "--steps")

@@ -49,7 +49,8 @@ def scheduler_of(config: Config) -> Any:
 
     d = config.diffusion
     if d.name == "rectified_flow":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=d.shift)
+        shift = d.shift if config.sample.shift is None else config.sample.shift
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     steps = d.ddpm.num_steps
     return diffusers.DDPMScheduler(
         num_train_timesteps=steps,
@@ -129,6 +130,7 @@ def write_diffusers(
             "model": tree["model"],
             "moe": tree["moe"],
             "guidance_channels": config.guidance.channels,
+            "guidance_interval": list(config.guidance.interval),
             "ddpm_steps": d.ddpm.num_steps if d.name == "ddpm" else None,
         }
         for name, text in (

@@ -30,6 +30,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         model: the section `model` of a promoe_ds configuration.
         moe: its section `moe`; None for a dense model.
         guidance_channels: "all" or 3, the channels that classifier-free guidance moves.
+        guidance_interval: (lo, hi), the times in 0..1000 in which it acts.
         ddpm_steps: T of the DDPM noise schedule; None for rectified flow.
     """
 
@@ -39,6 +40,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         model: dict[str, Any],
         moe: dict[str, Any] | None,
         guidance_channels: Any = "all",
+        guidance_interval: Any = (0.0, 1000.0),
         ddpm_steps: int | None = None,
     ):
         super().__init__()

@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from promoe_ds.diffusion.guidance import guides
 from promoe_ds.formats.diffusers_sampling import drawn, fitted
 from promoe_ds.sampling.noise import image_noise
 
@@ -88,7 +89,7 @@ class ProMoEPipeline(DiffusionPipeline):
     def predict(self, x: Tensor, time: Tensor, labels: list[int], scale: float) -> Tensor:
         """Guided prediction p_null + scale (p_label - p_null), with the variance channels where the model has them."""
         m, channels = self.transformer.config.model, self.transformer.config.guidance_channels
-        guided = scale > 1
+        guided = guides(scale, self.transformer.config.guidance_interval, float(time))
         label = torch.tensor(labels + [m["num_classes"]] * len(labels) if guided else labels)
         x = torch.cat([x, x]) if guided else x
         p = self.transformer(x, time.expand(len(x)).to(x.device), label)

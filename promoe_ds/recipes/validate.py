@@ -9,8 +9,8 @@ from __future__ import annotations
 from promoe_ds.config.batching import divisors, listed
 from promoe_ds.config.option import options
 from promoe_ds.config.schedule import validate_schedule
-from promoe_ds.config.schema import Channels, Config, ModelConfig, reject
-from promoe_ds.diffusion.objective import check_steps
+from promoe_ds.config.schema import Channels, Config, Interval, ModelConfig, reject
+from promoe_ds.diffusion.objective import OBJECTIVES, Solver, check_steps
 
 
 def _validate_model(config: Config) -> None:
@@ -99,13 +99,25 @@ def check_guidance(model: ModelConfig, channels: Channels, path: str) -> None:
         reject(path, channels, f"the model has model.channels={model.channels}", f"set {path}=all")
 
 
+def check_interval(interval: Interval, path: str) -> None:
+    """Raise `ConfigError`, naming `path`, if an interval of guidance is not one."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1000:
+        shown = ",".join(f"{end:g}" for end in interval)
+        reject(path, f"[{shown}]", "is not [lo, hi] with 0 <= lo <= hi <= 1000", "write for example [100, 900]")
+
+
 def _validate_objective(config: Config) -> None:
     """What is trained and how the sample grids are drawn."""
     check_guidance(config.model, config.guidance.channels, "guidance.channels")
     if config.diffusion.name == "ddpm" and not config.model.learn_sigma:
         conflict = "diffusion.name=ddpm learns a variance range"
         reject("model.learn_sigma", "false", conflict, "set model.learn_sigma=true")
-    check_steps(config.diffusion, config.sample.steps, "sample.steps")
+    check_interval(config.guidance.interval, "guidance.interval")
+    if config.diffusion.name == "ddpm" and config.sample.shift is not None:
+        conflict = "diffusion.name=ddpm has no noise levels to shift"
+        reject("sample.shift", config.sample.shift, conflict, "set sample.shift=null")
+    sampler = OBJECTIVES[config.diffusion.name].samplers[0]
+    check_steps(config.diffusion, Solver(sampler, config.sample.steps), "sample.steps")
 
 
 def _validate_averages(config: Config) -> None:

@@ -19,15 +19,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import Channels, Config, ConfigError, reject
+from promoe_ds.config.schema import Channels, Config, ConfigError, Interval, reject
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.order import philox
-from promoe_ds.diffusion.guidance import guided_prediction
-from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.diffusion.flow_sde import SDE
+from promoe_ds.diffusion.guidance import guided_prediction, guides
+from promoe_ds.diffusion.objective import Solver, make_objective
 from promoe_ds.sampling.noise import image_noise
 from promoe_ds.utils.pictures import IMAGE_MODES
 
 Precision = Literal["fp32", "bf16"]
+Pixels = Literal["adm", "repa"]
+"""how [-1, 1] becomes a byte, truncated: 127.5 x + 128 (ADM, DiT, SiT, ProMoE, LightningDiT), or 255 (x + 1) / 2"""
 DECODED_AT_ONCE = 16
 """images a codec decodes together: at 256 pixels a decoder takes more memory than the transformer"""
 LABEL_COUNTER = 2
@@ -48,11 +51,26 @@ class SamplingOptions:
     precision: Precision = "fp32"
     """bf16 runs the model under autocast; the state of the solver stays float32"""
     sampler: str | None = None
-    """euler, heun; ddpm, ddim; by default the objective's first"""
+    """euler, heun, sde; ddpm, ddim; by default the objective's first"""
     eta: float = 0.0
     """of ddim, in [0, 1]"""
     channels: Channels | None = None
     """guided channels; by default `guidance.channels` of the model's configuration"""
+    interval: Interval | None = None
+    """times in which guidance acts; by default `guidance.interval` of the model's configuration"""
+    shift: float | None = None
+    """of a flow's noise levels; by default `sample.shift` of the model's configuration, or as it was trained"""
+    sde: SDE | None = None
+    """of the sampler sde; None: SiT's defaults"""
+    pixels: Pixels = "adm"
+
+    def solver(self, config: Config) -> Solver:
+        sampler = self.sampler or make_objective(config.diffusion).samplers[0]
+        shift = config.sample.shift if self.shift is None else self.shift
+        return Solver(sampler, self.steps, self.eta, shift, self.sde or SDE())
+
+    def guided_when(self, config: Config) -> Interval:
+        return config.guidance.interval if self.interval is None else self.interval
 
 
 Labels = Literal["balanced", "random"]
@@ -69,15 +87,16 @@ def class_labels(num: int, num_classes: int, kind: Labels = "balanced", seed: in
     return np.fromiter(draws, dtype=np.int64, count=num)
 
 
-def to_pixels(x_BCHW: torch.Tensor) -> np.ndarray:
-    """[-1, 1] float [B, C, H, W] to uint8 [B, H, W, C]: clamp(127.5 x + 128, 0, 255), truncated (as ADM and DiT do).
+def to_pixels(x_BCHW: torch.Tensor, pixels: Pixels = "adm") -> np.ndarray:
+    """[-1, 1] float [B, C, H, W] to uint8 [B, H, W, C], as `Pixels` says; REPA's is half a grey level darker.
 
     Raises:
         ConfigError: the model made NaN or infinity, which no pixel can show.
     """
     if not bool(torch.isfinite(x_BCHW).all()):
         reject("weights", "NaN", "the model makes values that are not finite", "name an earlier checkpoint")
-    return (127.5 * x_BCHW.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    grey = 127.5 * x_BCHW.float() + 128 if pixels == "adm" else 255 * ((x_BCHW.float() + 1) / 2)
+    return grey.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def pixel_shape(config: Config, codec: Codec | None = None) -> tuple[int, int, int]:
@@ -106,6 +125,7 @@ def draw_batches(
     device: torch.device,
     on_step: Callable[[int], object] | None = None,
     rounds: int = 0,
+    weak: Callable[..., Any] | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Draw images or latents from noise, a batch at a time.
 
@@ -115,12 +135,14 @@ def draw_batches(
             other images, beyond float rounding.
         on_step: called with B after every step of a batch of B.
         rounds: run at least so many batches, the excess ones in vain: ranks that share experts must run equally many.
+        weak: a weaker model that guides in place of the null label; None: the null label guides.
 
     Yields:
         The rows of a finished batch and the final state of the solver, float32 [B, C, H, W] on `device`.
     """
     m, objective = config.model, make_objective(config.diffusion, device)
-    sampler, channels = options.sampler or objective.samplers[0], options.channels or config.guidance.channels
+    solver, channels = options.solver(config), options.channels or config.guidance.channels
+    interval = options.guided_when(config)
 
     def noise(index_B: np.ndarray, step: int | None = None) -> torch.Tensor:
         return image_noise(options.seed, index_B, (m.channels, m.image_size, m.image_size), step).to(device)
@@ -128,11 +150,9 @@ def draw_batches(
     @torch.no_grad()
     def draw(label_B: np.ndarray, index_B: np.ndarray, tick: Callable[[int, Any], object] | None) -> torch.Tensor:
         label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
-        predict = guided_prediction(model, label, m.num_classes, options.cfg, device, channels)
+        predict = guided_prediction(model, label, m.num_classes, options.cfg, device, channels, interval, weak)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            return objective.sample(
-                predict, noise(index_B), partial(noise, index_B), options.steps, sampler, options.eta, tick
-            )
+            return objective.sample(predict, noise(index_B), partial(noise, index_B), solver, tick)
 
     for start in range(0, len(indices), options.batch):
         rows = slice(start, min(start + options.batch, len(indices)))
@@ -142,8 +162,23 @@ def draw_batches(
         draw(np.zeros(1, np.int64), np.zeros(1, np.int64), None)
 
 
+def forwards_per_image(config: Config, options: SamplingOptions) -> int:
+    """How often an image passes through a model: once per velocity or noise that the sampler asks for, twice where it
+    is guided. Counted by drawing one grey pixel without a model."""
+    count, interval = 0, options.guided_when(config)
+
+    def predict(x_BCHW: torch.Tensor, time: float) -> torch.Tensor:
+        nonlocal count
+        count += 1 + guides(options.cfg, interval, time)
+        return torch.zeros(1, 2, 1, 1)
+
+    x = torch.zeros(1, 1, 1, 1)
+    make_objective(config.diffusion).sample(predict, x, lambda step: x, options.solver(config))
+    return count
+
+
 def pixel_batches(
-    batches: Iterator[tuple[slice, torch.Tensor]], codec: Codec | None = None
+    batches: Iterator[tuple[slice, torch.Tensor]], codec: Codec | None = None, pixels: Pixels = "adm"
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """`draw_batches`, decoded by `codec` if the model makes latents: rows of a batch and uint8 [B, H, W, C].
 
@@ -151,7 +186,8 @@ def pixel_batches(
         ConfigError: the model makes NaN or infinity.
     """
     for rows, x in batches:
-        yield rows, to_pixels(torch.cat([codec.to_pixels(part) for part in x.split(DECODED_AT_ONCE)]) if codec else x)
+        x = torch.cat([codec.to_pixels(part) for part in x.split(DECODED_AT_ONCE)]) if codec else x
+        yield rows, to_pixels(x, pixels)
 
 
 def draw_pixels(
@@ -164,6 +200,7 @@ def draw_pixels(
 ) -> np.ndarray:
     """All images of a model of pixels in one array: uint8 [N, H, W, C]; arguments and errors as of `draw_batches`."""
     images = np.empty((len(indices), *pixel_shape(config)), dtype=np.uint8)
-    for rows, made in pixel_batches(draw_batches(model, config, labels, indices, options, device)):
+    batches = draw_batches(model, config, labels, indices, options, device)
+    for rows, made in pixel_batches(batches, pixels=options.pixels):
         images[rows] = made
     return images

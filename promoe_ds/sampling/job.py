@@ -25,8 +25,16 @@ from promoe_ds.checkpoint.layout import MANIFEST, manifest, unreadable
 from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.data.codecs import Codec
-from promoe_ds.diffusion.objective import choose_sampler
-from promoe_ds.sampling.generate import Labels, SamplingOptions, class_labels, draw_batches, pixel_batches, pixel_shape
+from promoe_ds.diffusion.objective import check_steps
+from promoe_ds.sampling.generate import (
+    Labels,
+    SamplingOptions,
+    class_labels,
+    draw_batches,
+    forwards_per_image,
+    pixel_batches,
+    pixel_shape,
+)
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, whole, write_npz
 from promoe_ds.utils.command_line import versions
 from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
@@ -40,8 +48,10 @@ SAMPLES = "samples.npz"
 FEATURES = "features.safetensors"
 OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|features\.safetensors|made-\d+\.(npy|safetensors)")
 LEFTOVERS = (".*.tmp", "made-*.npy", "made-*.safetensors")
-INCIDENTAL = "command", "versions"
+INCIDENTAL = "command", "versions", "forwards_per_image"
 """keys of the record that do not decide the images; a folder is continued only where all others agree"""
+ONCE = {"guidance_interval": [0.0, 1000.0], "pixels": "adm"}
+"""what records that are older than a key mean by its absence; None for all others"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class Job:
     labels: Labels = "balanced"
     formats: tuple[str, ...] = ("png", "npz")
     """png: a file per image; npz: `samples.npz`; at least one of them; or features alone, and no pictures"""
+    protocol: dict[str, Any] | None = None
+    """whose way of drawing this is (`protocols.py`), for the record"""
 
 
 def run_of(file: Path) -> Path | None:
@@ -103,17 +115,35 @@ class Pack(Store, Protocol):
 
 
 def record_of(
-    job: Job, weights: Mapping[str, Any], command: str, codec: Codec | None = None, features: str | None = None
+    job: Job,
+    weights: Mapping[str, Any],
+    config: Config,
+    command: str,
+    codec: Codec | None = None,
+    features: str | None = None,
+    weak: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What `sampling.json` says; `features` is the name of the extractor where only features are kept."""
-    options = asdict(job.options) | {"guidance_channels": job.options.channels}
-    del options["batch"], options["channels"]
+    """What `sampling.json` says.
+
+    Args:
+        weights: where they come from, and `weak` of those that guide.
+        features: name of the extractor, where only features are kept.
+    """
+    how = job.options
+    options = asdict(how) | {
+        "guidance_channels": how.channels,
+        "guidance_interval": list(how.guided_when(config)),
+        "guidance_model": dict(weak) if weak else None,
+    }
+    del options["batch"], options["channels"], options["interval"]
     return {
         "command": command,
         **weights,
         **options,
         "num": job.num,
         "labels": job.labels,
+        "protocol": job.protocol,
+        "forwards_per_image": forwards_per_image(config, how),
         "vae": f"{codec.kind} {codec.digest}".strip() if codec else None,
         "features": features,
         "versions": versions(),
@@ -141,7 +171,7 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
             reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
         return
     for key in [key for key in record if key not in INCIDENTAL]:
-        old = found.get(key) if isinstance(found, dict) else None
+        old = found.get(key, ONCE.get(key)) if isinstance(found, dict) else None
         if old != record[key]:
             conflict = f"holds samples of {key}={old}, this command has {key}={record[key]}"
             reject("--out", out, conflict, "name another folder or remove this one")
@@ -176,6 +206,8 @@ class SampleWorker:
     """the processes hold one model together, so all of them must run equally many batches"""
     pack: Callable[[Path], Pack] | None = None
     """folder -> the store of jobs whose format is features"""
+    weak: Callable[..., Any] | None = None
+    """the model that guides in place of the null label"""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -204,7 +236,7 @@ def make_share(sampler: SampleWorker, job: Job) -> None:
     ranks, options, rounds = sampler.ranks, job.options, -(-len(missing) // job.options.batch)
     if sampler.lockstep:
         rounds = max(ranks.gather(rounds))
-    _, steps = choose_sampler(sampler.config, options.sampler, options.steps, options.eta)
+    steps = check_steps(sampler.config.diffusion, options.solver(sampler.config), "--steps")
     with tqdm(
         total=len(indices),
         initial=len(indices) - len(missing),
@@ -218,10 +250,9 @@ def make_share(sampler: SampleWorker, job: Job) -> None:
         def tick(count: int) -> None:
             bar.update(count / steps)
 
-        batches = draw_batches(
-            sampler.model, sampler.config, labels[missing], missing, options, sampler.device, tick, rounds
-        )
-        for rows, images in pixel_batches(batches, sampler.codec):
+        drawn = labels[missing], missing, options, sampler.device, tick, rounds, sampler.weak
+        batches = draw_batches(sampler.model, sampler.config, *drawn)
+        for rows, images in pixel_batches(batches, sampler.codec, options.pixels):
             store.write(missing[rows], images)
 
 

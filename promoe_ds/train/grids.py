@@ -16,6 +16,7 @@ from promoe_ds.data.codecs import open_codec
 from promoe_ds.models.init import build
 from promoe_ds.moe.observe import LastChoice
 from promoe_ds.sampling.generate import Precision, SamplingOptions, check_channels, draw_batches, pixel_batches
+from promoe_ds.sampling.weak import load_weak
 from promoe_ds.utils.pictures import beside, grid, token_maps, write_png
 
 
@@ -78,13 +79,13 @@ def draw_grid(
     s = config.sample
     labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
     precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
+    weak = load_weak(config.guidance.model, config, device, "guidance.model")[0] if config.guidance.model else None
     was_training = model.training
     model.eval()
     try:
         images, options = [], SamplingOptions(s.cfg, s.steps, s.seed, precision=precision)
-        for _, made in pixel_batches(
-            draw_batches(model, config, labels, np.arange(len(labels)), options, device), codec
-        ):
+        batches = draw_batches(model, config, labels, np.arange(len(labels)), options, device, weak=weak)
+        for _, made in pixel_batches(batches, codec):
             images.append(made)
             after_batch(len(made))
     finally:

@@ -11,7 +11,8 @@ from torch import Tensor
 from promoe_ds.config.schema import Config, ConfigError
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
-from promoe_ds.diffusion.objective import OBJECTIVES, choose_sampler, make_objective
+from promoe_ds.diffusion.flow_sde import SDE, euler_maruyama
+from promoe_ds.diffusion.objective import OBJECTIVES, Solver, choose_sampler, make_objective
 from promoe_ds.diffusion.rectified_flow import euler, heun, sigma_schedule
 from promoe_ds.recipes.load import load_config
 
@@ -72,11 +73,13 @@ def test_a_shorter_schedule_tells_the_model_times_up_to_1000() -> None:
     t = ddpm.timestep_from_gauss(gauss, 100)
     assert model.t.tolist() == pytest.approx([10.0 * i for i in t.tolist()]) and int(t.max()) > 50
     assert objective.aux_loss_weights["vb"] == pytest.approx(0.1)
-    assert objective.timesteps(10) == pytest.approx([990, 880, 770, 660, 550, 440, 330, 220, 110, 0])
+    assert objective.timesteps(Solver("ddpm", 10)) == pytest.approx([990, 880, 770, 660, 550, 440, 330, 220, 110, 0])
 
 
 @pytest.mark.parametrize(
-    ("config", "sampler"), [(FLOW, "euler"), (FLOW, "heun"), (DDPM, "ddpm"), (DDPM, "ddim")], ids=lambda x: str(x)[:5]
+    ("config", "sampler"),
+    [(FLOW, "euler"), (FLOW, "heun"), (FLOW, "sde"), (DDPM, "ddpm"), (DDPM, "ddim")],
+    ids=lambda x: str(x)[:5],
 )
 def test_samplers_tell_the_model_the_times_announced(config: Config, sampler: str) -> None:
     objective, x = make_objective(config.diffusion), torch.ones(2, 1, 4, 4)
@@ -90,10 +93,11 @@ def test_samplers_tell_the_model_the_times_announced(config: Config, sampler: st
     def tick(step: int, state: Tensor) -> None:
         ticks.append(step)
 
-    out = objective.sample(predict, x, lambda step: torch.zeros_like(x), 4, sampler, 0.5, tick)
+    solver, count = choose_sampler(config, sampler, 4, 0.5 if sampler == "ddim" else 0.0)
+    out = objective.sample(predict, x, lambda step: torch.zeros_like(x), solver, tick)
     assert out.shape == x.shape and out.dtype == x.dtype and ticks == [0, 1, 2, 3]
-    assert heard[:: 2 if sampler == "heun" else 1] == objective.timesteps(4)
-    assert choose_sampler(config, sampler, 4, 0.0) == (sampler, 4)
+    assert heard[:: 2 if sampler == "heun" else 1] == objective.timesteps(solver)
+    assert solver.sampler == sampler and count == 4
 
 
 def test_flow_samplers_are_the_solvers() -> None:
@@ -104,17 +108,35 @@ def test_flow_samplers_are_the_solvers() -> None:
 
     for name, solver in (("euler", euler), ("heun", heun)):
         expected = solver(lambda x, sigma: x * (1000 * sigma) / 1000, x, sigma_schedule(5))
-        assert torch.equal(objective.sample(predict, x, lambda step: x, 5, name), expected)
+        assert torch.equal(objective.sample(predict, x, lambda step: x, Solver(name, 5)), expected)
+        shifted = solver(lambda x, sigma: x * (1000 * sigma) / 1000, x, sigma_schedule(5, 3.0))
+        assert torch.equal(objective.sample(predict, x, lambda step: x, Solver(name, 5, shift=3.0)), shifted)
+    sde = SDE("constant", 0.3, "euler", 0.1)
+    expected = euler_maruyama(lambda x, sigma: x * (1000 * sigma) / 1000, x, sde.sigmas(5, 2.0), lambda step: x, sde)
+    made = objective.sample(predict, x, lambda step: x, Solver("sde", 5, shift=2.0, sde=sde))
+    assert torch.equal(made, expected)
 
 
 def test_default_samplers() -> None:
-    assert choose_sampler(FLOW, None, 250, 0.0) == ("euler", 250)
-    assert choose_sampler(DDPM, None, 250, 0.0) == ("ddpm", 250)
-    assert choose_sampler(DDPM, "ddim", "10,15,20", 1.0) == ("ddim", 45)
+    assert choose_sampler(FLOW, None, 250) == (Solver("euler", 250), 250)
+    assert choose_sampler(DDPM, None, 250) == (Solver("ddpm", 250), 250)
+    assert choose_sampler(DDPM, "ddim", "10,15,20", 1.0) == (Solver("ddim", "10,15,20", 1.0), 45)
+    assert choose_sampler(FLOW, "sde", 250)[0].sde == SDE("sigma", 1.0, "mean", 0.04)
     assert {name: cls.samplers for name, cls in OBJECTIVES.items()} == {
-        "rectified_flow": ("euler", "heun"),
+        "rectified_flow": ("euler", "heun", "sde"),
         "ddpm": ("ddpm", "ddim"),
     }
+
+
+def test_the_shift_of_sampling_is_apart_from_that_of_training() -> None:
+    """`sample.shift`, else `diffusion.shift`; what is asked for comes first."""
+    config = load_config("tiny", ["diffusion.shift=3", "sample.shift=0.5"])
+    trained = load_config("tiny", ["diffusion.shift=3"])
+    for known, asked, shift in ((config, None, 0.5), (config, 2.0, 2.0), (trained, None, 3.0), (trained, 1.0, 1.0)):
+        solver, _ = choose_sampler(known, None, 4, shift=asked)
+        u = [1.0, 0.75, 0.5, 0.25]
+        expected = [1000 * shift * x / (1 + (shift - 1) * x) for x in u]
+        assert make_objective(known.diffusion).timesteps(solver) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +150,14 @@ def test_default_samplers() -> None:
         (DDPM, (None, 1001, 0.0), "--steps=1001: keeps 1001 of the 1000 timesteps of a section; choose another number"),
         (DDPM, (None, "many", 0.0), "--steps=many: is not a number of steps"),
         (FLOW, (None, "ddim50", 0.0), "--steps=ddim50: rectified flow takes a number of steps"),
+        (DDPM, ("sde", 10, 0.0), "--sampler=sde: the model was trained with diffusion.name=ddpm; choose ddpm or ddim"),
+        (DDPM, (None, 10, 0.0, 3.0), "--shift=3.0: the sampler ddpm has no noise levels to shift; remove it"),
+        (FLOW, (None, 10, 0.0, 0.0), "--shift=0.0: must be positive; choose such a value"),
+        (FLOW, (None, 10, 0.0, float("nan")), "--shift=nan: must be positive"),
+        (FLOW, ("heun", 10, 0.0, None, SDE()), "--sampler=heun: has no diffusion and no last step, which belong to"),
+        (DDPM, (None, 10, 0.0, None, SDE()), "which belong to the sampler sde; remove them"),
+        (FLOW, ("sde", 10, 0.0, None, SDE(diffusion_norm=-1)), "--sampler=sde: the diffusion norm -1 is negative"),
+        (FLOW, ("sde", 1, 0.0), "--steps=1: a last step needs a step before it; choose another number of steps"),
     ],
 )  # fmt: skip
 def test_samplers_that_cannot_be(config: Config, arguments: tuple[Any, ...], message: str) -> None:

@@ -156,3 +156,24 @@ def test_table_of_fids_warns_of_small_sets():
     assert lines[0].split() == ["samples", "sampler", "steps", "cfg", "n", "FID", "sFID", "IS", "precision"]
     assert lines[1].split() == ["a", "euler", "250", "1.5", "50000", "2.500", "-", "250.00", "0.8000"]
     assert notes([score]) == [] and "1 of 2 sets hold fewer than 50,000 images" in notes([score, few])[0]
+
+
+def test_the_protocol_stands_under_the_score():
+    protocol = {
+        "name": "repa",
+        "source": "sihyun-yu/REPA generate.py @67f7145",
+        "reference": "VIRTUAL_imagenet256_labeled.npz",
+        "metric": "FID",
+        "changed": {},
+    }
+    score = {"num": 50_000, "FID": 2.5, "sampling": {"protocol": protocol}, "reference": {"name": "refs/own.npz"}}
+    told = "protocol: repa (sihyun-yu/REPA generate.py @67f7145), "
+    assert notes([score, score]) == [
+        f"{told}unchanged",
+        "note: repa scores by FID against VIRTUAL_imagenet256_labeled.npz",
+    ]
+    score["reference"]["name"] = "refs/VIRTUAL_imagenet256_labeled.npz"
+    protocol["changed"] = {"num": 1000, "steps": 50}
+    assert notes([score]) == [f"{told}but num=1000, steps=50"]
+    score["sampling"]["protocol"] = "hand-written"
+    assert notes([score]) == []

@@ -17,7 +17,7 @@ from torch import Tensor
 import promoe_ds
 from promoe_ds.checkpoint.layout import damage
 from promoe_ds.diffusion.guidance import guided_prediction
-from promoe_ds.diffusion.objective import make_objective
+from promoe_ds.diffusion.objective import Solver, make_objective
 from promoe_ds.formats.bundle import bundle, imported, needed
 from promoe_ds.formats.diffusers_export import model_code, write_diffusers
 from promoe_ds.formats.weights import Weights, write
@@ -29,7 +29,13 @@ from promoe_ds.sampling.generate import image_noise, to_pixels
 from tests.launch import ENVIRONMENT, run
 
 LABELS, SCALE, STEPS, SEED = [0, 3, 10], 2.0, 5, 4
-LATENTS = ["model.channels=4", "diffusion.shift=1.5", "guidance.channels=3"]
+LATENTS = [
+    "model.channels=4",
+    "diffusion.shift=1.5",
+    "sample.shift=2",
+    "guidance.channels=3",
+    "guidance.interval=[300,900]",
+]
 DDPM = ["diffusion.name=ddpm", "model.learn_sigma=true", "moe.router={name: diffmoe}", "diffusion.ddpm.num_steps=500"]
 
 STRANGER = """
@@ -96,8 +102,8 @@ def ancestral_with_their_noise(made: DiT) -> Tensor:
     predict = guided_prediction(made, torch.tensor(LABELS), 10, SCALE, device, config.guidance.channels)
     generator = torch.Generator().manual_seed(9)
     noise = image_noise(SEED, np.arange(len(LABELS)), shape[1:])
-    objective = make_objective(config.diffusion, device)
-    return objective.sample(predict, noise, lambda step: torch.randn(shape, generator=generator), STEPS, "ddpm")
+    objective, solver = make_objective(config.diffusion, device), Solver("ddpm", STEPS)
+    return objective.sample(predict, noise, lambda step: torch.randn(shape, generator=generator), solver)
 
 
 def test_a_stranger_draws_our_images(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ class Exact(nn.Module):
         super().__init__()
         self.mean, self.deviation = MEAN[:channels].double(), DEVIATION[:channels].double()
         sizes = {"num_classes": 10, "channels": channels, "image_size": 8}
-        self.config = SimpleNamespace(model=sizes, guidance_channels="all", ddpm_steps=TRAINED if ddpm else None)
+        self.config = SimpleNamespace(
+            model=sizes, guidance_channels="all", guidance_interval=(0, 1000), ddpm_steps=TRAINED if ddpm else None
+        )
 
     def forward(self, x: Tensor, time: Tensor, _: Tensor) -> Tensor:
         assert x.shape[1] == len(self.mean)

@@ -46,6 +46,64 @@ def test_sampling_imports_no_deepspeed() -> None:
     run([sys.executable, "-c", code])
 
 
+def test_the_number_of_forwards_is_told(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", write_run(tmp_path), "--num", 2, "--steps", 4, "--cfg", "1,1.5"]
+    assert command(*words, "--guidance-interval", "300,800", "--out", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert f"2 images at cfg 1.0 in {tmp_path / 'out/cfg1.0'}, 4 forwards per image\n" in told
+    assert f"2 images at cfg 1.5 in {tmp_path / 'out/cfg1.5'}, 6 forwards per image\n" in told
+
+
+def test_a_weaker_model_guides_and_is_recorded(command: Command, tmp_path: Path) -> None:
+    file, weak = write_run(tmp_path / "run"), write_run(tmp_path / "weak", seed=1)
+    words = ["--model", file, "--cfg", 3]
+    for name, more in (("null", []), ("weak", ["--guidance-model", tmp_path / "weak"]), ("none", ["--cfg", 1])):
+        assert command(*words, *more, "--out", tmp_path / name) == 0
+    null, guided, none = (read_npz(tmp_path / name / "samples.npz")[0] for name in ("null", "weak", "none"))
+    assert (guided != null).any() and (guided != none).any()
+    found = json.loads((tmp_path / "weak/sampling.json").read_text())
+    assert found["guidance_model"]["checkpoint"] == "checkpoints/step_00000007/ema.safetensors"
+    assert found["guidance_model"]["checkpoint_blake2b"] != found["checkpoint_blake2b"]
+    assert command(*words, "--guidance-model", file, "--out", tmp_path / "itself") == 0
+    assert_same_images(read_npz(tmp_path / "itself/samples.npz")[0], none)
+    assert command(*words, "--guidance-model", weak, "--out", tmp_path / "null") == 2
+
+
+def test_a_shift_that_is_asked_for_comes_before_the_runs_own(command: Command, tmp_path: Path) -> None:
+    """Also where it is that of the training."""
+    file = write_run(tmp_path)
+    own = write_run(tmp_path / "own", sample={"shift": 3.0})
+    for name, words in (
+        ("trained", [file]),
+        ("own", [own]),
+        ("asked", [own, "--shift", 1]),
+        ("three", [file, "--shift", 3]),
+    ):
+        assert command("--out", tmp_path / name, "--model", *words) == 0
+    trained, run, asked, three = (
+        read_npz(tmp_path / name / "samples.npz")[0] for name in ("trained", "own", "asked", "three")
+    )
+    assert (run != trained).any()
+    np.testing.assert_array_equal(asked, trained)
+    np.testing.assert_array_equal(three, run)
+    shifts = [
+        json.loads((tmp_path / name / "sampling.json").read_text())["shift"] for name in ("trained", "own", "asked")
+    ]
+    assert shifts == [None, 3.0, 1.0]
+
+
+def test_a_folder_of_an_older_version_is_continued(command: Command, tmp_path: Path) -> None:
+    """Its record lacks what could not be chosen then."""
+    words = ["--model", write_run(tmp_path), "--out", tmp_path / "out"]
+    assert command(*words) == 0
+    record = tmp_path / "out/sampling.json"
+    newer = ("guidance_interval", "guidance_model", "shift", "sde", "pixels", "protocol", "forwards_per_image")
+    found = json.loads(record.read_text())
+    record.write_text(json.dumps({key: value for key, value in found.items() if key not in newer}))
+    assert command(*words) == 0
+    assert command(*words, "--guidance-interval", "0,900") == 2 and command(*words, "--pixels", "repa") == 2
+
+
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
@@ -58,7 +116,7 @@ def test_a_mistake_of_several_processes_is_one_line(tmp_path: Path) -> None:
 def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) -> None:
     """200 images, by batches of 7 and of 32."""
     file = write_run(tmp_path)
-    words = ["--model", file, "--num", 200, "--steps", 2, "--cfg", "1,1.5"]
+    words = ["--model", file, "--num", 200, "--steps", 2, "--cfg", "1,1.5", "--sampler", "sde", "--shift", 2]
     start_two(*words, "--batch", 7, "--out", tmp_path / "two", cwd=tmp_path)
     assert command(*words, "--batch", 32, "--out", tmp_path / "one") == 0
     for scale in ("cfg1.0", "cfg1.5"):
@@ -72,9 +130,10 @@ def test_two_processes_make_the_images_of_one(command: Command, tmp_path: Path) 
 
 
 def test_processes_that_share_experts_make_the_same_images(command: Command, tmp_path: Path) -> None:
-    """Rank 0 has two batches to make, rank 1 only one: it must help with the other."""
-    file = write_run(tmp_path)
-    words = ["--model", file, "--num", 9, "--steps", 2, "--cfg", "1.5", "--batch", 4]
+    """Rank 0 has two batches to make, rank 1 only one: it must help with the other. Each holds the weaker one whole."""
+    file, weak = write_run(tmp_path), write_run(tmp_path / "weak", seed=1)
+    words = ["--model", file, "--num", 9, "--steps", 3, "--cfg", "1.5", "--batch", 4]
+    words += ["--sampler", "sde", "--guidance-interval", "0,900", "--guidance-model", weak]
     start_two(*words, "--expert-parallel", 2, "--out", tmp_path / "two", cwd=tmp_path)
     assert command(*words, "--out", tmp_path / "one") == 0
     assert_same_images(*(read_npz(tmp_path / name / "samples.npz")[0] for name in ("one", "two")))
@@ -94,6 +153,25 @@ def test_processes_that_share_experts_make_the_same_images(command: Command, tmp
         (["--sampler", "ddim"], "--sampler=ddim: the model was trained with diffusion.name=rectified_flow; choose"),
         (["--eta", "0.5"], "--eta=0.5: the sampler euler has no eta; remove it"),
         (["--guidance-channels", "3"], "--guidance-channels=3: the model has model.channels=1; set"),
+        (
+            ["--guidance-interval", "900,100"],
+            "--guidance-interval=[900,100]: is not [lo, hi] with 0 <= lo <= hi <= 1000",
+        ),
+        (["--guidance-interval", "0,1001"], "--guidance-interval=[0,1001]: is not [lo, hi]"),
+        (["--guidance-interval", "nan,5"], "--guidance-interval=[nan,5]: is not [lo, hi]"),
+        (["--guidance-interval", "500"], "--guidance-interval=[500]: is not [lo, hi]"),
+        (["--guidance-interval", "low,high"], "--guidance-interval='low,high': is not two numbers; write for example"),
+        (["--guidance-model", "nowhere"], "--guidance-model=nowhere: no such file or folder"),
+        (["--shift", "0"], "--shift=0.0: must be positive"),
+        (
+            ["--last-step", "mean"],
+            "--sampler=euler: has no diffusion and no last step, which belong to the sampler sde",
+        ),
+        (["--sampler", "sde", "--last-step", "two"], "--sampler=sde: there is no last step two: choose mean, euler"),
+        (["--sampler", "sde", "--diffusion-norm=-1"], "--sampler=sde: the diffusion norm -1.0 is negative"),
+        (["--sampler", "sde", "--last-step-size", "2"], "--sampler=sde: the last step size 2.0 does not lie in (0, 1)"),
+        (["--sampler", "sde", "--steps", 1], "--steps=1: a last step needs a step before it; choose another number"),
+        (["--pixels", "round"], "invalid choice: 'round'"),
         (["--seed", -1], "--seed=-1: must lie in [0, 2**64)"),
         (["--features", "digits-cnn"], "--features=digits-cnn: --format png,npz makes no features; add"),
         (
@@ -123,6 +201,38 @@ def test_misuse_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"channels": 3}, "has model.channels=3, the model that it is to guide has 1; name a weaker model of the same"),
+        ({"classes": 7}, "has model.num_classes=7, the model that it is to guide has 10"),
+        ({"objective": "ddpm"}, "has diffusion.name=ddpm, the model that it is to guide has rectified_flow"),
+    ],
+)
+def test_a_model_that_cannot_guide_is_refused(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict, message: str
+) -> None:
+    file, weak = write_run(tmp_path / "run"), write_run(tmp_path / "weak", **other)
+    assert command("--model", file, "--out", tmp_path / "out", "--guidance-model", weak) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --guidance-model={weak}: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_sde_for_a_ddpm_is_refused(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_run(tmp_path, objective="ddpm")
+    for words, message in (
+        (["--sampler", "sde"], "--sampler=sde: the model was trained with diffusion.name=ddpm; choose ddpm or ddim"),
+        (
+            ["--diffusion", "sigma"],
+            "--sampler=ddpm: has no diffusion and no last step, which belong to the sampler sde",
+        ),
+    ):
+        assert command("--model", file, "--out", tmp_path / "out", *words) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_missing_or_damaged_weights(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

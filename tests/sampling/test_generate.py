@@ -12,6 +12,7 @@ from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
 from promoe_ds.config.decode import dump, encode
 from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_tree
@@ -22,6 +23,7 @@ from promoe_ds.sampling.generate import (
     class_labels,
     draw_batches,
     draw_pixels,
+    forwards_per_image,
     image_noise,
     pixel_batches,
     to_pixels,
@@ -263,6 +265,94 @@ def test_ddpm_images_do_not_depend_on_the_batch(options: dict[str, Any]) -> None
     assert (draw(dit, config, indices, **options, seed=6) != whole).any()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"sampler": "heun"}, {"sampler": "sde"}, {"sampler": "sde", "sde": SDE("constant", 0.5, "none")}],
+    ids=str,
+)
+def test_flow_images_do_not_depend_on_the_batch(options: dict[str, Any]) -> None:
+    """The SDE's noise too belongs to (seed, image, step), whatever the batch and the process."""
+    dit, config = tiny()
+    indices, interval = np.arange(8), (200.0, 900.0)
+    whole = draw(dit, config, indices, **options, interval=interval)
+    assert whole.std() > 20
+    parts = np.empty_like(whole)
+    parts[0::2], parts[1::2] = (draw(dit, config, indices[i::2], batch=3, **options, interval=interval) for i in (0, 1))
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    assert (draw(dit, config, indices, **options) != whole).any(), "the interval matters"
+    assert (draw(dit, config, indices, **options, seed=6, interval=interval) != whole).any()
+
+
+def test_the_interval_is_the_configurations_unless_one_is_given() -> None:
+    dit, config = tiny()
+    narrow = load_tree(encode(config) | {"guidance": {"interval": [300, 700]}})
+    first = np.arange(4)
+    always, within = draw(dit, config, first, cfg=4.0), draw(dit, narrow, first, cfg=4.0)
+    assert (always != within).any()
+    np.testing.assert_array_equal(within, draw(dit, config, first, cfg=4.0, interval=(300.0, 700.0)))
+    np.testing.assert_array_equal(always, draw(dit, narrow, first, cfg=4.0, interval=(0.0, 1000.0)))
+    np.testing.assert_array_equal(
+        draw(dit, config, first, cfg=1.0), draw(dit, config, first, cfg=4.0, interval=(1.0, 1.0))
+    )
+
+
+def test_the_shift_is_the_configurations_unless_one_is_given() -> None:
+    dit, config = tiny(diffusion={"shift": 3.0})
+    own = load_tree(encode(config) | {"sample": {"shift": 0.5}})
+    first = np.arange(4)
+    trained, sampled = draw(dit, config, first), draw(dit, own, first)
+    assert (trained != sampled).any()
+    np.testing.assert_array_equal(sampled, draw(dit, config, first, shift=0.5))
+    np.testing.assert_array_equal(trained, draw(dit, own, first, shift=3.0))
+
+
+@pytest.mark.parametrize(
+    ("more", "forwards"),
+    [
+        ({}, 8),
+        ({"cfg": 1.0}, 4),
+        ({"interval": (100.0, 600.0)}, 6),
+        ({"sampler": "heun"}, 16),
+        ({"sampler": "heun", "interval": (100.0, 600.0)}, 12),
+        ({"sampler": "sde"}, 8),
+        ({"sampler": "sde", "interval": (0.0, 50.0)}, 5),
+    ],
+    ids=str,
+)
+def test_forwards_are_counted_as_they_happen(more: dict[str, Any], forwards: int) -> None:
+    dit, config = tiny()
+    rows: list[int] = []
+
+    def counting(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> Any:
+        rows.append(len(x))
+        return dit(x, t, y)
+
+    options = SamplingOptions(**{"cfg": 1.5, "steps": 4, "batch": 3} | more)
+    draw_pixels(counting, config, class_labels(3, 10), np.arange(3), options, CPU)
+    assert sum(rows) == 3 * forwards == 3 * forwards_per_image(config, options)
+
+
+def test_forwards_of_ddpm_are_counted_too() -> None:
+    _, config = tiny(diffusion=DDPM)
+    assert forwards_per_image(config, SamplingOptions(1.5, "10,15,20")) == 90
+    assert forwards_per_image(config, SamplingOptions(1.5, 10, interval=(0.0, 500.0), sampler="ddim")) == 15
+
+
+def test_a_weaker_model_guides() -> None:
+    """By itself a model guides nothing; by another it does, and in no more batches."""
+    dit, config = tiny()
+    other, _ = tiny(diffusion={"shift": 2.0}, width=16)
+    labels, first = class_labels(4, 10), np.arange(4)
+
+    def drawn(cfg: float, weak: Any) -> torch.Tensor:
+        ((_, x),) = draw_batches(dit, config, labels, first, SamplingOptions(cfg, 4, 5), CPU, weak=weak)
+        return x
+
+    alone, itself, guided = drawn(1.0, None), drawn(3.0, dit), drawn(3.0, other)
+    torch.testing.assert_close(itself, alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(guided, alone, atol=0.01) and not torch.allclose(guided, drawn(3.0, None), atol=0.01)
+
+
 def test_samplers_differ_and_ddpm_is_its_objectives_default() -> None:
     dit, config = tiny(diffusion=DDPM)
     first = np.arange(4)
@@ -311,7 +401,7 @@ def test_pixels_before_rounding_do_not_depend_on_batch_or_share(monkeypatch: pyt
     dit, config = tiny()
     made: list[torch.Tensor] = []
 
-    def keep(x_BCHW: torch.Tensor) -> np.ndarray:
+    def keep(x_BCHW: torch.Tensor, pixels: str) -> np.ndarray:
         made.append(x_BCHW)
         return to_pixels(x_BCHW)
 
