@@ -39,8 +39,8 @@ class Poisoned:
     def __len__(self) -> int:
         return len(self.real)
 
-    def where(self, index: int) -> str:
-        return self.real.where(index)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
 
     def draw(self, *args: Any) -> Any:
         self.calls += 1
