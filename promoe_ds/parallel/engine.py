@@ -7,6 +7,7 @@ DeepSpeed 0.19.8 facts worked around here:
   * stage 0 clips with a norm that averages expert gradients over ranks (#8475): clipping is done here at stage 0
   * stages 1 and 2 link optimizer-state fragments after the first parameter group has stepped, so the experts' group
     stays unlinked: `relink`
+  * stages 1 and 2 wait for the device before each reduction of gradients to their owner: `_reduce_beside_work`
   * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
 """
 
@@ -58,6 +59,8 @@ class Engine:
         param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
         self.adam = AdamWithEMA(param_groups, config.optimizer)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
+        if self.stage in (1, 2):
+            _reduce_beside_work(self.engine.optimizer)
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
@@ -180,6 +183,26 @@ class Engine:
         if self.stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _reduce_beside_work(zero: Any) -> None:
+    """Let reductions of gradients to their owner run beside the backward pass, as DeepSpeed's all-reduces do.
+
+    With `overlap_comm` its `allreduce_and_copy` first waits for the device, so that gradients of earlier buckets may be
+    freed. Gradients in contiguous buckets live in the buckets. Its caller has made the reduction stream current, which
+    it takes without `overlap_comm`.
+    """
+    reduce, overlap = zero.allreduce_and_copy, zero.overlap_comm
+
+    def without_waiting(*args: Any, **kwargs: Any) -> None:
+        zero.overlap_comm = False
+        try:
+            reduce(*args, **kwargs)
+        finally:
+            zero.overlap_comm = overlap
+
+    if zero.contiguous_gradients:
+        zero.allreduce_and_copy = without_waiting
 
 
 def _square_sum(tensors: list[Any]) -> Tensor:
