@@ -33,6 +33,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.parallel import one_pass
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.collectives import sum_in_place
 from promoe_ds.parallel.ds_config import ResolvedDS
@@ -57,10 +58,14 @@ class Engine:
         self.config, self.stage, self.topology = config, ds.stage, topology
         params: Any = {"params": [p for p in model.parameters() if p.requires_grad], "name": "all"}
         param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
-        self.adam = AdamWithEMA(param_groups, config.optimizer)
+        update = one_pass.compiled() if _compiles_update(config, ds, topology) else None
+        self.adam = AdamWithEMA(param_groups, config.optimizer, update)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
         if self.stage in (1, 2):
             _reduce_beside_work(self.engine.optimizer)
+        if update:
+            self.adam.clip = self._clip_factor
+            self.engine.optimizer.clip_grad = 0.0  # it is done in the pass, not before it
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
@@ -88,6 +93,13 @@ class Engine:
         if limit > 0:
             torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def _clip_factor(self) -> float:
+        """What DeepSpeed would multiply the gradients by, of the norm that it has computed."""
+        limit, norm = self.config.optimizer.clip_grad_norm, float(self.engine.optimizer._global_grad_norm)
+        if norm < 0:  # DeepSpeed's sign that it is not finite
+            norm = math.inf
+        return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
     def step(self, norm: float | None) -> float:
         """Update after the last micro-batch; returns the global gradient norm before clipping.
@@ -203,6 +215,11 @@ def _reduce_beside_work(zero: Any) -> None:
 
     if zero.contiguous_gradients:
         zero.allreduce_and_copy = without_waiting
+
+
+def _compiles_update(config: Config, ds: ResolvedDS, topology: Topology) -> bool:
+    """Where it was measured to pay: in host memory, for the flat partitions of stages 1 and 2."""
+    return config.train.compile and ds.stage in (1, 2) and (topology.device.type == "cpu" or ds.offload)
 
 
 def _square_sum(tensors: list[Any]) -> Tensor:
