@@ -19,11 +19,7 @@ STATES = ("exp_avg", "exp_avg_sq", "ema")
 
 
 class AdamWithEMA(torch.optim.AdamW):
-    """AdamW (arXiv:1711.05101) and, per step, ema <- decay * ema + (1 - decay) * weight, started at the weight.
-
-    Args:
-        update: does it in one pass over memory, with the gradients clipped by `clip`, if given; see `one_pass`.
-    """
+    """AdamW (arXiv:1711.05101) and, per step, ema <- decay * ema + (1 - decay) * weight, started at the weight."""
 
     def __init__(self, params: Any, config: OptimizerConfig, update: one_pass.Update | None = None):
         super().__init__(
@@ -38,6 +34,7 @@ class AdamWithEMA(torch.optim.AdamW):
         self.refuse = False
         """let `step` change nothing"""
         self.update = update
+        """does all in one pass over memory, gradients clipped by `clip`, if given; see `one_pass`"""
         self.clip: Callable[[], float] = lambda: 1.0
         """the factor of the gradients of this step, if `update` does it"""
 

@@ -94,13 +94,6 @@ class Engine:
             torch._foreach_mul_(dense + local, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _clip_factor(self) -> float:
-        """What DeepSpeed would multiply the gradients by, of the norm that it has computed."""
-        limit, norm = self.config.optimizer.clip_grad_norm, float(self.engine.optimizer._global_grad_norm)
-        if norm < 0:  # DeepSpeed's sign that it is not finite
-            norm = math.inf
-        return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-
     def step(self, norm: float | None) -> float:
         """Update after the last micro-batch; returns the global gradient norm before clipping.
 
@@ -127,6 +120,13 @@ class Engine:
         self.adam.start(partitions)
         for p in partitions:
             self.adam.state[p]["step"] += 1
+
+    def _clip_factor(self) -> float:
+        """What DeepSpeed would multiply the gradients by, of the norm that it has computed."""
+        limit, norm = self.config.optimizer.clip_grad_norm, float(self.engine.optimizer._global_grad_norm)
+        if norm < 0:  # DeepSpeed's sign that it is not finite
+            norm = math.inf
+        return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
     def _ep_group(self) -> Any:
         return groups._get_expert_parallel_group(f"ep_size_{self.topology.ep}")
