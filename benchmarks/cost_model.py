@@ -13,8 +13,10 @@ A step of a rank is compute + exposed all-to-all + exposed gradient reduction + 
   all-to-all    4 exchanges per MoE layer and micro-batch, the slower of NVLink and network, each with its latency,
                 hidden behind `overlap` of the shared and unconditional experts' work that runs beside it, plus one
                 exchange of counts and one host synchronisation, not hidden
-  gradients     ring all-reduce (so DeepSpeed 0.19.8 at ZeRO 1 and 2), hidden behind `overlap` of the backward pass, but
-                while rows travel: the links are taken then
+  gradients     each reduced to the rank that owns it (the shipped ds_configs at ZeRO 1 and 2), a latency for each
+                reduction, hidden behind `overlap` of the backward pass, but while rows travel: the links are taken
+                then. A reduction to one rank takes its bytes over the bandwidth, an all-reduce over n ranks 2 (n-1)/n
+                of that: nothing is saved on two ranks
   parameters    all-gather after the step, not hidden
   optimizer     32 bytes per element of this rank's share, from memory
 
@@ -146,16 +148,29 @@ def exchanges(config: Config, hw: Hardware, world: int, ep: int, accumulation: i
     return Exchanges(times * (4 * travel - sum(hidden) + fixed), times * sum(hidden[2:]))
 
 
-def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
-    """All-reduce of dense gradients over all ranks and of experts over their replicas."""
+def _rings(config: Config, hw: Hardware, world: int, ep: int) -> list[tuple[int, float]]:
+    """(ranks, seconds that all their bytes take over one link), for dense parameters and for replicas of experts."""
     dense, routed = comm_volume.trained(config)
     size, replicas = comm_volume.weight_bytes(config), world // ep
-    seconds = 2 * (world - 1) / world * dense * size / hw.bandwidth(world, 1)
-    return seconds + 2 * (replicas - 1) / replicas * routed / ep * size / hw.bandwidth(replicas, ep)
+    rings = [(world, dense * size / hw.bandwidth(world, 1))]
+    rings.append((replicas, routed / ep * size / hw.bandwidth(replicas, ep)))
+    return [(ranks, seconds) for ranks, seconds in rings if ranks > 1]
+
+
+def reduce_seconds(config: Config, hw: Hardware, world: int, ep: int, multi_rank: bool = False) -> float:
+    """Reduction of every gradient to its owner, or with `multi_rank` the ring all-reduce, with their latencies."""
+    rings, latency = _rings(config, hw, world, ep), hw.latency_us * 1e-6
+    seconds = sum(seconds * (2 * (ranks - 1) / ranks if multi_rank else 1) for ranks, seconds in rings)
+    return seconds + latency * comm_volume.reductions(config, world, ep, multi_rank)
+
+
+def gather_seconds(config: Config, hw: Hardware, world: int, ep: int) -> float:
+    """All-gather of the updated parameters, dense ones over all ranks, experts over their replicas."""
+    return sum(seconds * (ranks - 1) / ranks for ranks, seconds in _rings(config, hw, world, ep))
 
 
 def predict(config: Config, hw: Hardware, world: int, ep: int, busiest: float = 1.0) -> Prediction:
-    """A step at ZeRO 1.
+    """A step at ZeRO 1 with reduction to the owner.
 
     Args:
         config: its global batch is that of all `world` GPUs.
@@ -170,17 +185,33 @@ def predict(config: Config, hw: Hardware, world: int, ep: int, busiest: float = 
     gradients = max(0.0, reduce - hidden) + hw.latency_us * 1e-6
     optimizer = OPTIMIZER_BYTES * sum(comm_volume.trained(config)) / world / (hw.memory_gbs * 1e9)
     memory = sum(flops.memory_per_gpu(config, world, ep, 1, False, 100_000_000).values()) / 2**30
-    return Prediction(compute, rows.exposed, gradients, reduce / 2, optimizer, memory, batch)
+    gather = gather_seconds(config, hw, world, ep)
+    return Prediction(compute, rows.exposed, gradients, gather, optimizer, memory, batch)
 
 
 def crossover_images(config: Config) -> float:
     """Images per GPU and step below which the all-to-all of expert parallelism moves fewer bytes than it saves.
 
-    4 K T D b_row L (1 - 1/ep) < 2 b_weight P_r (1 - 1/ep), with T tokens of conditional images; independent of ep, W.
+    4 K T D b_row L (1 - 1/ep) < b_weight P_r (1 - 1/ep), with T tokens of conditional images; independent of ep, W.
     """
     ep = 2
     per_image = comm_volume.all_to_all_expected(config, ep) / config.train.global_batch_size
-    return 2 * comm_volume.weight_bytes(config) * comm_volume.trained(config)[1] * (1 - 1 / ep) / per_image
+    return comm_volume.weight_bytes(config) * comm_volume.trained(config)[1] * (1 - 1 / ep) / per_image
+
+
+def ways_table(args: argparse.Namespace, hw: Hardware, config: Config) -> str:
+    """The whole reduction, nothing hidden, to the owner and as an all-reduce."""
+    assert config.moe is not None
+    rows, experts = [], config.moe.num_experts
+    for ep in (1, 2, 4):
+        for world in (w for w in args.world if w % ep == 0 and experts % ep == 0):
+            cells = []
+            for multi_rank in (False, True):
+                seconds = reduce_seconds(config, hw, world, ep, multi_rank)
+                cells += [comm_volume.reductions(config, world, ep, multi_rank), f"{1000 * seconds:.1f}"]
+            ratio = reduce_seconds(config, hw, world, ep) / reduce_seconds(config, hw, world, ep, True)
+            rows.append([ep, world, *cells, f"{ratio:.2f}"])
+    return table(["ep", "GPUs", "reductions", "ms", "all-reduces", "ms", "time over all-reduce's"], rows)
 
 
 def rates_table(args: argparse.Namespace, hw: Hardware, batches: dict[int, int]) -> str:
@@ -286,7 +317,7 @@ The busiest rank has {args.busiest:g} times the mean rows. Assumptions: the prog
 `benchmarks/cost_model.yaml`.
 
 Crossover: below {crossover:.0f} images per GPU and step, expert parallelism moves fewer bytes than it saves in
-gradients; below {1.5 * crossover:.0f}, fewer than it saves in gradients and in the parameters that ZeRO
+gradients; below {2 * crossover:.0f}, fewer than it saves in gradients and in the parameters that ZeRO
 gathers. That is bytes per GPU, not time: gradients can hide behind the backward pass, the all-to-all cannot. Between
 nodes nothing is saved while ep stays within a node, because each node still holds every expert."""
     weak = rates_table(args, hw, {world: world * args.images for world in args.world})
@@ -294,6 +325,8 @@ nodes nothing is saved while ep stays within a node, because each node still hol
     for batch in args.batch:
         strong = rates_table(args, hw, {world: batch for world in args.world})
         sections.append(f"## Strong scaling, global batch {batch}\n\n{strong}")
+    ways = "Nothing hidden, a latency for each collective, buckets of 50 million elements."
+    sections.append(f"## Reduction to the owner against all-reduce\n\n{ways}\n\n{ways_table(args, hw, config)}")
     if args.validate:
         scope = "This tests a law of time for the measured machine. No time predicted above was ever measured."
         sections.append(f"## Validation on measured points\n\n{scope}\n\n{validate(args.validate, args.cores)}")

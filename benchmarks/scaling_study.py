@@ -23,6 +23,7 @@ exit codes: 0 done, 1 a point failed (the others are kept), 2 a mistake
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import subprocess
@@ -102,7 +103,7 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
 
     from promoe_ds.checkpoint.layout import trained
 
-    records = []
+    records, ds_json = [], {}
     for label, measure in [("speed", "false"), ("parts", "true")] if torch.cuda.is_available() else [("all", "true")]:
         folder = args.out / "runs" / f"{point.name}_{label}"
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was interrupted: resumed windows would not compare
@@ -115,9 +116,11 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
         if code or not trained(folder, args.window * (args.windows + 1)):
             return None
         records.append(read_log(folder)[-args.windows :])
+        ds_json = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
         for checkpoint in (folder / "checkpoints").glob("step_*/*"):
             checkpoint.unlink()  # gigabytes that nobody asked for; the log stays
-    return {**asdict(point), **settings(args), "facts": facts(point.world), "speed": records[0], "parts": records[-1]}
+    measured = {"multi_rank": comm_volume.all_reduces(ds_json), "speed": records[0], "parts": records[-1]}
+    return {**asdict(point), **settings(args), "facts": facts(point.world), **measured}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -166,6 +169,8 @@ class Measured:
     window: int
     facts: list[dict[str, str]]
     """commit, versions and device of every repeat"""
+    multi_rank: bool
+    """gradients were all-reduced at stages 1 and 2, not reduced to the rank that owns them"""
 
     @property
     def rate(self) -> float:
@@ -182,7 +187,7 @@ class Measured:
     def formula(self, kind: str) -> float | None:
         """What `comm_volume.py` says of the same steps; None where it says nothing exact."""
         if kind == "gradients":
-            return comm_volume.gradients(self.config, self.world, self.ep, self.stage)
+            return comm_volume.gradients(self.config, self.world, self.ep, self.stage, self.multi_rank)
         if kind == "parameters":
             return comm_volume.parameters(self.config, self.world, self.ep, self.stage)
         if kind == "counts":
@@ -213,16 +218,18 @@ def read_points(folder: Path, option: str = "--out") -> list[Measured]:
     """Everything under FOLDER/points. Raises ConfigError, which names the option, if there is nothing."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for tree in load_points(folder / "points", option).values():
-        found.setdefault(tuple(tree[k] for k in ("world", "ep", "stage", "batch", "routing")), []).append(tree)
+        tree.setdefault("multi_rank", True)  # of a study before the shipped files switched it off
+        key = tuple(tree[k] for k in ("world", "ep", "stage", "batch", "routing", "multi_rank"))
+        found.setdefault(key, []).append(tree)
     if not found:
         reject(option, folder, "holds no finished point", "run the study first")
     out = []
-    for (world, ep, stage, batch, routing), trees in sorted(found.items()):
+    for (world, ep, stage, batch, routing, multi_rank), trees in sorted(found.items()):
         options = [*trees[0]["overrides"], f"parallel.expert_parallel={ep}", f"train.global_batch_size={batch}"]
         config = load_config(trees[0]["recipe"], [*options, *([UNIFORM] if routing == "uniform" else [])])
         speed, parts = ([record for tree in trees for record in tree[name]] for name in ("speed", "parts"))
-        facts = [tree["facts"] for tree in trees]
-        out.append(Measured(world, ep, stage, batch, routing, config, speed, parts, trees[0]["window"], facts))
+        facts, window = [tree["facts"] for tree in trees], trees[0]["window"]
+        out.append(Measured(world, ep, stage, batch, routing, config, speed, parts, window, facts, multi_rank))
     return out
 
 

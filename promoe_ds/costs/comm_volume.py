@@ -9,6 +9,8 @@ expert-parallel degree, P_r routed parameters, P_d the other trained ones.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from promoe_ds.config.batching import batch_plan
@@ -22,6 +24,8 @@ KINDS = ("all_to_all", "counts", "router_sums", "gradients", "parameters", "scal
 """of bytes; `scalars` are tensors of at most 64 bytes, such as norms"""
 COUNT_BYTES = 8
 """int64"""
+BUCKET = 50_000_000
+"""elements of `reduce_bucket_size` in the shipped ds_configs"""
 
 
 def row_bytes(config: Config) -> int:
@@ -45,19 +49,44 @@ def _padded(elements: int, ranks: int) -> int:
     return -(-elements // (2 * ranks)) * 2 * ranks
 
 
-def gradients(config: Config, world: int, ep: int, stage: int = 1, multi_rank: bool = True) -> int:
-    """Stages 0 to 2 all-reduce: 2 (W-1) P_d + 2 (W/ep - 1) P_r elements, whatever `reduce_scatter` says (0.19.8).
+def all_reduces(ds_json: dict[str, Any]) -> bool:
+    """Whether a run with this DeepSpeed JSON all-reduces its gradients at stages 1 and 2, which is DeepSpeed's default.
 
-    Once per step at stages 0 and 1; stage 2, which keeps no whole gradients, after every micro-batch.
+    The shipped files switch it off. `reduce_scatter` does not change it (0.19.8).
+    """
+    value = ds_json.get("zero_optimization", {}).get("use_multi_rank_bucket_allreduce", True)
+    return value in (True, "auto")
+
+
+def gradients(config: Config, world: int, ep: int, stage: int = 1, multi_rank: bool = False) -> int:
+    """(W-1) P_d + (W/ep - 1) P_r elements: each gradient is reduced to the rank that owns it.
+
+    An all-reduce, which stage 0 needs, sends twice that. Once per step at stages 0 and 1; stage 2, which keeps no whole
+    gradients, after every micro-batch.
 
     Args:
-        multi_rank: DeepSpeed's `use_multi_rank_bucket_allreduce`; without it stages 1 and 2 reduce each gradient to the
-            rank that owns it, which is half the bytes.
+        multi_rank: the run all-reduces at stages 1 and 2 as well: `all_reduces` of its ds_config.
     """
     dense, routed = trained(config)
     times = batch_plan(config, world)[1] if stage == 2 else 1
     passes = 2 if multi_rank or stage == 0 else 1
     return passes * times * ((world - 1) * dense + (world // ep - 1) * routed) * weight_bytes(config)
+
+
+def reductions(config: Config, world: int, ep: int, multi_rank: bool = False, bucket: int = BUCKET) -> int:
+    """About how many collectives `gradients` are, per rank and reduction of all of them.
+
+    A bucket holds gradients in the order in which they come, which is the order of the flat partitions: it covers few
+    owners. Buckets and the W-1 borders between owners cut a flat group into buckets + W - 1 pieces. Under expert
+    parallelism a bucket holds gradients of two groups.
+
+    Args:
+        bucket: elements of `reduce_bucket_size`.
+    """
+    dense, routed = trained(config)
+    buckets = -(-(dense + routed // ep) // bucket)
+    owners = [world, world // ep] if ep > 1 and routed else [world]
+    return sum(buckets + (0 if multi_rank else ranks - 1) for ranks in owners if ranks > 1)
 
 
 def parameters(config: Config, world: int, ep: int, stage: int) -> int:

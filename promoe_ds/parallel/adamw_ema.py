@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.schema import OptimizerConfig
+from promoe_ds.parallel import one_pass
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,7 +24,7 @@ class AdamWithEMA(torch.optim.AdamW):
     The states of a parameter are torch's, and those of `OptimizerConfig.averages`.
     """
 
-    def __init__(self, params: Any, config: OptimizerConfig):
+    def __init__(self, params: Any, config: OptimizerConfig, update: one_pass.Update | None = None):
         super().__init__(
             params,
             lr=config.lr,
@@ -35,12 +36,19 @@ class AdamWithEMA(torch.optim.AdamW):
         self.averages = config.averages()
         self.refuse = False
         """let `step` change nothing"""
+        self.update = update
+        """does all in one pass over memory, gradients clipped by `clip`, if given; see `one_pass`"""
+        self.clip: Callable[[], float] = lambda: 1.0
+        """the factor of the gradients of this step, if `update` does it"""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         live = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.refuse:
             self.start(live)
+            return None
+        if self.update and live:
+            self._in_one_pass(self.update, live)
             return None
         first = {p: p.detach().clone() for p in live if "ema" not in self.state[p]}
         loss = super().step(closure)
@@ -49,6 +57,19 @@ class AdamWithEMA(torch.optim.AdamW):
         for name, decay in self.averages.items() if live else ():
             torch._foreach_lerp_([self.state[p][name] for p in live], live, 1 - decay)
         return loss
+
+    def _in_one_pass(self, update: one_pass.Update, live: list[Tensor]) -> None:
+        self.start(live)
+        clip, averages = self.clip(), {"ema": self.ema_decay}
+        names = ("exp_avg", "exp_avg_sq", *averages)
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[p]
+                state["step"] += 1
+                scalar_S = one_pass.scalars(group, int(state["step"]), clip, list(averages.values()))
+                tensors = p, p.grad.contiguous(), *(state[name] for name in names)
+                w_N, g_N, m_N, v_N, *average_N = (x.detach().view(-1) for x in tensors)
+                update(w_N, g_N, m_N, v_N, average_N, scalar_S)
 
     @torch.no_grad()
     def start(self, params: list[Tensor]) -> None:

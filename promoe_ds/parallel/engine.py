@@ -7,6 +7,7 @@ DeepSpeed 0.19.8 facts worked around here:
   * stage 0 clips with a norm that averages expert gradients over ranks (#8475): clipping is done here at stage 0
   * stages 1 and 2 link optimizer-state fragments after the first parameter group has stepped, so the experts' group
     stays unlinked: `relink`
+  * stages 1 and 2 wait for the device before each reduction of gradients to their owner: `_reduce_beside_work`
   * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
 """
 
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.parallel import one_pass
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.collectives import sum_in_place
 from promoe_ds.parallel.ds_config import ResolvedDS
@@ -56,8 +58,14 @@ class Engine:
         self.config, self.stage, self.topology = config, ds.stage, topology
         params: Any = {"params": [p for p in model.parameters() if p.requires_grad], "name": "all"}
         param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
-        self.adam = AdamWithEMA(param_groups, config.optimizer)
+        update = one_pass.compiled() if _compiles_update(config, ds, topology) else None
+        self.adam = AdamWithEMA(param_groups, config.optimizer, update)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
+        if self.stage in (1, 2):
+            _reduce_beside_work(self.engine.optimizer)
+        if update:
+            self.adam.clip = self._clip_factor
+            self.engine.optimizer.clip_grad = 0.0  # it is done in the pass, not before it
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
@@ -115,6 +123,13 @@ class Engine:
         self.adam.start(partitions)
         for p in partitions:
             self.adam.state[p]["step"] += 1
+
+    def _clip_factor(self) -> float:
+        """What DeepSpeed would multiply the gradients by, of the norm that it has computed."""
+        limit, norm = self.config.optimizer.clip_grad_norm, float(self.engine.optimizer._global_grad_norm)
+        if norm < 0:  # DeepSpeed's sign that it is not finite
+            norm = math.inf
+        return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
     def _ep_group(self) -> Any:
         return groups._get_expert_parallel_group(f"ep_size_{self.topology.ep}")
@@ -189,6 +204,31 @@ class Engine:
         if self.stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _reduce_beside_work(zero: Any) -> None:
+    """Let reductions of gradients to their owner run beside the backward pass, as DeepSpeed's all-reduces do.
+
+    With `overlap_comm` its `allreduce_and_copy` first waits for the device, so that gradients of earlier buckets may be
+    freed. Gradients in contiguous buckets live in the buckets. Its caller has made the reduction stream current, which
+    it takes without `overlap_comm`.
+    """
+    reduce, overlap = zero.allreduce_and_copy, zero.overlap_comm
+
+    def without_waiting(*args: Any, **kwargs: Any) -> None:
+        zero.overlap_comm = False
+        try:
+            reduce(*args, **kwargs)
+        finally:
+            zero.overlap_comm = overlap
+
+    if zero.contiguous_gradients:
+        zero.allreduce_and_copy = without_waiting
+
+
+def _compiles_update(config: Config, ds: ResolvedDS, topology: Topology) -> bool:
+    """Where it was measured to pay: in host memory, for the flat partitions of stages 1 and 2."""
+    return config.train.compile and ds.stage in (1, 2) and (topology.device.type == "cpu" or ds.offload)
 
 
 def _square_sum(tensors: list[Any]) -> Tensor:

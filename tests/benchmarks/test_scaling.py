@@ -45,7 +45,7 @@ def test_counted_bytes_are_those_of_the_formulas(study):
 
 
 def test_a_wrong_formula_would_be_seen(study, monkeypatch):
-    monkeypatch.setattr(comm_volume, "gradients", lambda config, world, ep, stage: 1)
+    monkeypatch.setattr(comm_volume, "gradients", lambda *args: 1)
     assert all("gradients" in p.mismatches() for p in read_points(study))
 
 
@@ -124,7 +124,7 @@ def test_crossover_is_where_bytes_are_equal():
     for ep in (2, 4):
         config = load_config("imagenet256_promoe_xl", ["train.global_batch_size=64"])
         an_image = comm_volume.all_to_all_expected(config, ep) / 64
-        saved = 2 * routed * (1 - 1 / ep) * comm_volume.weight_bytes(config)
+        saved = routed * (1 - 1 / ep) * comm_volume.weight_bytes(config)
         assert images * an_image == pytest.approx(saved)
 
 
@@ -179,9 +179,37 @@ def test_groups_of_three_on_six_gpus_of_one_node_are_near():
 
 
 def test_zero_2_reduces_after_every_micro_batch():
-    """Counted on two processes: 4 micro-batches, 2 807 936 bytes at stage 2 and 701 984 at stage 1."""
+    """Counted on two processes: 4 micro-batches, 1 403 968 bytes at stage 2, 350 992 at stage 1; all-reduced, twice."""
     config = load_config("tiny", ["train.micro_batch_size=4", "moe.router={name: uniform}"])
-    assert [comm_volume.gradients(config, 2, 2, stage) for stage in (1, 2)] == [701_984, 2_807_936]
+    assert [comm_volume.gradients(config, 2, 2, stage) for stage in (1, 2)] == [350_992, 1_403_968]
+    assert [comm_volume.gradients(config, 2, 2, stage, True) for stage in (0, 1, 2)] == [701_984, 701_984, 2_807_936]
+    assert comm_volume.gradients(config, 2, 2, 0) == 701_984
+
+
+def test_what_a_ds_config_says_of_reduction():
+    key = "use_multi_rank_bucket_allreduce"
+    tree = {value: {"zero_optimization": {"stage": 1, key: value}} for value in (True, False, "auto")}
+    assert [comm_volume.all_reduces(tree[value]) for value in tree] == [True, False, True]
+    assert comm_volume.all_reduces({}) and comm_volume.all_reduces({"zero_optimization": {"stage": 2}})
+
+
+def test_reductions_are_buckets_and_borders_between_owners():
+    """ProMoE-XL has more than a billion parameters, of buckets of 50 million."""
+    dense, routed = comm_volume.trained(XL)
+    buckets = -(-(dense + routed) // 50_000_000)
+    assert comm_volume.reductions(XL, 8, 1) == buckets + 7 and comm_volume.reductions(XL, 8, 1, True) == buckets
+    shards = -(-(dense + routed // 4) // 50_000_000)
+    assert comm_volume.reductions(XL, 8, 4) == 2 * shards + 7 + 1
+    assert comm_volume.reductions(XL, 4, 4) == shards + 3  # an expert has no replica
+    assert comm_volume.reductions(XL, 1, 1) == 0
+
+
+def test_two_ranks_save_no_time_by_reducing_to_the_owner():
+    """An all-reduce over two ranks uses both directions of their link, a reduction one."""
+    ways = [reduce_seconds(XL, H100, 2, 1, multi_rank) for multi_rank in (False, True)]
+    assert ways[0] == pytest.approx(ways[1])
+    ways = [reduce_seconds(XL, H100, 64, 1, multi_rank) for multi_rank in (False, True)]
+    assert ways[1] / ways[0] == pytest.approx(2 * 63 / 64)
 
 
 def test_points_of_another_study_are_refused(study, capsys):

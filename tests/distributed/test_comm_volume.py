@@ -9,7 +9,7 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from promoe_ds.costs import comm_volume
-from promoe_ds.parallel.ds_config import ZERO_REFUSED
+from promoe_ds.parallel.ds_config import SHIPPED, ZERO_REFUSED
 from promoe_ds.recipes.load import load_config
 from tests.launch import run, torchrun
 
@@ -45,9 +45,34 @@ def test_bytes_whatever_a_ds_config_may_say(tmp_path: Path) -> None:
     for stage in (1, 2):
         for name in cases:
             record = json.loads((tmp_path / f"{name}{stage}" / "metrics.jsonl").read_text().splitlines()[-1])
-            gradients = comm_volume.gradients(config, 2, 1, stage, multi_rank=name != "owner")
+            resolved = json.loads((tmp_path / f"{name}{stage}" / "ds_config.json").read_text())
+            gradients = comm_volume.gradients(config, 2, 1, stage, comm_volume.all_reduces(resolved))
             expected = gradients, comm_volume.parameters(config, 2, 1, stage)
             assert (record["bytes/gradients"], record["bytes/parameters"]) == expected, (name, stage)
             losses.add(round(record["loss"], 5))
-        assert 2 * gradients == comm_volume.gradients(config, 2, 1, stage) > 0
+        assert 2 * gradients == comm_volume.gradients(config, 2, 1, stage, multi_rank=True) > 0
     assert len(losses) == 1
+
+
+def test_shipped_files_reduce_each_gradient_to_its_owner(tmp_path: Path) -> None:
+    """Half the bytes of DeepSpeed's default, which is the least there is, and the same losses."""
+    cases = [("zero1", 2), ("zero2", 4), ("zero2_offload", 1)]
+    work, overrides = [], ["train.steps=2", "model.depth=2", "train.measure=true", "sample.steps=1"]
+    for stem, ep in cases:
+        tree = json.loads((SHIPPED / f"{stem}.json").read_text())
+        tree["zero_optimization"][OWNER] = True
+        (tmp_path / f"{stem}.json").write_text(json.dumps(tree))
+        for name, ds in (("owner", stem), ("all", str(tmp_path / f"{stem}.json"))):
+            work.append((f"{stem}_{ep}_{name}", ds, *overrides, f"parallel.expert_parallel={ep}"))
+    run(torchrun(4, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(work)))
+    config = load_config("tiny", overrides)
+    for stem, ep in cases:
+        owner, everyone = (
+            [json.loads(line) for line in (tmp_path / f"{stem}_{ep}_{name}" / "metrics.jsonl").read_text().splitlines()]
+            for name in ("owner", "all")
+        )
+        least = comm_volume.gradients(config, 4, ep, int(stem[4]))
+        sent = [{record["bytes/gradients"] for record in records} for records in (owner, everyone)]
+        assert sent == [{least}, {2 * least}], (stem, ep)
+        for x, y in zip(owner, everyone, strict=True):
+            assert abs(x["loss"] - y["loss"]) <= 1e-6 * y["loss"], (stem, ep)
