@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.activation_checkpoint import checkpointed
-from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, gated_sum, layer_norm, modulate
+from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, layer_norm, modulate
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import LayerStats, MoELayer
 from promoe_ds.moe.mlp import Mlp
@@ -60,9 +60,9 @@ class DiTBlock(nn.Module):
         """-> (x_BSD, what its MoE layer tells); c_BD is the conditioning, time_BD its part of the timestep."""
         x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
-            return gated_sum(x_BSD, gate_B1D, self.mlp(h_BSD)), None
+            return x_BSD + gate_B1D * self.mlp(h_BSD), None
         out_BSD, stats = self.mlp(h_BSD, split, self.looked_at(x_BSD, time_BD))
-        return gated_sum(x_BSD, gate_B1D, out_BSD), stats
+        return x_BSD + gate_B1D * out_BSD, stats
 
     def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor | None:
         """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`.
@@ -79,7 +79,7 @@ class DiTBlock(nn.Module):
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
-        x_BSD = gated_sum(x_BSD, gate_a, self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a)))
+        x_BSD = x_BSD + gate_a * self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a))
         return x_BSD, modulate(self.norm2(x_BSD), shift_m, scale_m), gate_m
 
 

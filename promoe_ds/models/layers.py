@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.moe.memory import plus, times
-
 
 class QKV(nn.Linear):
     """Queries, keys and values in one product, x_BSD -> [B, S, 3D].
@@ -65,13 +63,7 @@ class Modulation(nn.Module):
 
 
 def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """x (1 + scale) + shift; without gradients over x, which is a norm's result and nobody else's."""
-    return plus(times(x_BSD, 1 + scale_B1D), shift_B1D)
-
-
-def gated_sum(x_BSD: Tensor, gate_B1D: Tensor, branch_BSD: Tensor) -> Tensor:
-    """x + gate branch; without gradients over the branch, which is nobody else's."""
-    return plus(times(branch_BSD, gate_B1D), x_BSD)
+    return x_BSD * (1 + scale_B1D) + shift_B1D
 
 
 def layer_norm(width: int) -> nn.LayerNorm:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.moe.constants import cached_arange
-from promoe_ds.moe.memory import times
 from promoe_ds.moe.router import Routing
 
 T = TypeVar("T")
@@ -111,7 +110,7 @@ def _edges(x_TD: Tensor, routing: Routing) -> Tensor:
 
 def _weighted_sum(y_ND: Tensor, routing: Routing, num_tokens: int) -> Tensor:
     """Sum of weight * row over each token's edges, Eq. (5); accumulates in the weights' precision (fp32)."""
-    weighted_ND = times(y_ND, routing.weight_N[:, None])
+    weighted_ND = y_ND * routing.weight_N[:, None]
     if routing.top_k == 1:
         return weighted_ND
     if routing.top_k:

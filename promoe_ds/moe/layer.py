@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
-from promoe_ds.moe.memory import plus
 from promoe_ds.moe.mlp import Mlp
 from promoe_ds.moe.router import ROUTERS, Routing, Tensors
 from promoe_ds.moe.split import Split
@@ -107,7 +106,7 @@ class MoELayer(nn.Module):
         )
         if self.conditional:
             out_TD = torch.cat([out_TD, reduce(torch.add, nulls or [torch.zeros_like(null_TD)])])
-        out_TD = reduce(plus, shared, out_TD)
+        out_TD = reduce(torch.add, shared, out_TD)
         return out_TD.view(B, S, D).to(x_BSD.dtype), LayerStats(routing.terms, offsets_E, routing.weight_N)
 
 

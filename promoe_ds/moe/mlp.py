@@ -6,20 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.moe.memory import may_overwrite
-
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3); any shape and floating dtype.
-
-    Without gradients it is written over x, which is a product's result and nobody else's.
 
     A compiler gets it as x sigmoid(2u), which is the same: on a CPU a sigmoid costs a tenth of a tanh, and the GELUs
     are most of what an MoE layer does besides its products.
     """
     if not torch.compiler.is_compiling():
-        in_place = may_overwrite(x)
-        return torch.ops.aten.gelu_(x, approximate="tanh") if in_place else F.gelu(x, approximate="tanh")
+        return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))  # 2 sqrt(2/pi), and 0.044715 of it
 
 
