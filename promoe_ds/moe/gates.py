@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config, RouterConfig, option, reject
 from promoe_ds.moe.constants import cached_arange
+from promoe_ds.moe.recompute import cast, linear
 from promoe_ds.moe.router import Router, Routing
 
 
@@ -53,12 +54,12 @@ class LinearGateRouter(Router):
     def scores(self, x_TD: Tensor) -> Tensor:
         """float32 [T, E] whatever the autocast: bf16 scores would tie and flip the choice."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return (at_least_fp32(x_TD) @ at_least_fp32(self.gate).T).softmax(dim=-1)
+            return linear(at_least_fp32(x_TD), at_least_fp32(self.gate)).softmax(dim=-1)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """Scores and losses are computed in fp32 whatever the autocast; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype == torch.float64 else cast(x, torch.float32)
 
 
 def top_experts(score_TE: Tensor, top_k: int) -> Routing:
