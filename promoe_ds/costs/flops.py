@@ -181,36 +181,40 @@ def _optimizer_states(config: Config, world: int, ep: int, stage: int) -> dict[s
 
 
 def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> float:
-    """Bytes that autograd keeps of one block per token; `wide`: residual stream, norms; `narrow`: matrix products."""
+    """Bytes that autograd keeps of one block per token; `wide`: residual stream, `narrow`: matrix products.
+
+    Results of products and the block's input; what lies between is computed again (`moe/recompute.py`).
+    """
     D = config.model.width
-    # wide: both norms' inputs and outputs; narrow: qkv and MLP inputs, q k v, attention output, both gated outputs
-    kept = D * (4 * wide + 8 * narrow)
+    # input; q k v, attention output before and after its projection; logarithms of attention's sums
+    kept = D * (wide + 5 * narrow) + 4 * config.model.heads
     if not is_moe or config.moe is None:
-        return kept + 2 * narrow * _dense_hidden(config)
-    F, K, R = expert_hidden(config), experts_per_token(config), config.moe.router_width(D)
-    router = R * (4 if narrow == 4 else 8)  # normalised tokens, and their fp32 source where it is not kept anyway
-    router += 0 if config.moe.router_input == "modulated" else R * wide
-    rows = K * (2 * narrow * D + 2 * narrow * F)  # rows in, hidden before and after GELU, rows out
-    return kept + router + rows + config.moe.num_shared * 2 * narrow * F
+        return kept + narrow * (_dense_hidden(config) + D)
+    F, E, K = expert_hidden(config), config.moe.num_experts, experts_per_token(config)
+    router = E * (8 + narrow) + 36 * K  # scores and memberships; orders, indices and weights of edges
+    received = K * narrow * D if config.parallel.expert_parallel > 1 else 0  # else rows are picked again
+    return kept + router + received + (K + config.moe.num_shared) * narrow * (F + D)
 
 
 def activation_bytes(config: Config, images: int) -> float:
     """Estimate of what autograd keeps for the backward pass of `images` images on one rank, balanced load.
 
     With activation checkpointing: each block's input, plus everything of one block; `selective` also keeps attention's
-    output and, counted as if all came from other ranks, the rows of the experts before and after.
+    output, the choice of experts and, where they come from other ranks, the rows of the experts before and after.
     """
     precision, checkpointing = config.train.precision, config.train.activation_checkpointing
     wide, narrow = 2 if precision == "bf16" else 4, 4 if precision == "fp32" else 2
     m, moe_layers = config.model, set(config.moe_layers())
     blocks = [_block_activations(config, i in moe_layers, wide, narrow) for i in range(m.depth)]
-    per_token = 2 * wide * m.width + narrow * m.width  # the final layer
+    per_token = wide * m.width  # the final layer
     if checkpointing == "none":
         return images * m.tokens * (per_token + sum(blocks))
     per_token += m.depth * wide * m.width + max(blocks)
     if checkpointing == "selective":
+        K = experts_per_token(config)
+        per_token += m.depth * (narrow * m.width + 4 * m.heads) + len(moe_layers) * 28 * K
         sharded = len(moe_layers) if config.parallel.expert_parallel > 1 else 0
-        per_token += narrow * m.width * (m.depth + 2 * experts_per_token(config) * sharded)
+        per_token += narrow * m.width * 2 * K * sharded
     return images * m.tokens * per_token
 
 

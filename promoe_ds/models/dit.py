@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.activation_checkpoint import checkpointed
-from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, layer_norm, modulate
+from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, adaln, norm_beside, residual_adaln
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import LayerStats, MoELayer
-from promoe_ds.moe.mlp import Mlp
+from promoe_ds.moe.mlp import Linear, Mlp
+from promoe_ds.moe.recompute import recomputed
 from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.split import Split, split_by_label
 
@@ -50,7 +51,6 @@ class DiTBlock(nn.Module):
     def __init__(self, config: Config, is_moe: bool):
         super().__init__()
         m = config.model
-        self.norm1, self.norm2 = layer_norm(m.width), layer_norm(m.width)
         self.attn = Attention(m.width, m.heads, m.qk_norm)
         self.adaLN = Modulation(m.width, 6)
         self.mlp = MoELayer(config) if is_moe else Mlp(m.width, int(m.mlp_ratio * m.width))
@@ -62,37 +62,31 @@ class DiTBlock(nn.Module):
         if not isinstance(self.mlp, MoELayer):
             return x_BSD + gate_B1D * self.mlp(h_BSD), None
         out_BSD, stats = self.mlp(h_BSD, split, self.looked_at(x_BSD, time_BD))
-        return x_BSD + gate_B1D * out_BSD, stats
+        return x_BSD + recomputed(torch.mul, gate_B1D, out_BSD), stats
 
     def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor | None:
-        """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`.
-
-        A second norm, so that the usual path keeps nothing more for the backward pass.
-        """
+        """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`."""
         if self.router_input == "modulated":
             return None
-        plain_BSD = self.norm2(x_BSD)
-        if self.router_input == "plain":
-            return plain_BSD
-        return torch.cat([plain_BSD, time_BD[:, None].expand_as(plain_BSD).to(plain_BSD.dtype)], dim=-1)
+        return recomputed(norm_beside, x_BSD, *([time_BD] if self.router_input == "plain+t" else []))
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
-        x_BSD = x_BSD + gate_a * self.attn(modulate(self.norm1(x_BSD), shift_a, scale_a))
-        return x_BSD, modulate(self.norm2(x_BSD), shift_m, scale_m), gate_m
+        out_BSD = self.attn(recomputed(adaln, x_BSD, shift_a, scale_a))
+        x_BSD, h_BSD = recomputed(residual_adaln, x_BSD, gate_a, out_BSD, shift_m, scale_m)
+        return x_BSD, h_BSD, gate_m
 
 
 class FinalLayer(nn.Module):
     def __init__(self, width: int, outputs: int):
         super().__init__()
-        self.norm = layer_norm(width)
         self.adaLN = Modulation(width, 2)
-        self.linear = nn.Linear(width, outputs)
+        self.linear = Linear(width, outputs)
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN(c_BD)
-        return self.linear(modulate(self.norm(x_BSD), shift, scale))
+        return self.linear(recomputed(adaln, x_BSD, shift, scale))
 
 
 class DiT(nn.Module):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.moe.recompute import linear
+
 
 class QKV(nn.Linear):
     """Queries, keys and values in one product, x_BSD -> [B, S, 3D].
@@ -30,7 +32,7 @@ class QKV(nn.Linear):
         if not self.train_key_bias:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, k.detach(), v])
-        return F.linear(x_BSD, self.weight, bias)
+        return linear(x_BSD, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -62,13 +64,28 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c_BD))[:, None].chunk(self.parts, dim=-1)
 
 
-def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    return x_BSD * (1 + scale_B1D) + shift_B1D
+def norm(x_BSD: Tensor) -> Tensor:
+    """In front of every part of a block, without affine parameters of its own."""
+    return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6)
 
 
-def layer_norm(width: int) -> nn.LayerNorm:
-    """Every norm of the blocks: without affine parameters, eps 1e-6."""
-    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+def adaln(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """The norm and its modulation."""
+    return norm(x_BSD) * (1 + scale_B1D) + shift_B1D
+
+
+def norm_beside(x_BSD: Tensor, *time_BD: Tensor) -> Tensor:
+    """The norm, and beside it the timestep's part of the conditioning if it is given: [B, S, D or 2D]."""
+    out_BSD = norm(x_BSD)
+    return torch.cat([out_BSD, *(t_BD[:, None].expand_as(out_BSD).to(out_BSD.dtype) for t_BD in time_BD)], dim=-1)
+
+
+def residual_adaln(
+    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A part's output joins the residual stream -> (the stream, its `adaln` for the next part)."""
+    x_BSD = x_BSD + gate_B1D * out_BSD
+    return x_BSD, adaln(x_BSD, shift_B1D, scale_B1D)
 
 
 class TimestepEmbedder(nn.Module):

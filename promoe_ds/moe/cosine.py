@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from promoe_ds.moe.recompute import keep, kept
+
 
 def length(x: Tensor) -> Tensor:
     """Euclidean length along the last dimension, kept; at least 1e-12. `F.normalize` takes one operator more."""
@@ -24,13 +26,13 @@ class _Cosine(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, unit_DE: Tensor) -> Tensor:
         length_T1 = length(x_TD)
         z_TE = x_TD @ unit_DE / length_T1
-        ctx.save_for_backward(x_TD, unit_DE, length_T1, z_TE)
+        keep(ctx, x_TD, unit_DE, length_T1, z_TE)
         return z_TE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD, unit_DE, length_T1, z_TE = ctx.saved_tensors
+        x_TD, unit_DE, length_T1, z_TE = kept(ctx)
         grad_TE = grads[0] / length_T1
         along_T1 = (grad_TE * z_TE).sum(1, keepdim=True) / length_T1
         return (x_TD * along_T1).addmm_(grad_TE, unit_DE.T, beta=-1), x_TD.T @ grad_TE

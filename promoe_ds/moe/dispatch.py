@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.moe.constants import cached_arange
+from promoe_ds.moe.recompute import recomputed
 from promoe_ds.moe.router import Routing
 
 T = TypeVar("T")
@@ -99,24 +100,24 @@ class Plan(NamedTuple):
     """of an all-to-all: rows sent to and received from each rank, and `order_M` that sorted those received"""
 
 
-def _edges(x_TD: Tensor, routing: Routing) -> Tensor:
-    """One row per edge, in edge order."""
-    if routing.top_k == 1:
-        return x_TD
-    if routing.top_k:
-        return x_TD[:, None].expand(-1, routing.top_k, -1).reshape(-1, x_TD.shape[1])
-    return x_TD.index_select(0, routing.token_N)
+def _rows(x_TD: Tensor, order_N: Tensor, token_N: Tensor, top_k: int) -> Tensor:
+    """One row per edge, in the order of the experts."""
+    if top_k > 1:
+        x_TD = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])
+    return permute(x_TD if top_k else x_TD.index_select(0, token_N), order_N)
 
 
-def _weighted_sum(y_ND: Tensor, routing: Routing, num_tokens: int) -> Tensor:
+def _weighted_sum(
+    y_ND: Tensor, order_N: Tensor, weight_N: Tensor, token_N: Tensor, top_k: int, num_tokens: int
+) -> Tensor:
     """Sum of weight * row over each token's edges, Eq. (5); accumulates in the weights' precision (fp32)."""
-    weighted_ND = y_ND * routing.weight_N[:, None]
-    if routing.top_k == 1:
+    weighted_ND = unpermute(y_ND, order_N) * weight_N[:, None]
+    if top_k == 1:
         return weighted_ND
-    if routing.top_k:
-        return weighted_ND.view(num_tokens, routing.top_k, y_ND.shape[1]).sum(1)
+    if top_k:
+        return weighted_ND.view(num_tokens, top_k, y_ND.shape[1]).sum(1)
     out_TD = weighted_ND.new_zeros(num_tokens, y_ND.shape[1])
-    return out_TD.index_add(0, routing.token_N, weighted_ND)
+    return out_TD.index_add(0, token_N, weighted_ND)
 
 
 class LocalDispatcher:
@@ -129,12 +130,15 @@ class LocalDispatcher:
         """x_TD [T, D] and N edges -> (N rows sorted by expert, how to undo it)."""
         expert_N, order_N = routing.expert_N.sort(stable=True)
         offsets_E = expert_offsets(expert_N, self.num_experts)
-        rows = ExpertRows(permute(_edges(x_TD, routing), order_N), expert_N, offsets_E)
+        x_ND = recomputed(_rows, x_TD, order_N, routing.token_N, routing.top_k)
+        rows = ExpertRows(x_ND, expert_N, offsets_E)
         return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, offsets_E)
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:
         """Rows in expert order -> [T, D] in the precision of the gate weights."""
-        return Pending(lambda: _weighted_sum(unpermute(y_ND, plan.order_N), plan.routing, plan.num_tokens))
+        token_N, _, weight_N, top_k, _ = plan.routing
+        inputs = y_ND, plan.order_N, weight_N, token_N, top_k, plan.num_tokens
+        return Pending(lambda: recomputed(_weighted_sum, *inputs))
 
 
 class AllToAllDispatcher(LocalDispatcher):

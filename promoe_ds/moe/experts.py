@@ -18,11 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from promoe_ds.config.schema import Config, reject
+from promoe_ds.moe import recompute
 from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.dispatch import ExpertRows, tokens_per_expert
 from promoe_ds.moe.mlp import gelu
+from promoe_ds.moe.recompute import cast, keep, kept, recomputed
 
 grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -67,26 +70,47 @@ class StackedExperts(nn.Module):
         """Rows [N, D] sorted by expert -> [N, D], in `compute_dtype`."""
         device = rows.x_ND.device.type
         dtype = self.compute_dtype(device)
-        rows = rows._replace(x_ND=rows.x_ND.to(dtype))
+        rows = rows._replace(x_ND=cast(rows.x_ND, dtype))
         w1, w2, w3 = (w.to(dtype) for w in (self.w1, self.w2, self.w3))
         b1_EF, b2_ED = w3.squeeze(1).split([self.hidden, self.width], dim=1)
         with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours
             linear = self.backends[self.backend](rows)
-            return linear(self.activation(linear(rows.x_ND, w1, b1_EF)), w2, b2_ED)
+            return linear(recomputed(self.activation, linear(rows.x_ND, w1, b1_EF)), w2, b2_ED)
 
 
 def _loop(rows: ExpertRows) -> Linear:
     sizes = tokens_per_expert(rows.offsets_E).tolist()
 
     def linear(x_NK: Tensor, w_EMK: Tensor, b_EM: Tensor) -> Tensor:
-        return torch.cat([F.linear(x, w_EMK[i], b_EM[i]) for i, x in enumerate(x_NK.split(sizes))])
+        return torch.cat([recompute.linear(x, w_EMK[i], b_EM[i]) for i, x in enumerate(x_NK.split(sizes))])
 
     return linear
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """The products of `grouped_mm`'s own gradients, but x is not kept where it can be computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NK: Tensor, w_EMK: Tensor, b_EM: Tensor, member_NE: Tensor, offs: Tensor) -> Tensor:
+        keep(ctx, x_NK, w_EMK, member_NE, offs)
+        return grouped_mm(x_NK, w_EMK.mT, offs=offs).addmm_(member_NE, b_EM)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_NK, w_EMK, member_NE, offs), (grad_NM,) = kept(ctx), grads
+        return (
+            grouped_mm(grad_NM, w_EMK, offs=offs),
+            grouped_mm(grad_NM.mT, x_NK, offs=offs),
+            member_NE.T @ grad_NM,
+            None,
+            None,
+        )
+
+
 def _grouped(rows: ExpertRows) -> Linear:
     member_NE = membership(rows.expert_N, len(rows.offsets_E), rows.x_ND.dtype)
-    return lambda x_NK, w_EMK, b_EM: grouped_mm(x_NK, w_EMK.mT, offs=rows.offsets_E).addmm_(member_NE, b_EM)
+    return lambda x_NK, w_EMK, b_EM: _GroupedLinear.apply(x_NK, w_EMK, b_EM, member_NE, rows.offsets_E)
 
 
 def _megablocks(rows: ExpertRows) -> Linear:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from promoe_ds.config.option import option
 from promoe_ds.config.schema import Config, RouterConfig, reject
 from promoe_ds.moe.constants import cached_arange
+from promoe_ds.moe.recompute import cast, linear
 from promoe_ds.moe.router import Router, Routing
 
 
@@ -89,7 +90,7 @@ class LinearGateRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         """float32 [T, E] whatever the autocast: bf16 scores would tie and flip the choice."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return at_least_fp32(x_TD) @ at_least_fp32(self.gate).T
+            return linear(at_least_fp32(x_TD), at_least_fp32(self.gate))
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """The softmax of `logits`."""
@@ -99,7 +100,7 @@ class LinearGateRouter(Router):
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """Scores and losses are computed in fp32 whatever the autocast; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype == torch.float64 else cast(x, torch.float32)
 
 
 def top_experts(score_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> Routing:

@@ -27,6 +27,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.mlp import Mlp
+from promoe_ds.moe.recompute import cast, recomputed
 from promoe_ds.moe.router import ROUTERS, Routing, Tensors
 from promoe_ds.moe.split import Split
 
@@ -53,7 +54,7 @@ class RoutedExperts(nn.Module):
             The weighted sum over each token's experts, [T, D] in the precision of the gate weights; `expert_offsets` of
             this rank's edges by global expert, int32 [E]; what the two works returned.
         """
-        x_TD = x_TD.to(self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
+        x_TD = cast(x_TD, self.experts.compute_dtype(x_TD.device.type))  # before rows are copied or sent
         dispatched, plan = self.dispatcher.dispatch(x_TD, routing)
         first = during_dispatch()
         combined = self.dispatcher.combine(self.experts(dispatched.wait()), plan)
@@ -105,9 +106,15 @@ class MoELayer(nn.Module):
             known_TD, routing, lambda: _each(self.shared, x_TD), lambda: _each(self.unconditional, null_TD)
         )
         if self.conditional:
-            out_TD = torch.cat([out_TD, reduce(torch.add, nulls or [torch.zeros_like(null_TD)])])
-        out_TD = reduce(torch.add, shared, out_TD)
-        return out_TD.view(B, S, D).to(x_BSD.dtype), LayerStats(routing.terms, offsets_E, routing.weight_N)
+            nulls = nulls or [torch.zeros_like(null_TD)]
+        out_TD = recomputed(_joined, out_TD, x_BSD.dtype, len(nulls), *nulls, *shared)
+        return out_TD.view(B, S, D), LayerStats(routing.terms, offsets_E, routing.weight_N)
+
+
+def _joined(known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
+    """Sums of the routed experts, with those of `nulls` unconditional ones below them, and shared ones added to all."""
+    out_TD = torch.cat([known_TD, reduce(torch.add, parts_TD[:nulls])]) if nulls else known_TD
+    return reduce(torch.add, parts_TD[nulls:], out_TD).to(dtype)
 
 
 def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.moe.recompute import linear, recomputed
+
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3); any shape and floating dtype.
@@ -18,13 +20,20 @@ def gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))  # 2 sqrt(2/pi), and 0.044715 of it
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` that keeps no input that can be computed again."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return linear(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """W2 gelu(W1 x + b1) + b2, any leading shape."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
         self.activation = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(recomputed(self.activation, self.fc1(x)))

@@ -60,7 +60,7 @@ class AdamWithEMA(torch.optim.AdamW):
 
     def _in_one_pass(self, update: one_pass.Update, live: list[Tensor]) -> None:
         self.start(live)
-        clip, averages = self.clip(), {"ema": self.ema_decay}
+        clip, averages = self.clip(), self.averages
         names = ("exp_avg", "exp_avg_sq", *averages)
         for group in self.param_groups:
             for p in [p for p in group["params"] if p.grad is not None]:
