@@ -15,6 +15,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,14 @@ def make(config: Config) -> DiT:
     return model.bfloat16() if config.train.precision == "bf16" else model
 
 
-def slope(config: Config, mode: str) -> float:
+@cache
+def slope(config: Config, compiled: bool) -> float:
     """Bytes per image."""
     torch._dynamo.reset()
     model = make(config)
-    if mode == "compiled":
+    if compiled:
         compile_model(model)
-    few, many = (kept(model, images, mode == "compiled") for images in (2, 4))
+    few, many = (kept(model, images, saved=compiled) for images in (2, 4))
     return (many - few) / 2
 
 
@@ -130,7 +132,7 @@ def counted(config_of: Callable[..., Config], mode: str) -> float:
     def of(moe: int, dense: int, checkpointing: str = checkpointing) -> float:
         layers = [f"moe.layers={list(range(moe))}" if moe else "moe=null"] if whole.moe else []
         overrides = [f"model.depth={moe + dense}", f"train.activation_checkpointing={checkpointing}", *layers]
-        return slope(config_of(*overrides), mode)
+        return slope(config_of(*overrides), mode == "compiled")
 
     def block(is_moe: bool, *checkpointing: str) -> float:
         return of(is_moe, 2 - is_moe, *checkpointing) - of(0, 1, *checkpointing)
