@@ -293,5 +293,5 @@ def test_public_weights_give_the_public_names(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("promoe_ds.evaluation.evaluate.load_extractor", lambda name, **options: Everything())
     np.savez(tmp_path / "a.npz", arr_0=IMAGES)
     score = Evaluator("inception", str(tmp_path / "a.npz")).score(load_samples(tmp_path / "a.npz"))
-    assert {"FID", "sFID", "IS", "precision", "recall"} < score.keys()
+    assert {"FID", "sFID", "KID", "IS", "precision", "recall"} < score.keys()
     assert score["FID"] < 1e-6 and score["precision"] == score["recall"] == 1.0

@@ -50,7 +50,8 @@ def test_metrics_are_torch_fidelitys(scored: Scored):
     assert name.startswith("inception:") and len(name) == 18
     for key, called in {"FID": "FD", "sFID": "sFD", "IS": "IS", "precision": "precision", "recall": "recall"}.items():
         assert metrics[f"{called}[{name}]"] == pytest.approx(golden[key], rel=1e-5), key
-    assert not {"FID", "sFID", "IS", "precision", "recall", "label_agreement"} & metrics.keys()
+    assert not {"FID", "sFID", "KID", "IS", "precision", "recall", "density", "label_agreement"} & metrics.keys()
+    assert {f"KD[{name}]", f"density[{name}]", f"coverage[{name}]"} < metrics.keys()
 
 
 def test_record_says_how(scored: Scored):
