@@ -44,6 +44,7 @@ class Evaluator:
         reference: str = "digits",
         *,
         weights: Path | None = None,
+        dinov2_weights: Path | None = None,
         device: torch.device | str = "cpu",
         batch: int = BATCH,
         distances: Distances = "fp32",
@@ -54,8 +55,11 @@ class Evaluator:
 
         Raises `ConfigError` for unknown names, absent or unfit files, and features of another extractor.
         """
-        self._source: Source = find_reference(reference)
-        self.extractor: FeatureExtractor = load_extractor(features, weights=weights, device=device, batch=batch)
+        source = find_reference(reference)
+        self.extractor: FeatureExtractor = load_extractor(
+            features, weights=weights, dinov2_weights=dinov2_weights, device=device, batch=batch
+        )
+        self._source: Source = source.of(self.extractor.name, "--ref")
         if self._source.features is not None:
             check_extractor(self._source.features, self.extractor.name, "--ref")
         if self._source.images is not None:
@@ -185,6 +189,7 @@ class Evaluator:
         """What decides the numbers besides images and reference."""
         return {
             "weights_sha256": self.extractor.weights_sha256,
+            **self.extractor.how,
             "neighbours": NEIGHBOURS,
             "density_neighbours": DENSITY_NEIGHBOURS,
             "kid_subsets": SUBSETS,

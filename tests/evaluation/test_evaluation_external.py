@@ -285,7 +285,7 @@ def test_references_that_are_none(tmp_path: Path, arrays: dict[str, np.ndarray],
     with pytest.raises(ConfigError, match="holds no pictures"):
         find_reference(str(tmp_path / "empty"))
     (tmp_path / "r.txt").touch()
-    with pytest.raises(ConfigError, match="is neither a folder, an .npz nor a .safetensors file"):
+    with pytest.raises(ConfigError, match="is neither a folder, an .npz, a .pkl nor a .safetensors file"):
         find_reference(str(tmp_path / "r.txt"))
 
 
