@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.features import Extracted, FeatureExtractor
@@ -208,6 +209,15 @@ def load_inception(path: Path) -> InceptionV3:
     return net.float().requires_grad_(False).eval()
 
 
+def fold_norms(net: nn.Module) -> nn.Module:
+    """Batch norms, which are constant in evaluation, folded into the convolutions before them; in place."""
+    for layer in net.modules():
+        if isinstance(layer, ConvBN):
+            layer.conv = fuse_conv_bn_eval(layer.conv, layer.bn)
+            layer.register_module("bn", nn.Identity())
+    return net
+
+
 class Inception(FeatureExtractor):
     """The extractor of ADM's protocol. With the public weights, its distances are called FID and sFID.
 
@@ -222,12 +232,14 @@ class Inception(FeatureExtractor):
         self.is_public = self.weights_sha256.startswith(PUBLIC_SHA256)
         self.name = "inception" if self.is_public else f"inception:{self.weights_sha256[:8]}"
         self._device, self.batch = torch.device(device), batch
-        self._net = load_inception(weights).to(self._device)
+        net: Any = fold_norms(load_inception(weights)).to(self._device)
+        # on a CPU, convolutions are faster with channels last; elsewhere nobody has measured it
+        self._net = net.to(memory_format=torch.channels_last) if self._device.type == "cpu" else net
 
     def extract(self, images_NHWC: Images) -> Extracted:
         """uint8 [N, H, W, 3] -> float32 pool [N, 2048], spatial [N, 2023], logits [N, 1008], in full float32."""
         x_NHWC = torch.tensor(images_NHWC).to(self._device)
         # cuDNN convolves in TF32 unless told otherwise, which moves features by 1e-3
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pool, spatial, logits = self._net(x_NHWC.permute(0, 3, 1, 2).contiguous())
+            pool, spatial, logits = self._net(x_NHWC.permute(0, 3, 1, 2))
         return Extracted(*(y.cpu().numpy() for y in (pool, spatial, logits)))
