@@ -1,7 +1,7 @@
 """From a sample set to its scores: `Evaluator` joins an extractor, a reference and the metrics.
 
-Numbers on the public Inception weights are called FID, sFID, IS, precision and recall; on any other features
-`FD[name]`, `sFD[name]`, `IS[name]` and so on. Every user's mistake raises `ConfigError`.
+Numbers on the public Inception weights are called FID, sFID, KID, IS, precision and so on; on any other features
+`FD[name]`, `sFD[name]`, `KD[name]`, `IS[name]`. Every user's mistake raises `ConfigError`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from promoe_ds.evaluation.digits import noise_images
 from promoe_ds.evaluation.extractors import BATCH, load_extractor
 from promoe_ds.evaluation.features import FeatureExtractor
 from promoe_ds.evaluation.images import ImageSet
-from promoe_ds.evaluation.manifold import NEIGHBOURS, Distances, precision_recall
+from promoe_ds.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS, kernel_distance
+from promoe_ds.evaluation.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, Distances, manifold
 from promoe_ds.evaluation.metrics import IS_SPLIT, Gaussian, frechet_distance, inception_score, label_agreement
 from promoe_ds.evaluation.reference import Source, find_reference, reference_features
 from promoe_ds.evaluation.samples import Samples, cfg_of
@@ -43,6 +44,7 @@ class Evaluator:
         reference: str = "digits",
         *,
         weights: Path | None = None,
+        dinov2_weights: Path | None = None,
         device: torch.device | str = "cpu",
         batch: int = BATCH,
         distances: Distances = "fp32",
@@ -53,8 +55,11 @@ class Evaluator:
 
         Raises `ConfigError` for unknown names, absent or unfit files, and features of another extractor.
         """
-        self._source: Source = find_reference(reference)
-        self.extractor: FeatureExtractor = load_extractor(features, weights=weights, device=device, batch=batch)
+        source = find_reference(reference)
+        self.extractor: FeatureExtractor = load_extractor(
+            features, weights=weights, dinov2_weights=dinov2_weights, device=device, batch=batch
+        )
+        self._source: Source = source.of(self.extractor.name, "--ref")
         if self._source.features is not None:
             check_extractor(self._source.features, self.extractor.name, "--ref")
         if self._source.images is not None:
@@ -80,7 +85,8 @@ class Evaluator:
 
     def metric(self, name: str) -> str:
         """`FID` as it is called on this extractor: itself on the public weights, else `FD[extractor]` and the like."""
-        return name if self.extractor.is_public else f"{name.replace('FID', 'FD')}[{self.extractor.name}]"
+        called = {"FID": "FD", "sFID": "sFD", "KID": "KD"}.get(name, name)
+        return name if self.extractor.is_public else f"{called}[{self.extractor.name}]"
 
     def check(self, samples: Samples) -> None:
         """Raises `ConfigError` if the extractor cannot take these images or features, has no such classes, or makes
@@ -155,9 +161,11 @@ class Evaluator:
         if found.logits_NK is not None:
             scores[self.metric("IS")] = inception_score(found.logits_NK)
         u, v = found.features_Nd, reference.features_Nd
+        if u is not None and v is not None:
+            scores[self.metric("KID")] = kernel_distance(u, v, device=self._device)
         if u is not None and v is not None and min(len(u), len(v)) > NEIGHBOURS:
-            pair = precision_recall(u, v, distances=self._distances, device=self._device)
-            scores[self.metric("precision")], scores[self.metric("recall")] = pair
+            shares = manifold(u, v, distances=self._distances, device=self._device)._asdict()
+            scores |= {self.metric(name): share for name, share in shares.items() if share is not None}
         return scores
 
     def _scale(self, num: int | None, scores: dict[str, Any], reference: FeatureSet) -> dict[str, Any]:
@@ -181,7 +189,11 @@ class Evaluator:
         """What decides the numbers besides images and reference."""
         return {
             "weights_sha256": self.extractor.weights_sha256,
+            **self.extractor.how,
             "neighbours": NEIGHBOURS,
+            "density_neighbours": DENSITY_NEIGHBOURS,
+            "kid_subsets": SUBSETS,
+            "kid_subset_size": SUBSET_SIZE,
             "distances": self._distances,
             "reference_features": None if reference.features_Nd is None else len(reference.features_Nd),
             "inception_score_split": IS_SPLIT,

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from promoe_ds.config.schema import reject
+from promoe_ds.evaluation.dinov2 import DINOv2, find_dinov2
 from promoe_ds.evaluation.features import DigitsCNN, Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, brief
 from promoe_ds.evaluation.inception import Inception, find_weights
 from promoe_ds.utils.files import file_digest
 
 SUFFIXES = (".onnx", ".pt")
-EXTRACTORS = (DigitsCNN.name, "inception")
+EXTRACTORS = (DigitsCNN.name, "inception", "dinov2")
 BATCH = 64
 
 
@@ -115,19 +116,28 @@ def load_external(path: Path, batch: int, device: torch.device | str) -> Externa
 
 
 def load_extractor(
-    name: str, *, weights: Path | None = None, device: torch.device | str = "cpu", batch: int = BATCH
+    name: str,
+    *,
+    weights: Path | None = None,
+    dinov2_weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    batch: int = BATCH,
 ) -> FeatureExtractor:
-    """Build `digits-cnn`, `inception` (from the weight file `weights`, see `find_weights`), or a network from a file.
+    """Build `digits-cnn`, `inception`, `dinov2`, or a network from a file.
 
-    `batch` images per forward, where the extractor has no size of its own.
+    `weights` is the weight file of inception, see `find_weights`, and `dinov2_weights` that of dinov2, see
+    `find_dinov2`. `batch` images per forward, where the extractor has no size of its own.
 
     Raises:
-        ConfigError: no such name or file, the weights are absent or not Inception's, or `weights` is given for another.
+        ConfigError: no such name or file, weights are absent or another network's, or given for one that is not named.
     """
-    if weights is not None and name != "inception":
-        reject("--inception-weights", weights, f"--features is {name}", "give one of the two")
+    for network, path in (("inception", weights), ("dinov2", dinov2_weights)):
+        if path is not None and name != network:
+            reject(f"--{network}-weights", path, f"--features is {name}", "give one of the two")
     if name == "inception":
         return Inception(find_weights(weights), device, batch)
+    if name == "dinov2":
+        return DINOv2(find_dinov2(dinov2_weights), device, batch)
     if name == DigitsCNN.name:
         return DigitsCNN()
     if name.endswith(SUFFIXES):

@@ -7,7 +7,7 @@ Shape suffixes: N images, H W pixels, C channels, d features, s spatial features
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,8 @@ class FeatureExtractor(ABC):
     is_public = False
     """True only for the public Inception weights: distances on other features are called `FD[name]`, never FID"""
     weights_sha256: str | None = None
+    how: Mapping[str, str] = {}
+    """what else decides the features, for the record of a score"""
     num_classes: int | None = None
     """of a classifier: its logits are of the classes that the images are labelled with"""
     accuracy: float | None = None

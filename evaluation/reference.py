@@ -1,9 +1,9 @@
-"""What samples are compared with: the embedded digits, ADM's statistics, a features file, or any real images."""
+"""What samples are compared with: the embedded digits, published statistics, a features file, or any real images."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,18 @@ from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
 from promoe_ds.evaluation.digits import digits_images, digits_split
 from promoe_ds.evaluation.features import FeatureExtractor
-from promoe_ds.evaluation.images import Folder, ImageSet, check_count, check_pixels, npz_keys, pictures_in, read_npz
+from promoe_ds.evaluation.images import (
+    Folder,
+    ImageSet,
+    brief,
+    check_count,
+    check_pixels,
+    npz_keys,
+    pictures_in,
+    read_npz,
+)
 from promoe_ds.evaluation.metrics import Gaussian
+from promoe_ds.evaluation.pickled_statistics import read_pickled_statistics
 from promoe_ds.utils.files import file_digest
 from promoe_ds.utils.ranks import ALONE, Ranks
 
@@ -31,14 +41,27 @@ class Source:
     images: ImageSet | None = None
     features: FeatureSet | None = None
     arrays: dict[str, np.ndarray] | None = None
-    """ADM's mu, sigma and, where present, mu_s, sigma_s"""
+    """mu, sigma and, where present, ADM's mu_s, sigma_s"""
+    of_networks: dict[str, dict[str, np.ndarray]] | None = None
+    """edm2's arrays by network, of which `of` chooses"""
     real_pair: tuple[ImageSet, ImageSet] | None = None
     """two disjoint sets of real images: the scale on which to read the distance of samples; None where unknown"""
 
+    def of(self, extractor: str, option: str) -> Source:
+        """With the arrays of an extractor. Raises `ConfigError` if edm2's file has none of its kind."""
+        if self.of_networks is None:
+            return self
+        network = extractor.split(":")[0]
+        if network not in self.of_networks:
+            fault = f"holds statistics of {', '.join(self.of_networks)}, --features is {extractor}"
+            reject(option, self.name, fault, "name statistics of these features")
+        return replace(self, arrays=self.of_networks[network], of_networks=None)
+
 
 def find_reference(name: str, option: str = "--ref", size: int | None = None) -> Source:
-    """`digits`, an .npz of ADM (statistics, images, or both), a .safetensors features file, or a folder of pictures.
+    """`digits`, an .npz (statistics, images, or both), edm2's .pkl, a features file, or a folder of pictures.
 
+    Statistics in an .npz are named mu and sigma, as those of ADM, MAR, JiT and edm are.
     `size` crops a folder's pictures. Raises `ConfigError` for anything else.
     """
     if name == "digits":
@@ -54,7 +77,11 @@ def find_reference(name: str, option: str = "--ref", size: int | None = None) ->
         return Source(name, path, features=load_features(path, option))
     if path.suffix == ".npz":
         return _npz(path, option)
-    fault = "no such reference set" if not path.exists() else "is neither a folder, an .npz nor a .safetensors file"
+    if path.suffix == ".pkl" and path.exists():
+        return _pickled(path, option)
+    fault = (
+        "no such reference set" if not path.exists() else "is neither a folder, an .npz, a .pkl nor a .safetensors file"
+    )
     reject(option, name, fault, f"choose one of {', '.join(REFERENCES)}, or name an .npz, features file or folder")
 
 
@@ -64,6 +91,34 @@ def _npz(path: Path, option: str) -> Source:
     if pixels is not None:
         check_pixels(path, pixels, option)
         check_count(path, len(pixels), option)
+    _check_arrays(path, arrays, option)
+    if pixels is None and "mu" not in arrays:
+        held = ", ".join(npz_keys(path)) or "no named arrays"
+        way_out = "ImageNet-256 is compared with VIRTUAL_imagenet256_labeled.npz of ADM's evaluations"
+        reject(option, path, f"holds {held}, needs mu and sigma, or images as arr_0", way_out)
+    images = None if pixels is None else ImageSet(str(path), pixels, None)
+    return Source(str(path), path, images, arrays=arrays if "mu" in arrays else None)
+
+
+NETWORKS = {"fid": "inception", "fd_dinov2": "dinov2"}
+"""edm2's metrics, each with the network of its statistics"""
+
+
+def _pickled(path: Path, option: str) -> Source:
+    try:
+        found = read_pickled_statistics(path)
+    except (OSError, ValueError) as error:
+        reject(option, path, f"is no file of statistics ({brief(error)})", "name a .pkl of edm2's dataset-refs")
+    known = {NETWORKS[metric]: arrays for metric, arrays in found.items() if metric in NETWORKS}
+    if not known or not all("mu" in arrays for arrays in known.values()):
+        held = ", ".join(found) or "no statistics"
+        reject(option, path, f"holds {held}, needs mu and sigma of {' or '.join(NETWORKS)}", "name a .pkl of edm2's")
+    for arrays in known.values():
+        _check_arrays(path, arrays, option)
+    return Source(str(path), path, of_networks=known)
+
+
+def _check_arrays(path: Path, arrays: dict[str, np.ndarray], option: str) -> None:
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         shapes = [arrays[key].shape if key in arrays else None for key in (mu, sigma)]
         if shapes != [None, None] and (shapes[0] is None or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2):
@@ -72,12 +127,6 @@ def _npz(path: Path, option: str) -> Source:
     for key, array in arrays.items():
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             reject(option, path, f"{key} holds what is no finite number", "copy the file again")
-    if pixels is None and "mu" not in arrays:
-        held = ", ".join(npz_keys(path)) or "no named arrays"
-        way_out = "ImageNet-256 is compared with VIRTUAL_imagenet256_labeled.npz of ADM's evaluations"
-        reject(option, path, f"holds {held}, needs mu and sigma, or images as arr_0", way_out)
-    images = None if pixels is None else ImageSet(str(path), pixels, None)
-    return Source(str(path), path, images, arrays=arrays if "mu" in arrays else None)
 
 
 def reference_features(
@@ -90,9 +139,10 @@ def reference_features(
 ) -> FeatureSet | None:
     """Features of a reference, on rank 0; None elsewhere. At most `keep` rows are kept for precision and recall.
 
-    ADM's statistics are taken as they are; the images beside them serve for precision and recall alone.
+    Statistics are taken as they are; the images beside ADM's serve for precision and recall alone.
     Raises `ConfigError` if the statistics are not of this extractor's features.
     """
+    source = source.of(extractor.name, "--ref")
     if source.features is not None:
         check_extractor(source.features, extractor.name, "--ref")
         return source.features.for_reference(keep) if ranks.rank == 0 else None

@@ -11,8 +11,9 @@ from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.images import brief
 from promoe_ds.utils.files import write_text
 
-METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "IS": ".2f",
-           "precision": ".4f", "recall": ".4f", "fd_over_noise": ".4f"}  # fmt: skip
+METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "KID": ".3g",
+           "KD": ".3g", "IS": ".2f", "precision": ".4f", "recall": ".4f", "density": ".4f", "coverage": ".4f",
+           "fd_over_noise": ".4f"}  # fmt: skip
 """columns in this order, each with its format; a name in brackets may follow"""
 HEADERS = {"label_agreement": "label agreement", "fd_over_noise": "FD/noise"}
 PUBLISHED = 50_000

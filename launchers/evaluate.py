@@ -15,6 +15,7 @@ if not __package__:
 
 from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
+from promoe_ds.evaluation.dinov2 import find_dinov2
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
 from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor
 from promoe_ds.evaluation.images import picture_folders
@@ -56,6 +57,8 @@ def _extraction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", metavar="NAME", help=names)
     where = "(default: $INCEPTION_WEIGHTS, else torch hub's folder)"
     parser.add_argument("--inception-weights", type=Path, metavar="PATH", help=where)
+    where = "of --features dinov2 (default: $DINOV2_WEIGHTS, else torch hub's folder)"
+    parser.add_argument("--dinov2-weights", type=Path, metavar="PATH", help=where)
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"images per forward (default: {BATCH})")
 
@@ -65,7 +68,8 @@ def _parser() -> Parser:
     what = ".npz, .safetensors, or a folder of sets or pictures"
     parser.add_argument("samples", nargs="*", type=Path, metavar="SAMPLES", help=what)
     parser.add_argument("--run", type=Path, metavar="DIR", help="score every set below DIR/samples")
-    what = f"{', '.join(REFERENCES)}, an .npz of ADM, a file made by `ref`, or a folder (default: digits)"
+    files = "an .npz of ADM, MAR or JiT, a .pkl of edm2, a file made by `ref`"
+    what = f"{', '.join(REFERENCES)}, {files}, or a folder (default: digits)"
     parser.add_argument("--ref", default="digits", metavar="REF", help=what)
     _extraction(parser)
     what = "of precision and recall; fp16 rounds as ADM's evaluator (default: fp32)"
@@ -96,6 +100,8 @@ def _features(args: argparse.Namespace, reference: str) -> str:
     name = args.features or ("digits-cnn" if reference == "digits" else "inception")
     if name == "inception":
         find_weights(args.inception_weights)
+    if name == "dinov2":
+        find_dinov2(args.dinov2_weights)
     return name
 
 
@@ -134,7 +140,8 @@ def score(argv: Sequence[str], ranks: Ranks) -> None:
     if args.dry_run:
         return
     run_by: dict[str, Any] = {"device": device, "batch": args.batch, "ranks": ranks, "progress": True}
-    evaluator = Evaluator(features, args.ref, weights=args.inception_weights, distances=args.distances, **run_by)
+    files: dict[str, Any] = {"weights": args.inception_weights, "dinov2_weights": args.dinov2_weights}
+    evaluator = Evaluator(features, args.ref, **files, distances=args.distances, **run_by)
     with joined(ranks):
         scores = score_all(evaluator, sets)
     if not scores:
@@ -159,7 +166,8 @@ def make_features(command: str, argv: Sequence[str], ranks: Ranks) -> None:
         images = source.images
     else:
         source = images = _one_set(args.images)
-    extractor = load_extractor(name, weights=args.inception_weights, device=device, batch=args.batch)
+    files: dict[str, Any] = {"weights": args.inception_weights, "dinov2_weights": args.dinov2_weights}
+    extractor = load_extractor(name, **files, device=device, batch=args.batch)
     if images is not None:
         check_shape(images, extractor, READS[command])
     if ranks.rank == 0:

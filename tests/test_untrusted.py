@@ -139,5 +139,11 @@ def test_no_reader_of_pickles_in_the_sources(path: Path) -> None:
         if name in ("np.load", "numpy.load"):
             assert keywords.get("allow_pickle") == "False", "np.load(..., allow_pickle=False)"
         assert name not in ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load"), name
-    modules = {word for line in path.read_text(encoding="utf-8").splitlines() for word in line.split()[:2]}
+    source = path.read_text(encoding="utf-8")
+    if path.name == "pickled_statistics.py":  # the one that is asked before each name; tests/evaluation has its tests
+        used = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+                and ast.unparse(node.value) == "pickle"}  # fmt: skip
+        assert used == {"Unpickler", "UnpicklingError"} and "def find_class(" in source
+        return
+    modules = {word for line in source.splitlines() for word in line.split()[:2]}
     assert not modules & {"pickle", "dill", "cloudpickle", "shelve", "joblib"}, "no module that unpickles"

@@ -24,7 +24,8 @@ from promoe_ds.utils.files import atomic, write_text
 REPORT = "report.html"
 FILES = "files.json"
 """names of what the report consists of, so that the next one removes them and nothing else"""
-SCORES = ("cfg", "num", "label_agreement", "FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "fd_over_noise")
+SCORES = ("cfg", "num", "label_agreement", "FID", "FD", "sFID", "sFD", "KID", "KD", "IS", "precision", "recall",
+          "density", "coverage", "fd_over_noise")  # fmt: skip
 """what is shown of metrics.json; a name in brackets may follow"""
 
 

@@ -10,7 +10,7 @@ from promoe_ds.costs.flops import count_parameters
 BASE = "imagenet256"
 """the recipe whose training options an imported model gets; its sizes come from the weights"""
 CITATION = "Routing Matters in MoE: Scaling Diffusion Transformers with Explicit Routing Guidance (arXiv:2510.24711)"
-SCORES = ("FID", "sFID", "IS", "precision", "recall", "FD", "label_agreement")
+SCORES = ("FID", "sFID", "KID", "IS", "precision", "recall", "density", "coverage", "FD", "label_agreement")
 USE = """```python
 import promoe_ds
 

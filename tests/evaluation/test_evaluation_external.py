@@ -285,7 +285,7 @@ def test_references_that_are_none(tmp_path: Path, arrays: dict[str, np.ndarray],
     with pytest.raises(ConfigError, match="holds no pictures"):
         find_reference(str(tmp_path / "empty"))
     (tmp_path / "r.txt").touch()
-    with pytest.raises(ConfigError, match="is neither a folder, an .npz nor a .safetensors file"):
+    with pytest.raises(ConfigError, match="is neither a folder, an .npz, a .pkl nor a .safetensors file"):
         find_reference(str(tmp_path / "r.txt"))
 
 
@@ -293,5 +293,5 @@ def test_public_weights_give_the_public_names(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("promoe_ds.evaluation.evaluate.load_extractor", lambda name, **options: Everything())
     np.savez(tmp_path / "a.npz", arr_0=IMAGES)
     score = Evaluator("inception", str(tmp_path / "a.npz")).score(load_samples(tmp_path / "a.npz"))
-    assert {"FID", "sFID", "IS", "precision", "recall"} < score.keys()
+    assert {"FID", "sFID", "KID", "IS", "precision", "recall"} < score.keys()
     assert score["FID"] < 1e-6 and score["precision"] == score["recall"] == 1.0

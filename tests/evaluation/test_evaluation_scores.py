@@ -1,4 +1,4 @@
-"""Closed forms of the streamed Gaussians, the Inception Score, precision and recall."""
+"""Closed forms and slow loops: the streamed Gaussians, the Inception Score, the four shares, the kernel distance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.evaluation.manifold import precision_recall, radii, squared_distances
+from promoe_ds.evaluation.kernel_distance import kernel_distance, squared_mmd
+from promoe_ds.evaluation.manifold import manifold, nearest_squares, squared_distances
 from promoe_ds.evaluation.metrics import Moments, gaussian_statistics, inception_score
 
 
@@ -66,18 +67,19 @@ SAMPLES = np.array([[-3.0], [-4], [2.5], [19], [19.5], [-3.5], [20]])
 @pytest.mark.parametrize("block", [1, 2, 3, 100])
 @pytest.mark.parametrize("distances", ["fp32", "fp16"])
 def test_precision_and_recall_in_one_dimension(block: int, distances):
-    assert radii(torch.tensor(REFERENCE), 3, distances, block).tolist() == [9, 4, 4, 9, 81]
+    assert nearest_squares(torch.tensor(REFERENCE), 3, distances, block)[:, 3].tolist() == [9, 4, 4, 9, 81]
     # in the balls [-3, 3], [-1, 3], [0, 4], [0, 6], [1, 19], borders included: -3, 2.5, 19 of 7 samples
     # the samples' own balls reach from -3 to 2.5 and from 19 to 2.5 and beyond: every reference is in one
-    precision, recall = precision_recall(SAMPLES, REFERENCE, block=block, distances=distances)
+    precision, recall, density, coverage = manifold(SAMPLES, REFERENCE, block=block, distances=distances)
     assert precision == pytest.approx(3 / 7) and recall == 1.0
-    swapped = precision_recall(REFERENCE, SAMPLES, block=block, distances=distances)
+    assert density is None and coverage is None  # 5 rows have no 5 neighbours
+    swapped = manifold(REFERENCE, SAMPLES, block=block, distances=distances)[:2]
     assert swapped == pytest.approx((1.0, 3 / 7))
 
 
 def test_recall_of_samples_in_one_place():
     samples = np.array([[0.0], [0], [0], [0], [0.5]])
-    precision, recall = precision_recall(samples, REFERENCE)
+    precision, recall, *_ = manifold(samples, REFERENCE)
     assert (precision, recall) == (1.0, pytest.approx(2 / 5))  # balls of radius 0 at 0, and [0, 1] at 0.5
 
 
@@ -95,4 +97,58 @@ def test_distances_against_float64_and_what_fp16_cannot_hold():
 
 def test_too_few_for_three_neighbours():
     with pytest.raises(ValueError, match="3 neighbours need more than 3 rows, got 3"):
-        precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
+        manifold(np.zeros((3, 2)), np.zeros((9, 2)))
+
+
+def given_features() -> tuple[np.ndarray, np.ndarray]:
+    """Samples and reference of the golden numbers below, the same on every machine."""
+    rng = np.random.Generator(np.random.Philox(0))
+    return rng.random((60, 6)), 1.25 * rng.random((50, 6)) + 0.125
+
+
+def slow_shares(u: np.ndarray, v: np.ndarray, k: int) -> tuple[float, float, float, float]:
+    """The definitions, pair by pair in float64."""
+    radius_u, radius_v = ([sorted(np.linalg.norm(x - y) for y in rows)[k] for x in rows] for rows in (u, v))
+    distance = [[np.linalg.norm(x - y) for y in v] for x in u]
+    inside = [[d <= r for d, r in zip(row, radius_v, strict=True)] for row in distance]
+    precision = np.mean([any(row) for row in inside])
+    recall = np.mean([any(distance[i][j] <= radius_u[i] for i in range(len(u))) for j in range(len(v))])
+    density = np.mean([sum(row) / k for row in inside])
+    coverage = np.mean([any(row[j] for row in inside) for j in range(len(v))])
+    return float(precision), float(recall), float(density), float(coverage)
+
+
+@pytest.mark.parametrize("block", [7, 5000])
+def test_the_four_shares_against_loops_and_the_authors_program(block: int):
+    u, v = given_features()
+    found = manifold(u, v, block=block)
+    assert found[:2] == pytest.approx(slow_shares(u, v, 3)[:2], rel=1e-12)
+    assert found[2:] == pytest.approx(slow_shares(u, v, 5)[2:], rel=1e-12)
+    # prdc 0.2: compute_prdc(v, u, nearest_k=3) and (..., 5); no distance equals a radius here, so < is <=
+    assert found == pytest.approx((0.9, 0.5, 0.9766666666666668, 0.88), rel=1e-12)
+
+
+def test_a_reference_of_repeated_rows_is_covered_by_itself():
+    rows = np.repeat(np.arange(3.0)[:, None], 6, 0)
+    assert manifold(rows, rows) == (1.0, 1.0, 6 / 5, 1.0)  # with < all four are 0
+
+
+def test_squared_mmd_against_sums_over_pairs():
+    u, v = (torch.tensor(x[:20]) for x in given_features())
+
+    def mean(x: torch.Tensor, y: torch.Tensor, skip: bool) -> float:
+        values = [(float(a @ b) / 6 + 1) ** 3 for i, a in enumerate(x) for j, b in enumerate(y) if not skip or i != j]
+        return sum(values) / len(values)
+
+    expected = mean(u, u, True) + mean(v, v, True) - 2 * mean(u, v, False)
+    assert squared_mmd(u, v).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kernel_distance_is_torch_fidelitys():
+    u, v = given_features()
+    # torch-fidelity 0.4.0: kid_features_to_metric(u, v, kid_subsets=20, kid_subset_size=30)
+    assert kernel_distance(u, v, subsets=20, size=30) == pytest.approx(0.7283933383430515, rel=1e-10)
+    assert kernel_distance(u, v) == pytest.approx(0.6957102259948656, rel=1e-10)  # kid_subset_size=50, all there are
+    assert kernel_distance(u[:50], u[:50]) < 0  # unbiased: equal sets are below zero
+    with pytest.raises(ValueError, match="2 rows of each, got 1 and 50"):
+        kernel_distance(u[:1], v)

@@ -14,7 +14,14 @@ import torch
 from launchers import evaluate
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.evaluation.collect import load_features
-from promoe_ds.evaluation.inception import InceptionV3, find_weights, load_inception, resize_tf1
+from promoe_ds.evaluation.inception import (
+    Inception,
+    InceptionV3,
+    find_weights,
+    fold_norms,
+    load_inception,
+    resize_tf1,
+)
 from tests.evaluation.conftest import Scored
 from tests.evaluation.random_inception import BATCH, pictures
 from tests.evaluation.torch_fidelity_oracle import GOLDEN, REFERENCE, SAMPLES
@@ -50,7 +57,8 @@ def test_metrics_are_torch_fidelitys(scored: Scored):
     assert name.startswith("inception:") and len(name) == 18
     for key, called in {"FID": "FD", "sFID": "sFD", "IS": "IS", "precision": "precision", "recall": "recall"}.items():
         assert metrics[f"{called}[{name}]"] == pytest.approx(golden[key], rel=1e-5), key
-    assert not {"FID", "sFID", "IS", "precision", "recall", "label_agreement"} & metrics.keys()
+    assert not {"FID", "sFID", "KID", "IS", "precision", "recall", "density", "label_agreement"} & metrics.keys()
+    assert {f"KD[{name}]", f"density[{name}]", f"coverage[{name}]"} < metrics.keys()
 
 
 def test_record_says_how(scored: Scored):
@@ -73,6 +81,18 @@ def test_two_processes_give_the_features_of_one(scored: Scored):
     for mine, theirs in ((two.gaussian, one.gaussian), (two.spatial, one.spatial)):
         assert mine is not None and theirs is not None
         assert relative(mine.mu_d, theirs.mu_d) < 1e-6 and relative(mine.sigma_dd, theirs.sigma_dd) < 1e-5
+
+
+def test_folded_norms_change_no_feature(scored: Scored):
+    images = pictures(*SAMPLES)[:2]
+    with torch.inference_mode():
+        plain = load_inception(scored.weights)(torch.tensor(images).permute(0, 3, 1, 2).contiguous())
+    for key, mine, theirs in zip(
+        ("pool", "spatial", "logits"), Inception(scored.weights).extract(images), plain, strict=True
+    ):
+        assert 0 < relative(mine, theirs.numpy()) < 1e-5, key
+    net = fold_norms(load_inception(scored.weights))
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in net.modules())
 
 
 def test_resize_reads_positions_without_half_pixels():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from promoe_ds.evaluation.inception import load_inception, resize_tf1
-from promoe_ds.evaluation.manifold import precision_recall
+from promoe_ds.evaluation.kernel_distance import kernel_distance
+from promoe_ds.evaluation.manifold import manifold
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, inception_score
 from tests.evaluation.conftest import Scored
 from tests.evaluation.random_inception import pictures
@@ -46,6 +47,7 @@ def test_metrics_of_given_features():
     import_torch_fidelity()
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     rng = np.random.default_rng(0)
@@ -59,4 +61,8 @@ def test_metrics_of_given_features():
     assert inception_score(u, split=100) == pytest.approx(score, rel=1e-6)
     pair = prc_features_to_metric(*tensors, prc_neighborhood=3, prc_batch_size=70, save_cpu_ram=False, verbose=False)
     assert 0.2 < pair["precision"] < 0.99 and 0.2 < pair["recall"] < 0.99
-    assert precision_recall(u, v, block=64) == pytest.approx((pair["precision"], pair["recall"]), rel=1e-6)
+    assert manifold(u, v, block=64)[:2] == pytest.approx((pair["precision"], pair["recall"]), rel=1e-6)
+    both = [x.double() for x in tensors]
+    kid = kid_features_to_metric(*both, kid_subsets=20, kid_subset_size=70, verbose=False)
+    ours = kernel_distance(u, v, subsets=20, size=70)
+    assert ours == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-10)
