@@ -16,6 +16,8 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
+import torch
+
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
 from promoe_ds.config.schema import Channels, Config, ParallelConfig, reject
 from promoe_ds.data.codecs import Codec, check_same, open_codec
@@ -24,14 +26,14 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.recipes.validate import check_guidance, validate
 from promoe_ds.sampling import job as sampling
-from promoe_ds.sampling.generate import SamplingOptions, check_channels, pixel_shape
+from promoe_ds.sampling.generate import SamplingOptions, check_channels, choose_precision, pixel_shape
 from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, parse_scales, parse_steps
 from promoe_ds.utils.ranks import Ranks
 
 EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
   python launchers/sample.py --run runs/digits --num 1000 --cfg 1,1.5,4 --steps 50 --out samples
-  torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/digits --num 50000 --precision bf16 --batch 125
+  torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/digits --num 50000 --batch 125
   python launchers/sample.py --model digits_bf16 --num 100        (of launchers/checkpoint.py convert --weights)
   torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/imagenet256_promoe_b --vae sd-vae-ft-mse --num 50000 \\
       --cfg 1.0,1.5 --format npz                             latents are decoded; no 50,000 files
@@ -65,7 +67,8 @@ def parser() -> Parser:
     p.add_argument("--features", metavar="NAME", help="of --format features, as launchers/evaluate.py's (inception)")
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="as launchers/evaluate.py's")
     p.add_argument("--batch", type=int, default=64, help="images per forward and process (default 64)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
+    text = "bf16 is autocast (default: bf16 on CUDA, fp32 on CPU)"
+    p.add_argument("--precision", choices=("fp32", "bf16"), help=text)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     text = "ranks that share the routed experts (default 1)"
     p.add_argument("--expert-parallel", type=int, default=1, metavar="N", help=text)
@@ -93,15 +96,18 @@ def check(args: argparse.Namespace) -> None:
             reject(option, value, f"--format {args.format} makes no features", "add --format features, or leave it out")
 
 
-def choose_hows(args: argparse.Namespace, config: Config, scales: list[float]) -> list[SamplingOptions]:
+def choose_hows(
+    args: argparse.Namespace, config: Config, scales: list[float], device: torch.device
+) -> list[SamplingOptions]:
     """One per guidance scale, checked against the model; raises `ConfigError`."""
     sampler, _ = choose_sampler(config, args.sampler, args.steps, args.eta)
     channels: Channels = config.guidance.channels
     if args.guidance_channels:
         channels = 3 if args.guidance_channels == "3" else "all"
     check_guidance(config.model, channels, "--guidance-channels")
+    precision = choose_precision(args.precision, device)
     return [
-        SamplingOptions(scale, args.steps, args.seed, args.batch, args.precision, sampler, args.eta, channels)
+        SamplingOptions(scale, args.steps, args.seed, args.batch, precision, sampler, args.eta, channels)
         for scale in scales
     ]
 
@@ -160,7 +166,7 @@ def sample(argv: list[str]) -> None:
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
     model, config, step = load_ema(weights, "cpu" if args.expert_parallel > 1 else device)
     codec = choose_codec(args, config, weights, device)
-    jobs = make_jobs(args, choose_hows(args, config, scales or [float(config.sample.cfg)]), weights)
+    jobs = make_jobs(args, choose_hows(args, config, scales or [float(config.sample.cfg)], device), weights)
     command, origin = shlex.join(["launchers/sample.py", *own_words(argv)]), sampling.provenance(weights, config, step)
     features, pack = choose_pack(args, pixel_shape(config, codec), device)
     records = [sampling.record_of(job, origin, command, codec, features) for job in jobs]

@@ -15,7 +15,7 @@ from promoe_ds.checkpoint.load_weights import load_ema
 from promoe_ds.config.schema import reject
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
-from promoe_ds.sampling.generate import Precision, SamplingOptions, draw_batches
+from promoe_ds.sampling.generate import Precision, SamplingOptions, choose_precision, draw_batches
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
@@ -49,7 +49,7 @@ def generate(
     sampler: str | None = None,
     eta: float = 0.0,
     batch: int = 64,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
 ) -> Tensor:
     """Draw images, or latents, of the given classes.
 
@@ -66,7 +66,7 @@ def generate(
             arXiv:2006.11239) or ddim (arXiv:2010.02502) for DDPM.
         eta: of ddim, 0 to 1.
         batch: images a forward; twice as many under guidance.
-        precision: fp32, or bf16 autocast.
+        precision: fp32, or bf16 autocast; None: bf16 on CUDA, fp32 elsewhere.
 
     Returns:
         float32 [N, C, H, W] on the model's device: pixels, in [-1, 1] up to overshoot, or the latents that the model
@@ -82,7 +82,7 @@ def generate(
     name, _ = choose_sampler(config, sampler, steps, eta)
     device = next(model.parameters()).device
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
-    options = SamplingOptions(cfg, steps, seed, batch, precision, name, eta)
+    options = SamplingOptions(cfg, steps, seed, batch, choose_precision(precision, device), name, eta)
     for rows, x in draw_batches(model, config, label_N, np.arange(len(label_N)), options, device):
         out[rows] = cast(Tensor, x)
     return out
@@ -99,7 +99,7 @@ def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np
     return label_N
 
 
-def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str) -> None:
+def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str | None) -> None:
     """Raises ConfigError."""
     if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**64):
         reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
@@ -109,5 +109,5 @@ def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str) 
         reject("cfg", cfg, "is negative or not finite", "choose a guidance scale; 1 is none")
     if isinstance(steps, int) and steps < 1:
         reject("steps", steps, "must be positive", "choose 1 or more")
-    if precision not in get_args(Precision):
+    if precision is not None and precision not in get_args(Precision):
         reject("precision", precision, "is unknown", f"choose {' or '.join(get_args(Precision))}")
