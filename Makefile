@@ -1,6 +1,8 @@
 # make setup   a virtual environment in .venv with everything
 # make demo    train, sample, score and look into ProMoE on real digits: 2 processes, experts sharded over both, ZeRO-2
-# make bench-gpu   the speed table on one GPU in 8 minutes, no network; run again to go on
+# make bench-gpu   is it right, how fast, how much memory: one GPU, 560 s, no network; figures into OUT, run again to go
+#                  on; DRY=1: tiny models, CPU. Any Python with torch, numpy, pyyaml, safetensors: VENV=, or PYTHON=
+# make bench-gpu-train DATA=cifar10_jpeg.npz   then ProMoE-S and Dense-S on CIFAR-10, EACH=75 seconds each
 # make test    all tests, side by side; lint is separate: make lint
 # make test-fast   those that start no processes
 # make test-slurm   the batch scripts on a real Slurm of two emulated nodes; needs root and Debian's Slurm
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := --numprocesses 4 --dist loadgroup --no-loadscope-reorder
 export DS_BUILD_OPS = 0
 
-.PHONY: setup demo test test-fast test-slurm bench-gpu lint clean
+.PHONY: setup demo test test-fast test-slurm bench-gpu bench-gpu-train lint clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -38,10 +40,16 @@ test-fast: setup
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm -s tests/slurm
 
+# the environment's Python, or the machine's own
+BENCH_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
+DRY_RUN = $(if $(filter-out 0,$(DRY)),--dry)
+
 bench-gpu:
-	@test -x $(BIN)/python || { echo "make bench-gpu needs an environment: run make setup, or name one with VENV="; exit 2; }
-	@$(BIN)/python -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make bench-gpu needs a CUDA GPU")'
-	$(BIN)/python benchmarks/throughput.py --minutes 7 --page benchmarks/results/throughput_gpu.md
+	@$(BENCH_PYTHON) -m benchmarks.gpu $(DRY_RUN) $(if $(OUT),--out "$(OUT)")
+
+bench-gpu-train:
+	@$(BENCH_PYTHON) -m benchmarks.gpu.cifar $(DRY_RUN) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") \
+		$(if $(EACH),--each $(EACH)) $(if $(COMPILE),--compile)
 
 lint: setup
 	$(BIN)/ruff check .

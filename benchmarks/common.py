@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from promoe_ds.checkpoint import layout
 from promoe_ds.config.schema import reject
 from promoe_ds.utils.files import write_text
 
@@ -38,12 +38,25 @@ def device_name(world: int = 1) -> str:
 
 def facts(world: int = 1) -> dict[str, str]:
     """Commit (with a + if the tree differs from it), versions, and the device of `world` ranks."""
-    import deepspeed  # late: it is slow to import
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed_version()}"
+    return {"commit": commit(), "versions": versions, "device": device_name(world)}
 
+
+def commit() -> str:
+    """ "unknown" without git, or in a copy without its history."""
     command = ["git", "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    return {"commit": commit or "unknown", "versions": versions, "device": device_name(world)}
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def deepspeed_version() -> str:
+    """Without importing it, which is slow and may fail."""
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def page(
@@ -96,6 +109,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def ema_difference(run: Path, other: Path, step: int) -> float:
     """The largest difference of an EMA weight between checkpoints of two runs; infinite if the names differ."""
+    from promoe_ds.checkpoint import layout  # needs tqdm, the rest does not
+
     x, y = (load_file(layout.folder(each, step) / layout.EMA) for each in (run, other))
     return max(float((x[name] - y[name]).abs().max()) for name in x) if x.keys() == y.keys() else math.inf
 

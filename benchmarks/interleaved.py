@@ -42,8 +42,18 @@ Work = Callable[[Clock], None]
 """one step, which marks its begin and the end of each part"""
 
 
+def brief(error: Exception) -> str:
+    """In one line of a table."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".replace("|", "/")
+
+
 def interleaved(systems: dict[str, Work], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Windows of each system in turn -> by system, seconds of each round by part, and peak GiB; or its failure."""
+    """Windows of each system in turn -> by system, seconds of each round by part; or its failure.
+
+    No peak memory: it would include what the other systems hold.
+    """
     clock, out, steps = Clock(device), {}, {}
     for name, work in systems.items():
         try:
@@ -51,18 +61,15 @@ def interleaved(systems: dict[str, Work], device: torch.device, rounds: int) -> 
             clock.seconds(1)
             work(clock)
             steps[name] = max(1, min(50, round(WINDOW_SECONDS[device.type] / sum(clock.seconds(1)))))
-            out[name] = {"rounds": [], "gib": None}
-        except torch.OutOfMemoryError:
-            out[name] = {"failed": "out of memory"}
+            out[name] = {"rounds": []}
+        except Exception as error:  # whatever a compiler or a kernel raises: the others still count
+            out[name] = {"failed": brief(error)}
             clock.marks.clear()
-            torch.cuda.empty_cache()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     for _ in range(rounds):
         for name, number in steps.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             for _ in range(number):
                 systems[name](clock)
             out[name]["rounds"].append(clock.seconds(number))
-            if device.type == "cuda":
-                out[name]["gib"] = torch.cuda.max_memory_allocated() / 2**30
     return out

@@ -95,7 +95,7 @@ def use_loop(model: nn.Module, on: bool) -> None:
         if isinstance(module, MoELayer):
             router: Any = module.router
             if on:
-                module.forward = lambda x, split, layer=module: loop_layer(layer, x, split)  # type: ignore[method-assign]
+                module.forward = lambda x, split, _=None, *, layer=module: loop_layer(layer, x, split)  # type: ignore[method-assign]
                 router.losses = lambda config, losses, tokens_per_expert_LE, all_reduce: losses
             else:
                 module.__dict__.pop("forward", None)
@@ -105,7 +105,8 @@ def use_loop(model: nn.Module, on: bool) -> None:
 def gemms_alone(layer: Any, x_BSD: Tensor, split: Split) -> Work:
     """Forward and backward products of `layer` on x: no bias, no activation.
 
-    An expert has as many rows as the router gives it; gradients go into fresh buffers.
+    An expert has as many rows as the router gives it; gradients go into fresh buffers. Everything is random: zeros and
+    ones switch fewer transistors, and a GPU clocks higher on them.
     """
     experts, device = layer.routed.experts, x_BSD.device
     dtype = experts.compute_dtype(device.type)
@@ -113,7 +114,8 @@ def gemms_alone(layer: Any, x_BSD: Tensor, split: Split) -> Work:
     n = split.num_conditional * x_BSD.shape[1]
     inputs = {"known": x_TD[:n].to(dtype), "null": x_TD[n:].to(dtype), "all": x_TD.to(dtype)}
     inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    hiddens = {name: x.new_zeros(len(x), experts.hidden, requires_grad=True) for name, x in inputs.items()}
+    hiddens = {name: torch.randn_like(x.detach().new_empty(len(x), experts.hidden)) for name, x in inputs.items()}
+    hiddens = {name: h.requires_grad_() for name, h in hiddens.items()}
     scored = x_TD[:n].float().clone().requires_grad_()
     grads: list[Tensor] = []
     with torch.no_grad():
@@ -131,7 +133,7 @@ def gemms_alone(layer: Any, x_BSD: Tensor, split: Split) -> Work:
         with torch.autocast(device.type, enabled=False):
             outs.append(scored @ layer.router.prototypes.float().T)
         if not grads:
-            grads.extend(torch.ones_like(y) for y in outs)
+            grads.extend(torch.randn_like(y) for y in outs)
         torch.autograd.backward(outs, grads)
         for x in (*inputs.values(), *hiddens.values(), scored, *layer.parameters()):
             x.grad = None

@@ -1,6 +1,5 @@
-"""Speed of the MoE layer, of the training step and of sampling, against peers, in one run.
+"""Speed of the MoE layer, of the training step and of sampling against peers, on a machine shared with others.
 
-    make bench-gpu                                                  # everything below on one GPU, in 8 minutes
     OMP_NUM_THREADS=2 python benchmarks/throughput.py --section step --sizes s --micro 8 --precision fp32
     python benchmarks/throughput.py --section layer --sizes s,xl --routing learned,uniform,skewed
     python benchmarks/throughput.py --minutes 0                     # only print what was measured before
@@ -12,16 +11,18 @@ forget them), and none is begun after --minutes. The table is printed last.
 The training step here is forward, backward, gradient norm with clipping, fused AdamW and the EMA, without DeepSpeed's
 engine and without data loading: the same for every system. `promoe paper loop` is Algorithm 1 of the paper on the
 parameters of `promoe`; `dense` is Dense-DiT at the same activated size; `compiled` is with `train.compile`.
-benchmarks/moe_peers.py has the peers, and what they leave out.
+benchmarks/moe_peers.py has the peers, and what they leave out. A GPU's memory, kernels and ceilings are the business of
+`python -m benchmarks.gpu`, which measures each model alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,7 +48,6 @@ from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.recipes.load import load_config
-from promoe_ds.sampling.generate import SamplingOptions, draw_pixels
 from promoe_ds.utils.command_line import Parser, check_positive, launcher
 from promoe_ds.utils.files import write_text
 
@@ -158,8 +158,17 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
     return systems | {"promoe paper loop": variant("loop", True)}
 
 
-def layer_systems(size: str, images: int, precision: str, routing: str, device: torch.device) -> dict[str, Work]:
-    config = load_config(f"imagenet256_promoe_{size}")
+def layer_systems(
+    size: str,
+    images: int,
+    precision: str,
+    routing: str,
+    device: torch.device,
+    overrides: Sequence[str] = (),
+    backend: str = "inductor",
+) -> dict[str, Work]:
+    """Forward and backward of one layer; `overrides` of its recipe, `backend` of torch.compile."""
+    config = load_config(f"imagenet256_promoe_{size}", overrides)
     layer: Any = MoELayer(config).to(device)
     draw_weights(layer)
     if routing != "learned":
@@ -184,9 +193,9 @@ def layer_systems(size: str, images: int, precision: str, routing: str, device: 
         floor = moe_peers.gemms_alone(layer, x, split)
     systems = {f"promoe {name}": ours(layer, name) for name in backends(device)}
     if routing == "learned":
-        systems["promoe compiled"] = ours(compile_whole(copy.deepcopy(layer)), "grouped_mm")
+        systems["promoe compiled"] = ours(compile_whole(copy.deepcopy(layer), backend), "grouped_mm")
     systems |= {"paper loop": layer_step(layer, loop, x, precision), "gemms alone": floor}
-    if routing == "learned":
+    if routing == "learned" and importlib.util.find_spec("deepspeed"):
         hidden, experts = flops.expert_hidden(config), config.moe.num_experts  # type: ignore[union-attr]
         step, module = moe_peers.deepspeed_layer(config.model.width, hidden, experts, device)
         systems["deepspeed"] = layer_step(module, step, x, precision)
@@ -195,6 +204,7 @@ def layer_systems(size: str, images: int, precision: str, routing: str, device: 
 
 def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, Work]:
     """A few Euler steps with guidance 1.5, both halves in one forward."""
+    from promoe_ds.sampling.generate import SamplingOptions, draw_pixels  # needs pillow, the rest does not
 
     def sampling(name: str) -> Work:
         model = make_model(f"{name}_{size}", device).eval()
@@ -243,6 +253,7 @@ def measure(args: argparse.Namespace) -> None:
         if time.monotonic() > end:
             return print("no time left; run again to go on", flush=True)
         start = time.monotonic()
+        torch.compiler.reset()  # else graphs of one size count towards the limit of the next
         save_point(args.out, name, {"facts": facts() | {"rounds": str(args.rounds)}, "systems": work()})
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
         if args.device.type == "cuda":
@@ -255,9 +266,8 @@ def over(systems: dict[str, Any], slow: str, fast: str) -> str:
     return spread([sum(a) / sum(b) for a, b in zip(*pair, strict=True)], ".2f") if all(pair) else ""
 
 
-def parts_and_memory(found: dict[str, Any]) -> list[str]:
-    parts = [f"{1e3 * median(part):.3g}" for part in zip(*found["rounds"], strict=True)]
-    return [" / ".join(parts), f"{found['gib']:.1f}" if found["gib"] else ""]
+def parts(found: dict[str, Any]) -> str:
+    return " / ".join(f"{1e3 * median(part):.3g}" for part in zip(*found["rounds"], strict=True))
 
 
 def step_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
@@ -266,13 +276,13 @@ def step_row(point: str, name: str, systems: dict[str, Any], peak: float | None)
     rate = [int(micro) / sum(r) for r in found["rounds"]]
     mfu = f"{median(rate) * flops.train_flops(config, DROP) / peak:.1%}" if peak else ""
     loop = over(systems, "promoe paper loop", name)
-    return [spread(rate), *parts_and_memory(found), mfu, over(systems, "dense", name), loop]
+    return [spread(rate), parts(found), mfu, over(systems, "dense", name), loop]
 
 
 def layer_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
     time = spread([1e3 * sum(r) for r in systems[name]["rounds"]])
     loop, floor = over(systems, "paper loop", name), over(systems, name, "gemms alone")
-    return [time, *parts_and_memory(systems[name]), loop, floor]
+    return [time, parts(systems[name]), loop, floor]
 
 
 def sampling_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
@@ -281,9 +291,9 @@ def sampling_row(point: str, name: str, systems: dict[str, Any], peak: float | N
 
 
 SECTIONS = {
-    "step": ("Training step", step_row, ["images/s", "forward / backward / optimizer, ms", "peak GiB", "MFU",
+    "step": ("Training step", step_row, ["images/s", "forward / backward / optimizer, ms", "MFU",
              "speed over dense", "speed over the paper's loop"]),
-    "layer": ("MoE layer, forward and backward", layer_row, ["ms", "forward / backward, ms", "peak GiB",
+    "layer": ("MoE layer, forward and backward", layer_row, ["ms", "forward / backward, ms",
               "speed over the paper's loop", "time over its GEMMs alone"]),
     "sampling": ("Sampling: 250 Euler steps, guidance 1.5", sampling_row, ["images/s"]),
 }  # fmt: skip

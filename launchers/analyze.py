@@ -46,6 +46,8 @@ def parser() -> Parser:
     p.add_argument("--subspace", type=int, metavar="K", help="singular vectors compared (default: width / 8)")
     p.add_argument("--batch", type=int, default=64, help="images per forward (default 64)")
     p.add_argument("--seed", type=int, default=0, help="of images, noise, clusters and t-SNE (default 0)")
+    text = "bf16 is autocast (default: bf16 on CUDA, fp32 on CPU)"
+    p.add_argument("--precision", choices=("fp32", "bf16"), help=text)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     p.add_argument("--dry-run", action="store_true", help="say what would be looked at, and where it would be written")
     return p
@@ -112,7 +114,7 @@ def analyze(argv: list[str]) -> None:
     from promoe_ds.analysis.report import REPORT, check_folder, prepare_folder, write_report
     from promoe_ds.checkpoint.load_weights import find_weights
 
-    plan = Plan(args.images, timesteps, args.tokens, args.maps, args.batch, args.seed)
+    plan = Plan(args.images, timesteps, args.tokens, args.maps, args.batch, args.seed, args.precision)
     out = args.out or args.run / "analysis"
     check_folder(out)
     options = ["--run" if args.run else "--model", *["--compare"] * len(args.compare)]

@@ -25,7 +25,7 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.recipes.validate import check_guidance, check_interval, validate
 from promoe_ds.sampling import job as sampling
-from promoe_ds.sampling.generate import Pixels, SamplingOptions, check_channels, pixel_shape
+from promoe_ds.sampling.generate import Pixels, SamplingOptions, check_channels, choose_precision, pixel_shape
 from promoe_ds.sampling.protocols import NAMES, Protocol, find_protocol, protocol_record
 from promoe_ds.sampling.weak import load_weak
 from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, parse_scales, parse_steps
@@ -34,7 +34,7 @@ from promoe_ds.utils.ranks import Ranks
 EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
   python launchers/sample.py --run runs/digits --num 1000 --cfg 1,1.5,4 --steps 50 --out samples
-  torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/digits --num 50000 --precision bf16 --batch 125
+  torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/digits --num 50000 --batch 125
   python launchers/sample.py --model digits_bf16 --num 100        (of launchers/checkpoint.py convert --weights)
   torchrun --nproc_per_node 8 -- launchers/sample.py --run runs/imagenet256_promoe_b --vae sd-vae-ft-mse --num 50000 \\
       --cfg 1.0,1.5 --format npz                             latents are decoded; no 50,000 files
@@ -75,7 +75,8 @@ def parser() -> Parser:
     p.add_argument("--features", metavar="NAME", help="of --format features, as launchers/evaluate.py's (inception)")
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="as launchers/evaluate.py's")
     p.add_argument("--batch", type=int, default=64, help="images per forward and process (default 64)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
+    text = "bf16 is autocast (default: bf16 on CUDA, fp32 on CPU)"
+    p.add_argument("--precision", choices=("fp32", "bf16"), help=text)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     text = "ranks that share the routed experts (default 1)"
     p.add_argument("--expert-parallel", type=int, default=1, metavar="N", help=text)
@@ -257,6 +258,7 @@ def sample(argv: list[str]) -> None:
     said(args)
     ranks = Ranks.from_environment()
     device = ranks.pick_device(args.device)
+    args.precision = choose_precision(args.precision, device)
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
     model, config, step = load_ema(weights, "cpu" if args.expert_parallel > 1 else device)
     codec = choose_codec(args, config, weights, device)

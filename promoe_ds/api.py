@@ -17,7 +17,7 @@ from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
 from promoe_ds.recipes.validate import check_interval
-from promoe_ds.sampling.generate import Precision, SamplingOptions, draw_batches
+from promoe_ds.sampling.generate import Precision, SamplingOptions, choose_precision, draw_batches
 from promoe_ds.sampling.weak import check_weak, load_weak
 
 
@@ -56,7 +56,7 @@ def generate(
     interval: Interval | None = None,
     guidance_model: DiT | None = None,
     batch: int = 64,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
 ) -> Tensor:
     """Draw images, or latents, of the given classes.
 
@@ -78,7 +78,7 @@ def generate(
         guidance_model: a weaker model of the same classes and sizes, for p_null (arXiv:2406.02507). None: that of the
             configuration, if it names one.
         batch: images a forward; twice as many under classifier-free guidance.
-        precision: fp32, or bf16 autocast.
+        precision: fp32, or bf16 autocast; None: bf16 on CUDA, fp32 elsewhere.
 
     Returns:
         float32 [N, C, H, W] on the model's device: pixels, in [-1, 1] up to overshoot, or the latents that the model
@@ -97,7 +97,7 @@ def generate(
     device = next(model.parameters()).device
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
     how = {"sampler": solver.sampler, "eta": eta, "interval": interval, "shift": solver.shift, "sde": sde}
-    options = SamplingOptions(cfg, steps, seed, batch, precision, **how)
+    options = SamplingOptions(cfg, steps, seed, batch, choose_precision(precision, device), **how)
     drawn = label_N, np.arange(len(label_N)), options, device
     for rows, x in draw_batches(model, config, *drawn, weak=_weak(model, guidance_model)):
         out[rows] = cast(Tensor, x)
@@ -125,7 +125,7 @@ def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np
     return label_N
 
 
-def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str) -> None:
+def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str | None) -> None:
     """Raises ConfigError."""
     if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**64):
         reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
@@ -135,5 +135,5 @@ def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str) 
         reject("cfg", cfg, "is negative or not finite", "choose a guidance scale; 1 is none")
     if isinstance(steps, int) and steps < 1:
         reject("steps", steps, "must be positive", "choose 1 or more")
-    if precision not in get_args(Precision):
+    if precision is not None and precision not in get_args(Precision):
         reject("precision", precision, "is unknown", f"choose {' or '.join(get_args(Precision))}")

@@ -26,7 +26,7 @@ from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.observe import prototypes_of, routers_of, top_expert, watching
 from promoe_ds.moe.router import Router, Routing
-from promoe_ds.sampling.generate import image_noise, to_pixels
+from promoe_ds.sampling.generate import Precision, choose_precision, image_noise, to_pixels
 from promoe_ds.utils.pictures import IMAGE_MODES
 
 
@@ -43,6 +43,8 @@ class Plan:
     """M, images shown with the experts of their tokens"""
     batch: int = 64
     seed: int = 0
+    precision: Precision | None = None
+    """of the forwards, bf16 is autocast; by default bf16 on CUDA, fp32 elsewhere"""
 
     @property
     def middle(self) -> int:
@@ -180,6 +182,7 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
         block = observed.blocks[0]
         mlp: Any = model.blocks[block].mlp
         watched = mlp.register_forward_hook(lambda _, args, __: observed.see(block, None, args[0], None))
+    bf16 = choose_precision(plan.precision, device) == "bf16"
     objective, shown, starts = make_objective(config.diffusion, device), [], range(0, len(indices), plan.batch)
     with watched, tqdm(total=len(starts) * len(plan.timesteps), desc=name, unit="forward", mininterval=1) as bar:
         for observed.first in starts:
@@ -188,7 +191,9 @@ def observe(model: DiT, config: Config, step: int, name: str, plan: Plan, codec:
             shown.append(z_BCHW[: max(0, plan.maps - observed.first)])
             for observed.time, t in enumerate(plan.timesteps):
                 eps_BCHW = image_noise(plan.seed, index_B, (m.channels, m.image_size, m.image_size), observed.time)
-                model(*objective.noised(z_BCHW.to(device), eps_BCHW.to(device), t), label_B)
+                x_BCHW, t_B = objective.noised(z_BCHW.to(device), eps_BCHW.to(device), t)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    model(x_BCHW, t_B, label_B)
                 bar.update()
     z_MCHW = torch.cat(shown)
     if codec is not None or m.channels in IMAGE_MODES:

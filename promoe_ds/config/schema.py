@@ -310,9 +310,10 @@ class TrainConfig:
         "what other ranks sent",
         change="resume",
     )
-    compile: bool = option(
-        False,
-        "torch.compile of the blocks: whole where experts are all on this rank, else in parts (docs/performance.md)",
+    compile: bool | None = option(
+        None,
+        "torch.compile of the blocks: whole where experts are all on this rank, else in parts; null: as the device's "
+        "gradients were found right, which on no device they were yet (docs/performance.md)",
         change="resume",
     )
     profile: str | None = option(

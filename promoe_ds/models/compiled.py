@@ -26,6 +26,9 @@ from promoe_ds.moe.layer import MoELayer, RoutedExperts
 from promoe_ds.moe.mlp import Mlp, gelu
 from promoe_ds.moe.split import Split
 
+BY_DEFAULT: tuple[str, ...] = ()
+"""kinds of device on which `train.compile=null` compiles. "cuda" comes in once the smoke stage of `make bench-gpu` has
+found compiled gradients right on one; a CPU gains too little for the minutes that compiling takes"""
 GRAPHS = 64
 """of one function; torch stops at 8. An MoE block needs one each for none, one, some and all but one without label"""
 TESTED_TORCH = "2.11", "2.13", "2.15"
@@ -49,6 +52,14 @@ def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor", wh
             compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
             compile_gelus(compiled.mlp, backend)
     return model
+
+
+def wanted(config: Config, device: str, stage: int) -> bool:
+    """Whether to compile on this kind of device at this ZeRO stage: as asked for; if not asked, by `BY_DEFAULT`, where
+    it works."""
+    if config.train.compile is not None:
+        return config.train.compile
+    return device in BY_DEFAULT and stage < 3 and config.train.activation_checkpointing != "selective"
 
 
 def check_compiler(config: Config, device: str) -> None:

@@ -32,6 +32,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from promoe_ds.config.schema import Config
+from promoe_ds.models.compiled import wanted
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.parallel import one_pass
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
@@ -228,7 +229,8 @@ def _reduce_beside_work(zero: Any) -> None:
 
 def _compiles_update(config: Config, ds: ResolvedDS, topology: Topology) -> bool:
     """Where it was measured to pay: in host memory, for the flat partitions of stages 1 and 2."""
-    return config.train.compile and ds.stage in (1, 2) and (topology.device.type == "cpu" or ds.offload)
+    here = ds.stage in (1, 2) and (topology.device.type == "cpu" or ds.offload)
+    return here and wanted(config, topology.device.type, ds.stage)
 
 
 def _square_sum(tensors: list[Any]) -> Tensor:

@@ -48,8 +48,9 @@ def connect(ranks: Ranks, timeout_minutes: float = 30.0, meeting_minutes: float 
     From here on the end of one rank ends all (`watchdog`): within moments if its process or machine is gone, within the
     timeout if it stands still, alone in or out of a collective.
 
-    On CPU DeepSpeed would first compile a shared-memory operator for a minute (it serves inference only, and parallel
-    jobs race for its build folder): it is marked as not available.
+    DeepSpeed would first ask for each of its operators whether it can be compiled, which starts compilers, and on a CPU
+    compile a shared-memory one for a minute (it serves inference only, and parallel jobs race for its build folder):
+    none is marked as available. What uses an operator, as offload does, compiles it without asking.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -62,7 +63,7 @@ def connect(ranks: Ranks, timeout_minutes: float = 30.0, meeting_minutes: float 
     if torch.distributed.is_initialized():
         return
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]  # reading it would ask
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.device)
     cuda, timeout = ranks.device.type == "cuda", datetime.timedelta(minutes=timeout_minutes)

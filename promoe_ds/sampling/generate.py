@@ -37,6 +37,14 @@ LABEL_COUNTER = 2
 """of random labels, in the high word of the counter (0 is the first noise, 1 that of the steps)"""
 
 
+def choose_precision(wanted: Precision | None, device: torch.device) -> Precision:
+    """What is asked for, else bf16 on CUDA and fp32 elsewhere.
+
+    In fp32 CUDA has no grouped product: torch multiplies expert by expert and waits for the device twice per MoE layer.
+    """
+    return wanted or ("bf16" if device.type == "cuda" else "fp32")
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How images are drawn from weights and labels: all of it decides them, but for `batch`."""

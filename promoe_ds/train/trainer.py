@@ -30,7 +30,7 @@ from promoe_ds.data import build_dataset, fingerprint, notes
 from promoe_ds.data.batch import Batch
 from promoe_ds.data.batches import BatchStream, item_path
 from promoe_ds.diffusion.objective import make_objective
-from promoe_ds.models.compiled import check_compiler, compile_model, untested_torch
+from promoe_ds.models.compiled import check_compiler, compile_model, untested_torch, wanted
 from promoe_ds.models.dit import DiTOutput
 from promoe_ds.models.init import build, materialize
 from promoe_ds.moe.experts import check_backend
@@ -131,7 +131,7 @@ class Trainer:
         if source := self.started or reader:
             resume.load_weights(source, model, lambda p, full: local_part(p, full, topology))
         self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}
-        if self.config.train.compile:
+        if wanted(self.config, topology.device.type, ds.stage):
             compile_model(model, whole=not self.config.train.measure)
             self._say("train.compile: the first steps take a minute or more")
             if warning := untested_torch():

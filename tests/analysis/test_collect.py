@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,17 @@ OPTIONS = {"classification": ["moe.router.superclasses=digits", "moe.num_experts
 
 def model_of(*overrides: str) -> DiT:
     return materialize(build(load_config("tiny", overrides)), 0).eval()
+
+
+def test_observe_in_bfloat16_sees_nearly_the_same() -> None:
+    model = model_of()
+    exact, rough, default = (
+        observe(model, model.config, 7, "x", dataclasses.replace(PLAN, precision=p)) for p in ("fp32", "bf16", None)
+    )
+    assert (default.token_LND == exact.token_LND).all(), "on a CPU"
+    difference = np.abs(rough.token_LND - exact.token_LND)
+    assert 0 < difference.max() and np.linalg.norm(difference) < 0.02 * np.linalg.norm(exact.token_LND)
+    assert (rough.count_LTCE.sum() == exact.count_LTCE.sum()) and (rough.first_LIS == exact.first_LIS).mean() > 0.95
 
 
 @pytest.mark.parametrize("router", ["promoe", "diffmoe"])

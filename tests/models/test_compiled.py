@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from promoe_ds.config.schema import ConfigError
+from promoe_ds.models import compiled
 from promoe_ds.models.compiled import (
     GRAPHS,
     TESTED_TORCH,
@@ -20,6 +21,7 @@ from promoe_ds.models.compiled import (
     compile_model,
     one_graph,
     untested_torch,
+    wanted,
 )
 from promoe_ds.models.dit import DiT, DiTOutput
 from promoe_ds.moe.layer import MoELayer
@@ -197,6 +199,19 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         check_compiler(config, "cpu")
     check_compiler(config, "cuda")
     check_compiler(load_config("tiny"), "cpu")
+
+
+def test_nothing_compiles_by_default_until_a_gpu_has_shown_that_gradients_are_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`BY_DEFAULT` is the one place; where it is on, it gives way to what it does not work with."""
+    default = load_config("tiny")
+    assert not wanted(default, "cuda", 0) and not wanted(default, "cpu", 0)
+    monkeypatch.setattr(compiled, "BY_DEFAULT", ("cuda",))
+    assert wanted(default, "cuda", 2) and not wanted(default, "cuda", 3) and not wanted(default, "cpu", 0)
+    assert not wanted(load_config("tiny", ["train.compile=false"]), "cuda", 0)
+    assert not wanted(load_config("tiny", ["train.activation_checkpointing=selective"]), "cuda", 0)
+    assert wanted(load_config("tiny", ["train.compile=true"]), "cpu", 0)
 
 
 def test_compiled_gelus_are_few_graphs_whatever_the_rows() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.op_counting import OperatorCount, host_syncs
 from promoe_ds.config.decode import encode
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
@@ -12,7 +13,6 @@ from promoe_ds.models.init import build, materialize
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology
 from promoe_ds.recipes.load import load_config, load_tree
-from tests.op_counting import OperatorCount, host_syncs
 
 
 def tiny(*overrides: str) -> Config:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.op_counting import OperatorCount
 from torch import Tensor
 
 from promoe_ds.models.layers import adaln, residual_adaln
@@ -16,7 +17,6 @@ from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.mlp import Mlp, gelu
 from promoe_ds.moe.recompute import cast, linear, recomputed, source
 from promoe_ds.moe.router import Routing
-from tests.op_counting import OperatorCount
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

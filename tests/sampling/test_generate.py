@@ -20,6 +20,7 @@ from promoe_ds.sampling import generate
 from promoe_ds.sampling.generate import (
     SamplingOptions,
     check_channels,
+    choose_precision,
     class_labels,
     draw_batches,
     draw_pixels,
@@ -380,6 +381,11 @@ def test_bfloat16_is_close_to_float32() -> None:
     dit, config = tiny()
     exact, rough = draw(dit, config, np.arange(8)), draw(dit, config, np.arange(8), precision="bf16")
     assert 0 < np.abs(exact.astype(int) - rough).mean() < 5
+
+
+def test_precision_is_bfloat16_on_cuda_alone() -> None:
+    assert choose_precision(None, torch.device("cuda", 1)) == "bf16" and choose_precision(None, CPU) == "fp32"
+    assert choose_precision("fp32", torch.device("cuda")) == "fp32" and choose_precision("bf16", CPU) == "bf16"
 
 
 def test_hooks_see_every_step_and_batch() -> None:

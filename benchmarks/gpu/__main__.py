@@ -1,0 +1,6 @@
+from benchmarks.gpu.visit import run
+from promoe_ds.utils.command_line import launcher
+
+if __name__ == "__main__":
+    _, console = launcher(run)
+    console()
