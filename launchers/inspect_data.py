@@ -169,6 +169,8 @@ def write_sheet(path: Path, pixels_NHWC: np.ndarray) -> None:
 def inspect(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     check_positive(args, "items")
+    if args.sheet and not args.sheet.parent.is_dir():
+        reject("--sheet", args.sheet, f"there is no folder {args.sheet.parent}", "make it, or name another file")
     try:
         data = opened(args)
     except ConfigError as error:

@@ -187,7 +187,12 @@ def choose_hows(args: argparse.Namespace, config: Config, how: dict[str, Any]) -
         sde=solver.sde if solver.sampler == "sde" else None,
         pixels=how["pixels"],
     )
-    return [dataclasses.replace(options, cfg=scale) for scale in how.get("cfg", (float(config.sample.cfg),))]
+    scales = how.get("cfg", (float(config.sample.cfg),))
+    for option in ("guidance_model", "guidance_interval"):
+        if (value := getattr(args, option)) not in (None, "none") and max(scales) <= 1:
+            way_out = "add --cfg with a scale above 1, or remove it"
+            reject(f"--{option.replace('_', '-')}", value, f"guides nothing at scale {max(scales):g}", way_out)
+    return [dataclasses.replace(options, cfg=scale) for scale in scales]
 
 
 def choose_weak(

@@ -83,6 +83,9 @@ class LabelledFiles:
 def check_labels(label_N: np.ndarray, classes: int, where: Callable[[int], str], way_out: str) -> None:
     """Raises `ConfigError` for a label outside of so many classes; `where` is the path of an item."""
     wrong = np.flatnonzero((label_N < 0) | (label_N >= classes))
+    if len(wrong) and label_N[wrong[0]] < 0:
+        conflict = f"has the label {label_N[wrong[0]]}, and labels begin at 0"
+        reject("data.path", where(int(wrong[0])), conflict, "-1 often means a split without labels: name another")
     if len(wrong):
         conflict = f"has the label {label_N[wrong[0]]}, outside the {classes} classes"
         reject("data.path", where(int(wrong[0])), conflict, way_out)

@@ -57,18 +57,20 @@ class SDE:
         width = (1 - self.last_step_size) / (steps - 1)
         return [*(shift_sigma(1 - i * width, shift) for i in range(steps)), 0.0]
 
-    def why_not(self) -> str | None:
-        """What is wrong with these choices; None if nothing is."""
+    def problem(self) -> tuple[str, str, str] | None:
+        """What is wrong with these choices: field, conflict, way out; None if nothing is."""
+        known, lasts = get_args(Diffusion), get_args(LastStep)
         if self.diffusion == "SBDM":
-            return "the diffusion SBDM is sigma / (1 - sigma), infinite where a straight path begins"
-        if self.diffusion not in get_args(Diffusion):
-            return f"there is no diffusion {self.diffusion}: choose {', '.join(get_args(Diffusion))}"
-        if self.last_step not in get_args(LastStep):
-            return f"there is no last step {self.last_step}: choose {', '.join(get_args(LastStep))}"
+            conflict = "is sigma / (1 - sigma), infinite where a straight path begins"
+            return "diffusion", conflict, f"choose {', '.join(known)}"
+        if self.diffusion not in known:
+            return "diffusion", "is not known", f"choose {', '.join(known)}"
+        if self.last_step not in lasts:
+            return "last_step", "is not known", f"choose {', '.join(lasts)}"
         if not (math.isfinite(self.diffusion_norm) and self.diffusion_norm >= 0):
-            return f"the diffusion norm {self.diffusion_norm} is negative or not finite"
+            return "diffusion_norm", "is negative or not finite", "choose 0 or more; SiT's is 1"
         if self.last_step != "none" and not 0 < self.last_step_size < 1:
-            return f"the last step size {self.last_step_size} does not lie in (0, 1)"
+            return "last_step_size", "does not lie in (0, 1)", "SiT's is 0.04"
         return None
 
 

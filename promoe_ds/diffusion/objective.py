@@ -251,7 +251,8 @@ def choose_sampler(
     if sde is not None and chosen != "sde":
         conflict = "has no diffusion and no last step, which belong to the sampler sde"
         reject("--sampler", chosen, conflict, "remove them" + (", or add --sampler sde" if "sde" in samplers else ""))
-    if sde is not None and (why := sde.why_not()):
-        reject("--sampler", chosen, why, "change it")
+    if sde is not None and (problem := sde.problem()):
+        field, why, way_out = problem
+        reject(f"--{field.replace('_', '-')}", getattr(sde, field), why, way_out)
     solver = Solver(chosen, steps, eta, config.sample.shift if shift is None else shift, sde or SDE())
     return solver, check_steps(config.diffusion, solver, "--steps")

@@ -112,6 +112,8 @@ class Trainer:
             self.dataset = build_dataset(self.config)
             if (saved := resume.saved_config(self.run_folder)) is not None:
                 resume.check_same_run(saved, self.config, self.run_folder)
+            new = self.config.train.init and not layout.candidates(self.run_folder)
+            self.started = InitialWeights(self.config) if new else None
         except ConfigError as error:
             problem = error
         if problem is None or self.topology.world > 1:
@@ -127,7 +129,6 @@ class Trainer:
         materialize(model, self.config.train.seed, topology.device)
         self.model, self.routers = model, [m for m in model.modules() if isinstance(m, Router)]
         reader = resume.Reader(checkpoint) if checkpoint else None
-        self.started = InitialWeights(self.config) if self.config.train.init and not reader else None
         if source := self.started or reader:
             resume.load_weights(source, model, lambda p, full: local_part(p, full, topology))
         self.positions = {n: p.detach().cpu() for n, p in model.named_parameters() if not p.requires_grad}

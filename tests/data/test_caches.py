@@ -310,6 +310,7 @@ def test_what_is_none_of_these_or_two_of_them(tmp_path: Path) -> None:
     assert told(tmp_path / "pictures") == (
         f"data.path={tmp_path}/pictures: is no cache of latents: {LOOKED_FOR}; name another path or set data.format"
     )
+    assert "/dev/null: is neither a file nor a folder; name what" in told(Path("/dev/null"))
     both = write_fast_dit(write_lightningdit(tmp_path / "both"))
     assert "both: holds what LightningDiT and FastDiT read; set data.format" in told(both)
     assert len(open_latents(both, DataConfig(format="fast-dit"))) == 12

@@ -315,6 +315,7 @@ def test_what_is_none_or_two_of_them(tmp_path: Path) -> None:
         tmp_path / "text.txt"
     )
     assert image_kinds(write_folders(tmp_path / "tree", ITEMS)) == ["folders"]
+    assert "/dev/null: is neither a file nor a folder; name what" in told(Path("/dev/null"))
 
 
 def test_cut_and_damaged_parquet(tmp_path: Path) -> None:
@@ -428,6 +429,10 @@ def test_labels_and_files_that_disagree(tmp_path: Path) -> None:
     assert "its dataset.json and its files disagree about 00000/one.bmp" in told(root)
     (root / "dataset.json").write_text('{"labels": null}')
     assert "dataset.json: is not names and labels (TypeError" in told(root) and "again, with labels" in told(root)
+    unlabelled = write_numbered(tmp_path / "unlabelled", [(name, data, -1) for name, data, _ in ITEMS])
+    assert "has the label -1, and labels begin at 0; -1 often means a split without labels: name another" in told(
+        unlabelled
+    )
     path = write_zip(tmp_path / "zip", ITEMS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])

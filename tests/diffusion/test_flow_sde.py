@@ -144,20 +144,21 @@ def test_callback_sees_every_step_and_the_start_is_kept() -> None:
     ("sde", "message"),
     [
         (SDE(diffusion="SBDM"), "infinite where a straight path begins"),  # type: ignore[arg-type]
-        (SDE(diffusion="cubic"), "there is no diffusion cubic: choose sigma, linear"),  # type: ignore[arg-type]
-        (SDE(last_step="two"), "there is no last step two: choose mean, euler"),  # type: ignore[arg-type]
-        (SDE(diffusion_norm=-1.0), "the diffusion norm -1.0 is negative or not finite"),
-        (SDE(diffusion_norm=math.nan), "the diffusion norm nan"),
-        (SDE(last_step_size=0.0), "the last step size 0.0 does not lie in (0, 1)"),
-        (SDE(last_step_size=1.0), "the last step size 1.0"),
+        (SDE(diffusion="cubic"), "diffusion: is not known; choose sigma, linear"),  # type: ignore[arg-type]
+        (SDE(last_step="two"), "last_step: is not known; choose mean, euler"),  # type: ignore[arg-type]
+        (SDE(diffusion_norm=-1.0), "diffusion_norm: is negative or not finite"),
+        (SDE(diffusion_norm=math.nan), "diffusion_norm: is negative"),
+        (SDE(last_step_size=0.0), "last_step_size: does not lie in (0, 1)"),
+        (SDE(last_step_size=1.0), "last_step_size: does not"),
     ],
 )
 def test_what_cannot_be_is_said(sde: SDE, message: str) -> None:
-    assert message in str(sde.why_not())
+    field, conflict, way_out = sde.problem() or ("", "", "")
+    assert message in f"{field}: {conflict}; {way_out}"
 
 
 def test_what_can_be_has_no_fault() -> None:
-    assert all(SDE(form, 0.5, last).why_not() is None for form in FORMS for last in get_args(LastStep))
-    assert SDE(last_step="none", last_step_size=0.0).why_not() is None
+    assert all(SDE(form, 0.5, last).problem() is None for form in FORMS for last in get_args(LastStep))
+    assert SDE(last_step="none", last_step_size=0.0).problem() is None
     with pytest.raises(ValueError, match="a last step needs a step before it"):
         SDE().sigmas(1)

@@ -72,6 +72,10 @@ def test_weights_that_compute_something_else_are_refused(folder: Path, tmp_path:
     ):
         with pytest.raises(ConfigError, match=text):
             start(change)
+    new = tmp_path / "new"
+    words = ["--config", str(folder / "config.yaml"), "--run", str(new), f"train.init={folder}", "model.qk_norm=true"]
+    done = train(*words, check=False, fork=True)
+    assert done.returncode == 2 and "model.qk_norm=True: the weights in" in done.stderr and not new.exists()
 
 
 def tree_of_digits(folder: Path, classes: int) -> Path:

@@ -90,6 +90,9 @@ def test_images_and_what_is_neither(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "image files of 24x24 pixels: 6 JPEG RGB" in text and "6 of them" in text
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size == (4 * 258 + 2, 2 * 258 + 2)
+    sheet = tmp_path / "no" / "sheet.png"
+    text = f"error: --sheet={sheet}: there is no folder {sheet.parent}; make it, or name another file\n"
+    assert said(capsys, tmp_path / "tree", "--sheet", sheet, code=2) == text
     (empty := tmp_path / "empty").mkdir()
     text = said(capsys, empty, code=2)
     assert text.startswith(f"error: PATH={empty}: holds neither latents nor images: looked for index.json")

@@ -48,6 +48,8 @@ def open_latents(path: str | Path, said: DataConfig | None = None, num_classes: 
     if not place.exists():
         way_out = "name the --out of launchers/encode_latents.py, or a cache of latents"
         reject("data.path", path, "does not exist", way_out)
+    if not (place.is_file() or place.is_dir()):
+        reject("data.path", path, "is neither a file nor a folder", "name what can be read at any place")
     ours = place.is_dir() and any(any(place.glob(name)) for name in ("shard-*", shards.INDEX, "encoding.json"))
     if said.format == "shards" or (said.format is None and ours):
         for key in ("scale", "shift"):

@@ -84,6 +84,8 @@ def open_images(
     place = Path(path).expanduser()
     if not os.path.exists(place):
         reject("data.path", path, "does not exist", f"name {LOOKED_FOR}")
+    if not (os.path.isfile(place) or os.path.isdir(place)):
+        reject("data.path", path, "is neither a file nor a folder", "name what can be read at any place")
     kinds = image_kinds(place)
     if len(kinds) > 1:
         reject("data.path", path, f"holds images in two layouts ({' and '.join(kinds)})", "keep one of them there")
