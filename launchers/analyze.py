@@ -124,8 +124,14 @@ def analyze(argv: list[str]) -> None:
             print(f"{name}: {file}; {plan.images} images at {len(timesteps)} timesteps")
         print(f"would write {out / REPORT}")
         return
+    new = not out.exists()
     prepare_folder(out)
-    summaries = [look(args, file, name, plan) for file, name in zip(weights, names, strict=True)]
+    try:
+        summaries = [look(args, file, name, plan) for file, name in zip(weights, names, strict=True)]
+    except ConfigError:
+        if new:
+            out.rmdir()  # a mistake leaves nothing behind
+        raise
     write_report(out, summaries, args.run, shlex.join(["launchers/analyze.py", *argv]))
     print(f"report: {out / REPORT}")
 

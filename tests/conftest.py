@@ -27,6 +27,7 @@ def shared_fixtures(item: pytest.Function) -> list[str]:
     return [name for name, found in defined.items() if found[-1].scope == "module" and found[-1].baseid == module]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Slow tests first, each on its own unless it shares a fixture; the others, file by file, fill what is left."""
     place = {}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.op_counting import OperatorCount
 from torch import Tensor
 
+from benchmarks.op_counting import OperatorCount
 from promoe_ds.models.layers import adaln, residual_adaln
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
