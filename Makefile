@@ -11,7 +11,7 @@ VENV ?= .venv
 RUN ?= runs/digits
 BIN := $(VENV)/bin
 # twice as many as cores of a small machine: tests that start jobs wait for them most of the time
-SIDE_BY_SIDE := --numprocesses 4 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 export DS_BUILD_OPS = 0
 
 .PHONY: setup demo test test-fast test-slurm bench-gpu bench-gpu-train lint clean
