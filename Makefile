@@ -10,7 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/digits
 BIN := $(VENV)/bin
-# twice as many as cores of a small machine: tests that start jobs wait for them most of the time
+# Four, also on two cores: tests that start jobs often wait for them. By file: pytest 9.2 no longer reads the attribute in
+# which xdist 3.8.0 notes groups, so that --dist loadgroup puts every test anywhere, and each process makes its fixtures
 SIDE_BY_SIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 export DS_BUILD_OPS = 0
 
