@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,8 @@ def write_tars(root: Path, items: Sequence[Item], files: int = 2, format: int = 
     return root
 
 
-def write_numbered(path: Path, items: Sequence[Item]) -> Path:
-    """A folder, or a zip where the path ends so."""
-    files: dict[str, bytes] = {}
-    for number, (name, data, _) in enumerate(items):
-        files[f"{number // 4:05d}/img{number:08d}.{name.partition('.')[2]}"] = data
-    labels = [[name, label] for name, (*_, label) in zip(files, items, strict=True)]
-    files["dataset.json"] = json.dumps({"labels": labels}).encode()
+def write_files(path: Path, files: Mapping[str, bytes]) -> Path:
+    """A folder of these files, or a stored zip where the path ends so."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for name, data in files.items():
@@ -108,6 +103,16 @@ def write_numbered(path: Path, items: Sequence[Item]) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
     return path
+
+
+def write_numbered(path: Path, items: Sequence[Item]) -> Path:
+    """A folder, or a zip where the path ends so."""
+    files: dict[str, bytes] = {}
+    for number, (name, data, _) in enumerate(items):
+        files[f"{number // 4:05d}/img{number:08d}.{name.partition('.')[2]}"] = data
+    labels = [[name, label] for name, (*_, label) in zip(files, items, strict=True)]
+    files["dataset.json"] = json.dumps({"labels": labels}).encode()
+    return write_files(path, files)
 
 
 def write_zip(root: Path, items: Sequence[Item]) -> Path:

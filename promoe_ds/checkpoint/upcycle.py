@@ -8,7 +8,7 @@ those that matter most go where no gate can weaken them. With gate weights of 1,
     sum_s E_s^S(x) + E_j(x) = W2 gelu(W1 x + b1) + b2 for every j: the dense model, whatever the router chooses.
 
 K routed experts of a token, or several unconditional ones, share the last slice evenly: their W2 is divided by their
-number. Raw cosine gates are not 1, and scale the last slice (docs/formats.md has what that costs).
+number. Raw cosine gates are not 1, and scale the last slice (docs/finetuning.md has what that costs).
 
 Legend: D width, H hidden width of the dense MLP, F of an expert, E routed experts.
 """

@@ -158,7 +158,7 @@ def test_the_stages_fit_into_the_time() -> None:
 )
 def test_a_mistake_is_one_line(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available() and "no CUDA" in message:
-        pytest.skip("there is one")
+        pytest.skip("there is a CUDA GPU: the line is for those without one")
     (tmp_path / "file").write_text("")
     assert guarded(visit.run, words.format(file=tmp_path / "file", folder=tmp_path).split()) == 2
     err = capsys.readouterr().err

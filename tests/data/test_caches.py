@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from benchmarks.image_layouts import write_files
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.caches import LOOKED_FOR, open_latents
@@ -74,15 +75,7 @@ def write_mean_std(path: Path, mean: Any = 0, std: Any = 1) -> Path:
         files[name] = buffer.getvalue()
     labels = [[name, label] for name, label in zip(names, LABELS, strict=True)]
     files["dataset.json"] = json.dumps({"labels": labels}).encode()
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-        return path
-    for name, data in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
+    return write_files(path, files)
 
 
 def write_fast_dit(root: Path, count: int = 12) -> Path:
