@@ -76,7 +76,7 @@ def _find_weights(path: Path, option: str) -> Path:
     problem = damage(found[-1], read_bytes=False)
     if problem:  # never an older model in silence
         whole = newest(path)
-        way_out = f"remove it or sample --model {whole}" if whole else "no whole checkpoint is left: name another run"
+        way_out = f"remove it, or add --model {whole}" if whole else "no whole checkpoint is left: name another run"
         reject(option, found[-1], f"is damaged: {problem}", way_out)
     if not is_file(found[-1] / EMA):
         reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")

@@ -91,6 +91,11 @@ class Peer:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
 
+def _here() -> str:
+    """What tells this process from others, for people."""
+    return f"{socket.gethostname()}, pid {os.getpid()}"
+
+
 def _keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
@@ -147,7 +152,7 @@ class Watchdog:
         connection.settimeout(None)
         _keep_alive(connection)
         hub = Peer(connection, 0)
-        hub.send("hello", self.token, self.rank, f"{socket.gethostname()}, pid {os.getpid()}")
+        hub.send("hello", self.token, self.rank, _here())
         return hub
 
     def failed(self, text: str, code: int = 1) -> None:
@@ -233,6 +238,8 @@ class Watchdog:
             if kind == "hello" and rest[:1] == [self.token]:
                 peer.rank, peer.name = rest[1], rest[2]
                 self.peers[peer.rank] = peer
+                if self.server:  # so that rank 0 has a name, too
+                    peer.send("hello", self.token, 0, _here())
             elif peer.rank < 0:  # a stranger
                 messages = None
                 break

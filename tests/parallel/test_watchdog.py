@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -89,7 +90,8 @@ def test_the_death_of_rank_0_is_told_once_a_machine() -> None:
     for rank in (1, 2):
         team.vanish(rank)  # to these two, rank 0 is gone
     team.wait({1, 2})
-    assert team.ends[1][0] == 1 and team.ends[1][1].startswith("rank 0 died without a word")
+    named = f"rank 0 ({socket.gethostname()}, pid {os.getpid()}) died without a word"
+    assert team.ends[1][0] == 1 and team.ends[1][1].startswith(named)
     assert team.ends[2] == (1, "")
 
 

@@ -101,7 +101,7 @@ def test_an_older_checkpoint_never_stands_in_for_a_damaged_one(tmp_path: Path) -
     with pytest.raises(ConfigError, match="step_00000002: is damaged: .*no whole checkpoint is left"):
         find_weights(tmp_path)
     complete(old.parent)
-    with pytest.raises(ConfigError, match=f"step_00000002: is damaged: .*; remove it or sample --model {old.parent}$"):
+    with pytest.raises(ConfigError, match=f"step_00000002: is damaged: .*; remove it, or add --model {old.parent}$"):
         find_weights(tmp_path)
 
 
