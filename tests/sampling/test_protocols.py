@@ -159,7 +159,7 @@ def test_pixels_of_repa_are_half_a_level_darker() -> None:
         ("rectified_flow", 3, ["--protocol", "promoe", "--last-step", "euler"],
          "--sampler=euler: has no diffusion and no last step, which belong to the sampler sde; remove them, or add"),
         ("rectified_flow", 3, ["--protocol", "sit", "--diffusion", "SBDM"],
-         "--sampler=sde: the diffusion SBDM is sigma / (1 - sigma), infinite where a straight path begins; change it"),
+         "--diffusion=SBDM: is sigma / (1 - sigma), infinite where a straight path begins; choose sigma, linear"),
         ("rectified_flow", 3, ["--protocol", "adm"], "invalid choice: 'adm'"),
     ],
 )  # fmt: skip
