@@ -23,7 +23,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
@@ -53,7 +53,7 @@ class StateAccess(Protocol):
 
     params: dict[str, Any]
 
-    def read(self, name: str, state: str) -> Tensor: ...
+    def read(self, state: str) -> Iterable[tuple[str, Tensor]]: ...
     def write(self, name: str, state: str, full: Tensor) -> None: ...
     def allocate(self, step: int) -> None: ...
     def relink(self) -> None: ...

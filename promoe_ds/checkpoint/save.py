@@ -65,8 +65,7 @@ def ema_state_dict(
     """
     engine.relink()
     out = {name: _copied(tensor) for name, tensor in fixed.items()}
-    for name in engine.params:
-        full = engine.read(name, state)
+    for name, full in engine.read(state):
         if ranks.rank == 0:
             out[name] = _copied(full)
     return out if ranks.rank == 0 else {}
@@ -74,11 +73,10 @@ def ema_state_dict(
 
 def share(engine: StateAccess, ranks: Ranks) -> dict[str, Tensor]:
     """This rank's part of the state, on the CPU; every rank takes part in every read."""
-    mine = {}
-    for i, name in enumerate(engine.params):
-        for state in RESUMED_STATES:
-            full = engine.read(name, state)
-            if i % ranks.world == ranks.rank:
+    mine, kept = {}, set(list(engine.params)[ranks.rank :: ranks.world])
+    for state in RESUMED_STATES:
+        for name, full in engine.read(state):
+            if name in kept:
                 mine[f"{name}/{state}"] = _copied(full)
     return mine
 

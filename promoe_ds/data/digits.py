@@ -6,6 +6,7 @@ Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,16 @@ from sklearn.datasets import load_digits
 from promoe_ds.data.dataset import ImageDataset
 
 
+@cache  # it is parsed from text
+def read() -> Any:
+    return load_digits()  # a dict with attributes, which its stub does not know
+
+
 class Digits(ImageDataset):
     """1,797 grey images of 8x8 pixels in ten classes, held in memory; all of them are training data."""
 
     def __init__(self) -> None:
-        bunch: Any = load_digits()  # a dict with attributes, which its stub does not know
+        bunch = read()
         super().__init__([str(name) for name in bunch.target_names], bunch.target.astype(np.int64), 1, 8)
         # ink is counted from 0 to 16
         self._x_BCHW = torch.from_numpy(bunch.images.astype(np.float32)[:, None] / 8 - 1)

@@ -14,6 +14,7 @@ DeepSpeed 0.19.8 facts worked around here:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -43,6 +44,8 @@ from promoe_ds.parallel.topology import Topology
 
 WEIGHT = "fp32"
 """name of the master weights among the states; the others are those of the optimizer"""
+BUCKET = 2**24
+"""values of full tensors that are read in one collective, 64 MiB; a larger tensor has its own"""
 
 
 class Engine:
@@ -135,30 +138,63 @@ class Engine:
     def _ep_group(self) -> Any:
         return groups._get_expert_parallel_group(f"ep_size_{self.topology.ep}")
 
-    def read(self, name: str, state: str) -> Tensor:
-        """The full tensor of a parameter's state ("fp32", "exp_avg", "exp_avg_sq", "ema" ...), fp32; collective.
+    def read(self, state: str, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Names and full tensors of a state of the parameters ("fp32", "exp_avg", "exp_avg_sq", "ema" ...), fp32.
 
-        Sharded experts are gathered over the expert-parallel group: first dimension E.
+        Collective, and to be read to the end by every rank alike. Many small tensors travel together, because a
+        collective of a small one is mostly waiting. Sharded experts are gathered over the expert-parallel group: first
+        dimension E.
+
+        Args:
+            names: of the parameters; all of them if not given. They come in another order.
         """
-        p = self.params[name]
-        if self.stage == 0:
-            full = p.detach() if state == WEIGHT else self.adam.state[p][state]
-        elif state == WEIGHT:
-            full = safe_get_full_fp32_param(p)
-        else:
-            full = safe_get_full_optimizer_state(p, state)
-        assert full is not None, f"{name}: no {state}"
-        if not is_sharded(p):
-            return full
-        parts = [torch.empty_like(full) for _ in range(self.topology.ep)]
-        dist.all_gather(parts, full.contiguous(), group=self._ep_group())
-        return torch.cat(parts)
+        names = list(self.params if names is None else names)
+        if self.stage == 3:
+            for name in names:
+                yield name, self._gathered([name], [self._full_at_stage_3(name, state)])[0]
+            return
+        for bucket in _buckets({name: self.params[name] for name in names}, self.topology.ep):
+            yield from zip(bucket, self._full(bucket, state), strict=True)
 
-    def mean_gradient(self, name: str) -> Tensor:
-        """Adam's first moment of a parameter without its bias, fp32: the mean of its clipped gradients over about
+    @torch.no_grad()
+    def _full(self, names: list[str], state: str) -> list[Tensor]:
+        """At stages 0 to 2, of parameters that are all sharded over the expert-parallel group, or all not."""
+        params = [self.params[name] for name in names]
+        if self.stage == 0:
+            mine = [p.detach() if state == WEIGHT else self.adam.state[p][state] for p in params]
+            return self._gathered(names, mine)
+        flat = torch.zeros(sum(p.numel() for p in params), device=self.engine.device)
+        pieces = flat.split([p.numel() for p in params])
+        for p, piece in zip(params, pieces, strict=True):
+            if p._hp_mapping is not None:  # this rank has a fragment of it
+                address = p._hp_mapping.lp_fragment_address
+                fragment = p._hp_mapping.get_hp_fragment(None if state == WEIGHT else state)
+                piece.narrow(0, address.start, address.numel).copy_(fragment)
+        dist.all_reduce(flat, group=params[0]._dp_group)
+        return self._gathered(names, [piece.view(p.shape) for p, piece in zip(params, pieces, strict=True)])
+
+    def _full_at_stage_3(self, name: str, state: str) -> Tensor:
+        p = self.params[name]
+        full = safe_get_full_fp32_param(p) if state == WEIGHT else safe_get_full_optimizer_state(p, state)
+        assert full is not None, f"{name}: no {state}"
+        return full
+
+    @torch.no_grad()
+    def _gathered(self, names: list[str], mine: list[Tensor]) -> list[Tensor]:
+        """`mine`, or all experts if these are this rank's."""
+        if not is_sharded(self.params[names[0]]):
+            return mine
+        flat = torch.cat([x.flatten() for x in mine])
+        parts = [torch.empty_like(flat) for _ in range(self.topology.ep)]
+        dist.all_gather(parts, flat, group=self._ep_group())
+        pieces = zip(*(part.split([x.numel() for x in mine]) for part in parts), strict=True)
+        return [torch.cat([p.view(x.shape) for p in piece]) for x, piece in zip(mine, pieces, strict=True)]
+
+    def mean_gradients(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Adam's first moments of parameters without their bias, fp32: the means of their clipped gradients over about
         1 / (1 - beta1) steps, alike at every topology and ZeRO stage; after a step and `relink`; collective."""
         steps = float(self.adam.state[self._partitions()[0]]["step"])
-        return self.read(name, "exp_avg") / (1 - self.config.optimizer.beta1**steps)
+        return {n: x / (1 - self.config.optimizer.beta1**steps) for n, x in self.read("exp_avg", names)}
 
     def whole(self, x: Tensor) -> Tensor:
         """All values of a parameter or buffer that is not an expert's; collective at stage 3."""
@@ -205,6 +241,23 @@ class Engine:
         if self.stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _buckets(params: dict[str, Any], ep: int) -> Iterator[list[str]]:
+    """Names in groups of at most `BUCKET` values; sharded experts apart, whose data-parallel group is another."""
+    for sharded in (False, True):
+        bucket, values = [], 0
+        for name, p in params.items():
+            if is_sharded(p) != sharded:
+                continue
+            more = p.numel() * (ep if sharded else 1)
+            if bucket and values + more > BUCKET:
+                yield bucket
+                bucket, values = [], 0
+            bucket.append(name)
+            values += more
+        if bucket:
+            yield bucket
 
 
 def _reduce_beside_work(zero: Any) -> None:

@@ -192,14 +192,14 @@ class ExpertWatch:
         tokens_per_expert_LE: Tensor,
         sum_over_ranks: Callable[[Tensor], Tensor],
         whole: Callable[[Tensor], Tensor] = Tensor.detach,
-        gradient: Callable[[str], Tensor] | None = None,
+        gradients: Callable[[list[str]], dict[str, Tensor]] | None = None,
     ) -> dict[str, list[Any]]:
         """Numbers by name, a list with one for each MoE layer; collective if a forward was seen.
 
         Args:
             tokens_per_expert_LE: int32 [L, E], over all ranks.
             whole: all values of a parameter or buffer of which this rank may hold a piece.
-            gradient: the mean gradient of a parameter, by its name in the model; called on every rank alike.
+            gradients: the mean gradients of parameters, by their names in the model; called on every rank alike.
         """
         if not self.routers:
             return {}
@@ -221,8 +221,9 @@ class ExpertWatch:
             if prototypes:  # equal on every rank
                 rows_LK = torch.stack([prototype_statistics(whole(p)) for p in prototypes])
                 values |= dict(zip(PROTOTYPE_STATISTICS, rows_LK.T.tolist(), strict=True))
-            if gradient and self.names:
-                squares_LP = [torch.stack([gradient(n).square().sum() for n in names]) for names in self.names]
+            if gradients and self.names:
+                found = gradients([name for names in self.names for name in names])
+                squares_LP = [torch.stack([found[n].square().sum() for n in names]) for names in self.names]
                 values["router_grad_norm"] = torch.stack(squares_LP).sum(1).sqrt().tolist()
         return {name: [_short(value) for value in row] for name, row in values.items()}
 

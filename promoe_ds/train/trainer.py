@@ -326,7 +326,9 @@ class Trainer:
         measured = self._measured()
         tokens_per_expert_LE = sum_over_ranks(record.pop("load").clone())
         self.engine.relink()
-        layers = self.experts.report(tokens_per_expert_LE, sum_over_ranks, self.engine.whole, self.engine.mean_gradient)
+        layers = self.experts.report(
+            tokens_per_expert_LE, sum_over_ranks, self.engine.whole, self.engine.mean_gradients
+        )
         if self.log:
             rate = self.throughput.rate()
             ratio, dead = expert_load(tokens_per_expert_LE.cpu())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ class State:
         self.values = {(n, s): torch.randn(rows, 2, generator=generator) for n in self.params for s in states}
         self.step = 0
 
-    def read(self, name: str, state: str) -> Tensor:
-        return self.values[name, state]
+    def read(self, state: str) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, self.values[name, state]) for name in self.params)
 
     def write(self, name: str, state: str, full: Tensor) -> None:
         self.values[name, state] = full

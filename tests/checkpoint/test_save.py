@@ -136,7 +136,7 @@ def test_the_order_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 5)
     saver(tmp_path, State(99)).save(5, FIXED, last=True)
-    assert torch.equal(Reader(layout.folder(tmp_path, 5))("a", "fp32"), State(99).read("a", "fp32"))
+    assert torch.equal(Reader(layout.folder(tmp_path, 5))("a", "fp32"), State(99).values["a", "fp32"])
     assert names(tmp_path) == ["step_00000005"]
 
 

@@ -172,6 +172,12 @@ def test_the_optimizer_in_one_pass_trains_alike(tmp_path: Path) -> None:
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "1 one"), rel=0.06)
 
 
+def test_states_are_read_in_collectives_of_any_size(tmp_path: Path) -> None:
+    """Of parameters that are split between ranks, lie on one of them, or are sharded experts."""
+    work = [(f"stage {stage}", f"zero{stage}", "model.depth=2", "train.steps=2") for stage in (1, 2)]
+    run(torchrun(4, "tests/distributed/train_worker.py", str(tmp_path), "states", json.dumps(work)))
+
+
 def test_bf16_masters_survive_a_resume(tmp_path: Path) -> None:
     """The fp32 masters, not the bf16 weights, are what a checkpoint restores."""
     shared = ("zero1", "train.precision=bf16", "train.checkpoint_every=4")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state
 
 from promoe_ds.models import compiled
 from promoe_ds.parallel import ds_config, engine, one_pass, topology
+from promoe_ds.parallel.expert_parallel import local_part
 from promoe_ds.recipes.load import load_config
 from promoe_ds.train.trainer import Trainer, TrainingStopped
 from promoe_ds.utils.ranks import Ranks
@@ -84,11 +86,29 @@ def same_buffers(trainer: Trainer) -> None:
         assert all(torch.equal(buffer, theirs[name]) for name, buffer in mine.items())
 
 
+def same_states(trainer: Trainer) -> None:
+    """What `read` returns, in collectives of a few parameters or of all, is what DeepSpeed puts together one by one."""
+    trainer.engine.relink()
+    for bucket in (1, 10_000, engine.BUCKET):
+        engine.BUCKET = bucket
+        found = dict(trainer.engine.read("ema"))
+        assert found.keys() == trainer.engine.params.keys()
+        for name, p in trainer.engine.params.items():
+            ours = safe_get_full_optimizer_state(p, "ema")
+            assert ours is not None and torch.equal(local_part(p, found[name], trainer.topology), ours), (name, bucket)
+
+
 def main() -> None:
     folder, work = Path(sys.argv[1]), sys.argv[2]
     if work == "bad":
         for name, *case in json.loads(sys.argv[3]):
             train_badly(folder / name, *case)
+    elif work == "states":
+        for name, *case in json.loads(sys.argv[3]):
+            trainer = make(folder / name, *case)
+            assert trainer.run() == 0
+            same_states(trainer)
+            trainer.close()
     elif work == "untested torch":
         compiled.TESTED_TORCH = ("1.13",)  # type: ignore[assignment]
         make(folder, "zero1", "train.compile=true").close()

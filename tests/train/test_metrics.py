@@ -103,9 +103,9 @@ def test_report_is_what_the_routers_did() -> None:
             watch.see(outputs[-1])
     load = [output.tokens_per_expert_LE for output in outputs]
     asked: list[str] = []
-    gradient = lambda name: asked.append(name) or torch.full((2, 2), float(len(asked)))  # noqa: E731
+    gradients = lambda n: asked.extend(n) or {name: torch.full((2, 2), i + 1.0) for i, name in enumerate(n)}  # noqa: E731
     # as if a second rank had the same
-    layers = watch.report(load[0] + load[1], lambda x: 2 * x, gradient=gradient)
+    layers = watch.report(load[0] + load[1], lambda x: 2 * x, gradients=gradients)
     assert asked == ["blocks.1.mlp.router.prototypes", "blocks.3.mlp.router.prototypes"]
     assert layers["router_grad_norm"] == [2.0, 4.0]
     assert layers["block"] == [1, 3] and len(seen) == 4
