@@ -102,7 +102,8 @@ class DiT(nn.Module):
         self.config = config
         self.x_embedder = nn.Sequential(OrderedDict(proj=PatchProjection(m.channels, m.width, m.patch, stride=m.patch)))
         self.t_embedder = TimestepEmbedder(m.width, m.time, m.time_divisor)
-        self.y_embedder = nn.Embedding(m.num_classes + 1, m.width)
+        # drawn in `init_weights`; its own way to draw would load torch's compiler, a second for those who only sample
+        self.y_embedder = nn.Embedding(m.num_classes + 1, m.width, _weight=torch.empty(m.num_classes + 1, m.width))
         self.pos_embed = nn.Parameter(torch.empty(1, m.tokens, m.width), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(config, i in moe_layers) for i in range(m.depth))
         self.final_layer = FinalLayer(m.width, m.patch**2 * m.out_channels)

@@ -8,11 +8,13 @@ DeepSpeed 0.19.8 facts worked around here:
   * stages 1 and 2 link optimizer-state fragments after the first parameter group has stepped, so the experts' group
     stays unlinked: `relink`
   * stages 1 and 2 wait for the device before each reduction of gradients to their owner: `_reduce_beside_work`
+  * each start imports Muon, and its decorator the whole of torch's compiler, seconds on every rank: `_import_muon`
   * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,6 +23,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime import compiler
 from deepspeed.utils import (
     groups,
     safe_get_full_fp32_param,
@@ -64,6 +67,7 @@ class Engine:
         param_groups = split_params_into_different_moe_groups_for_optimizer(params) if topology.ep > 1 else [params]
         update = one_pass.compiled() if _compiles_update(config, ds, topology) else None
         self.adam = AdamWithEMA(param_groups, config.optimizer, update)
+        _import_muon()
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
         if self.stage in (1, 2):
             _reduce_beside_work(self.engine.optimizer)
@@ -241,6 +245,15 @@ class Engine:
         if self.stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _import_muon() -> None:
+    """The modules that DeepSpeed asks whether our optimizer is a Muon, without compiling what they decorate."""
+    real, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = real
 
 
 def _buckets(params: dict[str, Any], ep: int) -> Iterator[list[str]]:

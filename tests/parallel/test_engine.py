@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from promoe_ds.parallel.engine import _reduce_beside_work
+from tests.launch import ENVIRONMENT
 
 
 class Waited(Exception):
@@ -40,3 +43,19 @@ def test_a_reduction_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatc
             zero.allreduce_and_copy([gradient], torch.float32)
             assert torch.equal(gradient, reduced)
         assert zero.overlap_comm
+
+
+def test_no_compiler_is_loaded_to_start() -> None:
+    """A second or two for each rank: DeepSpeed's Muon would load it, and the way in which torch fills an embedding."""
+    program = """
+import sys
+from promoe_ds.models.init import build, materialize
+from promoe_ds.recipes.load import load_config
+materialize(build(load_config("tiny")), 0)
+assert "torch._dynamo" not in sys.modules, "for sampling"
+from promoe_ds.parallel.engine import _import_muon
+_import_muon()
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+assert "torch._inductor" not in sys.modules and MuonWithAuxAdam, "for training"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
