@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from promoe_ds.config.schema import ConfigError, reject
-from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
+from promoe_ds.utils.files import NOT_FOUND, file_digest, making, write_text
 from promoe_ds.utils.ranks import Ranks
 
 FORMAT = "promoe_ds/1"
@@ -115,8 +115,8 @@ def claim(run: Path) -> IO[str]:
     """
     lock = None
     try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w", encoding="utf-8")
+        with making(run / "checkpoints"):
+            lock = (run / ".lock").open("w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         reject("--run", run, "another process is training in it", "wait for it, or choose another folder")

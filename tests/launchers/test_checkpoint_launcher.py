@@ -8,8 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -142,14 +140,6 @@ def test_what_cannot_be_read_is_neither_called_damaged_nor_deleted(
     loop(run / "checkpoints")
     for words in (["verify"], ["inspect"], ["prune", "--damaged"]):
         assert f"checkpoint={run / 'checkpoints'}: cannot be read (Too many" in mistake(capsys, *words, "--run", run)
-
-
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder where every user may go; pytest's are their owner's."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o777)
-        yield Path(name)
 
 
 def test_another_users_files_are_safe(run: Path, shared: Path) -> None:
