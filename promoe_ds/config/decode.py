@@ -104,7 +104,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is no True
             return value
         listed = ", ".join(map(str, choices))
-        reject(path, repr(value), f"must be one of {listed}", did_you_mean(value, map(str, choices)))
+        reject(path, repr(value), f"must be one of {listed}", did_you_mean(value, choices))
     if origin is tuple:
         if not isinstance(value, list | tuple):
             reject(path, repr(value), "expected a list", "write [a, b, c]")

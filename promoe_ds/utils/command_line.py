@@ -11,10 +11,10 @@ import sys
 import time
 import typing
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from promoe_ds._version import __version__
-from promoe_ds.config.schema import CacheFormat, ConfigError, DataConfig, reject
+from promoe_ds.config.schema import CacheFormat, ConfigError, DataConfig, did_you_mean, reject
 from promoe_ds.utils import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
@@ -26,10 +26,20 @@ _stopped: int | None = None
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports misuse as everything else does: one line."""
+    """Reports misuse as everything else does: one line, which names the nearest option or choice."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
+        words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
+        option = words[0].partition("=")[0] if words and words[0].startswith("-") else ""
+        shown = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        raise ConfigError(f"{message}; {did_you_mean(option, shown, 'see --help')}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse has `suggest_on_error` from Python 3.14 on."""
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
+            conflict = f"must be one of {', '.join(map(str, action.choices))}"
+            reject(str(name), repr(value), conflict, did_you_mean(value, action.choices))
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

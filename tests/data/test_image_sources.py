@@ -143,6 +143,7 @@ def test_a_split_is_chosen_by_the_names_of_files(tmp_path: Path) -> None:
         file.rename(root / "data" / file.name.replace("train", "validation"))
         assert len(opened(root)) == 11 and len(opened(root, "validation")) == len(opened(root, "val")) == 4
         assert f"data.split=test: {root} has the splits train, validation; choose one" in told(root, split="test")
+        assert "the splits train, validation; did you mean 'train'?" in told(root, split="training")
         (one,) = (root / "data").glob(f"*validation*.{suffix}")
         assert len(opened(one)) == 4  # a file is what it is
 
