@@ -27,7 +27,7 @@ from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, En
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.shards import Index
 from promoe_ds.utils.ranks import ALONE, Ranks
-from tests.data.test_caches import write_mean_std
+from tests.data.cache_files import write_mean_std
 from tests.data.test_codecs import write_taef2
 from tests.photographs import write_tree
 

@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks.image_layouts import SOURCES, some_items, write_tars
 from launchers.inspect_data import main
 from promoe_ds.data.caches.cache import STATISTICS
-from tests.data.test_caches import write_lightningdit, write_mean_std, write_tree
+from tests.data.cache_files import write_lightningdit, write_mean_std, write_tree
 from tests.photographs import tiny_kl
 from tests.photographs import write_tree as write_pictures
 
