@@ -68,6 +68,20 @@ def test_values_of_all_sizes_are_found(tmp_path: Path) -> None:
     assert [data.read(i) for i in range(24)] == values and not data._known.any()
 
 
+def test_a_row_group_that_cannot_be_decoded_is_in_nobodys_way() -> None:
+    """Another thread may finish its own, and count what is kept, at the moment the first one's error is known."""
+    kept, heard = parquet_images._Kept(), []
+    whole = pa.chunked_array([[b"1"]])
+
+    def damaged() -> pa.ChunkedArray:
+        kept._groups[1].add_done_callback(lambda _: heard.append(kept.get(2, lambda: whole)))
+        raise OSError("damaged")
+
+    with pytest.raises(OSError, match="damaged"):
+        kept.get(1, damaged)
+    assert heard == [whole] and list(kept._groups) == [2]
+
+
 def test_cut_and_damaged_parquet(tmp_path: Path) -> None:
     for write in (write_parquet, as_old_parquet):
         file = sorted(write(tmp_path / write.__name__, ITEMS).iterdir())[0]
@@ -75,7 +89,7 @@ def test_cut_and_damaged_parquet(tmp_path: Path) -> None:
         file.write_bytes(whole[: len(whole) // 2])
         assert f"data.path={file}: is no whole Parquet file (" in told(file.parent)
         file.write_bytes(b"")
-        assert f"data.path={file}: is no whole Parquet file (" in told(file.parent)
+        assert f"data.path={file}: is empty, 0 bytes; copy or write the file again" in told(file.parent)
         file.write_bytes(whole)
         data = opened(file.parent)
         place = whole.index(ITEMS[1][1][:40]) if write is write_parquet else 30
@@ -83,6 +97,26 @@ def test_cut_and_damaged_parquet(tmp_path: Path) -> None:
         os.utime(file, ns=(1, data._archives[0].modified_ns))
         with pytest.raises(ConfigError, match=r"\(row 1\): cannot be read"):
             data.read(1)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        [],
+        {"info": {"features": [1]}},
+        {"info": {"features": {"label": {"_type": "ClassLabel"}}}},
+        {"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}},
+        {"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2, 3]}}}},
+    ],
+)
+def test_metadata_of_another_form(tmp_path: Path, described: Any) -> None:
+    rows, path = [{"bytes": data} for _, data, _ in ITEMS], tmp_path / "a.parquet"
+    table = pa.table({"image": rows, "label": LABELS})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(described)}), path)
+    assert f"data.path={path}: its schema's metadata `huggingface` does not describe columns" in told(path)
+    for nothing in ({}, {"info": None}, {"info": {"features": None}}):
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(nothing)}), path)
+        assert opened(path).classes == ["0", "1", "2"]
 
 
 def test_parquet_without_what_is_needed(tmp_path: Path) -> None:
@@ -98,13 +132,22 @@ def test_parquet_without_what_is_needed(tmp_path: Path) -> None:
     refused("has 1 picture(s) without bytes in row group 0; embed the pictures' files", image=empty, label=LABELS)
     refused("has no column of pictures (`image` with `bytes`), but label", label=LABELS)
     refused("has no column `label` of integers, but image", image=rows)
-    refused("has no column `label` of integers, but image, label", image=rows, label=["cat"] * 11)
-    refused("has 1 rows without a label", image=rows, label=[None, *LABELS[1:]])
+    refused("has no column `label` of integers, but image (struct<bytes: binary, path: string>), label (string)",
+            image=rows, label=["cat"] * 11)  # fmt: skip
+    refused("of integers, but image (struct<bytes: binary, path: string>), label (null); give", image=rows,
+            label=pa.nulls(11))  # fmt: skip
+    refused("of pictures (`image` with `bytes`), but image (null), label (int64);", image=pa.nulls(11), label=LABELS)
+    refused("has 11 picture(s) without bytes", image=pa.nulls(11, kind), label=LABELS)
+    refused("has 1 row(s) without a label", image=rows, label=[None, *LABELS[1:]])
     refused("(row 3): has the label -1, and labels begin at 0", image=rows, label=[0, 1, 2, -1, *LABELS[4:]])
     refused("(row 2): holds no bytes", image=[*rows[:2], {"bytes": b"", "path": "x"}, *rows[3:]], label=LABELS)
     refused("(row 2): is not an image", image=[*rows[:2], {"bytes": b"text", "path": "x"}, *rows[3:]], label=LABELS)
     pq.write_table(pa.table({"image": pa.array([], kind), "label": pa.array([], pa.int64())}), path)
-    assert "its 1 Parquet file(s) have no rows" in told(path)
+    assert f"data.path={path}: holds no rows in 1 Parquet file(s); name files with pictures" in told(path)
+    pq.write_table(pa.table({"image": pa.nulls(0), "label": pa.nulls(0)}), path)
+    assert f"data.path={path}: has no rows, so no pictures; name files with pictures" in told(path)
+    pq.write_table(pa.table({}), path)
+    assert f"data.path={path}: has no rows, so no pictures" in told(path)
     root = write_parquet(tmp_path / "two", ITEMS)
     write_parquet(tmp_path / "other", ITEMS, classes=0)
     os.replace(tmp_path / "other/train-00001-of-00002.parquet", root / "train-00001-of-00002.parquet")
