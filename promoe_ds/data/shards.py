@@ -116,6 +116,10 @@ def verify(folder: Path, option: str = "--verify") -> Index:
     """Read every byte and compare checksums. Raises `ConfigError` naming the first file that differs."""
     index = read_index(folder, option)
     for file, expected in [(ITEMS, index.items_blake2b), *((s.file, s.blake2b) for s in index.shards)]:
-        if file_digest(folder / file) != expected:
+        try:
+            found = file_digest(folder / file)
+        except OSError as error:
+            reject(option, folder / file, f"cannot be read ({error.strerror})", f"copy it back, or {AGAIN}")
+        if found != expected:
             reject(option, folder / file, "does not match its checksum", f"remove it and {AGAIN}")
     return index

@@ -60,7 +60,10 @@ def add_cache_options(p: argparse.ArgumentParser) -> None:
 
 
 def cache_options(args: argparse.Namespace) -> DataConfig:
-    """What `add_cache_options` was given."""
+    """What `add_cache_options` was given. Raises `ConfigError` for a number that is not finite."""
+    for key in ("scale", "shift"):
+        if bad := [number for number in getattr(args, key) or () if not math.isfinite(number)]:
+            reject(f"--{key}", bad[0], "is not finite", "say a number, or one per channel")
     one = lambda numbers: numbers[0] if numbers and len(numbers) == 1 else numbers and tuple(numbers)  # noqa: E731
     return DataConfig(format=args.format, scale=one(args.scale), shift=one(args.shift))
 

@@ -148,6 +148,12 @@ def test_rejected_mean_std(tmp_path: Path) -> None:
     assert "img-mean-std-00000001.npy: holds [8, 4, 4], other files [8, 2, 2]" in told(path, "repa")
     np.save(first, np.zeros((7, 4, 4), np.float32))
     assert f"data.path={first}: holds [7, 4, 4], not mean and std [2C, h, h]" in told(path, "repa")
+    for shape in ((), (8,), (8, 0, 0)):
+        np.save(first, np.zeros(shape, np.float32))
+        assert f"data.path={first}: holds {list(shape)}, not mean and std [2C, h, h]" in told(path, "repa")
+    np.save(first, posterior(0))
+    np.save(first.with_name("img-mean-std-00000003.npy"), np.zeros((8, 2, 2), np.float32))
+    assert "img-mean-std-00000003.npy: holds [8, 2, 2], other files [8, 4, 4]" in told(path), "to tell whose it is"
     first.write_bytes(first.read_bytes()[:100])
     assert f"data.path={first}: cannot be read" in told(path, "repa")
     first.unlink()
@@ -182,6 +188,12 @@ def test_fast_dit_that_cannot_be_whole(tmp_path: Path, monkeypatch: pytest.Monke
     label, feature = (tmp_path / f"imagenet256_{kind}/11.npy" for kind in ("labels", "features"))
     np.save(label, np.array([1.0]))
     assert f"data.path={label}: is not a label (it holds float64 [1])" in told(tmp_path)
+    first = label.with_name("0.npy")
+    whole = first.read_bytes()
+    for damaged in (b"", whole[-8:]):
+        first.write_bytes(damaged)
+        assert f"data.path={first}: is not a label (" in told(tmp_path), "it would be taken for class 0"
+    first.write_bytes(whole)
     label.unlink()
     assert "holds 12 features and 11 labels; extract the features again, with one process" in told(tmp_path)
     np.save(label, np.array([1]))
@@ -203,6 +215,20 @@ def test_what_is_none_of_these_or_two_of_them(tmp_path: Path) -> None:
     assert len(open_latents(both, DataConfig(format="fast-dit"))) == 12
     mixed = write_tree(write_tree(tmp_path / "mixed"), suffix=".latent.npz")
     assert "7 files end in .latent.npz, 7 do not: two caches in one tree; keep one" in told(mixed)
+
+
+def test_a_folder_of_caches_names_them(tmp_path: Path) -> None:
+    write_lightningdit(tmp_path / "vavae")
+    write_fast_dit(tmp_path / "fast")
+    write_mean_std(tmp_path / "edm2.zip")
+    (tmp_path / "notes" / "old").mkdir(parents=True)
+    (tmp_path / "pictures.zip").write_bytes(b"")
+    text = f"data.path={tmp_path}: is no cache of latents, but holds some: edm2.zip, fast, vavae; name one of them"
+    assert told(tmp_path) == text
+    write_tree(tmp_path / "mar")  # its folders look like those of a class
+    assert told(tmp_path) == text.replace("fast,", "fast, mar,")
+    many = write_tree(tmp_path / "many" / "tree").parent
+    assert open_latents(many).classes == ["tree"], "a class may have folders"
 
 
 @pytest.mark.parametrize("write", [write_tree, write_lightningdit, write_mean_std, write_fast_dit])

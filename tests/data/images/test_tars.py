@@ -67,6 +67,7 @@ def test_a_cut_tar_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
         ([("a.cls", b"1"), ("a.txt", b"x")], "a has no picture"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "a.cls is not one number but b'cat'"),
         ([("a.jpg", b"x"), ("a.cls", b"")], "a.cls is not one number but b''"),
+        ([("a.jpg", b"x"), ("a.cls", b"9" * 20)], "a.cls is no class but 99999999999999999999"),
         ([("a.jpg", b"x"), ("a.PNG", b"x"), ("a.cls", b"1")], "a has two pictures, the second is a.PNG"),
         ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"1")], "or a second label"),
         (
@@ -83,6 +84,11 @@ def test_tars_with_odd_samples(tmp_path: Path, members: list[tuple[str, bytes]],
         for name, data in members:
             add(tar, name, data)
     assert f"data.path={tmp_path}/a.tar" in (text := told(tmp_path / "a.tar")) and message in text
+
+
+def test_names_in_capitals_are_tars_too(tmp_path: Path) -> None:
+    (file,) = write_tars(tmp_path, ITEMS, files=1).iterdir()
+    assert len(opened(file.rename(file.with_suffix(".TAR")))) == len(opened(tmp_path)) == 11
 
 
 def test_tars_that_cannot_be_indexed(tmp_path: Path) -> None:
