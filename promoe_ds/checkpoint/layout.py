@@ -80,7 +80,7 @@ def is_checkpoint_name(name: str) -> bool:
 def candidates(run: Path) -> list[Path]:
     """Every checkpoint folder of a run, whole or damaged, oldest first; raises ConfigError if they cannot be listed."""
     try:
-        return sorted(p for p in (run / "checkpoints").iterdir() if is_checkpoint_name(p.name))
+        return sorted((p for p in (run / "checkpoints").iterdir() if is_checkpoint_name(p.name)), key=step_of)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -119,6 +119,8 @@ def claim(run: Path) -> IO[str]:
             lock = (run / ".lock").open("w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if lock:
+            lock.close()
         reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
     except OSError as error:
         if lock and error.errno in NO_LOCKS:

@@ -45,6 +45,8 @@ def _need(state: State, name: str, dims: int, path: Path) -> torch.Size:
     if tensor is None or tensor.ndim != dims:
         got = "is missing" if tensor is None else f"has shape {list(tensor.shape)}, expected {dims} dimensions"
         reject("CHECKPOINT", path, f"{name} {got}", NAME_ONE)
+    if not tensor.numel():
+        reject("CHECKPOINT", path, f"{name} is empty", NAME_ONE)
     return tensor.shape
 
 

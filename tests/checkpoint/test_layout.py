@@ -180,6 +180,13 @@ def test_a_folder_that_is_refused_leaves_nothing(shared: Path) -> None:
     assert [p.name for p in shared.iterdir()] == ["closed"]
 
 
+def test_the_newest_is_the_last_step_however_many_digits_it_has(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 5):
+        save(tmp_path, step)
+    assert [layout.step_of(path) for path in layout.candidates(tmp_path)][-1] == 100_000_000
+    assert layout.newest(tmp_path) == layout.folder(tmp_path, 100_000_000)
+
+
 def test_sizes_for_people() -> None:
     counts = (0, 1023, 1024, 3.5 * 2**20, 2**40)
     assert [layout.size(n) for n in counts] == ["0 B", "1023 B", "1.0 KiB", "3.5 MiB", "1.0 TiB"]

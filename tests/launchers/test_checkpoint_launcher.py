@@ -24,7 +24,7 @@ from promoe_ds.config.schema import ConfigError
 from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_config
 from tests.checkpoint.state import State, saver
-from tests.disk import as_nobody, loop
+from tests.disk import as_nobody, loop, tmpfs
 from tests.launch import ENVIRONMENT, ROOT
 
 CONFIG = load_config("tiny", ["train.keep_last=9"])
@@ -220,6 +220,13 @@ def test_another_number_of_files_is_the_same_state(run: Path, tmp_path: Path) ->
         file, inner = old.where[key]
         assert torch.equal(file.get_tensor(inner), new.where[key][0].get_tensor(inner))
     assert load_config(str(tmp_path / "fork" / "config.yaml"), []) == CONFIG
+
+
+def test_a_disk_too_small_is_left_as_it_was(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tmpfs(tmp_path / "disk", "100k") as disk:
+        for form in (["--files", 2], ["--weights", "ema"]):
+            text = mistake(capsys, "convert", "--run", run, "--out", disk / "new" / "fork", *form)
+            assert "cannot be written (it needs" in text and not list(disk.iterdir())
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

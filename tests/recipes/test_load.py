@@ -298,7 +298,8 @@ def test_bases_that_cannot_be(tmp_path: Path) -> None:
     path = tmp_path / "self.yaml"
     error("the recipe is its own base", base=write(path, f"base: {path}"))
     error("base=3: is not the name of a recipe", base=write(tmp_path / "number.yaml", "base: 3"))
-    error("no such recipe", base=write(tmp_path / "lost.yaml", "base: nowhere"))
+    error("base=nowhere: no such recipe", base=write(tmp_path / "lost.yaml", "base: nowhere"))
+    error(f"base={tmp_path}/none.yaml: cannot be read", base=write(path, f"base: {tmp_path}/none.yaml"))
 
 
 def test_recipes_in_subfolders_are_named_by_their_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
