@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import ConfigError, did_you_mean, reject
-from promoe_ds.data import taef2
+from promoe_ds.data import shards, taef2
 from promoe_ds.utils.files import file_digest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -123,8 +123,7 @@ class Codec(ABC):
 
     def record(self) -> dict[str, Any]:
         """What an index or a run folder says of the codec."""
-        keys = ("kind", "channels", "factor", "scale", "shift", "stochastic", "digest")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in shards.CODEC}
 
 
 class Identity(Codec):

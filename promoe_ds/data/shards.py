@@ -25,6 +25,8 @@ from promoe_ds.utils.files import atomic, check_readable, file_digest, write_tex
 
 FORMAT = "promoe_ds_latents/1"
 INDEX, ITEMS = "index.json", "items.safetensors"
+CODEC = ("kind", "channels", "factor", "scale", "shift", "stochastic", "digest")
+"""what is said of the codec, `Codec.record`"""
 DTYPES = {"float16": np.float16, "float32": np.float32}
 AGAIN = "run launchers/encode_latents.py again"
 
@@ -86,6 +88,8 @@ def read_index(folder: Path, option: str = "data.path") -> Index:
         if tree.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         index = Index(**{**tree, "shards": [Shard(**shard) for shard in tree["shards"]]})
+        if missing := [key for key in CODEC if key not in index.codec]:
+            raise ValueError(f"its codec has no {missing[0]}")
     except FileNotFoundError:
         reject(option, folder, f"has no {INDEX}: no latents, or not all of them are encoded", AGAIN)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

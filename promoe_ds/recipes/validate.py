@@ -1,4 +1,4 @@
-"""What a configuration must satisfy: checks that depend on it alone, and checks against the number of processes.
+"""What a configuration must satisfy by itself; `config/batching.py` checks it against the number of processes.
 
 Pure: nothing is changed, and nothing read but the configuration (`validate_data` looks at files too). Every failure is
 a one-line `ConfigError`.

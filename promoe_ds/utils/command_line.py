@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import platform
@@ -21,6 +22,8 @@ DONE, USER_ERROR, STOPPED = 0, 2, 85
 """exit codes; after 85 the same command continues, as after `signals.INTERRUPTED` (130), Ctrl-C"""
 OTHERS_SECONDS = 30.0
 """how long other ranks let rank 0 speak, and the launcher end them, before they tell the same mistake"""
+LOOKED_AT = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""what is met where a path is only looked at, before any reader can say what it was to be"""
 _stopped: int | None = None
 """the exit code of the signal that `leave` has heard"""
 
@@ -109,7 +112,7 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
         if _stopped is None:  # else a library may have made it of the interrupt, as torch does
             if isinstance(error, ConfigError):
                 return mistake(error)
-            if isinstance(error, PermissionError):  # met where a path was only looked at
+            if isinstance(error, OSError) and error.errno in LOOKED_AT:
                 text = f"{error.filename}: {error.strerror}; look at its permissions, or name another"
                 return mistake(ConfigError(text))
             raise

@@ -167,6 +167,10 @@ def test_damaged_shards_are_one_line(tmp_path: Path) -> None:
     assert "holds [1, 2, 8, 4, 4], the index says [3, 2, 8, 4, 4]" in rejected(out, (0,))
     index.write_text(text.replace("promoe_ds_latents/1", "promoe_ds_latents/9"))
     assert "its format is not promoe_ds_latents/1" in rejected(out)
+    tree = json.loads(text)
+    del tree["codec"]["stochastic"]
+    index.write_text(json.dumps(tree))
+    assert "index.json: cannot be used (its codec has no stochastic)" in rejected(out)
     index.write_text(json.dumps(json.loads(text) | {"items": 6}))
     assert "index.json and items.safetensors disagree about items" in rejected(out)
     index.unlink()
