@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from promoe_ds.config.schema import reject
 from promoe_ds.data.archive import Archive
+from promoe_ds.data.dataset import located
 from promoe_ds.data.images.decoded import DecodedImages
 from promoe_ds.data.images.parquet_pages import places
 from promoe_ds.data.images.splits import files_of_split
@@ -88,14 +89,9 @@ class ParquetImages(DecodedImages):
                 f"to {size / 1e6:.0f} MB: encode them, which reads in order, or write them as docs/training.md says"
             )
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Row group, and row in it."""
-        group = int(np.searchsorted(self._first, index, side="right")) - 1
-        return group, index - int(self._first[group])
-
     def _row(self, index: int) -> tuple[str, int]:
         """File, and row in it."""
-        group, row = self._place(index)
+        group, row = located(self._first, index)
         return self._archives[self._groups["file"][group]].path, int(self._groups["row"][group]) + row
 
     def name(self, index: int) -> str:
@@ -107,7 +103,7 @@ class ParquetImages(DecodedImages):
         return f"{path} (row {row})"
 
     def read(self, index: int) -> bytes:
-        group, row = self._place(index)
+        group, row = located(self._first, index)
         try:
             if self._found(group):
                 archive = self._archives[self._groups["file"][group]]

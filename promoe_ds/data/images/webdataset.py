@@ -11,6 +11,7 @@ import numpy as np
 
 from promoe_ds.config.schema import reject
 from promoe_ds.data.archive import Archive
+from promoe_ds.data.dataset import located
 from promoe_ds.data.images.decoded import DecodedImages
 from promoe_ds.data.images.splits import files_of_split
 from promoe_ds.data.labelled import numbered_classes
@@ -75,8 +76,8 @@ class TarImages(DecodedImages):
         self.kind = f"{self.kind}, {len(files)} of them"
 
     def _place(self, index: int) -> tuple[Shard, int]:
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self._shards[number], index - int(self._first[number])
+        number, item = located(self._first, index)
+        return self._shards[number], item
 
     def _key(self, index: int) -> tuple[Shard, str]:
         shard, item = self._place(index)
