@@ -156,7 +156,7 @@ def test_the_shift_of_sampling_is_apart_from_that_of_training() -> None:
         (FLOW, (None, 10, 0.0, float("nan")), "--shift=nan: must be positive"),
         (FLOW, ("heun", 10, 0.0, None, SDE()), "--sampler=heun: has no diffusion and no last step, which belong to"),
         (DDPM, (None, 10, 0.0, None, SDE()), "which belong to the sampler sde; remove them"),
-        (FLOW, ("sde", 10, 0.0, None, SDE(diffusion_norm=-1)), "--diffusion-norm=-1: is negative or not finite;"),
+        (FLOW, ("sde", 10, 0.0, None, SDE(diffusion_norm=-1)), "--diffusion-norm=-1: is negative or not finite"),
         (FLOW, ("sde", 1, 0.0), "--steps=1: a last step needs a step before it; choose another number of steps"),
     ],
 )  # fmt: skip
