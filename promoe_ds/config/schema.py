@@ -367,9 +367,15 @@ class Config:
         return tuple(range(first, self.model.depth, stride))
 
 
-def did_you_mean(word: Any, known: typing.Iterable[Any], otherwise: str = "choose a known one") -> str:
-    """The way out of a word that is none of the known ones: the nearest of them, or `otherwise` if none is near."""
-    close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=0.5)
+def did_you_mean(
+    word: Any, known: typing.Iterable[Any], otherwise: str = "choose a known one", cutoff: float = 0.5
+) -> str:
+    """The way out of a word that is none of the known ones: the nearest of them, or `otherwise` if none is near.
+
+    Args:
+        cutoff: how alike they must be, of 0 to 1 (`difflib`).
+    """
+    close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else otherwise
 
 

@@ -35,7 +35,8 @@ class Parser(argparse.ArgumentParser):
         words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
         option = words[0].partition("=")[0] if words and words[0].startswith("-") else ""
         shown = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
-        raise ConfigError(f"{message}; {did_you_mean(option, shown, 'see --help')}")
+        way_out = did_you_mean(option, shown, "see --help", cutoff=0.75)  # the dashes of all are alike
+        raise ConfigError(f"{message}; {way_out}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse has `suggest_on_error` from Python 3.14 on."""
