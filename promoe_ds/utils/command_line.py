@@ -41,9 +41,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse has `suggest_on_error` from Python 3.14 on."""
         if action.choices is not None and value not in action.choices:
-            name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
+            name = action.option_strings[0] if action.option_strings else action.dest
             conflict = f"must be one of {', '.join(map(str, action.choices))}"
-            reject(str(name), repr(value), conflict, did_you_mean(value, action.choices))
+            reject(name, repr(value), conflict, did_you_mean(value, action.choices))
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

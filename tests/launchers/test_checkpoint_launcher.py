@@ -241,6 +241,9 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "one of the arguments --weights --files is required" in mistake(capsys, *convert, tmp_path / "new")
     assert "holds no checkpoint" in mistake(capsys, "verify", "--run", tmp_path / "there")
     assert "name either" in mistake(capsys, "inspect")
+    assert "command='verfy': must be one of inspect, verify, convert, prune; did you mean 'verify'?" in mistake(
+        capsys, "verfy"
+    )
     assert "name either" in mistake(capsys, "verify", "--run", run, layout.folder(run, 10))
     assert "no such folder" in mistake(capsys, "inspect", tmp_path / "nowhere")
     assert "manifest.json is missing" in mistake(capsys, "inspect", tmp_path / "there")
