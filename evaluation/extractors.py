@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import did_you_mean, reject
 from promoe_ds.evaluation.dinov2 import DINOv2, find_dinov2
 from promoe_ds.evaluation.features import DigitsCNN, Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, brief
@@ -142,5 +142,5 @@ def load_extractor(
         return DigitsCNN()
     if name.endswith(SUFFIXES):
         return load_external(Path(name), batch, device)
-    known = f"{', '.join(EXTRACTORS)}, or name a .onnx or TorchScript .pt file"
-    reject("--features", name, "no such feature extractor", f"choose one of {known}")
+    known = f"choose one of {', '.join(EXTRACTORS)}, or name a .onnx or TorchScript .pt file"
+    reject("--features", name, "no such feature extractor", did_you_mean(name, EXTRACTORS, known))

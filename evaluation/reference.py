@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import did_you_mean, reject
 from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
 from promoe_ds.evaluation.digits import digits_images, digits_split
 from promoe_ds.evaluation.features import FeatureExtractor
@@ -82,7 +82,8 @@ def find_reference(name: str, option: str = "--ref", size: int | None = None) ->
     fault = (
         "no such reference set" if not path.exists() else "is neither a folder, an .npz, a .pkl nor a .safetensors file"
     )
-    reject(option, name, fault, f"choose one of {', '.join(REFERENCES)}, or name an .npz, features file or folder")
+    way_out = f"choose one of {', '.join(REFERENCES)}, or name an .npz, features file or folder"
+    reject(option, name, fault, did_you_mean(name, REFERENCES, way_out))
 
 
 def _npz(path: Path, option: str) -> Source:

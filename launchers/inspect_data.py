@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ from promoe_ds.data.encode import renamed
 from promoe_ds.data.images import LOOKED_FOR as LOOKED_FOR_IMAGES
 from promoe_ds.data.images import DecodedImages, image_kinds, open_images
 from promoe_ds.data.latents import Latents
-from promoe_ds.data.zips import first_name
+from promoe_ds.data.zips import StoredZip
 from promoe_ds.sampling.generate import to_pixels
 from promoe_ds.utils.command_line import Parser, add_cache_options, cache_options, check_positive, launcher
 from promoe_ds.utils.pictures import SUFFIXES, grid, write_png
@@ -59,7 +60,7 @@ def parser() -> Parser:
 def opened(args: argparse.Namespace) -> ImageDataset:
     """Latents, or else images. Raises `ConfigError`."""
     place = Path(args.path).expanduser()
-    if args.format or not first_name(place).lower().endswith(SUFFIXES):
+    if args.format or not zip_of_pictures(place):
         try:
             return open_latents(args.path, cache_options(args))
         except ConfigError as error:
@@ -69,6 +70,13 @@ def opened(args: argparse.Namespace) -> ImageDataset:
                 conflict = f"holds neither latents nor images: {LOOKED_FOR}; of images: {LOOKED_FOR_IMAGES}"
                 reject("data.path", args.path, conflict, "name another path")
     return open_images(args.path, split=args.split, channels=3, image_size=256)
+
+
+def zip_of_pictures(place: Path) -> bool:
+    """Raises `ConfigError` for a zip that is not whole."""
+    if not (place.is_file() and place.suffix.lower() == ".zip"):
+        return False
+    return any(name.lower().endswith(SUFFIXES) for name in map(os.fsdecode, StoredZip(place).names.tolist()))
 
 
 def look(data: DecodedImages | Latents, chosen: list[int]) -> tuple[list[np.ndarray], list[str]]:
@@ -176,6 +184,10 @@ def inspect(argv: list[str]) -> int:
     except ConfigError as error:
         raise ConfigError(renamed(error, "PATH")) from error
     assert isinstance(data, DecodedImages | Latents)
+    if args.sheet and not args.vae and isinstance(data, Latents):
+        reject("--sheet", args.sheet, "latents are drawn by their codec", "add --vae, or leave it out")
+    if args.vae and not isinstance(data, Latents):
+        reject("--vae", args.vae, "PATH holds pictures", "leave it out")
     chosen = np.unique(np.linspace(0, len(data) - 1, min(args.items, len(data))).astype(int)).tolist()
     whole, damaged = look(data, chosen)
     counts = np.bincount(data.label_B, minlength=data.num_classes)

@@ -36,7 +36,7 @@ from promoe_ds.utils import signals  # noqa: E402
 if __name__ == "__main__":
     signals.listen()  # before the slow imports
 
-from promoe_ds.config.schema import Config, ConfigError  # noqa: E402
+from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
 from promoe_ds.utils.command_line import STOPPED, USER_ERROR, Parser, mistake  # noqa: E402
 
 
@@ -63,9 +63,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_environment() -> None:
-    """Share the CPU cores between the processes of this machine (unless OMP_NUM_THREADS is set); before torch."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local)))
+    """Share the CPU cores between the processes of this machine (unless OMP_NUM_THREADS is set); before torch.
+
+    Raises ConfigError where launchers' variables are no numbers.
+    """
+    name = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+    local = os.environ.get(name) or "1"
+    if not local.isdecimal() or not int(local):
+        reject(f"environment {name}", repr(local), "is not a number of processes", "unset it")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(local))))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the other processes
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would look for one, and warn
@@ -133,9 +139,9 @@ def train(args: argparse.Namespace, config: Config) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    prepare_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about what deepspeed calls
     try:
+        prepare_environment()
         args = parse_args(argv)
         from promoe_ds.recipes.load import load_config  # imports torch
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.checkpoint.load_weights import load_ema
-from promoe_ds.config.schema import Interval, reject
+from promoe_ds.config.schema import Interval, did_you_mean, reject
 from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
@@ -135,5 +135,5 @@ def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str |
         reject("cfg", cfg, "is negative or not finite", "choose a guidance scale; 1 is none")
     if isinstance(steps, int) and steps < 1:
         reject("steps", steps, "must be positive", "choose 1 or more")
-    if precision is not None and precision not in get_args(Precision):
-        reject("precision", precision, "is unknown", f"choose {' or '.join(get_args(Precision))}")
+    if precision is not None and precision not in (known := get_args(Precision)):
+        reject("precision", precision, f"must be one of {', '.join(known)}", did_you_mean(precision, known))

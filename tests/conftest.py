@@ -2,6 +2,9 @@
 
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # side by side, threads that wait for each other take the others' cores
 
@@ -14,6 +17,14 @@ LONGEST = ["launchers/test_pipeline", "distributed/test_routers", "distributed/t
            "distributed/test_failures", "distributed/test_train", "benchmarks/test_scaling", "launchers/test_train",
            "test_package"]  # fmt: skip
 """modules whose tests come first, so that none of them is still running when all others are done"""
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder where every user may go; pytest's are their owner's."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
 
 
 def slow(item: pytest.Function) -> bool:

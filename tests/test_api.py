@@ -61,7 +61,7 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
         ({"seed": 0.5}, "seed=0.5"),
         ({"cfg": float("nan")}, "cfg=nan"),
         ({"cfg": -1.0}, "cfg=-1.0: is negative"),
-        ({"precision": "fp8"}, "choose fp32 or bf16"),
+        ({"precision": "fp8"}, "must be one of fp32, bf16"),
     ):
         with pytest.raises(promoe_ds.ConfigError, match=text):
             promoe_ds.generate(loaded, **({"labels": [1]} | options))  # type: ignore[arg-type]

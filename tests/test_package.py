@@ -113,5 +113,7 @@ def test_launchers_start_the_commands_of_an_installed_wheel(wheel: Path, tmp_pat
 def test_shipped_files_by_name() -> None:
     assert find("zero2") == str(ROOT / "promoe_ds" / "ds_configs" / "zero2.json")
     assert find("ds_configs/zero2.json") == "ds_configs/zero2.json"
-    with pytest.raises(ConfigError, match="no such file is shipped .known: zero0, zero1, zero2, "):
+    with pytest.raises(
+        ConfigError, match="no such file is shipped .known: zero0, zero1, zero2, .*; did you mean 'zero"
+    ):
         find("zero7")

@@ -19,7 +19,7 @@ from promoe_ds.analysis.collect import Observed
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
 from promoe_ds.config.schema import reject
 from promoe_ds.costs import flops
-from promoe_ds.utils.files import atomic, write_text
+from promoe_ds.utils.files import atomic, making, write_text
 
 REPORT = "report.html"
 FILES = "files.json"
@@ -40,8 +40,8 @@ def check_folder(out: Path) -> None:
 def prepare_folder(out: Path) -> None:
     """Make it, and try to write there: better now than after the work. Raises `ConfigError`."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        with making(out):
+            tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         reject("--out", out, f"cannot be written ({error.strerror})", "name another folder")
 

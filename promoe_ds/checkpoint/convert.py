@@ -20,7 +20,7 @@ from promoe_ds.checkpoint.save import complete, write_tensors
 from promoe_ds.config.decode import dump
 from promoe_ds.config.schema import reject
 from promoe_ds.recipes.load import load_tree
-from promoe_ds.utils.files import atomic, write_text
+from promoe_ds.utils.files import atomic, making, write_text
 
 
 def checked(path: Path) -> dict[str, Any]:
@@ -40,19 +40,20 @@ def made(final: Path, need: int) -> Iterator[Path]:
         reject("--out", final, "exists; nothing is overwritten", "name another folder")
     temporary = final.with_name(f"tmp_{final.name}")
     try:
-        temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
-        if free < need:
-            raise OSError(f"it needs {size(need)}, the disk has {size(free)} free")
-        yield temporary
+        with making(final.parent):
+            temporary.mkdir()
+            try:
+                free = shutil.disk_usage(temporary).free
+                if free < need:
+                    raise OSError(f"it needs {size(need)}, the disk has {size(free)} free")
+                yield temporary
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
     except FileExistsError:
         reject("--out", temporary, "exists: an interrupted conversion left it, or another is at work", "remove it")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         reject("--out", final, f"cannot be written ({error})", "free space or name another folder")
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def resplit(path: Path, run: Path, count: int) -> Path:
@@ -82,6 +83,6 @@ def resplit(path: Path, run: Path, count: int) -> Path:
         for i in range(count):
             part = {f"{n}/{s}": reader(n, s) for n in names[i::count] for s in RESUMED_STATES}
             files |= write_tensors(temporary / f"state-{i:05d}-of-{count:05d}.safetensors", part, metadata)
-        write_text(run / "config.yaml", config)
         complete(temporary, final, tree | {"files": files})
+        write_text(run / "config.yaml", config)
     return final

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from promoe_ds.config.schema import ConfigError, reject
-from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
+from promoe_ds.utils.files import NOT_FOUND, file_digest, making, write_text
 from promoe_ds.utils.ranks import Ranks
 
 FORMAT = "promoe_ds/1"
@@ -80,7 +80,7 @@ def is_checkpoint_name(name: str) -> bool:
 def candidates(run: Path) -> list[Path]:
     """Every checkpoint folder of a run, whole or damaged, oldest first; raises ConfigError if they cannot be listed."""
     try:
-        return sorted(p for p in (run / "checkpoints").iterdir() if is_checkpoint_name(p.name))
+        return sorted((p for p in (run / "checkpoints").iterdir() if is_checkpoint_name(p.name)), key=step_of)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -115,10 +115,12 @@ def claim(run: Path) -> IO[str]:
     """
     lock = None
     try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w", encoding="utf-8")
+        with making(run / "checkpoints"):
+            lock = (run / ".lock").open("w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if lock:
+            lock.close()
         reject("--run", run, "another process is training in it", "wait for it, or choose another folder")
     except OSError as error:
         if lock and error.errno in NO_LOCKS:

@@ -130,9 +130,13 @@ def discard(path: Path) -> None:
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what interrupted saves left behind."""
+    """Delete all but the newest `keep_last` checkpoints, and what interrupted saves left behind.
+
+    What cannot be deleted is a warning: the disk will be full of it one day.
+    """
     for path in [*candidates(run)[:-keep_last], *leftovers(run)]:
-        _trouble(partial(discard, path))
+        if problem := _trouble(partial(discard, path)):
+            print(f"warning: {path} cannot be deleted ({problem})", file=sys.stderr, flush=True)
 
 
 def _before(run: Path) -> str:

@@ -23,7 +23,8 @@ def batch_plan(config: Config, world: int) -> tuple[int, int]:
     """
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     if total % world:
-        near = listed(n for n in (total // world * world, (total // world + 1) * world) if n)
+        unit = world * (micro or 1)
+        near = listed(n for n in (total // unit * unit, (total // unit + 1) * unit) if n)
         way_out = f"choose for example {near}, or another number of processes"
         reject("train.global_batch_size", total, f"is not divisible by the world size {world}", way_out)
     if micro is None:

@@ -78,6 +78,8 @@ def _spell(kind: Any) -> str:
     """A type as a user would say it."""
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(str, typing.get_args(kind)))
+    if kind is types.NoneType:
+        return "null"
     if typing.get_origin(kind) is tuple:
         return f"a list of {_spell(typing.get_args(kind)[0])}"
     return getattr(kind, "__name__", str(kind))
@@ -88,6 +90,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return _decode_union(kind, value, path)
+    read = value
     if isinstance(value, Override):
         read = value.yaml()
         text = read if value[:1] in ("'", '"') and isinstance(read, str) else str(value)  # quotes are YAML's
@@ -101,7 +104,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is no True
             return value
         listed = ", ".join(map(str, choices))
-        reject(path, repr(value), f"must be one of {listed}", did_you_mean(value, map(str, choices)))
+        reject(path, repr(value), f"must be one of {listed}", did_you_mean(value, choices))
     if origin is tuple:
         if not isinstance(value, list | tuple):
             reject(path, repr(value), "expected a list", "write [a, b, c]")
@@ -111,6 +114,9 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
     number = _number(str(value)) if kind in (int, float) else None
     if number is not None and (kind is float or number == int(number)):
         return kind(number)
+    if kind in (int, float) and isinstance(read, float) and (number is not None or not math.isfinite(read)):
+        expected, got = "int" if kind is int else "a finite float", "float" if math.isfinite(read) else str(read)
+        reject(path, value, f"expected {expected}, got {got}", "change the value")  # as it was written
     way_out = "write it in quotes" if kind is str and not isinstance(value, list | dict) else "change the value"
     reject(path, repr(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
 

@@ -367,9 +367,16 @@ class Config:
         return tuple(range(first, self.model.depth, stride))
 
 
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "choose a known one"
+def did_you_mean(
+    word: Any, known: typing.Iterable[Any], otherwise: str = "choose a known one", cutoff: float = 0.5
+) -> str:
+    """The way out of a word that is none of the known ones: the nearest of them, or `otherwise` if none is near.
+
+    Args:
+        cutoff: how alike they must be, of 0 to 1 (`difflib`).
+    """
+    close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def router_config_class(name: str, path: str) -> type[RouterConfig]:

@@ -24,8 +24,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import ConfigError, reject
-from promoe_ds.data import taef2
+from promoe_ds.config.schema import ConfigError, did_you_mean, reject
+from promoe_ds.data import shards, taef2
 from promoe_ds.utils.files import file_digest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -123,8 +123,7 @@ class Codec(ABC):
 
     def record(self) -> dict[str, Any]:
         """What an index or a run folder says of the codec."""
-        keys = ("kind", "channels", "factor", "scale", "shift", "stochastic", "digest")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in shards.CODEC}
 
 
 class Identity(Codec):
@@ -223,11 +222,11 @@ def find_codec(path: str, option: str = "--vae") -> str:
     Raises:
         ConfigError: files are absent; the message says which, of which public release, and where to put them.
     """
-    if path == "identity":
+    if path == Identity.kind:
         return path
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        reject(option, path, "no such folder", HOW_TO_GET)
+        reject(option, path, "no such folder", did_you_mean(path, [Identity.kind], HOW_TO_GET))
     if any((folder / name).exists() for name in TAEF2_FILES):
         for name in TAEF2_FILES:
             if not (folder / name).is_file():

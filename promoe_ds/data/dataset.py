@@ -16,6 +16,16 @@ Gauss = Callable[[tuple[int, ...]], np.ndarray]
 """shape [C, h, w] -> standard normal draws float32 [B, C, h, w], keyed by row as all that is random in training"""
 
 
+def located(first: np.ndarray, index: int) -> tuple[int, int]:
+    """Which of several files holds item `index`, and its place there, if they hold the items one after the other.
+
+    Args:
+        first: int64, number of the first item of each file, and at the end that of all items.
+    """
+    number = int(np.searchsorted(first, index, side="right")) - 1
+    return number, index - int(first[number])
+
+
 class ImageDataset(ABC):
     """Images or latents of named classes.
 

@@ -31,7 +31,7 @@ from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages
 from promoe_ds.data.latents import Latents
-from promoe_ds.utils.files import file_digest, write_text
+from promoe_ds.utils.files import file_digest, making, write_text
 from promoe_ds.utils.ranks import Ranks
 
 RECORD, PROGRESS = "encoding.json", "progress"
@@ -171,7 +171,7 @@ class Encoder:
         state = hashlib.blake2b(self.source.label_N.astype("<i8").tobytes(), digest_size=16)
         for text in (*self.source.classes, *self.names):
             if "\n" in text or text.encode(errors="ignore").decode() != text:
-                reject("--images", repr(text), "the name is not UTF-8, or holds a newline", "rename it")
+                reject(self.source.option, repr(text), "the name is not UTF-8, or holds a newline", "rename it")
             state.update(text.encode() + b"\n")
         return state.hexdigest()
 
@@ -179,20 +179,20 @@ class Encoder:
         """Write the record, or refuse a folder that holds something else; every process does this alike."""
         out, path = self.job.out, self.job.out / RECORD
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            # Listed before the record is looked for: a process that started earlier writes its record first.
-            foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-            if path.exists():
-                record = json.loads(path.read_text(encoding="utf-8"))
-                for key, value in facts.items():
-                    if (old := record.get(key)) != value:
-                        conflict = f"holds latents of {key}={old}, this command has {key}={value}"
-                        reject("--out", out, conflict, "name another folder or remove this one")
-            elif foreign:
-                reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
-            else:
-                write_text(path, json.dumps({**about, **facts}, indent=1) + "\n")
-            (out / PROGRESS).mkdir(exist_ok=True)
+            with making(out):
+                # Listed before the record is looked for: a process that started earlier writes its record first.
+                foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+                if path.exists():
+                    record = json.loads(path.read_text(encoding="utf-8"))
+                    for key, value in facts.items():
+                        if (old := record.get(key)) != value:
+                            conflict = f"holds latents of {key}={old}, this command has {key}={value}"
+                            reject("--out", out, conflict, "name another folder or remove this one")
+                elif foreign:
+                    reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")
+                else:
+                    write_text(path, json.dumps({**about, **facts}, indent=1) + "\n")
+                (out / PROGRESS).mkdir(exist_ok=True)
         except (OSError, ValueError, AttributeError) as error:
             reject("--out", out, f"cannot be used ({' '.join(str(error).split())})", "name another folder")
 

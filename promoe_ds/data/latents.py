@@ -19,7 +19,7 @@ import torch
 from promoe_ds.config.schema import reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import per_channel
-from promoe_ds.data.dataset import Gauss, ImageDataset
+from promoe_ds.data.dataset import Gauss, ImageDataset, located
 
 Content = Literal["moments", "mean_std", "sample", "scaled_sample"]
 """What is stored of an item:
@@ -125,17 +125,14 @@ class LatentShards(Latents):
             reject("data.path", folder, f"{shards.INDEX} and {shards.ITEMS} disagree about items", shards.AGAIN)
         self._mapped: dict[int, Any] = {}
 
-    def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self._first, index, side="right")) - 1
-
     def name(self, index: int) -> str:
         return shards.open_tensors(self.folder / shards.ITEMS).get_tensor("names").tobytes().decode().split("\n")[index]
 
     def where(self, index: int) -> str:
-        return f"{self.folder / self.index.shards[self._shard(index)].file} ({self.name(index)})"
+        return f"{self.folder / self.index.shards[located(self._first, index)[0]].file} ({self.name(index)})"
 
     def read(self, index: int, flip: bool) -> np.ndarray:
-        number = self._shard(index)
+        number, row = located(self._first, index)
         if number not in self._mapped:  # two threads may both map a shard, which does no harm
             shard = self.index.shards[number]
             file, expected = self.folder / shard.file, [shard.items, *self.index.shape]
@@ -144,4 +141,4 @@ class LatentShards(Latents):
                 conflict = f"holds {mapped.get_shape()}, the index says {expected}"
                 reject("data.path", file, conflict, f"remove it and {shards.AGAIN}")
             self._mapped[number] = mapped
-        return self._mapped[number][index - int(self._first[number]), int(flip)]
+        return self._mapped[number][row, int(flip)]

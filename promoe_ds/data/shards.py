@@ -25,6 +25,8 @@ from promoe_ds.utils.files import atomic, check_readable, file_digest, write_tex
 
 FORMAT = "promoe_ds_latents/1"
 INDEX, ITEMS = "index.json", "items.safetensors"
+CODEC = ("kind", "channels", "factor", "scale", "shift", "stochastic", "digest")
+"""what is said of the codec, `Codec.record`"""
 DTYPES = {"float16": np.float16, "float32": np.float32}
 AGAIN = "run launchers/encode_latents.py again"
 
@@ -86,6 +88,8 @@ def read_index(folder: Path, option: str = "data.path") -> Index:
         if tree.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         index = Index(**{**tree, "shards": [Shard(**shard) for shard in tree["shards"]]})
+        if missing := [key for key in CODEC if key not in index.codec]:
+            raise ValueError(f"its codec has no {missing[0]}")
     except FileNotFoundError:
         reject(option, folder, f"has no {INDEX}: no latents, or not all of them are encoded", AGAIN)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -116,6 +120,10 @@ def verify(folder: Path, option: str = "--verify") -> Index:
     """Read every byte and compare checksums. Raises `ConfigError` naming the first file that differs."""
     index = read_index(folder, option)
     for file, expected in [(ITEMS, index.items_blake2b), *((s.file, s.blake2b) for s in index.shards)]:
-        if file_digest(folder / file) != expected:
+        try:
+            found = file_digest(folder / file)
+        except OSError as error:
+            reject(option, folder / file, f"cannot be read ({error.strerror})", f"copy it back, or {AGAIN}")
+        if found != expected:
             reject(option, folder / file, "does not match its checksum", f"remove it and {AGAIN}")
     return index

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from promoe_ds.config.schema import did_you_mean
 from promoe_ds.diffusion.ddpm_samplers import Noise
 from promoe_ds.diffusion.rectified_flow import Callback, Velocity, shift_sigma
 
@@ -64,9 +65,9 @@ class SDE:
             conflict = "is sigma / (1 - sigma), infinite where a straight path begins"
             return "diffusion", conflict, f"choose {', '.join(known)}"
         if self.diffusion not in known:
-            return "diffusion", "is not known", f"choose {', '.join(known)}"
+            return "diffusion", "is not known", did_you_mean(self.diffusion, known, f"choose {', '.join(known)}")
         if self.last_step not in lasts:
-            return "last_step", "is not known", f"choose {', '.join(lasts)}"
+            return "last_step", "is not known", did_you_mean(self.last_step, lasts, f"choose {', '.join(lasts)}")
         if not (math.isfinite(self.diffusion_norm) and self.diffusion_norm >= 0):
             return "diffusion_norm", "is negative or not finite", "choose 0 or more; SiT's is 1"
         if self.last_step != "none" and not 0 < self.last_step_size < 1:

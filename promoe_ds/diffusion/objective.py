@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import Config, DiffusionConfig, reject
+from promoe_ds.config.schema import Config, DiffusionConfig, did_you_mean, reject
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
 from promoe_ds.diffusion.ddpm_samplers import Noise, Predict, ancestral, ddim, spaced_timesteps
@@ -239,7 +239,8 @@ def choose_sampler(
     chosen = name or samplers[0]
     if chosen not in samplers:
         conflict = f"the model was trained with diffusion.name={config.diffusion.name}"
-        reject("--sampler", chosen, conflict, f"choose {' or '.join(samplers)}")
+        way_out = did_you_mean(chosen, samplers, f"choose {' or '.join(samplers)}")
+        reject("--sampler", chosen, conflict, way_out)
     if not 0 <= eta <= 1:
         reject("--eta", eta, "must lie in [0, 1]", "choose such a value")
     if eta and chosen != "ddim":

@@ -63,6 +63,8 @@ def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         sizes = {key: int(tree[key]) for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")}
+        if wrong := [key for key, value in sizes.items() if value < 1]:
+            raise ValueError(f"{wrong[0]} is {sizes[wrong[0]]}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reject("CHECKPOINT", file, f"cannot be used ({error!r})", f"name a folder of {CLASSES[0]}")
     if tree.get("_class_name") not in CLASSES:
@@ -79,10 +81,10 @@ def _tensors(folder: Path) -> State:
     if whole.is_file() or not index.is_file():
         return load_plain(whole if whole.is_file() else folder / f"{STEM}.bin")
     try:
-        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        parts = sorted({Path(part).name for part in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reject("CHECKPOINT", index, f"is no index of weights ({error!r})", "get the folder again")
-    return {name: t for part in parts for name, t in load_plain(folder / Path(part).name).items()}
+    return {name: t for part in parts for name, t in load_plain(folder / part).items()}
 
 
 def to_official_names(state: State, layers: int, path: Path) -> State:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.schema import Config, did_you_mean, reject
 from promoe_ds.formats.card import BASE
 from promoe_ds.formats.diffusers_import import read_folder
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES, State, from_official, problems, to_official, why_not
@@ -45,6 +45,8 @@ def _need(state: State, name: str, dims: int, path: Path) -> torch.Size:
     if tensor is None or tensor.ndim != dims:
         got = "is missing" if tensor is None else f"has shape {list(tensor.shape)}, expected {dims} dimensions"
         reject("CHECKPOINT", path, f"{name} {got}", NAME_ONE)
+    if not tensor.numel():
+        reject("CHECKPOINT", path, f"{name} is empty", NAME_ONE)
     return tensor.shape
 
 
@@ -204,7 +206,7 @@ def import_checkpoint(
         ConfigError: as of `describe`, `drop`, `convert`, `read_file` and `read_folder`; a pattern that matches nothing.
     """
     if family is not None and family not in FAMILIES:
-        reject("--family", family, "is unknown", f"choose {', '.join(FAMILIES)}")
+        reject("--family", family, f"must be one of {', '.join(FAMILIES)}", did_you_mean(family, FAMILIES))
     hits = dict.fromkeys(dropped, False)
 
     def is_dropped(name: str) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from promoe_ds.config.schema import Config, reject
 from promoe_ds.formats.weights import Weights
 from promoe_ds.moe.routers.diffmoe import DiffMoEConfig
-from promoe_ds.utils.files import atomic
+from promoe_ds.utils.files import atomic, making
 
 State = dict[str, Tensor]
 
@@ -204,8 +204,7 @@ def write_official(ema: Weights, raw: Weights, out: Path) -> Path:
         state = to_official(weights.tensors, weights.config)
         tree[key] = {name: tensor.clone() for name, tensor in state.items()}  # views would be saved whole
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(out, durable=True) as temporary:
+        with making(out.parent), atomic(out, durable=True) as temporary:
             torch.save(tree, temporary)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         reject("--out", out, f"cannot be written ({' '.join(str(error).split())[:200]})", "free space")

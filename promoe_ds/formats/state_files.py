@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -68,14 +67,20 @@ def load_plain(path: Path) -> Any:
         # Namespace: DiT and SiT store their command line; it holds plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (Exception, SafetensorError) as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
         text = " ".join(str(error).split())[:200]
         reject("CHECKPOINT", path, f"does not load as plain tensors ({text})", "get the file again")
 
 
 def one_of_several(path: Path, ema: dict[str, Any], std: float | None) -> State:
     """The average of one width in edm2's {stds, emas}; raises ConfigError unless `std` or the file says which."""
-    by_std = dict(zip(map(float, ema["stds"]), ema["emas"], strict=False))
+    try:
+        by_std = dict(zip(map(float, ema["stds"]), ema["emas"], strict=True))
+        if not by_std or not all(isinstance(state, dict) for state in by_std.values()):
+            raise TypeError("an average is a dictionary of tensors")
+    except (ValueError, TypeError) as error:
+        conflict = f"holds no averages by width ({type(error).__name__}: {error})"
+        reject("CHECKPOINT", path, conflict, "get the file again")
     held = ", ".join(f"{s:g}" for s in by_std)
     if std is None and len(by_std) == 1:
         return next(iter(by_std.values()))

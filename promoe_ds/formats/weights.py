@@ -110,11 +110,11 @@ def load(path: Path, source: Source = "ema", option: str = "--model", decay: flo
         return Weights(tensors, config, tree["step"], source, file.parent.name, other)
     if decay is not None:
         reject("--ema", decay, f"{file} holds one kind of weights", "name a run or a checkpoint, or leave it out")
-    tensors, config, step, held = read_weights(file, torch.device("cpu"))
-    if held.get("weights", "ema") != source:
-        reject("--weights", source, f"{file} holds {held['weights']} weights alone", "choose them, or another source")
-    tensors, imported = {k: v.float() for k, v in tensors.items()}, held.get("imported", "")
-    other = float(held["ema_decay"]) if "ema_decay" in held else None
+    tensors, config, step, head = read_weights(file, torch.device("cpu"))
+    if head.get("weights", "ema") != source:
+        reject("--weights", source, f"{file} holds {head['weights']} weights alone", "choose them, or another source")
+    tensors, imported = {k: v.float() for k, v in tensors.items()}, head.get("imported", "")
+    other = float(head["ema_decay"]) if "ema_decay" in head else None
     return Weights(tensors, config, step, source, file.parent.name, other, imported)
 
 

@@ -31,7 +31,7 @@ def max_over_mean(tokens_per_expert_LE: Tensor) -> Tensor:
 def load_entropy(tokens_per_expert_LE: Tensor) -> Tensor:
     """float64 [L]: -sum_e p_e ln p_e / ln E of the shares p; 1 is even, 0 one expert for all, or none."""
     share_LE = tokens_per_expert_LE.double() / tokens_per_expert_LE.double().sum(1, keepdim=True).clamp(min=1)
-    return -torch.special.xlogy(share_LE, share_LE).sum(1) / max(math.log(tokens_per_expert_LE.shape[1]), 1e-12)
+    return (0 - torch.special.xlogy(share_LE, share_LE).sum(1)) / max(math.log(tokens_per_expert_LE.shape[1]), 1e-12)
 
 
 def dead_experts(tokens_per_expert_LE: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from promoe_ds.config.batching import batch_plan, check_topology
 from promoe_ds.config.decode import read_mapping
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.schema import Config, did_you_mean, reject
 from promoe_ds.parallel.ds_values import PASSED, check_keys, check_values, read_zero, unknown
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
@@ -207,8 +207,9 @@ def find(name_or_path: str) -> str:
         return name_or_path
     path = SHIPPED / f"{name_or_path}.json"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
-        reject("--ds_config", name_or_path, f"no such file is shipped (known: {names})", "choose one, or name a path")
+        names = sorted(p.stem for p in SHIPPED.glob("*.json"))
+        way_out = did_you_mean(name_or_path, names, "choose one, or name a path")
+        reject("--ds_config", name_or_path, f"no such file is shipped (known: {', '.join(names)})", way_out)
     return str(path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import json
 import typing
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import BaseModel, ValidationError
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import did_you_mean, reject
 
 
 def _keys(model: type[BaseModel]) -> dict[str, Any]:
@@ -44,9 +43,8 @@ below `flops_profiler`, and wherever their value is "auto"."""
 
 def unknown(where: str, value: Any, key: str, known: Iterable[str]) -> NoReturn:
     """Reject the key at `where`; names the nearest of the known ones."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     conflict = "unknown key, which DeepSpeed would ignore or stumble over"
-    reject(where, json.dumps(value), conflict, f"did you mean {close[0]!r}?" if close else "remove it")
+    reject(where, json.dumps(value), conflict, did_you_mean(key, known, "remove it"))
 
 
 def check_keys(prefix: str, tree: dict[str, Any], known: dict[str, Any]) -> None:

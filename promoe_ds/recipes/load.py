@@ -35,16 +35,16 @@ def recipe_names() -> list[str]:
 def _recipe_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(name_or_path, str):
         reject("base", name_or_path, "is not the name of a recipe", "write base: NAME")
-    path = Path(name_or_path)
+    path, option = Path(name_or_path), "base" if seen else "--config"
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.is_file():
             names = recipe_names()
             listed = f"no such recipe (known: {', '.join(names)})"
-            reject("--config", name_or_path, listed, did_you_mean(name_or_path, names))
+            reject(option, name_or_path, listed, did_you_mean(name_or_path, names))
     if name_or_path in seen:
         reject("base", name_or_path, "the recipe is its own base", "remove the cycle")
-    tree = read_mapping("--config", path, yaml.safe_load, "YAML", "write `section: {key: value}`")
+    tree = read_mapping(option, path, yaml.safe_load, "YAML", "write `section: {key: value}`")
     base = tree.pop("base", None)
     tree.setdefault("name", path.stem)
     return _merge(_recipe_tree(base, (*seen, name_or_path)), tree) if base else tree

@@ -1,4 +1,4 @@
-"""What a configuration must satisfy: checks that depend on it alone, and checks against the number of processes.
+"""What a configuration must satisfy by itself; `config/batching.py` checks it against the number of processes.
 
 Pure: nothing is changed, and nothing read but the configuration (`validate_data` looks at files too). Every failure is
 a one-line `ConfigError`.
@@ -6,11 +6,21 @@ a one-line `ConfigError`.
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from promoe_ds.config.batching import divisors, listed
 from promoe_ds.config.option import options
 from promoe_ds.config.schedule import validate_schedule
 from promoe_ds.config.schema import Channels, Config, Interval, ModelConfig, reject
 from promoe_ds.diffusion.objective import OBJECTIVES, Solver, check_steps
+
+
+def _validate_name(name: str) -> None:
+    """It is joined to runs/, and a run is not written elsewhere without being told so."""
+    parts = PurePath(name).parts
+    if not parts or ".." in parts or PurePath(name).is_absolute():
+        way_out = "choose one without `..`, or name another folder with --run"
+        reject("name", name, "is the name of the run folder in runs/", way_out)
 
 
 def _validate_model(config: Config) -> None:
@@ -53,7 +63,7 @@ def _validate_moe(config: Config) -> None:
         conflict = "null-label images would meet no expert (moe.num_shared=0)"
         reject("moe.num_unconditional", 0, conflict, "set one of them to 1")
     if moe.num_experts % ep:
-        way_out = f"choose one of {listed(divisors(moe.num_experts))}"
+        way_out = f"choose one of {listed(divisors(moe.num_experts))} that also divides the number of processes"
         reject("parallel.expert_parallel", ep, f"does not divide moe.num_experts={moe.num_experts}", way_out)
     if isinstance(moe.layers, tuple):
         bad = [i for i in moe.layers if not 0 <= i < config.model.depth]
@@ -81,7 +91,7 @@ def _validate_speed(config: Config) -> None:
     cfg, text = config.train, config.train.profile
     if text is not None:
         first, colon, last = text.partition(":")
-        if not colon or not (first.isdigit() and last.isdigit()) or not 1 <= int(first) <= int(last):
+        if not colon or not (first.isdecimal() and last.isdecimal()) or not 1 <= int(first) <= int(last):
             reject("train.profile", repr(text), "is not A:B with steps 1 <= A <= B", "write for example 20:23")
         if int(first) > cfg.steps:
             reject("train.profile", text, f"begins after train.steps={cfg.steps}", "choose earlier steps")
@@ -134,6 +144,7 @@ def validate(config: Config) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not known.allows(number):
                 reject(path, number, f"must {known.range()}", "choose such a value")
+    _validate_name(config.name)
     _validate_model(config)
     _validate_moe(config)
     _validate_start(config)

@@ -37,7 +37,7 @@ from promoe_ds.sampling.generate import (
 )
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, whole, write_npz
 from promoe_ds.utils.command_line import versions
-from promoe_ds.utils.files import NOT_FOUND, file_digest, write_text
+from promoe_ds.utils.files import NOT_FOUND, file_digest, making, write_text
 from promoe_ds.utils.pictures import grid, write_png
 from promoe_ds.utils.ranks import ALONE, Ranks
 
@@ -184,9 +184,9 @@ def claim_folder(out: Path, record: Mapping[str, Any], config: Config) -> None:
     """
     check_folder(out, record)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / RECORD).exists():
-            write_text(out / RECORD, json.dumps(record, indent=2) + "\n")
+        with making(out):
+            if not (out / RECORD).exists():
+                write_text(out / RECORD, json.dumps(record, indent=2) + "\n")
         if not (out / CONFIG).exists():
             write_text(out / CONFIG, dump(config))
     except OSError as error:

@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: optimizer, checkpoints, metrics."""
+"""The training loop: its loss, log, sample grids and profile, and where what is not finite comes from."""

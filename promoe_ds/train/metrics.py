@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -133,8 +134,6 @@ class MetricsLog:
 
     def image(self, name: str, image: Any, step: int) -> None:
         """Add a PIL image to TensorBoard."""
-        import numpy as np
-
         self._show(lambda board: board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC"))
 
     def _line(self, r: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import platform
@@ -11,25 +12,38 @@ import sys
 import time
 import typing
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from promoe_ds._version import __version__
-from promoe_ds.config.schema import CacheFormat, ConfigError, DataConfig, reject
+from promoe_ds.config.schema import CacheFormat, ConfigError, DataConfig, did_you_mean, reject
 from promoe_ds.utils import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85
 """exit codes; after 85 the same command continues, as after `signals.INTERRUPTED` (130), Ctrl-C"""
 OTHERS_SECONDS = 30.0
 """how long other ranks let rank 0 speak, and the launcher end them, before they tell the same mistake"""
+LOOKED_AT = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""what is met where a path is only looked at, before any reader can say what it was to be"""
 _stopped: int | None = None
 """the exit code of the signal that `leave` has heard"""
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports misuse as everything else does: one line."""
+    """Reports misuse as everything else does: one line, which names the nearest option or choice."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
+        words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
+        option = words[0].partition("=")[0] if words and words[0].startswith("-") else ""
+        shown = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        way_out = did_you_mean(option, shown, "see --help", cutoff=0.75)  # the dashes of all are alike
+        raise ConfigError(f"{message}; {way_out}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse has `suggest_on_error` from Python 3.14 on."""
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0] if action.option_strings else action.dest
+            conflict = f"must be one of {', '.join(map(str, action.choices))}"
+            reject(name, repr(value), conflict, did_you_mean(value, action.choices))
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
@@ -50,7 +64,10 @@ def add_cache_options(p: argparse.ArgumentParser) -> None:
 
 
 def cache_options(args: argparse.Namespace) -> DataConfig:
-    """What `add_cache_options` was given."""
+    """What `add_cache_options` was given. Raises `ConfigError` for a number that is not finite."""
+    for key in ("scale", "shift"):
+        if bad := [number for number in getattr(args, key) or () if not math.isfinite(number)]:
+            reject(f"--{key}", bad[0], "is not finite", "say a number, or one per channel")
     one = lambda numbers: numbers[0] if numbers and len(numbers) == 1 else numbers and tuple(numbers)  # noqa: E731
     return DataConfig(format=args.format, scale=one(args.scale), shift=one(args.shift))
 
@@ -96,7 +113,7 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
         if _stopped is None:  # else a library may have made it of the interrupt, as torch does
             if isinstance(error, ConfigError):
                 return mistake(error)
-            if isinstance(error, PermissionError):  # met where a path was only looked at
+            if isinstance(error, OSError) and error.errno in LOOKED_AT:
                 text = f"{error.filename}: {error.strerror}; look at its permissions, or name another"
                 return mistake(ConfigError(text))
             raise

@@ -42,6 +42,27 @@ def atomic(path: Path, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it. If anything is raised here or inside, those that were made and are empty go
+    again: a refusal leaves nothing behind. Raises OSError."""
+    made: list[Path] = []
+    try:
+        for path in [path for path in (folder, *folder.parents) if not path.is_dir()][::-1]:
+            try:
+                path.mkdir()
+                made.append(path)
+            except FileExistsError:  # by another process, or it is a file
+                if not path.is_dir():
+                    raise
+        yield
+    except BaseException:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
 def write_text(path: Path, text: str, durable: bool = False) -> Path:
     """`text` in UTF-8, whole or not there; `durable` as of `atomic`. Returns the path."""
     with atomic(path, durable) as temporary:

@@ -16,7 +16,7 @@ from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.config.schema import ConfigError
 from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import on_ranks, save, save_on
-from tests.disk import loop
+from tests.disk import as_nobody, loop
 
 FILES = ("state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors", "ema.safetensors", "manifest.json")
 
@@ -170,6 +170,21 @@ def test_a_file_system_without_locks_is_a_warning(
     monkeypatch.setattr(layout.fcntl, "flock", refuse)
     layout.claim(tmp_path / "run").close()
     assert "is on a file system without locks: start one job per folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_refused_leaves_nothing(shared: Path) -> None:
+    (shared / "closed").mkdir(mode=0o700)
+    run = shared / "runs" / ".." / "closed" / "run"
+    with pytest.raises(ConfigError, match=r"--run=.*: cannot be written \(Permission denied\); choose another folder"):
+        as_nobody(lambda: layout.claim(run))
+    assert [p.name for p in shared.iterdir()] == ["closed"]
+
+
+def test_the_newest_is_the_last_step_however_many_digits_it_has(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 5):
+        save(tmp_path, step)
+    assert [layout.step_of(path) for path in layout.candidates(tmp_path)][-1] == 100_000_000
+    assert layout.newest(tmp_path) == layout.folder(tmp_path, 100_000_000)
 
 
 def test_sizes_for_people() -> None:

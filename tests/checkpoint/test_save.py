@@ -150,6 +150,17 @@ def full(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_what_cannot_be_deleted_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = layout.folder(tmp_path, 5)
+    old.mkdir(parents=True)
+    with tmpfs(old, "100k"):  # the kernel lets nobody rename it
+        for step in (10, 15):
+            save(tmp_path, step)
+        saving.prune(tmp_path, 1)
+        assert names(tmp_path) == [old.name, "step_00000015"]
+    assert f"warning: {old} cannot be deleted (" in capsys.readouterr().err
+
+
 def test_a_write_error_on_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 5)
     real = saving.save_file

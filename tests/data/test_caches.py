@@ -1,106 +1,36 @@
-"""Caches of other projects: written here from their layouts, and the small real ones where ../shared/data has them."""
+"""Caches of other projects, written from their layouts: what the model sees of them, and what is refused."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import struct
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
-from benchmarks.image_layouts import write_files
 from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.caches import LOOKED_FOR, open_latents
 from promoe_ds.data.caches.cache import SD_CODEC, STATISTICS
 from promoe_ds.data.encode import ConvertedLatents, EncodeJob, Encoder, run_encoding
-from promoe_ds.data.latents import Latents
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 from promoe_ds.utils.ranks import ALONE
-from tests.data.test_codecs import PACKS
-from tests.launch import ROOT, train
+from tests.data.cache_files import (
+    LABELS,
+    drawn,
+    normal,
+    posterior,
+    told,
+    write_fast_dit,
+    write_lightningdit,
+    write_mean_std,
+    write_tree,
+)
 
-LABELS = [0, 0, 1, 2, 2, 1, 0]
-FILE, REAL = "latents_rank00_shard000.safetensors", PACKS / "formats"
-
-
-def normal(item: int, channels: int = 4, side: int = 4) -> np.ndarray:
-    return np.random.default_rng(item).standard_normal((channels, side, side)).astype(np.float32)
-
-
-def posterior(item: int, mean: Any = 0, std: Any = 1) -> np.ndarray:
-    """float32 [8, 4, 4]: mean and standard deviation."""
-    scaled = normal(item) * np.reshape(std, (-1, 1, 1)) + np.reshape(mean, (-1, 1, 1))
-    return np.concatenate([scaled, abs(normal(item + 99)) * 0.1]).astype(np.float32)
-
-
-def write_tree(root: Path, channels: int = 4, suffix: str = ".JPEG.npz") -> Path:
-    for item, label in enumerate(LABELS):
-        path = root / f"n0{label}" / f"n0{label}_{item}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, moments=normal(item, 2 * channels), moments_flip=normal(item + 50, 2 * channels))
-    return root
-
-
-def write_lightningdit(root: Path, channels: int = 6) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    for rank in (0, 1):  # items by turns, so the order of the files is not that of the items
-        items = range(rank, len(LABELS), 2)
-        latents, flipped = (np.stack([normal(i + more, channels) for i in items]) for more in (0, 50))
-        labels = np.array([LABELS[i] for i in items], np.int64)
-        tensors = {"latents": latents, "latents_flip": flipped, "labels": labels}
-        save_file(tensors, root / f"latents_rank{rank:02d}_shard000.safetensors")
-    shape = 1, channels, 1, 1
-    stats = {"mean": torch.arange(channels).view(shape) / 8, "std": torch.arange(1, channels + 1).view(shape) / 4}
-    torch.save(stats, root / "latents_stats.pt")
-    return root
-
-
-def write_mean_std(path: Path, mean: Any = 0, std: Any = 1) -> Path:
-    """A folder, or a zip where the path ends so."""
-    names = [f"{i // 4:05d}/img-mean-std-{i:08d}.npy" for i in range(len(LABELS))]
-    files: dict[str, bytes] = {}
-    for item, name in enumerate(names):
-        np.save(buffer := io.BytesIO(), posterior(item, mean, std))
-        files[name] = buffer.getvalue()
-    labels = [[name, label] for name, label in zip(names, LABELS, strict=True)]
-    files["dataset.json"] = json.dumps({"labels": labels}).encode()
-    return write_files(path, files)
-
-
-def write_fast_dit(root: Path, count: int = 12) -> Path:
-    for kind in ("features", "labels"):
-        (root / f"imagenet256_{kind}").mkdir(parents=True, exist_ok=True)
-    for item in range(count):
-        np.save(root / f"imagenet256_features/{item}.npy", normal(item)[None])
-        np.save(root / f"imagenet256_labels/{item}.npy", np.array([LABELS[item % len(LABELS)]], np.int64))
-    return root
-
-
-def drawn(data: Latents, flip: bool = False, noise: float = 0.0) -> tuple[np.ndarray, list[int]]:
-    """x of all items with every draw of the posterior equal to `noise`, and their labels."""
-    gauss: Callable[..., np.ndarray] = lambda shape: np.full((len(data), *shape), noise, np.float32)  # noqa: E731
-    x, label = data.draw(np.arange(len(data)), np.full(len(data), flip), gauss)
-    return x.numpy(), label.tolist()
-
-
-def told(path: Path, format: Any = None, num_classes: int | None = None, **more: Any) -> str:
-    """The one line that refuses it."""
-    with pytest.raises(ConfigError) as caught:
-        data = open_latents(path, DataConfig(format=format, **more), num_classes)
-        drawn(data)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+FILE = "latents_rank00_shard000.safetensors"
 
 
 def test_trees_of_mar_and_diffmoe(tmp_path: Path) -> None:
@@ -218,6 +148,12 @@ def test_rejected_mean_std(tmp_path: Path) -> None:
     assert "img-mean-std-00000001.npy: holds [8, 4, 4], other files [8, 2, 2]" in told(path, "repa")
     np.save(first, np.zeros((7, 4, 4), np.float32))
     assert f"data.path={first}: holds [7, 4, 4], not mean and std [2C, h, h]" in told(path, "repa")
+    for shape in ((), (8,), (8, 0, 0)):
+        np.save(first, np.zeros(shape, np.float32))
+        assert f"data.path={first}: holds {list(shape)}, not mean and std [2C, h, h]" in told(path, "repa")
+    np.save(first, posterior(0))
+    np.save(first.with_name("img-mean-std-00000003.npy"), np.zeros((8, 2, 2), np.float32))
+    assert "img-mean-std-00000003.npy: holds [8, 2, 2], other files [8, 4, 4]" in told(path), "to tell whose it is"
     first.write_bytes(first.read_bytes()[:100])
     assert f"data.path={first}: cannot be read" in told(path, "repa")
     first.unlink()
@@ -232,42 +168,6 @@ def test_rejected_mean_std(tmp_path: Path) -> None:
     assert "its files disagree about 00000/img-mean-std-00000001.npy" in told(path, "repa")
     labels.unlink()
     assert f"data.path={labels}: is not names and labels (FileNotFoundError" in told(path, "repa")
-
-
-def test_rejected_zips(tmp_path: Path) -> None:
-    path = write_mean_std(tmp_path / "a.zip")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-30])
-    assert f"data.path={path}: is not a whole zip (it has no directory at its end)" in told(path)
-    long = bytearray(whole)
-    struct.pack_into("<L", long, long.index(b"PK\1\2") + 24, len(long))  # a file as long as all of them
-    path.write_bytes(long)
-    assert "00000/img-mean-std-00000000.npy reaches beyond its end" in told(path)
-    at = whole.index(b"img-mean-std-00000003.npy") + 300
-    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
-    assert f"data.path={path} (00000/img-mean-std-00000003.npy): does not match its checksum" in told(path, "edm2")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("dataset.json", "{}" * 99)
-    assert "dataset.json is compressed: zip it with -0" in told(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("pictures.txt", "none")
-    assert f"data.path={path} (dataset.json): is not names and labels (KeyError: 'it has no such file')" in told(path)
-    assert "a.zi: is no cache of latents: looked for" in told(path.rename(path.with_suffix(".zi")))
-
-
-def test_zips_of_more_than_32_bits(tmp_path: Path) -> None:
-    """The directory of a zip whose last file begins after 4 GiB; the file is sparse."""
-    path = write_mean_std(tmp_path / "a.zip")
-    expected = drawn(open_latents(path, DataConfig(format="edm2")))[0]
-    with zipfile.ZipFile(path) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    with path.open("wb") as file:
-        file.seek(2**32 + 5)
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in contents.items():
-                with archive.open(name, "w", force_zip64=True) as entry:
-                    entry.write(data)
-    np.testing.assert_array_equal(drawn(open_latents(path, DataConfig(format="edm2")))[0], expected)
 
 
 def test_fast_dit(tmp_path: Path) -> None:
@@ -288,6 +188,12 @@ def test_fast_dit_that_cannot_be_whole(tmp_path: Path, monkeypatch: pytest.Monke
     label, feature = (tmp_path / f"imagenet256_{kind}/11.npy" for kind in ("labels", "features"))
     np.save(label, np.array([1.0]))
     assert f"data.path={label}: is not a label (it holds float64 [1])" in told(tmp_path)
+    first = label.with_name("0.npy")
+    whole = first.read_bytes()
+    for damaged in (b"", whole[-8:]):
+        first.write_bytes(damaged)
+        assert f"data.path={first}: is not a label (" in told(tmp_path), "it would be taken for class 0"
+    first.write_bytes(whole)
     label.unlink()
     assert "holds 12 features and 11 labels; extract the features again, with one process" in told(tmp_path)
     np.save(label, np.array([1]))
@@ -311,6 +217,20 @@ def test_what_is_none_of_these_or_two_of_them(tmp_path: Path) -> None:
     assert "7 files end in .latent.npz, 7 do not: two caches in one tree; keep one" in told(mixed)
 
 
+def test_a_folder_of_caches_names_them(tmp_path: Path) -> None:
+    write_lightningdit(tmp_path / "vavae")
+    write_fast_dit(tmp_path / "fast")
+    write_mean_std(tmp_path / "edm2.zip")
+    (tmp_path / "notes" / "old").mkdir(parents=True)
+    (tmp_path / "pictures.zip").write_bytes(b"")
+    text = f"data.path={tmp_path}: is no cache of latents, but holds some: edm2.zip, fast, vavae; name one of them"
+    assert told(tmp_path) == text
+    write_tree(tmp_path / "mar")  # its folders look like those of a class
+    assert told(tmp_path) == text.replace("fast,", "fast, mar,")
+    many = write_tree(tmp_path / "many" / "tree").parent
+    assert open_latents(many).classes == ["tree"], "a class may have folders"
+
+
 @pytest.mark.parametrize("write", [write_tree, write_lightningdit, write_mean_std, write_fast_dit])
 def test_shards_of_a_cache_give_its_x(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     said = DataConfig(format="edm2") if write is write_mean_std else None
@@ -322,113 +242,3 @@ def test_shards_of_a_cache_give_its_x(tmp_path: Path, write: Callable[[Path], Pa
         for a, b in zip(drawn(packed, bool(flip), 0.5), drawn(data, bool(flip), 0.5), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert "data.scale=2.0: index.json of" in told(out, scale=2.0)
-
-
-INDEX = """
-import resource, sys, time
-from promoe_ds.config.schema import DataConfig
-from promoe_ds.data.caches import open_latents
-memory = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-before, start = memory(), time.perf_counter()
-data = open_latents(sys.argv[1], DataConfig(format=sys.argv[2]))
-print(len(data), memory() - before, time.perf_counter() - start)
-"""
-MANY = 1_281_167
-
-
-def write_many_lightningdit(root: Path) -> Path:
-    """128 files of labels, whose latents are holes."""
-    root.mkdir()
-    torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, root / "latents_stats.pt")
-    for number, n in enumerate(np.diff(np.linspace(0, MANY, 129).astype(int)).tolist()):
-        size = n * 4 * 4 * 4 * 4
-        head = {"labels": {"dtype": "I64", "shape": [n], "data_offsets": [2 * size, 2 * size + 8 * n]}}
-        for k, key in enumerate(("latents", "latents_flip")):
-            head[key] = {"dtype": "F32", "shape": [n, 4, 4, 4], "data_offsets": [k * size, (k + 1) * size]}
-        text = json.dumps(head).encode()
-        with (root / f"latents_rank00_shard{number:03d}.safetensors").open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.seek(2 * size, 1)
-            file.write((np.arange(n) % 1000).astype("<i8").tobytes())
-    return root
-
-
-def write_many_zip(path: Path) -> Path:
-    """A directory of so many names, all of which are the one item that lies at the beginning."""
-    item = io.BytesIO()
-    np.save(item, posterior(0))
-    names = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in range(MANY)]
-    labels = json.dumps({"labels": [[name, i % 1000] for i, name in enumerate(names)]}).encode()
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(names[0], item.getvalue())
-        archive.writestr("dataset.json", labels)
-    with path.open("r+b") as file:
-        data = file.read()
-        end = data.rindex(b"PK\5\6")
-        start = int.from_bytes(data[end + 16 : end + 20], "little")
-        length = 46 + len(names[0])
-        first, last = data[start : start + length], data[start + length : end]
-        file.seek(start)
-        for name in names:
-            file.write(first[:46] + name.encode())
-        file.write(last)
-        size, at = file.tell() - start, file.tell()
-        file.write(b"PK\6\6" + (44).to_bytes(8, "little") + bytes(12))
-        for number in (MANY + 1, MANY + 1, size, start):
-            file.write(number.to_bytes(8, "little"))
-        file.write(b"PK\6\7" + bytes(4) + at.to_bytes(8, "little") + (1).to_bytes(4, "little"))
-        file.write(b"PK\5\6" + bytes(4) + b"\xff" * 12 + bytes(2))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("format", "write"), [("lightningdit", write_many_lightningdit), ("edm2", write_many_zip)], ids=["files", "zip"]
-)
-def test_the_index_of_imagenet_fits(tmp_path: Path, format: str, write: Callable[[Path], Path]) -> None:
-    command = [sys.executable, "-c", INDEX, str(write(tmp_path / "a.zip")), format]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    print(done.stdout)
-    items, memory, seconds = map(float, done.stdout.split())
-    assert items == MANY and memory < 300e6 and seconds < 60, done.stdout  # 20 s on a machine of one's own
-
-
-# ---------------------------------------------------------------------------------------------------- the real ones
-
-CACHES = {
-    "LightningDiT": ("vavae_f16d32/imagenet_train_256", None),
-    "fast-DiT": ("", None),
-    "REPA": ("", "repa"),
-    "edm2": ("img256-sd.zip", "edm2"),
-    "MAR_DiffMoE": ("", None),
-}
-"""where each lies, and the format where random weights do not tell"""
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_a_real_cache_gives_the_x_of_its_own_reader(tmp_path: Path, name: str) -> None:
-    if not (REAL / name).is_dir():
-        pytest.skip(f"{REAL / name} is absent (set PROMOE_DS_DATA to the folder above formats)")
-    inside, format = CACHES[name]
-    path, expected = REAL / name / inside, np.load(REAL / name / "expected.npz")
-    data = open_latents(path, DataConfig(format=format))  # type: ignore[arg-type]
-    x, label = drawn(data)
-    assert label == expected["label"].tolist()
-    if data.content == "moments":
-        for flip, more in ((False, ""), (True, "_flip")):
-            mean, logvar = (expected[f"{key}{more}"].astype(np.float64) for key in ("mean", "logvar"))
-            for noise in (0.0, 1.0):
-                made = (mean + noise * np.exp(logvar / 2)) * 0.18215
-                np.testing.assert_allclose(drawn(data, flip, noise)[0], made, rtol=0, atol=1e-6)
-    elif data.content == "mean_std":
-        np.testing.assert_allclose(x, expected["x_mean"], rtol=0, atol=1e-6)
-        noisy = expected["x_mean"].astype(np.float64) + expected["x_std"]
-        np.testing.assert_allclose(drawn(data, noise=1.0)[0], noisy, rtol=0, atol=1e-6)
-    else:
-        np.testing.assert_allclose(x, expected["x"], rtol=0, atol=1e-6)
-        if data.flips == 2:
-            np.testing.assert_allclose(drawn(data, True)[0], expected["x_flip"], rtol=0, atol=1e-6)
-    model = [f"model.{key}={getattr(data, key)}" for key in ("channels", "image_size", "num_classes")]
-    what = ["data.name=latents", f"data.path={path}", f"data.format={format or 'null'}", "model.patch=4"]
-    run, steps = tmp_path / "run", ["train.steps=3", "train.global_batch_size=4", "train.checkpoint_every=3"]
-    done = train("--config", "tiny", "--run", str(run), *what, *model, *steps, f"data.hflip={data.flips == 2}")
-    assert "done: 3 steps" in done.stdout and json.loads((run / "codec.json").read_text()) == data.codec

@@ -27,7 +27,8 @@ from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, En
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.shards import Index
 from promoe_ds.utils.ranks import ALONE, Ranks
-from tests.data.test_caches import write_mean_std
+from tests.data.cache_files import write_mean_std
+from tests.data.cache_files import write_tree as cache_tree
 from tests.data.test_codecs import write_taef2
 from tests.photographs import write_tree
 
@@ -254,6 +255,11 @@ def test_names_that_the_index_cannot_hold(tmp_path: Path, name: bytes) -> None:
     with pytest.raises(ConfigError, match="the name is not UTF-8, or holds a newline; rename it"):
         encoder(tree, "identity", tmp_path / "out")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+    latents = cache_tree(tmp_path / "latents")
+    file = next(latents.rglob("*.npz"))
+    file.rename(file.with_name("a\n.npz"))
+    with pytest.raises(ConfigError, match="^--from-latents='n.*: the name is not UTF-8"):
+        Encoder(ConvertedLatents(LatentTree(latents)), EncodeJob(tmp_path / "out"), "", {})
 
 
 def test_damage_mended_is_encoded_by_the_same_command(tmp_path: Path) -> None:
@@ -299,7 +305,8 @@ def test_launcher(
     assert code == 0 and f"30 items in 1 shards in {out}" in text and "30/30" in progress
     assert json.loads((out / "encoding.json").read_text())["command"].startswith("launchers/encode_latents.py --images")
     assert call("--verify", out)[:2] == (0, "30 items in 1 shards match their checksums\n")
-    cache = write_mean_std(tmp_path / "cache.zip")
+    cache, lost = write_mean_std(tmp_path / "cache.zip"), shutil.copytree(out, tmp_path / "lost")
+    (lost / "items.safetensors").unlink()
     for wrong, message in (
         (["--images", tree, "--vae", tmp_path / "none", "--out", "x"], "no such folder; put config.json and diffusion"),
         (["--images", tmp_path / "none", "--vae", vae, "--out", "x"], f"--images={tmp_path}/none: does not exist"),
@@ -312,6 +319,7 @@ def test_launcher(
         (["--from-latents", cache, "--out", "x"], "neither's; set --format repa (of pictures in [-1, 1]) or --format"),
         (["--images", tree, "--vae", vae, "--out", "x", "--scale", 2], "--scale=[2.0]: belongs to --from-latents"),
         (["--verify", tmp_path], "has no index.json"),
+        (["--verify", lost], f"--verify={lost}/items.safetensors: cannot be read (No such file or directory); copy"),
         (["--vae", vae], "one of the arguments --images --from-latents --verify is required"),
     ):
         code, _, error = call(*wrong)

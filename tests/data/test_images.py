@@ -260,6 +260,7 @@ def test_unknown_split(tmp_path: Path):
     path = write_pack(tmp_path / "p.npz")
     message = rejected(PackedImages, path, "val", 3, 16)
     assert message == f"data.split=val: {path} has the splits train; choose one of them"
+    assert rejected(PackedImages, path, "tran", 3, 16).endswith("the splits train; did you mean 'train'?")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from promoe_ds.data.batches import BatchMaker, item_path
 from promoe_ds.data.caches import open_latents
 from promoe_ds.data.caches.cache import SD_CODEC
 from promoe_ds.data.caches.npz_tree import LatentTree
-from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.codecs import find_codec, open_codec
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.images import FolderImages
@@ -134,6 +134,8 @@ def test_latents_that_disagree_with_the_model(tmp_path: Path, key: str, value: i
 
 
 def test_vae_of_the_grids_is_looked_for_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^--vae=identty: no such folder; did you mean 'identity'"):
+        find_codec("identty")
     with pytest.raises(ConfigError, match="^data.vae=nowhere: no such folder; put config.json and"):
         build_dataset(config_for(tmp_path, vae="nowhere"))
 
@@ -165,6 +167,10 @@ def test_damaged_shards_are_one_line(tmp_path: Path) -> None:
     assert "holds [1, 2, 8, 4, 4], the index says [3, 2, 8, 4, 4]" in rejected(out, (0,))
     index.write_text(text.replace("promoe_ds_latents/1", "promoe_ds_latents/9"))
     assert "its format is not promoe_ds_latents/1" in rejected(out)
+    tree = json.loads(text)
+    del tree["codec"]["stochastic"]
+    index.write_text(json.dumps(tree))
+    assert "index.json: cannot be used (its codec has no stochastic)" in rejected(out)
     index.write_text(json.dumps(json.loads(text) | {"items": 6}))
     assert "index.json and items.safetensors disagree about items" in rejected(out)
     index.unlink()

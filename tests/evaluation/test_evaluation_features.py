@@ -74,3 +74,5 @@ def test_global_generators_are_untouched():
 def test_unknown_extractor_lists_the_known_ones():
     with pytest.raises(ConfigError, match="resnet: no such feature extractor; choose one of digits-cnn, inception"):
         load_extractor("resnet")
+    with pytest.raises(ConfigError, match="incepton: no such feature extractor; did you mean 'inception'"):
+        load_extractor("incepton")

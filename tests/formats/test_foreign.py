@@ -112,6 +112,12 @@ def test_averages_of_edm2_and_of_a_wrapper(tmp_path: Path) -> None:
     assert "--ema-std=0.2" in mistake(file, ema_std=0.2)
     predicts(imported(file, "repa", ema_std=0.1), tmp_path / "made", golden("repa"))
     assert "leave it out" in mistake(file, source="raw", ema_std=0.1)
+    for stds, emas, text in (
+        (["wide"], [noise], "holds no averages by width (ValueError: could not convert"),
+        ([0.1], [], "holds no averages by width (ValueError: "),
+        ([0.1], [[1]], "holds no averages by width (TypeError: "),
+    ):
+        assert text in mistake(save({"net": noise, "ema": {"stds": stds, "emas": emas}}, tmp_path / "odd.pt"))
     one = save({"net": noise, "ema": {"stds": [0.1], "emas": [repa_state()]}}, tmp_path / "one.pt")
     predicts(imported(one, "repa"), tmp_path / "one", golden("repa"))
     library = prefixed(repa_state(), "ema_model.") | prefixed(noise, "online_model.") | {"initted": torch.ones(1)}
@@ -167,6 +173,7 @@ def test_folders_of_diffusers_that_are_refused(folder: Path, tmp_path: Path) -> 
         ({"activation_fn": "geglu"}, "activation_fn is geglu, which is not built here; it must be gelu-approximate"),
         ({"norm_eps": 1e-3}, "norm_eps is 0.001"),
         ({"num_layers": "many"}, "cannot be used (ValueError"),
+        ({"patch_size": 0}, "cannot be used (ValueError('patch_size is 0"),
         ({"num_layers": 1}, "transformer_blocks.1.attn1.to_k.bias is unexpected"),
     ):
         (inner / "config.json").write_text(json.dumps(config | change))
@@ -183,6 +190,8 @@ def test_folders_of_diffusers_that_are_refused(folder: Path, tmp_path: Path) -> 
     assert "diffusion_pytorch_model.bin: no such file" in mistake(folder)
     (inner / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
     assert "is no index of weights (KeyError" in mistake(folder)
+    (inner / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    assert "is no index of weights (TypeError" in mistake(folder)
 
 
 def test_what_is_dropped(tmp_path: Path) -> None:

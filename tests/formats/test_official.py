@@ -123,7 +123,7 @@ def test_what_weights_do_not_tell(tmp_path: Path) -> None:
     file = save(tmp_path / "ckpt.pth", "promoe")
     assert "add model.heads=N" in mistake(file, overrides=["train.precision=fp32"])
     assert "are those of promoe" in mistake(file, family="diffmoe")
-    assert "choose dense, promoe" in mistake(file, family="mixtral")
+    assert "must be one of dense, promoe" in mistake(file, family="mixtral")
     raw = import_checkpoint(file, "raw", overrides=TINY)
     assert torch.equal(raw.tensors["pos_embed"], random_state("promoe", 1)["pos_embed"])
     save(file, "promoe", ema_model_state_dict=random_state("promoe"))
@@ -150,6 +150,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "0 is no tensor" in mistake(file)
     empty = random_state("dense") | {"blocks.0.attn.q_norm.weight": torch.zeros(0)}
     assert "q_norm.weight is empty" in mistake(save(file, "dense", ema_model_state_dict=empty))
+    hollow = random_state("promoe") | {"blocks.1.mlp.experts.0.up_proj.weight": torch.zeros(64, 0)}
+    text = "blocks.1.mlp.experts.0.up_proj.weight is empty"
+    assert text in mistake(save(file, "promoe", ema_model_state_dict=hollow))
     odd = save(file, "dense", step="last", ema_model_state_dict=random_state("dense"))
     assert import_checkpoint(odd, overrides=TINY).step == 0
 

@@ -8,8 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from promoe_ds.config.schema import ConfigError
 from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_config
 from tests.checkpoint.state import State, saver
-from tests.disk import as_nobody, loop
+from tests.disk import as_nobody, loop, tmpfs
 from tests.launch import ENVIRONMENT, ROOT
 
 CONFIG = load_config("tiny", ["train.keep_last=9"])
@@ -144,14 +142,6 @@ def test_what_cannot_be_read_is_neither_called_damaged_nor_deleted(
         assert f"checkpoint={run / 'checkpoints'}: cannot be read (Too many" in mistake(capsys, *words, "--run", run)
 
 
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder where every user may go; pytest's are their owner's."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o777)
-        yield Path(name)
-
-
 def test_another_users_files_are_safe(run: Path, shared: Path) -> None:
     """As safetensors would leave them: the folder may be written by all, one file be read by its owner alone."""
     shutil.copytree(run, shared / "run")
@@ -232,6 +222,13 @@ def test_another_number_of_files_is_the_same_state(run: Path, tmp_path: Path) ->
     assert load_config(str(tmp_path / "fork" / "config.yaml"), []) == CONFIG
 
 
+def test_a_disk_too_small_is_left_as_it_was(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tmpfs(tmp_path / "disk", "100k") as disk:
+        for form in (["--files", 2], ["--weights", "ema"]):
+            text = mistake(capsys, "convert", "--run", run, "--out", disk / "new" / "fork", *form)
+            assert "cannot be written (it needs" in text and not list(disk.iterdir())
+
+
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
     convert = ["convert", "--run", run, "--out"]
@@ -244,6 +241,9 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "one of the arguments --weights --files is required" in mistake(capsys, *convert, tmp_path / "new")
     assert "holds no checkpoint" in mistake(capsys, "verify", "--run", tmp_path / "there")
     assert "name either" in mistake(capsys, "inspect")
+    assert "command='verfy': must be one of inspect, verify, convert, prune; did you mean 'verify'?" in mistake(
+        capsys, "verfy"
+    )
     assert "name either" in mistake(capsys, "verify", "--run", run, layout.folder(run, 10))
     assert "no such folder" in mistake(capsys, "inspect", tmp_path / "nowhere")
     assert "manifest.json is missing" in mistake(capsys, "inspect", tmp_path / "there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from benchmarks.image_layouts import SOURCES, some_items, write_tars
 from launchers.inspect_data import main
 from promoe_ds.data.caches.cache import STATISTICS
-from tests.data.test_caches import write_lightningdit, write_mean_std, write_tree
+from tests.data.cache_files import write_lightningdit, write_mean_std, write_tree
 from tests.photographs import tiny_kl
 from tests.photographs import write_tree as write_pictures
 
@@ -99,6 +100,31 @@ def test_images_and_what_is_neither(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "of images: a folder per class, a packed npz" in text
     text = "does not exist; name the --out of launchers/encode_latents.py, or a cache of latents"
     assert said(capsys, tmp_path / "none", code=2) == f"error: PATH={tmp_path}/none: {text}\n"
+
+
+def test_a_zip_is_told_by_all_its_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`zip -r` writes folders first, and dataset.json where it comes in the order of names."""
+    pictures, path = SOURCES["zip"](tmp_path / "pictures", some_items()), tmp_path / "again.zip"
+    with zipfile.ZipFile(pictures) as archive, zipfile.ZipFile(path, "w") as again:
+        again.writestr("00000/", "")
+        for name in sorted(archive.namelist(), key=lambda name: name != "dataset.json"):
+            again.writestr(name, archive.read(name))
+    assert "read by NumberedImages: image files with the labels of dataset.json" in said(capsys, path)
+
+
+def test_options_that_would_be_left_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = write_tree(tmp_path / "tree", suffix=".latent.npz")
+    text = said(capsys, tree, "--sheet", tmp_path / "sheet.png", code=2)
+    assert (
+        text == f"error: --sheet={tmp_path}/sheet.png: latents are drawn by their codec; add --vae, or leave it out\n"
+    )
+    pictures = write_pictures(tmp_path / "pictures", 3, 24)
+    assert "error: --vae=identity: PATH holds pictures; leave it out\n" == said(
+        capsys, pictures, "--vae", "identity", code=2
+    )
+    for number in ("nan", "inf"):
+        text = f"error: --scale={number}: is not finite; say a number, or one per channel\n"
+        assert said(capsys, tree, "--scale", 1, 1, 1, number, code=2) == text
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -64,6 +64,8 @@ BAD = {
     "wrong data": (["--config", "cifar10_promoe_s", "data.path=nowhere.npz"], "data.path=nowhere.npz", ""),
     "data in a dry run": (["--config", "cifar10_promoe_s", "--dry-run", "--check-files"], "data.path=null", "add data"),
     "class count": (["model.num_classes=11"], "model.num_classes=11", "10"),
+    "a run elsewhere": (["name=../x"], "name=../x: is the name of the run folder in runs/", "with --run"),
+    "unknown option": (["--rum", "x"], "unrecognized arguments: --rum;", "did you mean '--run'?"),
     "no override": (["steps"], "override='steps': is not section.key=value", ""),
     "no ds_config": (["--ds_config", "nowhere.json"], "--ds_config=nowhere.json: cannot be read", ""),
     "world": (["--dry-run", "--world", "0"], "world size=0", ""),
@@ -79,6 +81,15 @@ def test_mistakes(
     line = mistake(capsys, *arguments)
     assert message in line and way_out in line
     assert not list(tmp_path.iterdir()), "a rejected command leaves nothing behind"
+
+
+@pytest.mark.parametrize(("name", "text"), [("LOCAL_WORLD_SIZE", "two"), ("LOCAL_SIZE", "0")])
+def test_numbers_of_a_launcher_that_are_none(
+    name: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, text)
+    assert f"environment {name}='{text}': is not a number of processes; unset it" in mistake(capsys, "--dry-run")
 
 
 def test_a_superclass_map_that_misses_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

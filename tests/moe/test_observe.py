@@ -19,6 +19,8 @@ def test_load() -> None:
     assert torch.allclose(observe.load_entropy(tokens_per_expert_LE), torch.tensor([1, 0, 0.5, 0], dtype=torch.float64))
     assert observe.dead_experts(tokens_per_expert_LE).tolist() == [0, 3, 2, 4]
     assert observe.load_entropy(torch.tensor([[7]])).tolist() == [0]  # one expert
+    for load in ([0, 0], [5, 0], [0]):
+        assert str(observe.load_entropy(torch.tensor([load])).item()) == "0.0", "no minus zero in a log"
 
 
 def test_prototypes() -> None:

@@ -250,6 +250,7 @@ def test_batch_plan() -> None:
         ([], 3, r"train\.global_batch_size=256: is not divisible by the world size 3; choose for example 255, 258"),
         (["train.global_batch_size=2"], 4, "choose for example 4, or another number of processes"),
         (["train.micro_batch_size=48"], 2, r"micro_batch_size=48: .*=256 .* = 48 \* 2; choose one of 1, 2, 4, 8, 16"),
+        (["train.micro_batch_size=24"], 9, "is not divisible by the world size 9; choose for example 216, 432"),
         (["parallel.expert_parallel=4"], 2, r"expert_parallel=4: does not divide the world size 2; choose one of 1, 2"),
         (["parallel.expert_parallel=3"], 4, "choose one of 1, 2, 4, or a multiple of 3 processes"),
         ([], 0, "world size=0: is not a number of processes"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +97,18 @@ def test_unknown_keys_are_named_with_the_nearest_known_one() -> None:
     ("override", "text"),
     [
         ("train.steps=many", "train.steps='many': expected int, got str"),
-        ("train.steps=1.5", "train.steps='1.5': expected int, got str"),
+        ("train.steps=1.5", "train.steps=1.5: expected int, got float"),
         ("train.steps=", "train.steps=None: expected int, got NoneType"),
         ("train.steps=true", "train.steps=True: expected int, got bool"),
         ("optimizer.lr=fast", "optimizer.lr='fast': expected float, got str"),
         ("optimizer.lr=true", "optimizer.lr=True: expected float, got bool"),
         ("optimizer.lr=[1]", "optimizer.lr=[1]: expected float, got list"),
-        ("optimizer.lr=.nan", "optimizer.lr='.nan': expected float"),
-        ("sample.cfg=.inf", "sample.cfg='.inf': expected float"),
+        ("optimizer.lr=.nan", "optimizer.lr=.nan: expected a finite float, got nan"),
+        ("sample.cfg=.inf", "sample.cfg=.inf: expected a finite float, got inf"),
+        ("data.workers=1.5", "data.workers=1.5: expected int, got float"),
+        ("data.workers=-.inf", "data.workers=-.inf: expected int, got -inf"),
+        ("optimizer.ema_more=[.inf]", "optimizer.ema_more[0]=inf: expected a finite float, got inf"),
+        ("data.scale=large", "data.scale='large': expected float or a list of float or null"),
         ("data.hflip=1", "data.hflip=1: expected bool, got int"),
         ("model=3", "model=3: expected a mapping"),
         ("moe=yes", "moe=True: expected a mapping"),
@@ -115,6 +121,12 @@ def test_unknown_keys_are_named_with_the_nearest_known_one() -> None:
 )
 def test_wrong_types_and_choices(override: str, text: str) -> None:
     error(text, override)
+
+
+def test_numbers_of_a_file_are_named_as_what_they_are() -> None:
+    for value, text in ((1.5, "train.steps=1.5: expected int, got float"), (math.inf, "expected int, got inf")):
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            load_tree({"train": {"steps": value}})
 
 
 def test_an_error_is_one_line_whatever_the_value() -> None:
@@ -132,8 +144,15 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
     [
         (
             "parallel.expert_parallel=8",
-            "parallel.expert_parallel=8: does not divide moe.num_experts=12; choose one of 1, 2, 3, 4, 6, 12",
+            "parallel.expert_parallel=8: does not divide moe.num_experts=12; "
+            "choose one of 1, 2, 3, 4, 6, 12 that also divides the number of processes",
         ),
+        ("name=../x", "name=../x: is the name of the run folder in runs/; choose one without `..`"),
+        ("name=/x", "name=/x: is the name of the run folder in runs/"),
+        ("name=", "name=None: expected str, got NoneType"),
+        ("name=''", "name=: is the name of the run folder in runs/"),
+        ("name=.", "name=.: is the name of the run folder in runs/"),
+        ("train.profile=²:³", "train.profile='²:³': is not A:B with steps"),
         ("parallel.expert_parallel=0", "parallel.expert_parallel=0: must be positive"),
         ("model.width=100", "model.width=100: is not divisible by model.heads=6"),
         ("model.width=390", "the 2-D sine-cosine table needs a multiple of 4"),
@@ -279,7 +298,8 @@ def test_bases_that_cannot_be(tmp_path: Path) -> None:
     path = tmp_path / "self.yaml"
     error("the recipe is its own base", base=write(path, f"base: {path}"))
     error("base=3: is not the name of a recipe", base=write(tmp_path / "number.yaml", "base: 3"))
-    error("no such recipe", base=write(tmp_path / "lost.yaml", "base: nowhere"))
+    error("base=nowhere: no such recipe", base=write(tmp_path / "lost.yaml", "base: nowhere"))
+    error(f"base={tmp_path}/none.yaml: cannot be read", base=write(path, f"base: {tmp_path}/none.yaml"))
 
 
 def test_recipes_in_subfolders_are_named_by_their_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,8 @@ def test_pixels_of_repa_are_half_a_level_darker() -> None:
          "--sampler=euler: has no diffusion and no last step, which belong to the sampler sde; remove them, or add"),
         ("rectified_flow", 3, ["--protocol", "sit", "--diffusion", "SBDM"],
          "--diffusion=SBDM: is sigma / (1 - sigma), infinite where a straight path begins; choose sigma, linear"),
-        ("rectified_flow", 3, ["--protocol", "adm"], "invalid choice: 'adm'"),
+        ("rectified_flow", 3, ["--protocol", "adm"], "--protocol='adm': must be one of promoe, dit, sit"),
+        ("rectified_flow", 3, ["--protocol", "prome"], "edm2; did you mean 'promoe'?"),
     ],
 )  # fmt: skip
 def test_presets_that_cannot_be(

@@ -15,7 +15,7 @@ from promoe_ds.sampling.generate import SamplingOptions, draw_batches, draw_pixe
 from promoe_ds.train.grids import draw_grid
 from promoe_ds.utils.pictures import grid
 from tests.photographs import tiny_kl
-from tests.sampling.test_generate import CPU, save, tiny
+from tests.small_model import CPU, save, tiny
 
 
 def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:

@@ -155,3 +155,5 @@ def test_a_path_that_may_not_be_looked_at_is_one_line(tmp_path: Path, capfd: pyt
     assert as_nobody(lambda: guarded(lambda argv: path.is_dir() and None, [])) == 2
     assert capfd.readouterr().err == f"error: {path}: Permission denied; look at its permissions, or name another\n"
     (tmp_path / "closed").chmod(0o755)
+    assert guarded(lambda argv: Path("x" * 300).exists() and None, []) == 2
+    assert capfd.readouterr().err.endswith("xxx: File name too long; look at its permissions, or name another\n")

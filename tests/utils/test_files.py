@@ -18,7 +18,7 @@ from PIL import Image
 from launchers import analyze, encode_latents, evaluate, export, sample
 from launchers import checkpoint as checkpoint_launcher
 from promoe_ds.formats.diffusers_export import VAE_FILES
-from promoe_ds.utils.files import atomic, write_text
+from promoe_ds.utils.files import atomic, making, write_text
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import tiny_kl, write_tree
 
@@ -64,6 +64,23 @@ def test_what_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise KeyError
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "before")]
+
+
+def test_a_folder_that_was_made_in_vain_goes_again(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for kept in ([], ["old/new/file"]):
+        with pytest.raises(KeyError), making(tmp_path / "old" / "new" / "inner"):
+            assert (tmp_path / "old" / "new" / "inner").is_dir()
+            for name in kept:
+                (tmp_path / name).touch()
+            raise KeyError
+        assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+            "old", *(["old/new", *kept] if kept else [])
+        ]  # fmt: skip
+    with making(tmp_path / "old" / "new"):
+        pass
+    with pytest.raises(FileExistsError), making(tmp_path / "old" / "new" / "file"):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

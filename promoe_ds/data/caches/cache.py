@@ -66,10 +66,11 @@ class Cache(Latents):
         if classes is None:
             classes = numbered_classes(label_N, num_classes, self.where)
         shape = self.read(0, False).shape
-        if len(shape) != 3 or shape[0] % self.parts or shape[1] != shape[2]:
+        if len(shape) != 3 or 0 in shape or shape[0] % self.parts or shape[1] != shape[2]:
             expected = {"moments": "mean and log-variance [2C, h, h]", "mean_std": "mean and std [2C, h, h]"}
             conflict = f"holds {list(shape)}, not {expected.get(self.content, 'a latent [C, h, h]')}"
             reject("data.path", self.where(0), conflict, "name a cache of VAE latents")
+        self.shape = shape  # from here on `read` compares with it
         super().__init__(classes, label_N, shape, self.record(shape[0] // self.parts), left_out)
 
     def record(self, channels: int) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Cache(Latents):
             conflict = f"holds {x_Mhw.dtype}, not floats"
         elif self.shape and x_Mhw.shape != self.shape:
             conflict = f"holds {list(x_Mhw.shape)}, other files {list(self.shape)}"
-        elif self.content == "mean_std" and x_Mhw[len(x_Mhw) // 2 :].min() < 0:
+        elif self.content == "mean_std" and x_Mhw.ndim == 3 and (x_Mhw[len(x_Mhw) // 2 :] < 0).any():
             conflict = "holds a standard deviation below 0: a log-variance is no standard deviation"
         if conflict:
             reject("data.path", self.where(index), conflict, self.again)

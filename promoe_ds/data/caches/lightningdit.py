@@ -11,6 +11,7 @@ import torch
 from promoe_ds.config.schema import DataConfig, reject
 from promoe_ds.data import shards
 from promoe_ds.data.caches.cache import SD_CODEC, UNKNOWN, Cache, spread
+from promoe_ds.data.dataset import located
 
 
 class LightningDiT(Cache):
@@ -56,20 +57,16 @@ class LightningDiT(Cache):
             self._opened[number] = shards.open_tensors(self.files[number], again=self.again)
         return self._opened[number]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return number, index - int(self._first[number])
-
     def name(self, index: int) -> str:
-        number, row = self._place(index)
+        number, row = located(self._first, index)
         return f"{self.files[number].name}/{row}"
 
     def where(self, index: int) -> str:
-        number, row = self._place(index)
+        number, row = located(self._first, index)
         return f"{self.files[number]} (item {row})"
 
     def stored(self, index: int, flip: bool) -> np.ndarray:
-        number, row = self._place(index)
+        number, row = located(self._first, index)
         return self._open(number).get_slice(self.KEYS[flip])[row]
 
     def record(self, channels: int) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class LatentTree(Cache):
 
     @staticmethod
     def finds(path: Path) -> bool:
-        classes = (folder for folder in path.iterdir() if folder.is_dir() and not hidden(folder.name))
+        with os.scandir(path) as entries:  # unlike Path.is_dir, it asks the disk about links alone
+            classes = [entry.path for entry in entries if entry.is_dir() and not hidden(entry.name)]
         return any(files for folder in classes for _, files, _ in walk(folder, (".npz",)))
 
     def stored(self, index: int, flip: bool) -> np.ndarray:

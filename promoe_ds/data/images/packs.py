@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import did_you_mean, reject
 from promoe_ds.data.images.decoded import DecodedImages
 
 
@@ -21,7 +21,8 @@ def _load_arrays(path: Path, split: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             splits = sorted(key.removesuffix("_jpeg") for key in archive.files if key.endswith("_jpeg"))
             if splits and split not in splits:
-                reject("data.split", split, f"{path} has the splits {', '.join(splits)}", "choose one of them")
+                way_out = did_you_mean(split, splits, "choose one of them")
+                reject("data.split", split, f"{path} has the splits {', '.join(splits)}", way_out)
             if missing := [key for key in keys.values() if key not in archive.files]:
                 reject("data.path", path, f"lacks the arrays {', '.join(missing)}", "name a packed npz of JPEG files")
             return {part: archive[key] for part, key in keys.items()}

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from promoe_ds.config.schema import reject
 from promoe_ds.data.archive import Archive
+from promoe_ds.data.dataset import located
 from promoe_ds.data.images.decoded import DecodedImages
 from promoe_ds.data.images.parquet_pages import places
 from promoe_ds.data.images.splits import files_of_split
@@ -68,7 +69,7 @@ class ParquetImages(DecodedImages):
         """number of the first item of each row group"""
         label_N, names = np.concatenate(labels), columns.classes
         if not len(label_N):
-            reject("data.path", path, f"its {len(files)} Parquet file(s) have no rows", "name files with pictures")
+            reject("data.path", path, f"holds no rows in {len(files)} Parquet file(s)", "name files with pictures")
         if names is not None:
             check_labels(label_N, len(names), self.where, "give every row one of the classes")
         classes = list(names) if names else numbered_classes(label_N, num_classes, self.where)
@@ -88,14 +89,9 @@ class ParquetImages(DecodedImages):
                 f"to {size / 1e6:.0f} MB: encode them, which reads in order, or write them as docs/training.md says"
             )
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Row group, and row in it."""
-        group = int(np.searchsorted(self._first, index, side="right")) - 1
-        return group, index - int(self._first[group])
-
     def _row(self, index: int) -> tuple[str, int]:
         """File, and row in it."""
-        group, row = self._place(index)
+        group, row = located(self._first, index)
         return self._archives[self._groups["file"][group]].path, int(self._groups["row"][group]) + row
 
     def name(self, index: int) -> str:
@@ -107,7 +103,7 @@ class ParquetImages(DecodedImages):
         return f"{path} (row {row})"
 
     def read(self, index: int) -> bytes:
-        group, row = self._place(index)
+        group, row = located(self._first, index)
         try:
             if self._found(group):
                 archive = self._archives[self._groups["file"][group]]
@@ -162,18 +158,17 @@ class _File:
         self.path = path
         try:
             self.archive = Archive.of(path)
+            if not self.archive.size:
+                self._reject("is empty, 0 bytes")
             self._file = pq.ParquetFile(path, pre_buffer=False)
-            described = json.loads((self._file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         except (OSError, ValueError, pa.ArrowException) as error:
             self._reject(f"is no whole Parquet file ({' '.join(str(error).split())})")
         schema = self._file.schema_arrow
         picture = self._picture(schema)
-        features = described.get("info", {}).get("features") or {}
-        named = {key: feature["names"] for key, feature in features.items()
-                 if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}  # fmt: skip
+        named = self._named(schema)
         label = next(iter(named)) if len(named) == 1 else "label"
         if label not in schema.names or not pa.types.is_integer(schema.field(label).type):
-            self._reject(f"has no column `label` of integers, but {', '.join(schema.names)}", "give each row its class")
+            self._lacks("column `label` of integers", "give each row its class")
         classes = named.get(label)
         leaves = [self._file.schema.column(i) for i in range(len(self._file.schema))]
         self._leaf = [leaf.path for leaf in leaves].index(picture)
@@ -183,6 +178,25 @@ class _File:
     def _reject(self, conflict: str, way_out: str = AGAIN) -> NoReturn:
         reject("data.path", self.path, conflict, way_out)
 
+    def _lacks(self, what: str, way_out: str) -> NoReturn:
+        if not self._file.metadata.num_rows:  # nobody has told the types of its columns
+            self._reject("has no rows, so no pictures", "name files with pictures")
+        columns = ", ".join(f"{field.name} ({field.type})" for field in self._file.schema_arrow)
+        self._reject(f"has no {what}, but {columns}", way_out)
+
+    def _named(self, schema: pa.Schema) -> dict[str, list[str]]:
+        """The names of the classes by column, of columns that are a ClassLabel."""
+        try:
+            described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+            features = (described.get("info") or {}).get("features") or {}
+            found = {key: feature["names"] for key, feature in features.items()
+                     if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}  # fmt: skip
+            if not all(isinstance(name, str) for names in found.values() for name in names):
+                raise TypeError("names that are no text")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._reject(f"its schema's metadata `huggingface` does not describe columns ({error!r})")
+        return found
+
     def _picture(self, schema: pa.Schema) -> str:
         binary = lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind)  # noqa: E731
         found = [f"{field.name}.bytes" for field in schema if pa.types.is_struct(field.type)
@@ -191,8 +205,8 @@ class _File:
         if len(found) > 1:
             found = [name for name in found if name.partition(".")[0] == "image"]
         if not found:
-            conflict = f"has no column of pictures (`image` with `bytes`), but {', '.join(schema.names)}"
-            self._reject(conflict, "name a data set of pictures whose files are embedded")
+            what = "column of pictures (`image` with `bytes`)"
+            self._lacks(what, "name a data set of pictures whose files are embedded")
         return found[0]
 
     def groups(self, file: int) -> np.ndarray:
@@ -221,7 +235,7 @@ class _File:
         except (OSError, ValueError, pa.ArrowException) as error:
             self._reject(f"has labels that cannot be read ({' '.join(str(error).split())})")
         if column.null_count:
-            self._reject(f"has {column.null_count} rows without a label", "give each row its class")
+            self._reject(f"has {column.null_count} row(s) without a label", "give each row its class")
         return column.to_numpy().astype(np.int64)
 
 
@@ -248,8 +262,9 @@ class _Kept:
                 future.set_result(decode())
                 self._forget()
             except BaseException as error:
+                with self._lock:  # before others hear of it: `_forget` looks at what is done
+                    self._groups.pop(number, None)
                 future.set_exception(error)
-                self._groups.pop(number, None)
         return future.result()
 
     def _forget(self) -> None:

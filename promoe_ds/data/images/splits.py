@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import did_you_mean, reject
 from promoe_ds.utils.files import walk
 
 WORDS = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|test)(?![a-z0-9])")
@@ -33,8 +33,9 @@ def files_of_split(path: Path, suffixes: tuple[str, ...], split: str) -> tuple[P
     found = {name: _plain((WORDS.findall(name.lower()) or [""])[-1]) for name in names}
     chosen = [path / name for name, of in found.items() if of in ("", _plain(split))]
     if not chosen:
-        known = ", ".join(sorted(set(found.values())))
-        reject("data.split", split, f"{path} has the splits {known}", "choose one of them")
+        known = sorted(set(found.values()))
+        way_out = did_you_mean(split, known, "choose one of them")
+        reject("data.split", split, f"{path} has the splits {', '.join(known)}", way_out)
     return path, chosen
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from promoe_ds.config.schema import reject
 from promoe_ds.data.archive import Archive
+from promoe_ds.data.dataset import located
 from promoe_ds.data.images.decoded import DecodedImages
 from promoe_ds.data.images.splits import files_of_split
 from promoe_ds.data.labelled import numbered_classes
@@ -21,6 +22,8 @@ from promoe_ds.utils.pictures import SUFFIXES
 LABEL = "cls"
 PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 AGAIN = "copy or write the tar again"
+MOST = 2**31 - 1
+"""number of a class: far above all there are, and no array of numbers overflows"""
 AT_ONCE = 8
 """tars whose headers are read at the same time: a disk far away answers each of them late"""
 
@@ -73,8 +76,8 @@ class TarImages(DecodedImages):
         self.kind = f"{self.kind}, {len(files)} of them"
 
     def _place(self, index: int) -> tuple[Shard, int]:
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self._shards[number], index - int(self._first[number])
+        number, item = located(self._first, index)
+        return self._shards[number], item
 
     def _key(self, index: int) -> tuple[Shard, str]:
         shard, item = self._place(index)
@@ -106,7 +109,7 @@ def read_shard(path: Path) -> Shard:
     samples, left_out = _Samples(), 0
     try:
         window = Window(Archive.of(path))
-        if path.suffix != ".tar" or window.archive.read(2, 0) == b"\x1f\x8b":
+        if path.suffix.lower() != ".tar" or window.archive.read(2, 0) == b"\x1f\x8b":
             raise ValueError("it is compressed, so nothing in it can be found without reading all: unpack it")
         for member in members(window):
             folder, _, base = member.name.rpartition("/")
@@ -151,6 +154,8 @@ class _Samples:
             if self._label is not None or not data.isdigit():
                 raise ValueError(f"{member.name} is not one number but {data[:20]!r}, or a second label")
             self._label = int(data)
+            if self._label > MOST:
+                raise ValueError(f"{member.name} is no class but {self._label}")
         elif kind.rpartition(".")[2] in (*PICTURES, LABEL):
             self._odd = f"; {member.name} is none of it, because all behind the first dot of a name is its kind"
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from promoe_ds.config.decode import read_mapping
-from promoe_ds.config.schema import reject
+from promoe_ds.config.schema import did_you_mean, reject
 
 OPTION = "moe.router.superclasses"
 
@@ -37,7 +37,8 @@ def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict
     builtin = sorted(path.stem for path in folder.glob("*.yaml"))
     path = folder / f"{name_or_path}.yaml" if name_or_path in builtin else Path(name_or_path)
     if not path.is_file():
-        reject(OPTION, name_or_path, "is no file", f"name a file or one of {', '.join(builtin)}")
+        way_out = did_you_mean(name_or_path, builtin, f"name a file or one of {', '.join(builtin)}")
+        reject(OPTION, name_or_path, "is no file", way_out)
     way_out = "write `superclasses: {name: [class numbers], ...}`"
     groups = read_mapping(OPTION, path, yaml.safe_load, "YAML or JSON", way_out).get("superclasses")
     is_class_list = lambda value: isinstance(value, list) and value and all(type(n) is int for n in value)  # noqa: E731
