@@ -26,8 +26,12 @@ CHILD = """
 import sys, time, hashlib
 import numpy as np, torch
 from promoe_ds.models.init import build, materialize
-from promoe_ds.recipes.load import load_config
-from promoe_ds.sampling.generate import SamplingOptions, draw_batches
+try:
+    from promoe_ds.recipes.load import load_config
+    from promoe_ds.sampling.generate import SamplingOptions, draw_batches
+except ImportError:  # where they were at 329fab2
+    from promoe_ds.config import load_config
+    from promoe_ds.sampling import How as SamplingOptions, draw_batches
 
 recipe, images, steps, scale, interval, how = sys.argv[1:]
 config = load_config(recipe)
