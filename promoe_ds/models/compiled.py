@@ -46,7 +46,11 @@ def compile_model(
         whole: whether an MoE block may become one graph; if not, its experts can be timed.
         frozen: weights are constants of the graphs, held once more as a CPU's products read them; for inference.
     """
-    _settings(frozen)
+    _settings()
+    if frozen:
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True  # looked at when a graph is compiled, with no gradients asked for
     for block in model.blocks:
         compiled: Any = block
         if not isinstance(compiled.mlp, MoELayer) or (whole and one_graph(compiled.mlp)):
@@ -108,7 +112,7 @@ def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "induct
     return module
 
 
-def _settings(frozen: bool = False) -> None:
+def _settings() -> None:
     """Of the compiler, for the whole process. The last two keep gradients right (torch 2.13.0)."""
     import torch._dynamo.config as dynamo  # half a second, for those who compile
     import torch._functorch.config as autograd
@@ -117,7 +121,6 @@ def _settings(frozen: bool = False) -> None:
     dynamo.recompile_limit = max(GRAPHS, dynamo.recompile_limit)
     # Else memory of a tensor kept for the backward pass is written to while another view of it is still to be read.
     autograd.donated_buffer = False
-    inductor.freezing = frozen
     # Loses gradients of adaLN's chunks on CUDA: https://github.com/pytorch/pytorch/pull/193103
     if hasattr(inductor.triton, "mix_order_reduction"):
         inductor.triton.mix_order_reduction = False

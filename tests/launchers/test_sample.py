@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch._inductor.config as inductor
 
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.models.compiled import compile_model
@@ -77,7 +78,9 @@ def test_compiled_models_draw_the_same(command: Command, tmp_path: Path, monkeyp
 
     def graphs(model: Any, frozen: bool) -> Any:
         made.append(compile_model(model, "aot_eager", frozen=frozen))
+        assert inductor.freezing, "weights are constants of the graphs on a CPU"
 
+    monkeypatch.setattr(inductor, "freezing", False)  # and afterwards as it was
     write_run(tmp_path)
     words = ("--run", tmp_path, "--num", 6, "--batch", 4, "--cfg", 3, "--guidance-interval", "300,700")
     words = (*words, "--guidance-model", tmp_path, "--steps", 4)
