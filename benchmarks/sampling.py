@@ -26,10 +26,14 @@ CHILD = """
 import sys, time, hashlib
 import numpy as np, torch
 from promoe_ds.models.init import build, materialize
-from promoe_ds.recipes.load import load_config
-from promoe_ds.sampling.generate import SamplingOptions, draw_batches
+try:
+    from promoe_ds.recipes.load import load_config
+    from promoe_ds.sampling.generate import SamplingOptions, draw_batches
+except ImportError:  # where they were at 329fab2
+    from promoe_ds.config import load_config
+    from promoe_ds.sampling import How as SamplingOptions, draw_batches
 
-recipe, images, steps, scale, interval = sys.argv[1:]
+recipe, images, steps, scale, interval, how = sys.argv[1:]
 config = load_config(recipe)
 model = materialize(build(config), 0)
 generator = torch.Generator().manual_seed(0)
@@ -37,6 +41,9 @@ with torch.no_grad():
     for p in model.parameters():
         p.add_(0.02 * torch.randn(p.shape, generator=generator))
 model.eval().requires_grad_(False)
+if how == "compiled":
+    from promoe_ds.models.compiled import compile_model
+    compile_model(model, frozen=True)
 more = {} if interval == "none" else {"interval": tuple(map(float, interval.split(",")))}
 options = SamplingOptions(float(scale), int(steps), batch=int(images), **more)
 labels = indices = np.arange(int(images))
@@ -51,8 +58,8 @@ for line in sys.stdin:
 class System:
     """A checkout that draws in a process of its own."""
 
-    def __init__(self, checkout: Path, recipe: str, images: int, interval: str):
-        words = [recipe, str(images), str(STEPS), str(SCALE), interval]
+    def __init__(self, checkout: Path, recipe: str, images: int, interval: str, how: str = "eager"):
+        words = [recipe, str(images), str(STEPS), str(SCALE), interval, how]
         self.child = subprocess.Popen(
             [sys.executable, "-c", CHILD, *words],
             cwd=checkout,
@@ -81,6 +88,7 @@ def main() -> None:
     p.add_argument("--recipe", default="imagenet256_promoe_s")
     p.add_argument("--images", type=int, default=4)
     p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--compile", action="store_true", help="the same by launchers/sample.py --compile, too")
     args = p.parse_args()
     interval = ",".join(f"{end:g}" for end in INTERVAL)
     systems = {
@@ -88,6 +96,9 @@ def main() -> None:
         "now": System(ROOT, args.recipe, args.images, "none"),
         f"now, guided in [{interval}]": System(ROOT, args.recipe, args.images, interval),
     }
+    if args.compile:
+        systems["now, compiled"] = System(ROOT, args.recipe, args.images, "none", "compiled")
+        systems[f"now, compiled, guided in [{interval}]"] = System(ROOT, args.recipe, args.images, interval, "compiled")
     try:
         digests = {name: system.draw()[2] for name, system in systems.items()}  # warm-up
         seconds = [[system.draw()[:2] for system in systems.values()] for _ in range(args.rounds)]

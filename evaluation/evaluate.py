@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from promoe_ds.config.schema import reject
-from promoe_ds.evaluation.collect import FeatureSet, check_extractor, collect
+from promoe_ds.evaluation.collect import Collector, FeatureSet, check_extractor, collect
 from promoe_ds.evaluation.digits import noise_images
 from promoe_ds.evaluation.extractors import BATCH, load_extractor
 from promoe_ds.evaluation.features import FeatureExtractor
@@ -82,6 +82,10 @@ class Evaluator:
             return None
         first, second = map(self._gaussian, self._source.real_pair)
         return frechet_distance(*first, *second)
+
+    def collector(self) -> Collector:
+        """Takes images batch by batch, for who draws them; its result can be scored."""
+        return Collector(self.extractor)
 
     def metric(self, name: str) -> str:
         """`FID` as it is called on this extractor: itself on the public weights, else `FD[extractor]` and the like."""

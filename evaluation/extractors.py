@@ -115,6 +115,11 @@ def load_external(path: Path, batch: int, device: torch.device | str) -> Externa
     return Onnx(path, batch) if path.suffix == ".onnx" else TorchScript(path, batch, device)
 
 
+def usual_features(reference: str) -> str:
+    """The extractor's name, where nobody says one."""
+    return DigitsCNN.name if reference == "digits" else "inception"
+
+
 def load_extractor(
     name: str,
     *,

@@ -17,7 +17,7 @@ from promoe_ds.config.schema import reject
 from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
 from promoe_ds.evaluation.dinov2 import find_dinov2
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
-from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor
+from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor, usual_features
 from promoe_ds.evaluation.images import picture_folders
 from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.evaluation.reference import KEEP, REFERENCES, Source, find_reference, reference_features
@@ -97,7 +97,7 @@ def _features(args: argparse.Namespace, reference: str) -> str:
     """The extractor's name, having made sure that reference and weights are there before anything is read."""
     if not Path(reference).exists():
         find_reference(reference)
-    name = args.features or ("digits-cnn" if reference == "digits" else "inception")
+    name = args.features or usual_features(reference)
     if name == "inception":
         find_weights(args.inception_weights)
     if name == "dinov2":

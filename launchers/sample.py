@@ -21,6 +21,7 @@ from promoe_ds.config.schema import Channels, Config, Interval, ParallelConfig, 
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.flow_sde import SDE, Diffusion, LastStep
 from promoe_ds.diffusion.objective import choose_sampler
+from promoe_ds.models.compiled import compile_model, require_compiler
 from promoe_ds.models.dit import DiT
 from promoe_ds.parallel.rendezvous import joined
 from promoe_ds.recipes.validate import check_guidance, check_interval, validate
@@ -77,6 +78,8 @@ def parser() -> Parser:
     p.add_argument("--batch", type=int, default=64, help="images per forward and process (default 64)")
     text = "bf16 is autocast (default: bf16 on CUDA, fp32 on CPU)"
     p.add_argument("--precision", choices=("fp32", "bf16"), help=text)
+    text = "torch.compile: a minute or more at the start; the same images but for rounding"
+    p.add_argument("--compile", action="store_true", help=text)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     text = "ranks that share the routed experts (default 1)"
     p.add_argument("--expert-parallel", type=int, default=1, metavar="N", help=text)
@@ -264,6 +267,8 @@ def sample(argv: list[str]) -> None:
     ranks = Ranks.from_environment()
     device = ranks.pick_device(args.device)
     args.precision = choose_precision(args.precision, device)
+    if args.compile:
+        require_compiler(device.type, "--compile", "install g++, name another in CXX, or leave it out")
     weights = find_weights(args.run or args.model, "--run" if args.run else "--model")
     model, config, step = load_ema(weights, "cpu" if args.expert_parallel > 1 else device)
     codec = choose_codec(args, config, weights, device)
@@ -279,6 +284,9 @@ def sample(argv: list[str]) -> None:
         return
     sampler = sampling.SampleWorker(model, config, device, ranks, codec=codec, pack=pack, weak=weak)
     with connected(sampler, args.expert_parallel) as sampler:
+        for drawer in (sampler.model, weak) if args.compile else ():
+            if isinstance(drawer, DiT):
+                compile_model(drawer, frozen=sampler.device.type == "cpu")
         for job, record in zip(jobs, records, strict=True):
             sampling.run_job(sampler, job, record)
             if ranks.rank == 0:

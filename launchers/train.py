@@ -27,6 +27,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,6 +39,10 @@ if __name__ == "__main__":
 
 from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
 from promoe_ds.utils.command_line import STOPPED, USER_ERROR, Parser, mistake  # noqa: E402
+
+if TYPE_CHECKING:
+    from promoe_ds.evaluation.evaluate import Evaluator
+    from promoe_ds.utils.ranks import Ranks
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,14 +101,38 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     from promoe_ds.checkpoint import resume
     from promoe_ds.data import build_dataset, notes
     from promoe_ds.recipes.validate import validate_data
+    from promoe_ds.train.scores import Scores
+    from promoe_ds.utils.ranks import ALONE
 
     validate_data(config)
-    for note in notes(build_dataset(config)):
+    dataset = build_dataset(config)
+    for note in notes(dataset):
         print(f"data.path={config.data.path}: {note}", file=sys.stderr)
+    if config.train.score_every:
+        Scores(config, ALONE, dataset.codec, make_evaluator)
     run = args.run or Path("runs") / config.name
     saved = resume.saved_config(run)
     if saved is not None:
         resume.check_same_run(saved, config, run)
+
+
+def make_evaluator(config: Config, ranks: Ranks, shape: tuple[int, int, int]) -> Evaluator:
+    """What scores images [H, W, C] while training. Raises ConfigError, in the words of launchers/evaluate.py, too."""
+    import numpy as np
+
+    from promoe_ds.evaluation.evaluate import Evaluator
+    from promoe_ds.evaluation.extractors import usual_features
+    from promoe_ds.evaluation.samples import SampleSet
+
+    ref = config.train.score_ref or "digits"
+    features = config.train.score_features or usual_features(ref)
+    classes = np.array([0, config.model.num_classes - 1])
+    try:
+        evaluator = Evaluator(features, ref, device=ranks.device, ranks=ranks)
+        evaluator.check(SampleSet("the model's", np.zeros((1, *shape), np.uint8), classes))
+    except ConfigError as error:
+        raise ConfigError(f"train.score_ref={ref}, train.score_features={features}: {error}") from error
+    return evaluator
 
 
 def train(args: argparse.Namespace, config: Config) -> int:
@@ -117,7 +146,7 @@ def train(args: argparse.Namespace, config: Config) -> int:
     ds = ds_config.resolve(args.ds_config, config, here.world)
     trainer = None
     try:
-        trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here)
+        trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here, make_evaluator)
         code = trainer.run()
     except StoppedEarly:
         code = STOPPED

@@ -26,7 +26,9 @@ FILES = "files.json"
 """names of what the report consists of, so that the next one removes them and nothing else"""
 SCORES = ("cfg", "num", "label_agreement", "FID", "FD", "sFID", "sFD", "KID", "KD", "IS", "precision", "recall",
           "density", "coverage", "fd_over_noise")  # fmt: skip
-"""what is shown of metrics.json; a name in brackets may follow"""
+"""what is shown of scores; a name in brackets may follow"""
+MOST_SCORED = 20
+"""scores while training, in the table; metrics.jsonl has all"""
 
 
 def check_folder(out: Path) -> None:
@@ -156,14 +158,14 @@ def _head(s: Summary, command: str, of_run: bool) -> str:
 
 def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
     """Samples, scores and curves, of which there may be none."""
-    parts = []
-    if len(records := _records(run)) > 1:
+    parts, logged = [], _records(run)
+    if len(records := [record for record in logged if "loss" in record]) > 1:
         parts.append(writer.figure("training", draw.training(records), "Loss and busiest expert while training"))
     samples = {"experts.png": ", and the expert of each token in the last step (middle layer)", "grid.png": ""}
     if name := next((name for name in samples if (run / "samples" / name).is_file()), None):
         caption = f"EMA samples, one row per class{samples[name]}"
         parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
-    scores = _scores(run)
+    scores = _scores(run, [record["scores"] for record in logged if "scores" in record])
     shown = page.figures(*parts) + (page.table(*scores) if scores else "")
     return [("Training", shown)] if parts or scores else []
 
@@ -174,19 +176,21 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]  # the last may still be being written
 
 
-def _scores(run: Path) -> tuple[list[str], list[list[str]]] | None:
-    """RUN/metrics.json of launchers/evaluate.py as a table: a row per set of samples; None if there is no such file."""
+def _scores(run: Path, trained: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]] | None:
+    """A row per set of samples, those of metrics.jsonl before those of RUN/metrics.json; None if there are none."""
 
     def short(samples: str) -> str:  # runs/digits/samples/cfg1.0/samples.npz is cfg1.0
         path = Path(samples)
         return path.parent.name if path.name == "samples.npz" else path.name
 
-    if not (path := run / "metrics.json").is_file():
-        return None
-    sets = json.loads(path.read_text(encoding="utf-8"))["sets"]
-    keys = [key for key, value in sets[0].items() if key.split("[")[0] in SCORES and value is not None]
-    rows = [[short(s["samples"]), *(number(float(s.get(key) or math.nan)) for key in keys)] for s in sets]
-    return ["samples", *(key.replace("_", " ") for key in keys)], rows
+    sets = [trained[i] for i in draw.spread(len(trained), MOST_SCORED)] if trained else []
+    if (path := run / "metrics.json").is_file():
+        sets += json.loads(path.read_text(encoding="utf-8"))["sets"]
+    found = dict.fromkeys(key for s in sets for key, value in s.items() if value is not None)
+    keys = [key for key in found if key.split("[")[0] in SCORES]
+    known = [{key: math.nan if s.get(key) is None else float(s[key]) for key in keys} for s in sets]
+    rows = [[short(s["samples"]), *map(number, row.values())] for s, row in zip(sets, known, strict=True)]
+    return (["samples", *(key.replace("_", " ") for key in keys)], rows) if sets else None
 
 
 def _layer_table(s: Summary) -> str:

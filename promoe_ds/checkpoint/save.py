@@ -55,9 +55,9 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def ema_state_dict(
-    engine: StateAccess, fixed: dict[str, Tensor], ranks: Ranks, state: str = "ema"
+    engine: StateAccess, fixed: dict[str, Tensor], ranks: Ranks, state: str = "ema", everywhere: bool = False
 ) -> dict[str, Tensor]:
-    """The EMA model on rank 0 (fp32, CPU); collective, empty on the other ranks.
+    """The EMA model on rank 0 (fp32, CPU), or on every rank; collective, empty elsewhere.
 
     Args:
         fixed: what the optimizer does not train (the position table, buffers of routers), as it is.
@@ -66,9 +66,9 @@ def ema_state_dict(
     engine.relink()
     out = {name: _copied(tensor) for name, tensor in fixed.items()}
     for name, full in engine.read(state):
-        if ranks.rank == 0:
+        if ranks.rank == 0 or everywhere:
             out[name] = _copied(full)
-    return out if ranks.rank == 0 else {}
+    return out if ranks.rank == 0 or everywhere else {}
 
 
 def share(engine: StateAccess, ranks: Ranks) -> dict[str, Tensor]:

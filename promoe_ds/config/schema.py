@@ -340,6 +340,22 @@ class TrainConfig:
     sample_every: int = option(
         0, "steps between EMA sample grids; 0 draws one at the end only", at_least=0, change="resume"
     )
+    score_every: int = option(
+        0,
+        "steps between scores of the EMA, which draws with `sample.steps`, `sample.cfg` and `sample.seed`; 0: none",
+        at_least=0,
+        change="resume",
+    )
+    score_images: int = option(5000, "images that are drawn and scored, over all ranks", above=1, change="resume")
+    score_ref: str | None = option(
+        None, "what they are compared with, as `launchers/evaluate.py --ref`; null: digits, of digits", change="resume"
+    )
+    score_features: str | None = option(
+        None,
+        "the network, as `launchers/evaluate.py --features`, whose weights are where its environment variables say; "
+        "null: inception, or digits-cnn against digits",
+        change="resume",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,15 +35,22 @@ TESTED_TORCH = "2.11", "2.13", "2.15"
 """versions whose gradients were compared with those of the plain model: benchmarks/results/stacks.md"""
 
 
-def compile_model(model: DiT, backend: str | Callable[..., Any] = "inductor", whole: bool = True) -> DiT:
+def compile_model(
+    model: DiT, backend: str | Callable[..., Any] = "inductor", whole: bool = True, frozen: bool = False
+) -> DiT:
     """Compile in place at the first forward; returns the same object.
 
     Args:
         model: on its device, sharded or not.
         backend: of torch.compile.
         whole: whether an MoE block may become one graph; if not, its experts can be timed.
+        frozen: weights are constants of the graphs, held once more as a CPU's products read them; for inference.
     """
     _settings()
+    if frozen:
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True  # looked at when a graph is compiled, with no gradients asked for
     for block in model.blocks:
         compiled: Any = block
         if not isinstance(compiled.mlp, MoELayer) or (whole and one_graph(compiled.mlp)):
@@ -64,10 +71,16 @@ def wanted(config: Config, device: str, stage: int) -> bool:
 
 def check_compiler(config: Config, device: str) -> None:
     """Raise ConfigError if the model is to be compiled for a CPU, and there is no C++ compiler."""
+    if config.train.compile:
+        require_compiler(device, "train.compile", "install g++, name another in CXX, or set train.compile=false")
+
+
+def require_compiler(device: str, option: str, way_out: str) -> None:
+    """Raise ConfigError, naming `option`, if torch.compile cannot work on this kind of device."""
     command = (os.environ.get("CXX") or "g++").split()[0]
-    if config.train.compile and device == "cpu" and shutil.which(command) is None:
+    if device == "cpu" and shutil.which(command) is None:
         conflict = f"on a CPU torch.compile calls a C++ compiler, and there is no {command}"
-        reject("train.compile", "true", conflict, "install g++, name another in CXX, or set train.compile=false")
+        reject(option, "true", conflict, way_out)
 
 
 def untested_torch(version: str = torch.__version__) -> str | None:

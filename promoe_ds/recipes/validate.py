@@ -130,6 +130,14 @@ def _validate_objective(config: Config) -> None:
     check_steps(config.diffusion, Solver(sampler, config.sample.steps), "sample.steps")
 
 
+def _validate_scores(config: Config) -> None:
+    """Scores while training have something to be compared with."""
+    cfg = config.train
+    if cfg.score_every and cfg.score_ref is None and config.data.name != "digits":
+        conflict = "train.score_every needs real images, or their statistics"
+        reject("train.score_ref", "null", conflict, "name what launchers/evaluate.py --ref accepts")
+
+
 def _validate_averages(config: Config) -> None:
     """An average is known by its decay."""
     decays = [config.optimizer.ema_decay, *config.optimizer.ema_more]
@@ -152,6 +160,7 @@ def validate(config: Config) -> None:
     _validate_objective(config)
     validate_schedule(config)
     _validate_averages(config)
+    _validate_scores(config)
 
 
 def validate_data(config: Config) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from promoe_ds.config.schema import Config, ConfigError
-from promoe_ds.data.codecs import open_codec
+from promoe_ds.data.codecs import Codec, open_codec
 from promoe_ds.models.init import build
 from promoe_ds.moe.observe import LastChoice
 from promoe_ds.sampling.generate import Precision, SamplingOptions, check_channels, draw_batches, pixel_batches
@@ -56,6 +56,19 @@ def keep_grid(
         raise GridFailed(" ".join(str(error).split())[:300]) from error
 
 
+def open_decoder(config: Config, device: torch.device, latents: dict[str, Any] | None = None) -> Codec | None:
+    """What turns samples into pixels: `data.vae`, with the scale and shift of the record of what is trained on.
+
+    Raises:
+        ConfigError: the model makes latents and `data.vae` names no codec of theirs.
+    """
+    codec = open_codec(config.data.vae, device, "data.vae") if config.data.vae else None
+    check_channels(config, codec, "data.vae=DIR" if codec is None else "data.vae")
+    if codec is not None and latents is not None:
+        codec.follow(latents)
+    return codec
+
+
 def draw_grid(
     model: torch.nn.Module,
     config: Config,
@@ -72,11 +85,7 @@ def draw_grid(
     Raises:
         ConfigError: the model makes latents and `data.vae` names no codec of theirs, or values that are not finite.
     """
-    codec = open_codec(config.data.vae, device, "data.vae") if config.data.vae else None
-    check_channels(config, codec, "data.vae=DIR" if codec is None else "data.vae")
-    if codec is not None and latents is not None:
-        codec.follow(latents)
-    s = config.sample
+    codec, s = open_decoder(config, device, latents), config.sample
     labels = np.repeat(np.arange(min(s.classes, config.model.num_classes)), s.per_class)
     precision: Precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
     weak = load_weak(config.guidance.model, config, device, "guidance.model")[0] if config.guidance.model else None

@@ -41,6 +41,9 @@ CLOSE_SECONDS = 10.0
 LAYERS_SHOWN = 8
 """MoE layers with TensorBoard tags of their own; metrics.jsonl has all"""
 
+ALIKE = ("cfg", "classifier_accuracy", "FD_noise", "FD_real")
+"""numbers among scores that are the same at every step: neither printed nor drawn"""
+
 
 def expert_load(tokens_per_expert_LE: Tensor) -> tuple[float, int]:
     """(mean over the MoE layers of max/mean expert load, experts without a token over all layers).
@@ -111,16 +114,31 @@ class MetricsLog:
 
         A full disk is a warning: records wait for room.
         """
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._append(record)
+        scalars = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+        scalars |= shown(record.get("layers", {}))
+        self._scalars(record["step"], scalars)
+        print(f"skipped: {record['skipped']}" if "skipped" in record else self._line(record), flush=True)
+
+    def scores(self, step: int, scores: dict[str, Any], seconds: float) -> None:
+        """A record of its own, with `step` and `scores` (an entry of metrics.json); TensorBoard has `scores/NAME`."""
+        self._append({"step": step, "scores": scores})
+        found = {key: value for key, value in scores.items() if isinstance(value, float) and key not in ALIKE}
+        self._scalars(step, {f"scores/{key}": value for key, value in found.items()})
+        text = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+        print(f"  scores of {scores['num']} images at step {step}: {text}; {seconds:.1f} s", flush=True)
+
+    def _append(self, record: dict[str, Any]) -> None:
         self.waiting += json.dumps(record).encode() + b"\n"
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
         except OSError as error:
             print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
-        scalars = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
-        scalars |= shown(record.get("layers", {}))
-        self._show(lambda board: [board.add_scalar(key, value, record["step"]) for key, value in scalars.items()])
-        print(f"skipped: {record['skipped']}" if "skipped" in record else self._line(record), flush=True)
+
+    def _scalars(self, step: int, scalars: dict[str, Any]) -> None:
+        self._show(lambda board: [board.add_scalar(key, value, step) for key, value in scalars.items()])
 
     def _show(self, draw: Callable[[SummaryWriter], object]) -> None:
         """TensorBoard, whose writer does not recover from an error."""

@@ -32,6 +32,10 @@ class RankFailed(Exception):
     """A user's mistake that one rank alone has met (a damaged file); the message is one line."""
 
 
+class StoppedEarly(Exception):
+    """A signal came before the first step; raised on every rank alike, after the marker is written."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What one rank saw in the repeated step."""

@@ -44,28 +44,20 @@ from promoe_ds.train import nonfinite
 from promoe_ds.train.grids import GridFailed, keep_grid
 from promoe_ds.train.loss import total_loss
 from promoe_ds.train.metrics import ExpertWatch, MetricsLog, Throughput, expert_load, memory_gib
-from promoe_ds.train.nonfinite import RankFailed, TrainingStopped
+from promoe_ds.train.nonfinite import RankFailed, StoppedEarly, TrainingStopped
 from promoe_ds.train.profiling import StepProfiler
+from promoe_ds.train.scores import Judge, Scores
 from promoe_ds.utils import signals
 from promoe_ds.utils.command_line import DONE, STOPPED
 from promoe_ds.utils.files import write_text
 from promoe_ds.utils.pictures import load_map
 
 
-class StoppedEarly(Exception):
-    """A signal came before the first step; raised on every rank alike, after the marker is written."""
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no NaN."""
-    return value if math.isfinite(value) else None
-
-
 class Trainer:
     """A run on one rank: model, engine, data and log, at some step."""
 
-    def __init__(self, config: Config, ds: ResolvedDS, run: Path, topology: Topology):
-        self.config, self.run_folder, self.topology = config, run, topology
+    def __init__(self, config: Config, ds: ResolvedDS, run: Path, topology: Topology, judge: Judge | None = None):
+        self.config, self.run_folder, self.topology, self.judge = config, run, topology, judge
         checkpoint, data = self._open_run()
         self.engine = self._build_engine(ds, checkpoint)
         facts = {"world": topology.world, "ep": topology.ep, "stage": ds.stage, "torch": torch.__version__,
@@ -103,6 +95,8 @@ class Trainer:
         self.step = resume.check_history(run, checkpoint, config)
         self.lr_change = resume.changed_lr(checkpoint, config)
         self.renewed = self.step + 1 if self.lr_change else 0
+        if self.scores:
+            self.scores.prepare()
         return checkpoint, data
 
     def _connect(self) -> None:
@@ -114,6 +108,8 @@ class Trainer:
                 resume.check_same_run(saved, self.config, self.run_folder)
             new = self.config.train.init and not layout.candidates(self.run_folder)
             self.started = InitialWeights(self.config) if new else None
+            scored = self.config, self.topology, self.dataset.codec, self.judge
+            self.scores = Scores(*scored) if self.config.train.score_every else None
         except ConfigError as error:
             problem = error
         if problem is None or self.topology.world > 1:
@@ -167,6 +163,8 @@ class Trainer:
         cfg = self.config.train
         self._say(self._banner())
         self._stop_early(self.step)
+        if self.scores and self.scores.owed(self.run_folder, self.step) and not self._score(self.scores):
+            return self._leave_marker(self.step)
         with BatchStream(self.config, self.dataset, self.topology, self.step) as stream:
             while self.step < cfg.steps:
                 try:
@@ -182,11 +180,15 @@ class Trainer:
                 if self._logged(self.step) or record["skipped"]:
                     self._report(record)
                 last = self.step == cfg.steps or record["stop"]
-                if last or self.step % cfg.checkpoint_every == 0:
+                if saved := last or self.step % cfg.checkpoint_every == 0:
                     self._paused(self.saver.save, self.step, self._fixed(), last)
                 if cfg.sample_every and self.step % cfg.sample_every == 0 and not last:
                     self._paused(self._draw_samples)
                 if record["stop"] and self.step < cfg.steps:
+                    return self._leave_marker(self.step)
+                if self.scores and self.step % cfg.score_every == 0 and not self._paused(self._score, self.scores):
+                    if not saved:
+                        self.saver.save(self.step, self._fixed(), True)
                     return self._leave_marker(self.step)
         self._paused(self._draw_samples)
         self._say(f"done: {self.step} steps; weights in {layout.folder(self.run_folder, self.step) / layout.EMA}")
@@ -229,11 +231,8 @@ class Trainer:
             (*losses, stop), read = sums.tolist(), None
         else:  # stage 0: the norm comes with the losses, in the one host read of the step
             *losses, stop, read = torch.cat([sums, clipped.view(1)]).tolist()
-        record = dict(zip(self.terms, losses, strict=True)) | {
-            "load": tokens_per_expert_LE,
-            "stop": stop > 0,
-            "skipped": None,
-        }
+        record: dict[str, Any] = dict(zip(self.terms, losses, strict=True))
+        record |= {"load": tokens_per_expert_LE, "stop": stop > 0, "skipped": None}
         norm = math.nan
         if all(map(math.isfinite, losses)):
             with self._part("optimizer"):
@@ -336,7 +335,7 @@ class Trainer:
             peak = flops.device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
             mfu = rate / self.topology.world * self.image_flops / peak if peak else None
             self.log.write({
-                "step": self.step, **{k: _finite(record[k]) for k in (*self.terms, "grad_norm")},
+                "step": self.step, **{k: record[k] for k in (*self.terms, "grad_norm")},
                 "lr": learning_rate(self.config, self.step),
                 "images_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(device), "load_max_over_mean": ratio,
                 "dead_experts": dead, "seconds_per_step": self.config.train.global_batch_size / rate,
@@ -362,13 +361,20 @@ class Trainer:
                 self._say(f"  no sample grid: {error}")
         self.topology.barrier()
 
-    def _paused(self, work: Callable[..., None], *args: Any) -> None:
+    def _score(self, scores: Scores) -> bool:
+        """Collective: draw with the EMA on every rank, score, log; False if a rank was told to stop meanwhile."""
+        self.saver.finish()  # a long pause is not to cost the checkpoint before it
+        weights = ema_state_dict(self.engine, self._fixed(), self.topology, everywhere=True)
+        return scores.log(weights, self.step, self.log)
+
+    def _paused(self, work: Callable[..., Any], *args: Any) -> Any:
         """Do it; its time does not count as time of training."""
         start = time.perf_counter()
-        work(*args)
+        done = work(*args)
         self.throughput.pause(time.perf_counter() - start)
         if self.meter:
             self.meter.skip()
+        return done
 
     def _banner(self) -> str:
         t, cfg = self.topology, self.config.train

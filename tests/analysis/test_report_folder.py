@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from promoe_ds.analysis.report import REPORT, Writer, check_folder, prepare_folder, slugs
+from promoe_ds.analysis.report import REPORT, Writer, _training, check_folder, prepare_folder, slugs
 from promoe_ds.config.schema import ConfigError
 
 
@@ -67,6 +69,24 @@ def test_a_report_that_was_interrupted_can_be_written_again(tmp_path: Path, monk
 def test_no_two_runs_share_a_name() -> None:
     names = ["a b", "a_b", "a/b", "a_b_2", "c"]
     assert list(slugs(names).values()) == ["a_b", "a_b_2", "a_b_3", "a_b_2_2", "c"]
+
+
+def test_scores_while_training_stand_before_those_of_samples(tmp_path: Path) -> None:
+    """Records of scores are in no curve."""
+    log = [{"step": i, "loss": 1.0, "loss/diffusion": 1.0, "load_max_over_mean": 2.0} for i in (1, 2)]
+    scored = [
+        {"step": i, "scores": {"samples": f"step {i}", "FID": 9.0 - i, "recall": 0.0, "KID": None}} for i in (1, 2)
+    ]
+    lines = [json.dumps(record) for pair in zip(log, scored, strict=True) for record in pair]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    sets = [{"samples": "runs/a/samples/cfg1.5/samples.npz", "FID": 2.5, "IS": 3.0}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"sets": sets}))
+    writer = Writer()
+    ((_, shown),) = _training(writer, tmp_path)
+    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", shown)]
+    assert rows == [["samples", "FID", "recall", "IS"], ["step 1", "8", "0", "–"], ["step 2", "7", "0", "–"],
+                    ["cfg1.5", "2.5", "–", "3"]]  # fmt: skip
+    assert list(writer.files) == ["training.png"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:

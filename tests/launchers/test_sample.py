@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch._inductor.config as inductor
 
 from promoe_ds.data.codecs import open_codec
+from promoe_ds.models.compiled import compile_model
 from tests.data.test_codecs import write_taef2
 from tests.launch import run, torchrun
 from tests.photographs import tiny_kl
@@ -67,6 +70,35 @@ def test_a_weaker_model_guides_and_is_recorded(command: Command, tmp_path: Path)
     assert command(*words, "--guidance-model", file, "--out", tmp_path / "itself") == 0
     assert_same_images(read_npz(tmp_path / "itself/samples.npz")[0], none)
     assert command(*words, "--guidance-model", weak, "--out", tmp_path / "null") == 2
+
+
+def test_compiled_models_draw_the_same(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs without a compiler behind them, which would take a minute: batches of 4 and 2, guided or not."""
+    made = []
+
+    def graphs(model: Any, frozen: bool) -> Any:
+        made.append(compile_model(model, "aot_eager", frozen=frozen))
+        assert inductor.freezing, "weights are constants of the graphs on a CPU"
+
+    monkeypatch.setattr(inductor, "freezing", False)  # and afterwards as it was
+    write_run(tmp_path)
+    words = ("--run", tmp_path, "--num", 6, "--batch", 4, "--cfg", 3, "--guidance-interval", "300,700")
+    words = (*words, "--guidance-model", tmp_path, "--steps", 4)
+    assert command(*words, "--out", tmp_path / "plain") == 0
+    monkeypatch.setattr("launchers.sample.compile_model", graphs)
+    assert command(*words, "--out", tmp_path / "compiled", "--compile") == 0
+    assert len(made) == 2
+    plain, compiled = (read_npz(tmp_path / name / "samples.npz")[0].astype(int) for name in ("plain", "compiled"))
+    assert abs(plain - compiled).max() <= 1 and plain.std() > 10
+
+
+def test_a_compiler_is_needed_to_compile(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert command("--model", write_run(tmp_path), "--compile", "--device", "cpu", "--out", tmp_path / "out") == 2
+    assert "--compile=true: on a CPU torch.compile calls a C++ compiler, and there is no" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_shift_that_is_asked_for_comes_before_the_runs_own(command: Command, tmp_path: Path) -> None:

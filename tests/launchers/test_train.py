@@ -69,6 +69,31 @@ BAD = {
     "no override": (["steps"], "override='steps': is not section.key=value", ""),
     "no ds_config": (["--ds_config", "nowhere.json"], "--ds_config=nowhere.json: cannot be read", ""),
     "world": (["--dry-run", "--world", "0"], "world size=0", ""),
+    "scores of nothing": (
+        ["--config", "cifar10_promoe_s", "train.score_every=5"],
+        "train.score_ref=null: train.score_every needs real images",
+        "name what launchers/evaluate.py --ref accepts",
+    ),
+    "scores of one image": (
+        ["train.score_every=5", "train.score_images=1"],
+        "train.score_images=1: must be above 1",
+        "",
+    ),
+    "no reference": (
+        ["train.score_every=5", "train.score_ref=nowhere.npz"],
+        "train.score_ref=nowhere.npz, train.score_features=inception: --ref=nowhere.npz: no such file",
+        "name an existing .npz",
+    ),
+    "no network": (
+        ["train.score_every=5", "train.score_features=net.onnx"],
+        "train.score_ref=digits, train.score_features=net.onnx: --features=net.onnx: no such file",
+        "name an existing",
+    ),
+    "scores in a dry run": (
+        ["train.score_every=5", "train.score_features=fid", "--dry-run", "--check-files"],
+        "--features=fid: no such feature extractor",
+        "choose one of digits-cnn",
+    ),
 }
 
 
