@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from promoe_ds.moe.weight_casts import cast_weight
+
 
 class Source(NamedTuple):
     """How to get a tensor again: which view of which result of which node."""
@@ -172,5 +174,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+        weight, bias = cast_weight(weight, dtype), bias if bias is None else cast_weight(bias, dtype)
     return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ DeepSpeed 0.19.8 facts worked around here:
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -34,6 +35,7 @@ from torch import Tensor
 from promoe_ds.config.schema import Config
 from promoe_ds.models.compiled import wanted
 from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.moe.weight_casts import cast_once
 from promoe_ds.parallel import one_pass
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.collectives import sum_in_place
@@ -71,6 +73,13 @@ class Engine:
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
         return self.engine(x_BCHW, t_B, y_B, row_B)
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Around the micro-batches of a step, the update left out: weights are cast once for all of them.
+
+        Not at stage 3, which lets go of whole weights between their uses.
+        """
+        return nullcontext() if self.stage == 3 else cast_once(self.topology.device.type)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""
