@@ -2,7 +2,7 @@
 
 The norm, its modulation, permuted rows and the weighted sum of experts cost little next to a product, but each is as
 large as what it was computed from, and a product keeps its input for the gradient of its weights. GELU's result is kept
-besides its input: a tanh costs as much as a tenth of a product.
+besides its input: on a CPU a second tanh takes 2 % of the forward and backward time.
 
     h = recomputed(pointwise, x, scale)     keeps x and scale
     y = linear(h, weight, bias)             keeps no h: asks the node of `recomputed` for it
