@@ -1,4 +1,4 @@
-"""What `official_parity.py` compares: images, weights in the official layout, models of the official code.
+"""The official code beside ours: what `official_parity.py` compares, and the training step that `throughput.py` times.
 
 Of that code only the folder `models` is used; where its dependency timm is missing, a patch embedding stands in.
 """
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from benchmarks.interleaved import Clock, Work
 
 WIDTH, HEADS, DEPTH, SIDE, CHANNELS, BATCH, CLASSES = 64, 4, 4, 8, 3, 32, 1000
 LR, CLIP = 1e-3, 0.5
@@ -151,8 +153,8 @@ class PatchEmbedding(nn.Module):
         return self.proj(x_BCHW).flatten(2).transpose(1, 2)
 
 
-def official_model(official: Path, family: str) -> nn.Module:
-    """A model of the official code; labels are dropped by us, so it must not drop any itself."""
+def official_model(official: Path, family: str, **sizes: int) -> nn.Module:
+    """A model of the official code, a small one by default. Labels are dropped by us, so it must not drop any."""
     if str(official) not in sys.path:
         sys.path.insert(0, str(official))
     if "timm" not in sys.modules and importlib.util.find_spec("timm") is None:
@@ -161,8 +163,9 @@ def official_model(official: Path, family: str) -> nn.Module:
         vars(sys.modules[name]).update(PatchEmbed=PatchEmbedding, Mlp=None)
     kind = FAMILIES[family]
     sizes = {"input_size": SIDE, "in_channels": CHANNELS, "patch_size": 2, "hidden_size": WIDTH, "depth": DEPTH,
-             "num_heads": HEADS, "num_classes": CLASSES}  # fmt: skip
-    experts = {"MoE_config": Section(kind.experts)} if kind.experts else {}
+             "num_heads": HEADS, "num_classes": CLASSES} | sizes  # fmt: skip
+    hidden = {key: 2 * sizes["hidden_size"] for key in kind.experts if key.endswith("intermediate_size")}
+    experts = {"MoE_config": Section(kind.experts | hidden)} if kind.experts else {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which blocks are sparse
         model = importlib.import_module(f"models.{kind.module}").DiT(**sizes, **experts)
     model.y_embedder.dropout_prob = 0.0
@@ -179,7 +182,7 @@ def losses(
         output, _, _, targets, logits, weight = output
         pairs = zip(logits, targets, strict=True)
         aux = weight * sum(nn.functional.binary_cross_entropy_with_logits(z, y) for z, y in pairs)
-    error = (output[:, :CHANNELS] - target_BCHW).square().mean()
+    error = (output[:, : target_BCHW.shape[1]] - target_BCHW).square().mean()
     return error, error + aux
 
 
@@ -208,3 +211,44 @@ def train_official(model: nn.Module, config: Any, steps: int) -> list[dict[str, 
         adam.zero_grad()
         records.append({"loss/diffusion": error.item(), "grad_norm": norm.item()})
     return records
+
+
+# ------------------------------------------------------------------------------------------------------- its speed
+
+
+def official_twin(official: Path, model: Any) -> nn.Module:
+    """The official ProMoE in the sizes of ours and with its weights, in memory of its own."""
+    from promoe_ds.formats.official import to_official
+
+    m = model.config.model
+    twin = official_model(official, "promoe", input_size=m.image_size, in_channels=m.channels, hidden_size=m.width,
+                          depth=m.depth, num_heads=m.heads, num_classes=m.num_classes)  # fmt: skip
+    twin.load_state_dict(to_official(dict(model.state_dict()), model.config))
+    return twin.train()
+
+
+def official_step(model: nn.Module, batch: Any, precision: str, lr: float, decay: float) -> Work:
+    """A step as its train.py makes it: fused AdamW over all parameters, EMA tensor by tensor.
+
+    Args:
+        batch: of `noisy`.
+    """
+    device, ema = batch.x_BCHW.device, [p.detach().clone() for p in model.parameters()]
+    adam = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+    def work(clock: Clock) -> None:
+        clock.mark()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            _, total = losses(model, *noisy(batch))
+        clock.mark()
+        total.backward()
+        clock.mark()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            for average, p in zip(ema, model.parameters(), strict=True):
+                average.mul_(decay).add_(p, alpha=1 - decay)
+        clock.mark()
+
+    return work

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/throughput.py --section step --sizes s --micro 8 --precision fp32
     python benchmarks/throughput.py --section layer --sizes s,xl --routing learned,uniform,skewed
+    python benchmarks/throughput.py --section step --official ../ProMoE --systems "promoe [gc]|official"
     python benchmarks/throughput.py --minutes 0                     # only print what was measured before
 
 Systems take turns, a window each, several rounds; a figure is the median over the rounds, with the lowest and the
@@ -11,6 +12,7 @@ forget them), and none is begun after --minutes. The table is printed last.
 The training step here is forward, backward, gradient norm with clipping, fused AdamW and the EMA, without DeepSpeed's
 engine and without data loading: the same for every system. `promoe paper loop` is Algorithm 1 of the paper on the
 parameters of `promoe`; `dense` is Dense-DiT at the same activated size; `compiled` is with `train.compile`.
+`official code` is a clone of ali-vilab/ProMoE on the same weights and batch (--official), by the loop of its train.py.
 benchmarks/moe_peers.py has the peers, and what they leave out. A GPU's memory, kernels and ceilings are the business of
 `python -m benchmarks.gpu`, which measures each model alone.
 """
@@ -20,12 +22,13 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,6 +39,7 @@ from torch import Tensor, nn
 from benchmarks import moe_peers
 from benchmarks.common import facts, integers, load_points, page, save_point, spread, table, words_of
 from benchmarks.interleaved import Clock, Work, interleaved
+from benchmarks.official_model import official_step, official_twin
 from promoe_ds.config.schema import reject
 from promoe_ds.costs import flops
 from promoe_ds.diffusion.objective import make_objective
@@ -94,16 +98,30 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+class Images(NamedTuple):
+    """A batch, the same for every system."""
+
+    x_BCHW: Tensor
+    noise_BCHW: Tensor
+    gauss_B: Tensor
+    label_B: Tensor
+
+
+def images_of(model: Any, images: int, device: torch.device) -> Images:
+    m, generator = model.config.model, torch.Generator(device).manual_seed(0)
+    shape = images, m.channels, m.image_size, m.image_size
+    x, noise = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
+    return Images(x, noise, torch.randn(images, device=device, generator=generator), labels(images))
+
+
 def train_step(model: Any, adam: AdamWithEMA, images: int, device: torch.device, precision: str) -> Work:
     """Forward, backward and update of a whole model; the state of the optimizer is made at the first call."""
-    objective, m = make_objective(model.config.diffusion, device), model.config.model
-    z, eps = (torch.randn(images, m.channels, m.image_size, m.image_size, device=device) for _ in range(2))
-    gauss, y_B = torch.randn(images, device=device), labels(images)
+    objective, batch = make_objective(model.config.diffusion, device), images_of(model, images, device)
 
     def work(clock: Clock) -> None:
         clock.mark()
         with autocast(device, precision):
-            output, losses = objective.loss(lambda x, t: model(x, t, y_B), z, eps, gauss)
+            output, losses = objective.loss(lambda x, t: model(x, t, batch.label_B), *batch[:3])
         total = losses["diffusion"] + sum(loss_L.sum() for loss_L in output.aux_losses.values())
         clock.mark()
         total.backward()
@@ -133,7 +151,9 @@ def layer_step(module: nn.Module, step: moe_peers.Step, x: Tensor, precision: st
     return work
 
 
-def step_systems(size: str, images: int, precision: str, device: torch.device) -> dict[str, Work]:
+def step_systems(
+    size: str, images: int, precision: str, official: Path | None, device: torch.device
+) -> dict[str, Work]:
     dense, promoe = (make_model(f"{name}_{size}", device) for name in ("dense", "promoe"))
     adams = {
         name: AdamWithEMA([p for p in model.parameters() if p.requires_grad], model.config.optimizer)
@@ -155,6 +175,13 @@ def step_systems(size: str, images: int, precision: str, device: torch.device) -
     systems |= {f"promoe {name}": variant(name, False) for name in backends(device)}
     for name, model in (("dense", dense), ("promoe", promoe)):
         systems[f"{name} compiled"] = train_step(compile_model(twin(model)), adams[name], images, device, precision)
+    if official:
+        theirs, batch, rates = (
+            official_twin(official.resolve(), promoe),
+            images_of(promoe, images, device),
+            promoe.config.optimizer,
+        )
+        systems["official code"] = official_step(theirs, batch, precision, rates.lr, rates.ema_decay)
     return systems | {"promoe paper loop": variant("loop", True)}
 
 
@@ -227,12 +254,16 @@ def points(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[st
               if micro == args.micro[0] or size in ends]  # fmt: skip
 
     def timed(systems: Callable[..., dict[str, Work]], *of: Any) -> Callable[[], dict[str, Any]]:
-        return lambda: interleaved(systems(*of, args.device), args.device, args.rounds)
+        def chosen() -> dict[str, Work]:
+            return {name: work for name, work in systems(*of, args.device).items() if args.systems.search(name)}
+
+        return lambda: interleaved(chosen(), args.device, args.rounds)
 
     for section in args.section:
         if section == "step":
             for size, precision, micro in shapes:
-                yield f"step {size} {precision} micro {micro}", timed(step_systems, size, micro, precision)
+                work = timed(step_systems, size, micro, precision, args.official)
+                yield f"step {size} {precision} micro {micro}", work
         elif section == "layer":
             for routing in args.routing:
                 for size, precision, micro in shapes:
@@ -275,8 +306,8 @@ def step_row(point: str, name: str, systems: dict[str, Any], peak: float | None)
     config = load_config(f"imagenet256_{'dense' if name.startswith('dense') else 'promoe'}_{size}")
     rate = [int(micro) / sum(r) for r in found["rounds"]]
     mfu = f"{median(rate) * flops.train_flops(config, DROP) / peak:.1%}" if peak else ""
-    loop = over(systems, "promoe paper loop", name)
-    return [spread(rate), parts(found), mfu, over(systems, "dense", name), loop]
+    peers = [over(systems, peer, name) for peer in ("dense", "promoe paper loop", "official code")]
+    return [spread(rate), parts(found), mfu, *peers]
 
 
 def layer_row(point: str, name: str, systems: dict[str, Any], peak: float | None) -> list[str]:
@@ -292,7 +323,7 @@ def sampling_row(point: str, name: str, systems: dict[str, Any], peak: float | N
 
 SECTIONS = {
     "step": ("Training step", step_row, ["images/s", "forward / backward / optimizer, ms", "MFU",
-             "speed over dense", "speed over the paper's loop"]),
+             "speed over dense", "speed over the paper's loop", "speed over the official code"]),
     "layer": ("MoE layer, forward and backward", layer_row, ["ms", "forward / backward, ms",
               "speed over the paper's loop", "time over its GEMMs alone"]),
     "sampling": ("Sampling: 250 Euler steps, guidance 1.5", sampling_row, ["images/s"]),
@@ -311,6 +342,13 @@ def tables(found: dict[str, dict[str, Any]], peak: float | None) -> Iterator[str
             yield f"## {title}\n\n{table(['point', 'system', *columns], rows)}"
 
 
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
 def parse_args(words: list[str]) -> argparse.Namespace:
     """Options, with the defaults of this machine. Raises `ConfigError`."""
     gpu = torch.cuda.is_available()
@@ -325,10 +363,14 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--micro", type=integers, default=micro, help="images; all but the first at the end sizes only")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no point after them")
+    parser.add_argument("--systems", type=pattern, default=pattern(""), help="those whose name this matches")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="a clone of ali-vilab/ProMoE")
     parser.add_argument("--out", type=Path, help="folder of the figures; default runs/throughput_cpu or _gpu")
     parser.add_argument("--page", type=Path, help="the table, also printed; default page.md in that folder")
     args = parser.parse_args(words)
     check_positive(args, "rounds")
+    if args.official and not (args.official / "models/models_ProMoE_TC.py").is_file():
+        reject("--official", args.official, "holds no models/models_ProMoE_TC.py", "name a clone of ali-vilab/ProMoE")
     args.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     args.out = args.out or Path("runs/throughput_gpu" if gpu else "runs/throughput_cpu")
     args.page = args.page or args.out / "page.md"

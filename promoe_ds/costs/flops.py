@@ -183,17 +183,17 @@ def _optimizer_states(config: Config, world: int, ep: int, stage: int) -> dict[s
 def _block_activations(config: Config, is_moe: bool, wide: int, narrow: int) -> float:
     """Bytes that autograd keeps of one block per token; `wide`: residual stream, `narrow`: matrix products.
 
-    Results of products and the block's input; what lies between is computed again (`moe/recompute.py`).
+    The block's input, results of products, and those of GELU; the rest is computed again (`moe/recompute.py`).
     """
     D = config.model.width
     # input; q k v, attention output before and after its projection; logarithms of attention's sums
     kept = D * (wide + 5 * narrow) + 4 * config.model.heads
     if not is_moe or config.moe is None:
-        return kept + narrow * (_dense_hidden(config) + D)
+        return kept + narrow * (2 * _dense_hidden(config) + D)
     F, E, K = expert_hidden(config), config.moe.num_experts, experts_per_token(config)
     router = E * (8 + narrow) + 36 * K  # scores and memberships; orders, indices and weights of edges
     received = K * narrow * D if config.parallel.expert_parallel > 1 else 0  # else rows are picked again
-    return kept + router + received + (K + config.moe.num_shared) * narrow * (F + D)
+    return kept + router + received + (K + config.moe.num_shared) * narrow * (2 * F + D)
 
 
 def activation_bytes(config: Config, images: int) -> float:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.activation_checkpoint import checkpointed
-from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, adaln, norm_beside, residual_adaln
+from promoe_ds.models.adaln import adaln, gated, norm_beside, residual_adaln
+from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import LayerStats, MoELayer
 from promoe_ds.moe.mlp import Linear, Mlp
@@ -62,7 +63,7 @@ class DiTBlock(nn.Module):
         if not isinstance(self.mlp, MoELayer):
             return x_BSD + gate_B1D * self.mlp(h_BSD), None
         out_BSD, stats = self.mlp(h_BSD, split, self.looked_at(x_BSD, time_BD))
-        return x_BSD + recomputed(torch.mul, gate_B1D, out_BSD), stats
+        return x_BSD + recomputed(gated, gate_B1D, out_BSD), stats
 
     def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor | None:
         """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`."""

@@ -64,30 +64,6 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c_BD))[:, None].chunk(self.parts, dim=-1)
 
 
-def norm(x_BSD: Tensor) -> Tensor:
-    """In front of every part of a block, without affine parameters of its own."""
-    return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6)
-
-
-def adaln(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """The norm and its modulation."""
-    return norm(x_BSD) * (1 + scale_B1D) + shift_B1D
-
-
-def norm_beside(x_BSD: Tensor, *time_BD: Tensor) -> Tensor:
-    """The norm, and beside it the timestep's part of the conditioning if it is given: [B, S, D or 2D]."""
-    out_BSD = norm(x_BSD)
-    return torch.cat([out_BSD, *(t_BD[:, None].expand_as(out_BSD).to(out_BSD.dtype) for t_BD in time_BD)], dim=-1)
-
-
-def residual_adaln(
-    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A part's output joins the residual stream -> (the stream, its `adaln` for the next part)."""
-    x_BSD = x_BSD + gate_B1D * out_BSD
-    return x_BSD, adaln(x_BSD, shift_B1D, scale_B1D)
-
-
 class TimestepEmbedder(nn.Module):
     """Timestep (float, 0..1000) -> sinusoids (cosines first, periods to 1e4) -> two-layer SiLU MLP.
 

@@ -25,7 +25,8 @@ from promoe_ds.moe import recompute
 from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.dispatch import ExpertRows, tokens_per_expert
 from promoe_ds.moe.mlp import gelu
-from promoe_ds.moe.recompute import cast, keep, kept, recomputed
+from promoe_ds.moe.recompute import cast, keep, kept
+from promoe_ds.moe.weight_casts import cast_weight
 
 grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -71,11 +72,11 @@ class StackedExperts(nn.Module):
         device = rows.x_ND.device.type
         dtype = self.compute_dtype(device)
         rows = rows._replace(x_ND=cast(rows.x_ND, dtype))
-        w1, w2, w3 = (w.to(dtype) for w in (self.w1, self.w2, self.w3))
+        w1, w2, w3 = (cast_weight(w, dtype) for w in (self.w1, self.w2, self.w3))
         b1_EF, b2_ED = w3.squeeze(1).split([self.hidden, self.width], dim=1)
         with torch.autocast(device, enabled=False):  # grouped_mm ignores autocast: the casts above are ours
             linear = self.backends[self.backend](rows)
-            return linear(recomputed(self.activation, linear(rows.x_ND, w1, b1_EF)), w2, b2_ED)
+            return linear(self.activation(linear(rows.x_ND, w1, b1_EF)), w2, b2_ED)
 
 
 def _loop(rows: ExpertRows) -> Linear:

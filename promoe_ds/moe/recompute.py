@@ -1,7 +1,8 @@
 """What the backward pass computes again instead of keeping it: pointwise results, whose inputs are kept.
 
-The norm, the modulation, GELU, permuted rows and the weighted sum of experts cost little next to a product, but each is
-as large as what it was computed from, and a product keeps its input for the gradient of its weights.
+The norm, its modulation, permuted rows and the weighted sum of experts cost little next to a product, but each is as
+large as what it was computed from, and a product keeps its input for the gradient of its weights. GELU's result is kept
+besides its input: on a CPU a second tanh takes 2 % of the forward and backward time.
 
     h = recomputed(pointwise, x, scale)     keeps x and scale
     y = linear(h, weight, bias)             keeps no h: asks the node of `recomputed` for it
@@ -13,13 +14,16 @@ the bit. A compiler decides by itself what to compute again, so a graph gets the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from promoe_ds.moe.weight_casts import cast_weight
 
 
 class Source(NamedTuple):
@@ -64,6 +68,22 @@ def kept(ctx: Any) -> list[Any]:
     return found
 
 
+class Explicit(ABC):
+    """A function for `recomputed` with a gradient of its own, where autograd's takes more passes over memory."""
+
+    @abstractmethod
+    def __call__(self, *inputs: Any) -> Any:
+        """The result, or a tuple of them; a compiler differentiates this one."""
+
+    @abstractmethod
+    def again(self, *inputs: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """The results, and what `gradient` needs beside the inputs; in the backward pass, if one asks for a result."""
+
+    @abstractmethod
+    def gradient(self, inputs: list[Any], rest: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Of each input; not yet in its dtype. `rest` is None if nobody asked for a result; it may be written to."""
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -75,6 +95,12 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if isinstance(ctx.function, Explicit):
+            inputs, _, rest = ctx.graph or (kept(ctx), None, None)
+            ctx.graph = None
+            return None, *ctx.function.gradient(inputs, rest, grads)
         results = _results(ctx)
         inputs, ctx.graph = ctx.graph[0], None
         used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
@@ -92,6 +118,9 @@ def _plain(function: Callable[..., Any], inputs: Any) -> Any:
 
 def _results(node: Any) -> tuple[Tensor, ...]:
     """Of a `recomputed`, with their graph: computed at the first call of a backward pass, let go by its own."""
+    if node.graph is None and isinstance(node.function, Explicit):
+        inputs = kept(node)
+        node.graph = inputs, *node.function.again(*inputs)
     if node.graph is None:
         needs = node.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_() if need else x for x, need in zip(kept(node), needs, strict=True)]
@@ -106,7 +135,7 @@ def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
 
     Args:
         function: of tensors and constants, without parameters or state, to a new tensor or a tuple of new ones; called
-            again in the backward pass. It should be cheap.
+            again in the backward pass. It should be cheap. It may be an `Explicit`.
         inputs: the first tensor says on which device. Those with gradients must be tensors of their own, not in a list.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -145,5 +174,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+        weight, bias = cast_weight(weight, dtype), bias if bias is None else cast_weight(bias, dtype)
     return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]

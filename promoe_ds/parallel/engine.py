@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -38,6 +39,7 @@ from torch import Tensor
 from promoe_ds.config.schema import Config
 from promoe_ds.models.compiled import wanted
 from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.moe.weight_casts import cast_once
 from promoe_ds.parallel import one_pass
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.collectives import sum_in_place
@@ -78,6 +80,13 @@ class Engine:
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
         return self.engine(x_BCHW, t_B, y_B, row_B)
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Around the micro-batches of a step, the update left out: weights are cast once for all of them.
+
+        Not at stage 3, which lets go of whole weights between their uses.
+        """
+        return nullcontext() if self.stage == 3 else cast_once(self.topology.device.type)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""

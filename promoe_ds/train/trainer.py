@@ -261,15 +261,16 @@ class Trainer:
         """Forwards and backwards of a step -> (this rank's mean losses and one place more, tokens per expert)."""
         totals = torch.zeros(len(self.terms) + 1, device=self.topology.device)
         loads = []
-        for batch in batches:
-            with self._part("forward"):
-                output, terms = self._forward(batch)
-            with self._part("backward"):
-                self.engine.backward(terms[0])
-            totals[:-1] += torch.stack(terms).detach() / len(batches)
-            if logged:
-                self.experts.see(output)
-            loads.append(output.tokens_per_expert_LE)
+        with self.engine.accumulation():
+            for batch in batches:
+                with self._part("forward"):
+                    output, terms = self._forward(batch)
+                with self._part("backward"):
+                    self.engine.backward(terms[0])
+                totals[:-1] += torch.stack(terms).detach() / len(batches)
+                if logged:
+                    self.experts.see(output)
+                loads.append(output.tokens_per_expert_LE)
         return totals, sum(loads[1:], loads[0])
 
     def _not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:

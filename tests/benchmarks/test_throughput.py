@@ -103,6 +103,8 @@ def test_points_resume_and_the_page_is_made(
         ("--micro 8,0", "argument --micro: '8,0' is not a list of numbers of 1 or more"),
         ("--micro x", "argument --micro: 'x' is not a list"),
         ("--rounds 0", "--rounds=0: must be positive; choose 1 or more"),
+        ("--systems [", "argument --systems: '[' is no regular expression"),
+        ("--official {folder}", "holds no models/models_ProMoE_TC.py; name a clone of ali-vilab/ProMoE"),
         ("--out {file}", "is not a folder; choose another"),
         ("--page {folder}", "is a folder, or lies in none; name a file in a folder that is there"),
         ("--page {folder}/nowhere/page.md", "is a folder, or lies in none"),

@@ -1,0 +1,83 @@
+"""Casts of weights, counted, and the gradients that come through them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from promoe_ds.config.schema import Config
+from promoe_ds.models.dit import DiT
+from promoe_ds.models.init import build
+from promoe_ds.moe.weight_casts import cast_once, cast_weight
+from promoe_ds.recipes.load import load_config
+
+
+class Casts(TorchDispatchMode):
+    """How often each parameter is written in another precision, by name."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in model.named_parameters() if p.requires_grad}
+        self.count = dict.fromkeys(self.names.values(), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and (name := self.names.get(args[0].data_ptr())):
+            self.count[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def drawn(config: Config) -> DiT:
+    model = build(config).to_empty(device="cpu").train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def step(model: DiT, micro_batches: int, once: bool) -> tuple[dict[str, int], list[Tensor]]:
+    """Casts of a step of one model, and its gradients."""
+    m, generator = model.config.model, torch.Generator().manual_seed(1)
+    with Casts(model) as casts, cast_once("cpu") if once else nullcontext():
+        for _ in range(micro_batches):
+            x = torch.randn(4, m.channels, m.image_size, m.image_size, generator=generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x, torch.full((4,), 500.0), torch.arange(4))
+            assert not torch.is_autocast_enabled("cpu")
+            (out.prediction.float().square().mean() + sum(x.sum() for x in out.aux_losses.values())).backward()
+    return casts.count, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_once_per_step_and_gradients_equal_to_the_bit(checkpointing: str, micro_batches: int) -> None:
+    config = load_config("tiny", [f"train.activation_checkpointing={checkpointing}"])
+    (often, theirs), (once, ours) = (step(drawn(config), micro_batches, once) for once in (False, True))
+    # Patches are multiplied by a view of their weight, and the key bias is held fixed in a copy: a cast each time, of
+    # a thousandth of the weights. Labels are looked up in fp32.
+    small = {name for name in once if name.startswith("x_embedder") or name.endswith("qkv.bias")}
+    large = {name: number for name, number in once.items() if name not in small and often[name]}
+    assert len(large) > 30 and set(large.values()) == {1}
+    assert all(often[name] >= micro_batches for name in large)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_outside_the_context_and_after_it_weights_are_cast_anew() -> None:
+    w = torch.nn.Parameter(torch.ones(2))
+    assert cast_weight(w, torch.float32) is w and cast_weight(w, torch.bfloat16) is not cast_weight(w, torch.bfloat16)
+    with cast_once("cpu"):
+        copy = cast_weight(w, torch.bfloat16)
+        assert cast_weight(w, torch.bfloat16) is copy
+        assert cast_weight(w * 2, torch.bfloat16).tolist() == [2, 2], "not a parameter"
+        with torch.no_grad():
+            assert cast_weight(w, torch.bfloat16) is not copy, "it has no graph"
+    with torch.no_grad():
+        w.fill_(3)
+    with cast_once("cpu"):
+        assert cast_weight(w, torch.bfloat16).tolist() == [3, 3]
