@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.activation_checkpoint import checkpointed
-from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder, adaln, norm_beside, residual_adaln
+from promoe_ds.models.layers import (
+    Attention,
+    Modulation,
+    TimestepEmbedder,
+    adaln,
+    norm_beside,
+    product_dtype,
+    residual_adaln,
+)
+from promoe_ds.moe import fused
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import LayerStats, MoELayer
 from promoe_ds.moe.mlp import Linear, Mlp
@@ -58,11 +67,15 @@ class DiTBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor, time_BD: Tensor, split: Split) -> tuple[Tensor, LayerStats | None]:
         """-> (x_BSD, what its MoE layer tells); c_BD is the conditioning, time_BD its part of the timestep."""
-        x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
+        x_BSD, h_BSD, gate_B1D, r_BSR = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
-            return x_BSD + gate_B1D * self.mlp(h_BSD), None
-        out_BSD, stats = self.mlp(h_BSD, split, self.looked_at(x_BSD, time_BD))
-        return x_BSD + recomputed(torch.mul, gate_B1D, out_BSD), stats
+            out_BSD, stats = self.mlp(h_BSD), None
+        else:
+            r_BSR = r_BSR if self.router_input == "modulated" else self.looked_at(x_BSD, time_BD)
+            out_BSD, stats = self.mlp(h_BSD, split, r_BSR)
+        if fused.fusible(x_BSD):
+            return fused.residual_adaln(x_BSD, gate_B1D, out_BSD, None, None)[0], stats
+        return x_BSD + (gate_B1D * out_BSD if stats is None else recomputed(torch.mul, gate_B1D, out_BSD)), stats
 
     def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor | None:
         """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`."""
@@ -70,12 +83,19 @@ class DiTBlock(nn.Module):
             return None
         return recomputed(norm_beside, x_BSD, *([time_BD] if self.router_input == "plain+t" else []))
 
-    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
+    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate, that input in fp32 if it
+        is there beside another precision)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
-        out_BSD = self.attn(recomputed(adaln, x_BSD, shift_a, scale_a))
-        x_BSD, h_BSD = recomputed(residual_adaln, x_BSD, gate_a, out_BSD, shift_m, scale_m)
-        return x_BSD, h_BSD, gate_m
+        dtype = product_dtype(x_BSD)
+        both = isinstance(self.mlp, MoELayer) and self.router_input == "modulated" and dtype != x_BSD.dtype
+        if fused.fusible(x_BSD):
+            x_BSD, h_BSD = recomputed(residual_adaln, x_BSD, None, None, shift_a, scale_a, dtype)
+        else:
+            h_BSD = recomputed(adaln, x_BSD, shift_a, scale_a)
+        out_BSD = self.attn(h_BSD)
+        x_BSD, h_BSD, *fp32 = recomputed(residual_adaln, x_BSD, gate_a, out_BSD, shift_m, scale_m, dtype, both)
+        return x_BSD, h_BSD, gate_m, fp32[0] if fp32 else None
 
 
 class FinalLayer(nn.Module):
@@ -86,7 +106,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN(c_BD)
-        return self.linear(recomputed(adaln, x_BSD, shift, scale))
+        return self.linear(recomputed(adaln, x_BSD, shift, scale, product_dtype(x_BSD)))
 
 
 class DiT(nn.Module):

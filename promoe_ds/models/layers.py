@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.moe import fused
 from promoe_ds.moe.recompute import linear
 
 
@@ -47,7 +48,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         B, S, D = x_BSD.shape
-        q, k, v = self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        # Taken apart side by side, so that the gradient is put together in one pass, as the product takes it.
+        q, k, v = (x.transpose(1, 2) for x in self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).unbind(2))
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, D))
 
@@ -69,8 +71,10 @@ def norm(x_BSD: Tensor) -> Tensor:
     return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6)
 
 
-def adaln(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """The norm and its modulation."""
+def adaln(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The norm and its modulation; on CUDA in `dtype`, that of the product that takes it (`product_dtype`)."""
+    if fused.fusible(x_BSD):
+        return fused.residual_adaln(x_BSD, None, None, shift_B1D, scale_B1D, dtype)[1]
     return norm(x_BSD) * (1 + scale_B1D) + shift_B1D
 
 
@@ -81,11 +85,25 @@ def norm_beside(x_BSD: Tensor, *time_BD: Tensor) -> Tensor:
 
 
 def residual_adaln(
-    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A part's output joins the residual stream -> (the stream, its `adaln` for the next part)."""
-    x_BSD = x_BSD + gate_B1D * out_BSD
+    x_BSD: Tensor, gate_B1D: Tensor | None, out_BSD: Tensor | None, shift_B1D: Tensor, scale_B1D: Tensor,
+    dtype: torch.dtype = torch.float32, both: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """A part's output joins the residual stream -> (the stream, its `adaln` for the next part).
+
+    On CUDA the latter is in `dtype`, and with `both` it is returned a second time, in fp32. The first part of a block
+    has no output before it; on CUDA the stream passes through all the same, so that gradients are added in one pass.
+    """
+    if fused.fusible(x_BSD):
+        results = fused.residual_adaln(x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D, dtype, both)
+        return results if both else results[:2]
+    if gate_B1D is not None and out_BSD is not None:
+        x_BSD = x_BSD + gate_B1D * out_BSD
     return x_BSD, adaln(x_BSD, shift_B1D, scale_B1D)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which a linear layer takes x: autocast's if it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class TimestepEmbedder(nn.Module):
