@@ -19,6 +19,7 @@ from promoe_ds.models.layers import (
     Modulation,
     TimestepEmbedder,
     adaln,
+    is_narrow,
     norm_beside,
     product_dtype,
     residual_adaln,
@@ -81,20 +82,21 @@ class DiTBlock(nn.Module):
         """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`."""
         if self.router_input == "modulated":
             return None
-        return recomputed(norm_beside, x_BSD, *([time_BD] if self.router_input == "plain+t" else []))
+        return recomputed(norm_beside, x_BSD, is_narrow(x_BSD), *([time_BD] if self.router_input == "plain+t" else []))
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate, that input in fp32 if it
         is there beside another precision)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
-        dtype = product_dtype(x_BSD)
-        both = isinstance(self.mlp, MoELayer) and self.router_input == "modulated" and dtype != x_BSD.dtype
+        dtype, narrow = product_dtype(x_BSD), is_narrow(x_BSD)
+        both = isinstance(self.mlp, MoELayer) and self.router_input == "modulated" and dtype != torch.float32
         if fused.fusible(x_BSD):
             x_BSD, h_BSD = recomputed(residual_adaln, x_BSD, None, None, shift_a, scale_a, dtype)
         else:
-            h_BSD = recomputed(adaln, x_BSD, shift_a, scale_a)
+            h_BSD = recomputed(adaln, x_BSD, shift_a, scale_a, dtype, narrow)
         out_BSD = self.attn(h_BSD)
-        x_BSD, h_BSD, *fp32 = recomputed(residual_adaln, x_BSD, gate_a, out_BSD, shift_m, scale_m, dtype, both)
+        inputs = x_BSD, gate_a, out_BSD, shift_m, scale_m
+        x_BSD, h_BSD, *fp32 = recomputed(residual_adaln, *inputs, dtype, narrow, both)
         return x_BSD, h_BSD, gate_m, fp32[0] if fp32 else None
 
 
@@ -106,7 +108,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN(c_BD)
-        return self.linear(recomputed(adaln, x_BSD, shift, scale, product_dtype(x_BSD)))
+        return self.linear(recomputed(adaln, x_BSD, shift, scale, product_dtype(x_BSD), is_narrow(x_BSD)))
 
 
 class DiT(nn.Module):
@@ -141,6 +143,8 @@ class DiT(nn.Module):
         split = split_by_label(y_B, self.config.model.num_classes, x_BCHW.device, row_B)
         x_BCHW, t_B = x_BCHW.index_select(0, split.order_B), t_B.index_select(0, split.order_B)
         x_BSD = self.x_embedder(x_BCHW) + self.pos_embed
+        if self.config.train.residual == "bf16" and torch.is_autocast_enabled(x_BSD.device.type):
+            x_BSD = x_BSD.bfloat16()
         time_BD = self.t_embedder(t_B)
         c_BD = time_BD + self.y_embedder(split.label_B)
         layers: list[LayerStats] = []

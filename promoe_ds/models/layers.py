@@ -71,22 +71,27 @@ def norm(x_BSD: Tensor) -> Tensor:
     return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6)
 
 
-def adaln(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The norm and its modulation; on CUDA in `dtype`, that of the product that takes it (`product_dtype`)."""
+def adaln(
+    x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, dtype: torch.dtype = torch.float32, narrow: bool = False
+) -> Tensor:
+    """The norm and its modulation; on CUDA in `dtype`, that of the product that takes it (`product_dtype`).
+
+    A `narrow` stream (`train.residual=bf16`) is normalised in fp32.
+    """
     if fused.fusible(x_BSD):
         return fused.residual_adaln(x_BSD, None, None, shift_B1D, scale_B1D, dtype)[1]
-    return norm(x_BSD) * (1 + scale_B1D) + shift_B1D
+    return norm(x_BSD.float() if narrow else x_BSD) * (1 + scale_B1D) + shift_B1D
 
 
-def norm_beside(x_BSD: Tensor, *time_BD: Tensor) -> Tensor:
+def norm_beside(x_BSD: Tensor, narrow: bool, *time_BD: Tensor) -> Tensor:
     """The norm, and beside it the timestep's part of the conditioning if it is given: [B, S, D or 2D]."""
-    out_BSD = norm(x_BSD)
+    out_BSD = norm(x_BSD.float() if narrow else x_BSD)
     return torch.cat([out_BSD, *(t_BD[:, None].expand_as(out_BSD).to(out_BSD.dtype) for t_BD in time_BD)], dim=-1)
 
 
 def residual_adaln(
     x_BSD: Tensor, gate_B1D: Tensor | None, out_BSD: Tensor | None, shift_B1D: Tensor, scale_B1D: Tensor,
-    dtype: torch.dtype = torch.float32, both: bool = False,
+    dtype: torch.dtype = torch.float32, narrow: bool = False, both: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A part's output joins the residual stream -> (the stream, its `adaln` for the next part).
 
@@ -98,12 +103,17 @@ def residual_adaln(
         return results if both else results[:2]
     if gate_B1D is not None and out_BSD is not None:
         x_BSD = x_BSD + gate_B1D * out_BSD
-    return x_BSD, adaln(x_BSD, shift_B1D, scale_B1D)
+    return x_BSD, adaln(x_BSD, shift_B1D, scale_B1D, narrow=narrow)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """In which a linear layer takes x: autocast's if it is on."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def is_narrow(x_BSD: Tensor) -> bool:
+    """Whether the stream is in half precision under autocast, `train.residual`: norms are then computed in fp32."""
+    return x_BSD.dtype == torch.bfloat16 and torch.is_autocast_enabled(x_BSD.device.type)
 
 
 class TimestepEmbedder(nn.Module):

@@ -25,17 +25,17 @@ from promoe_ds.moe.triton_kernels import EPS, ROWS
 
 def fusible(x: Tensor) -> bool:
     """Whether the kernels can take these tokens."""
-    return x.is_cuda and triton_kernels.READY and x.dtype == torch.float32
+    return x.is_cuda and triton_kernels.READY and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def plain(
     x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """-> (y, h) in x's dtype; h is y where there is no `scale`."""
-    y = x if gate is None or out is None else x + gate.to(x.dtype) * out.to(x.dtype)
+    """-> (y, h) in fp32; h is y where there is no `scale`."""
+    y = x.float() if gate is None or out is None else x.float() + gate.float() * out.float()
     if shift is None or scale is None:
         return y, y
-    return y, F.layer_norm(y, y.shape[-1:], eps=EPS) * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
+    return y, F.layer_norm(y, y.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()
 
 
 @torch.library.custom_op("promoe_ds_fused::residual_adaln", mutates_args=())
@@ -74,14 +74,15 @@ def backward(
     if dx.is_cuda:
         triton_kernels.backward(dy, dh, x, gate, out, scale, *results)
         return results
-    total, columns = dy, []
+    total, columns = dy.float(), []
     if x is not None and scale is not None and dh is not None:
         y, _ = plain(x, gate, out, None, None)
-        dh, rstd = dh.to(x.dtype), (y.var(-1, correction=0, keepdim=True) + EPS).rsqrt()
-        normal, dn = F.layer_norm(y, y.shape[-1:], eps=EPS), dh * (1 + scale.to(x.dtype))
+        dh, rstd = dh.float(), (y.var(-1, correction=0, keepdim=True) + EPS).rsqrt()
+        normal, dn = F.layer_norm(y, y.shape[-1:], eps=EPS), dh * (1 + scale.float())
         columns += [dh, dh * normal]
         dn = rstd * (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True))
-        total = dx.copy_(dy + dn)
+        total = total + dn
+        dx.copy_(total)
     if gate is not None and out is not None:
         columns.append(total * out)
         dout.copy_(total * gate)
@@ -96,7 +97,7 @@ def _gradients(dy: Tensor, dh: Any, x: Any, gate: Any, out: Any, scale: Any) -> 
     return (
         dy.new_empty(dy.shape if scale is not None else 0),
         dy.new_empty(dy.shape if out is not None else 0, dtype=None if out is None else out.dtype),
-        dy.new_empty(sums, B, -(-S // ROWS), D),
+        dy.new_empty(sums, B, -(-S // ROWS), D, dtype=torch.float32),
     )
 
 
@@ -108,7 +109,7 @@ class _ResidualAdaln(torch.autograd.Function):
         keep(ctx, x if scale is not None else None, gate, out, scale)
         ctx.both = both
         if scale is None and torch.compiler.is_compiling():  # pointwise: a compiler joins it with what comes before
-            return plain(x, gate, out, None, None)[0], x.new_empty(0), x.new_empty(0)
+            return x + gate.to(x.dtype) * out.to(x.dtype), x.new_empty(0), x.new_empty(0)
         y, h, h32 = forward(x, gate, out, shift, scale, dtype, both)
         return (x.view_as(x) if out is None else y), h, h32
 
@@ -134,14 +135,14 @@ def residual_adaln(
     """As above; differentiable once.
 
     Args:
-        x: float32 [B, S, D], contiguous.
+        x: float32 or bfloat16 [B, S, D], contiguous.
         gate, out: [B, 1, D] and contiguous [B, S, D], or None.
         shift, scale: [B, 1, D], or None.
         dtype: of h.
         both: whether h is wanted in float32 too.
 
     Returns:
-        y float32, h, h in float32, all [B, S, D]; what was not asked for has no elements. Without an `out` y is x:
+        y as x, h, h in float32, all [B, S, D]; what was not asked for has no elements. Without an `out` y is x:
         who goes on with y has its gradient added in the same pass.
     """
     return _ResidualAdaln.apply(x, gate, out, shift, scale, dtype, both)  # type: ignore[no-any-return]

@@ -71,6 +71,28 @@ def test_operators_against_float64(dtype: torch.dtype, residual: bool, norm: boo
 
 
 @needs_triton
+def test_a_narrow_stream_against_float64() -> None:
+    """x and its gradients in bf16, computed in fp32."""
+    x, gate, out, shift, scale = inputs(torch.bfloat16, True, True)
+    assert x is not None
+    given = [x.bfloat16(), gate, out, shift, scale]
+    dy, dh = torch.randn(B, S, D).bfloat16(), torch.randn(B, S, D)
+    wanted, exact_grads = exact(given, dy, dh)
+    for forward, backward in ((fused.forward, fused.backward), (None, None)):
+        if forward is None:
+            results = fused._results(*given, torch.float32, False)
+            triton_kernels.forward(*given, *results)
+            grads = fused._gradients(dy, dh, given[0], gate, out, scale)
+            triton_kernels.backward(dy, dh, given[0], gate, out, scale, *grads)
+        else:
+            results = forward(*given, torch.float32, False)
+            grads = backward(dy, dh, given[0], gate, out, scale)
+        assert results[0].dtype == grads[0].dtype == torch.bfloat16 and grads[2].dtype == torch.float32
+        assert float((results[1].double() - wanted[1]).norm()) <= 1e-6 * float(wanted[1].norm())
+        assert float((grads[0].double() - exact_grads["x"]).norm()) <= 4e-3 * float(exact_grads["x"].norm())
+
+
+@needs_triton
 @pytest.mark.parametrize(("dtype", "residual", "norm"), CASES)
 def test_kernels_against_float64(dtype: torch.dtype, residual: bool, norm: bool) -> None:
     given = inputs(dtype, residual, norm)
