@@ -33,6 +33,7 @@ from benchmarks.throughput import split_of
 from promoe_ds.config.schema import reject
 from promoe_ds.models.compiled import compile_whole
 from promoe_ds.models.dit import DiTBlock
+from promoe_ds.moe import fused
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import Parser, check_positive, launcher
 
@@ -61,12 +62,13 @@ class Kernels:
             name = str(getattr(scheduled.node, "python_kernel_name", None) or "")
             if not name:  # one of several results of the kernel before
                 return
-        group = "memory-bound" if "Extern" not in kind else "others'"
+        ours = "promoe_ds_fused" in name  # kernels of `moe/triton_kernels.py`
+        group = "memory-bound" if "Extern" not in kind or ours else "others'"
         size = scheduled.get_read_write_buffers_sizes()
         self.number[where, group] += 1
         self.bytes[where, group] += size
         layouts: list[Any] = [getattr(buffer.node, "layout", None) for buffer in scheduled.get_outputs()[:3]]
-        results = ", ".join(f"{str(x.dtype)[6:]}{list(map(int, x.size))}" for x in layouts if hasattr(x, "size"))
+        results = ", ".join(f"{str(x.dtype)[6:]}{list(map(int, x.size))}" for x in layouts if hasattr(x, "dtype"))
         self.each.append((size, where, name, results))
 
 
@@ -76,6 +78,7 @@ def pretend() -> None:
     cuda.get_device_properties = lambda *_, **__: H100
     cuda.get_device_capability = lambda *_, **__: (H100.major, H100.minor)
     cuda.current_device, cuda.device_count = lambda: 0, lambda: 1
+    fused.fusible = lambda _: True
     import torch._inductor.config as inductor  # not before: it keeps the functions it finds
     import torch._inductor.scheduler as scheduler
 
@@ -139,7 +142,12 @@ def counting(kernels: Kernels) -> Callable[..., Any]:
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch.utils._python_dispatch import _disable_current_modes
+
+    def partition(graph: Any, inputs: Any, **more: Any) -> Any:
+        joint_graph_passes(graph)
+        return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **more)
 
     def compiler(backward: bool) -> Callable[..., Any]:
         def compile(graph: Any, inputs: list[Any]) -> Any:
@@ -156,7 +164,7 @@ def counting(kernels: Kernels) -> Callable[..., Any]:
         inputs,
         fw_compiler=compiler(False),
         bw_compiler=compiler(True),
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
         decompositions=select_decomp_table(),
     )
 

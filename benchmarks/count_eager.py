@@ -2,8 +2,9 @@
 
     python benchmarks/count_eager.py xl 64            ProMoE-XL beside Dense-XL, micro-batch 64, bf16 autocast
 
-Forward and backward run on fake tensors: shapes and types without memory. An operator's bytes are those of its inputs
-and outputs, as if no cache held them. Views are free. The optimizer is not counted: `docs/performance.md` has it.
+Forward and backward run on fake tensors, shapes and types without memory, with the kernels that CUDA has. An
+operator's bytes are those of its inputs and outputs, as if no cache held them. Views are free. The optimizer is not
+counted: `docs/performance.md` has it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.common import table
 from benchmarks.throughput import labels
 from promoe_ds.models import dit
+from promoe_ds.moe import fused
 from promoe_ds.moe.split import split_by_label
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import Parser, check_positive, launcher
@@ -35,6 +37,8 @@ FREE = frozenset(
     "transpose unbind unsqueeze view lift_fresh _reshape_alias device arange "
     "empty empty_like empty_strided new_empty".split()
 )
+WRITE_ONLY = frozenset("copy_ zero_ fill_".split())
+"""in place, without reading what was there"""
 PRODUCTS = frozenset("mm addmm addmm_ bmm baddbmm _grouped_mm".split())
 
 
@@ -60,7 +64,8 @@ class Traffic(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name not in FREE:
             kind = "product" if name in PRODUCTS else "attention" if "scaled_dot" in name else "memory"
-            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            passed = (args, kwargs) if name in WRITE_ONLY else (args, kwargs, out)
+            tensors = [x for x in tree_leaves(passed) if isinstance(x, Tensor)]
             self.number[kind, name] += 1
             self.bytes[kind, name] += sum(map(nbytes, tensors))
         return out
@@ -71,12 +76,16 @@ class Traffic(TorchDispatchMode):
         return sum(self.number[key] for key in keys), sum(self.bytes[key] for key in keys)
 
 
-def count(recipe: str, images: int, overrides: tuple[str, ...] = ()) -> Traffic:
-    """Forward and backward of a training step."""
+def count(recipe: str, images: int, overrides: tuple[str, ...] = (), on_cuda: bool = True) -> Traffic:
+    """Forward and backward of a training step, as on CUDA or as on a CPU."""
     config, y_B = load_config(recipe, overrides), labels(images)
     m = config.model
     split = split_by_label(y_B, m.num_classes, "cpu")  # reads labels, which must be real
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(dit, "split_by_label", return_value=split):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.object(dit, "split_by_label", return_value=split),
+        mock.patch.object(fused, "fusible", return_value=on_cuda),
+    ):
         model = dit.DiT(config).train()
         x, t = torch.empty(images, m.channels, m.image_size, m.image_size), torch.empty(images)
         with Traffic() as traffic:

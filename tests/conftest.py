@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # side by side, threads that wait for each other take the others' cores
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for CUDA, on a CPU; Triton asks when it is imported
 
 import pytest  # noqa: E402
 

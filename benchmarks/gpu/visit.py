@@ -9,7 +9,8 @@
     profile                     tables of kernels
     layer                       the MoE layer, its products and its memory-bound kernels
 
-A stage that is late is stopped; one that breaks the device is started again behind what broke it.
+A stage that is late is stopped; one that breaks the device is started again behind what broke it. SIGTERM and Ctrl-C
+end the visit with a page of what was found; after a kill the same command goes on.
 """
 
 from __future__ import annotations
@@ -157,6 +158,8 @@ def run(words: list[str]) -> None:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     forget_failures(folder)
+    # `timeout` and schedulers send it: the stages end, and the page has what they found.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         Visit(folder, args.dry, args.seconds).run([name for name in STAGES if name in names])
     finally:

@@ -304,6 +304,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16_autocast", "bf16"] = option(
         "bf16_autocast", "fp32; fp32 weights under bf16 autocast; bf16 weights with fp32 masters in ZeRO"
     )
+    residual: Literal["fp32", "bf16"] = option(
+        "fp32", "bf16_autocast: the stream between the parts of the model; norms and what is added are computed in fp32"
+    )
     activation_checkpointing: Literal["none", "block", "selective"] = option(
         "none",
         "recomputed in the backward pass: nothing, each block, or each block but choices of experts, attention and "

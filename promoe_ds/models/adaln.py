@@ -4,7 +4,10 @@
     x = x + gate part(h)                     gated; with the next part's h: residual_adaln
 
 They are computed again in the backward pass (`moe/recompute.py`). Their gradients are autograd's to the bit, but write
-over what is no longer needed, and no gate's product is made again.
+over what is no longer needed, and no gate's product is made again. A block calls `modulate`, `join` and `leave`, which
+on CUDA take the kernels of `moe/fused.py` instead.
+
+Under `train.residual=bf16` the stream x is in half precision and normalised in fp32.
 
 Legend: B images, S tokens per image, D width. Gradients of shift, scale and gate are sums over S.
 """
@@ -18,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.moe.recompute import Explicit
+from promoe_ds.moe import fused
+from promoe_ds.moe.recompute import Explicit, cast, recomputed
 
 EPS = 1e-6
 
@@ -26,12 +30,6 @@ EPS = 1e-6
 def norm(x_BSD: Tensor) -> Tensor:
     """In front of every part of a block, without affine parameters of its own."""
     return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS)
-
-
-def norm_beside(x_BSD: Tensor, *time_BD: Tensor) -> Tensor:
-    """The norm, and beside it the timestep's part of the conditioning if it is given: [B, S, D or 2D]."""
-    out_BSD = norm(x_BSD)
-    return torch.cat([out_BSD, *(t_BD[:, None].expand_as(out_BSD).to(out_BSD.dtype) for t_BD in time_BD)], dim=-1)
 
 
 def _mul(a: Tensor, b: Tensor) -> Tensor:
@@ -126,3 +124,55 @@ residual_adaln = _ResidualAdaLN()
 of it for the next part)"""
 gated = _Gated()
 """(gate_B1D, out_BSD) -> their product"""
+
+
+def widened(x_BSD: Tensor) -> Tensor:
+    """What the norm takes: a stream in half precision beside autocast in fp32, others as they are."""
+    return cast(x_BSD, torch.float32) if _is_narrow(x_BSD) else x_BSD
+
+
+def _is_narrow(x_BSD: Tensor) -> bool:
+    return x_BSD.dtype == torch.bfloat16 and torch.is_autocast_enabled(x_BSD.device.type)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which a linear layer takes x: autocast's if it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (the stream, `adaln` of it), to go on with both: on CUDA their gradients are then added in one pass."""
+    if fused.fusible(x_BSD):
+        inputs = x_BSD, None, None, shift_B1D, scale_B1D, _product_dtype(x_BSD)
+        return recomputed(fused.residual_adaln, *inputs)[:2]
+    return x_BSD, recomputed(adaln, widened(x_BSD), shift_B1D, scale_B1D)
+
+
+def join(
+    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, both: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`residual_adaln` -> (the stream, the next part's input, with `both` that input in fp32 unless it is fp32)."""
+    if fused.fusible(x_BSD):
+        dtype = _product_dtype(x_BSD)
+        both = both and dtype != torch.float32
+        inputs = x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D, dtype, both
+        x_BSD, h_BSD, fp32_BSD = recomputed(fused.residual_adaln, *inputs)
+        return x_BSD, h_BSD, fp32_BSD if both else None
+    if _is_narrow(x_BSD):
+        x_BSD = leave(x_BSD, gate_B1D, out_BSD)
+        return *modulate(x_BSD, shift_B1D, scale_B1D), None
+    return *recomputed(residual_adaln, x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D), None
+
+
+def leave(x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor) -> Tensor:
+    """The stream, joined by the last part of a block."""
+    if fused.fusible(x_BSD):
+        return fused.residual_adaln(x_BSD, gate_B1D, out_BSD, None, None)[0]
+    joined_BSD = x_BSD + recomputed(gated, gate_B1D, out_BSD)
+    return joined_BSD.to(x_BSD.dtype) if _is_narrow(x_BSD) else joined_BSD
+
+
+def norm_beside(x_BSD: Tensor, *time_BD: Tensor) -> Tensor:
+    """The norm, and beside it the timestep's part of the conditioning if it is given: [B, S, D or 2D]."""
+    out_BSD = norm(x_BSD)
+    return torch.cat([out_BSD, *(t_BD[:, None].expand_as(out_BSD).to(out_BSD.dtype) for t_BD in time_BD)], dim=-1)

@@ -113,7 +113,7 @@ def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "induct
 
 
 def _settings() -> None:
-    """Of the compiler, for the whole process. The last two keep gradients right (torch 2.13.0)."""
+    """Of the compiler, for the whole process. All but the first keep gradients right (torch 2.13.0)."""
     import torch._dynamo.config as dynamo  # half a second, for those who compile
     import torch._functorch.config as autograd
     import torch._inductor.config as inductor
@@ -121,6 +121,8 @@ def _settings() -> None:
     dynamo.recompile_limit = max(GRAPHS, dynamo.recompile_limit)
     # Else memory of a tensor kept for the backward pass is written to while another view of it is still to be read.
     autograd.donated_buffer = False
+    # Else the gradients of our own autograd functions are computed under autocast, a router's prototypes' in bf16.
+    autograd.backward_pass_autocast = "off"
     # Loses gradients of adaLN's chunks on CUDA: https://github.com/pytorch/pytorch/pull/193103
     if hasattr(inductor.triton, "mix_order_reduction"):
         inductor.triton.mix_order_reduction = False

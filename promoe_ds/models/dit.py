@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config
 from promoe_ds.models.activation_checkpoint import checkpointed
-from promoe_ds.models.adaln import adaln, gated, norm_beside, residual_adaln
+from promoe_ds.models.adaln import join, leave, modulate, norm_beside, widened
 from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import LayerStats, MoELayer
@@ -59,24 +59,25 @@ class DiTBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor, time_BD: Tensor, split: Split) -> tuple[Tensor, LayerStats | None]:
         """-> (x_BSD, what its MoE layer tells); c_BD is the conditioning, time_BD its part of the timestep."""
-        x_BSD, h_BSD, gate_B1D = self.attend(x_BSD, c_BD)
+        x_BSD, h_BSD, gate_B1D, fp32_BSD = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
-            return x_BSD + gate_B1D * self.mlp(h_BSD), None
-        out_BSD, stats = self.mlp(h_BSD, split, self.looked_at(x_BSD, time_BD))
-        return x_BSD + recomputed(gated, gate_B1D, out_BSD), stats
+            return leave(x_BSD, gate_B1D, self.mlp(h_BSD)), None
+        seen_BSR = fp32_BSD if self.router_input == "modulated" else self.looked_at(x_BSD, time_BD)
+        out_BSD, stats = self.mlp(h_BSD, split, seen_BSR)
+        return leave(x_BSD, gate_B1D, out_BSD), stats
 
-    def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor | None:
+    def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor:
         """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`."""
-        if self.router_input == "modulated":
-            return None
-        return recomputed(norm_beside, x_BSD, *([time_BD] if self.router_input == "plain+t" else []))
+        return recomputed(norm_beside, widened(x_BSD), *([time_BD] if self.router_input == "plain+t" else []))
 
-    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate)."""
+    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate, that input in fp32 if a
+        router is to see it so and it is not)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
-        out_BSD = self.attn(recomputed(adaln, x_BSD, shift_a, scale_a))
-        x_BSD, h_BSD = recomputed(residual_adaln, x_BSD, gate_a, out_BSD, shift_m, scale_m)
-        return x_BSD, h_BSD, gate_m
+        x_BSD, h_BSD = modulate(x_BSD, shift_a, scale_a)
+        both = isinstance(self.mlp, MoELayer) and self.router_input == "modulated"
+        x_BSD, h_BSD, fp32_BSD = join(x_BSD, gate_a, self.attn(h_BSD), shift_m, scale_m, both)
+        return x_BSD, h_BSD, gate_m, fp32_BSD
 
 
 class FinalLayer(nn.Module):
@@ -87,7 +88,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN(c_BD)
-        return self.linear(recomputed(adaln, x_BSD, shift, scale))
+        return self.linear(modulate(x_BSD, shift, scale)[1])
 
 
 class DiT(nn.Module):
@@ -123,6 +124,8 @@ class DiT(nn.Module):
         split = split_by_label(y_B, self.config.model.num_classes, x_BCHW.device, row_B)
         x_BCHW, t_B = x_BCHW.index_select(0, split.order_B), t_B.index_select(0, split.order_B)
         x_BSD = self.x_embedder(x_BCHW) + self.pos_embed
+        if self.config.train.residual == "bf16" and torch.is_autocast_enabled(x_BSD.device.type):
+            x_BSD = x_BSD.bfloat16()
         time_BD = self.t_embedder(t_B)
         c_BD = time_BD + self.y_embedder(split.label_B)
         layers: list[LayerStats] = []

@@ -47,7 +47,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         B, S, D = x_BSD.shape
-        q, k, v = self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        # Taken apart side by side, so that the gradient is put together in one pass, as the product takes it.
+        q, k, v = (x.transpose(1, 2) for x in self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).unbind(2))
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, D))
 

@@ -44,38 +44,27 @@ class ExpertRows(NamedTuple):
     """int32 [e], one past the last row of each local expert"""
 
 
-def _move(x: Tensor, order: Tensor, back: bool) -> Tensor:
-    if not back:
-        return x.index_select(0, order)
-    out = torch.empty_like(x)
-    if torch.compiler.is_compiling():  # in place saves a copy, but loses the gradient in torch 2.11's compiler
-        return out.index_copy(0, order, x)
-    return out.index_copy_(0, order, x)
-
-
 class _Permute(torch.autograd.Function):
-    """x[order], or the way back; the gradient goes the other way: a copy, where indexing would scatter-add."""
+    """x[order]; the gradient is gathered by the inverse, where indexing would scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: bool) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.back = back
-        return _move(x, order, back)
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return _move(grads[0], order, not ctx.back), None, None
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def permute(x: Tensor, order: Tensor) -> Tensor:
-    """Row i of the result is row order[i] of x; `order` is a permutation."""
-    return _Permute.apply(x, order, False)  # type: ignore[no-any-return]
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Row i of the result is row order[i] of x; `inverse` is that of `order`. Swapped, they undo it."""
+    return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
 
 
-def unpermute(x: Tensor, order: Tensor) -> Tensor:
-    """Undoes `permute`: row order[i] of the result is row i of x."""
-    return _Permute.apply(x, order, True)  # type: ignore[no-any-return]
+def inverse_of(order: Tensor) -> Tensor:
+    """Of a permutation, int64 [N]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def expert_offsets(sorted_N: Tensor, segments: int) -> Tensor:
@@ -94,24 +83,26 @@ class Plan(NamedTuple):
     routing: Routing
     num_tokens: int
     order_N: Tensor
+    inverse_N: Tensor
+    """of `order_N`"""
     offsets_E: Tensor
     """int32 [E], `expert_offsets` of this rank's edges by global expert"""
-    exchange: tuple[list[int], list[int], Tensor] | None = None
-    """of an all-to-all: rows sent to and received from each rank, and `order_M` that sorted those received"""
+    exchange: tuple[list[int], list[int], Tensor, Tensor] | None = None
+    """of an all-to-all: rows sent to and received from each rank, `order_M` that sorted those received, its inverse"""
 
 
-def _rows(x_TD: Tensor, order_N: Tensor, token_N: Tensor, top_k: int) -> Tensor:
+def _rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, token_N: Tensor, top_k: int) -> Tensor:
     """One row per edge, in the order of the experts."""
     if top_k > 1:
         x_TD = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])
-    return permute(x_TD if top_k else x_TD.index_select(0, token_N), order_N)
+    return permute(x_TD if top_k else x_TD.index_select(0, token_N), order_N, inverse_N)
 
 
 def _weighted_sum(
-    y_ND: Tensor, order_N: Tensor, weight_N: Tensor, token_N: Tensor, top_k: int, num_tokens: int
+    y_ND: Tensor, order_N: Tensor, inverse_N: Tensor, weight_N: Tensor, token_N: Tensor, top_k: int, num_tokens: int
 ) -> Tensor:
     """Sum of weight * row over each token's edges, Eq. (5); accumulates in the weights' precision (fp32)."""
-    weighted_ND = unpermute(y_ND, order_N) * weight_N[:, None]
+    weighted_ND = permute(y_ND, inverse_N, order_N) * weight_N[:, None]
     if top_k == 1:
         return weighted_ND
     if top_k:
@@ -130,14 +121,15 @@ class LocalDispatcher:
         """x_TD [T, D] and N edges -> (N rows sorted by expert, how to undo it)."""
         expert_N, order_N = routing.expert_N.sort(stable=True)
         offsets_E = expert_offsets(expert_N, self.num_experts)
-        x_ND = recomputed(_rows, x_TD, order_N, routing.token_N, routing.top_k)
+        inverse_N = inverse_of(order_N)
+        x_ND = recomputed(_rows, x_TD, order_N, inverse_N, routing.token_N, routing.top_k)
         rows = ExpertRows(x_ND, expert_N, offsets_E)
-        return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, offsets_E)
+        return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, inverse_N, offsets_E)
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:
         """Rows in expert order -> [T, D] in the precision of the gate weights."""
         token_N, _, weight_N, top_k, _ = plan.routing
-        inputs = y_ND, plan.order_N, weight_N, token_N, top_k, plan.num_tokens
+        inputs = y_ND, plan.order_N, plan.inverse_N, weight_N, token_N, top_k, plan.num_tokens
         return Pending(lambda: recomputed(_weighted_sum, *inputs))
 
 
@@ -177,12 +169,13 @@ class AllToAllDispatcher(LocalDispatcher):
         expert = cached_arange(self.num_local, x_TD.device).repeat(self.ep)
         expert_M, order_M = expert.repeat_interleave(got.flatten(), output_size=sum(receive)).sort(stable=True)
         offsets_E = expert_offsets(expert_M, self.num_local)
-        received = Pending(lambda: ExpertRows(permute(handle.wait(), order_M), expert_M, offsets_E))
-        return received, plan._replace(exchange=(send, receive, order_M))
+        inverse_M = inverse_of(order_M)
+        received = Pending(lambda: ExpertRows(permute(handle.wait(), order_M, inverse_M), expert_M, offsets_E))
+        return received, plan._replace(exchange=(send, receive, order_M, inverse_M))
 
     def combine(self, y_ND: Tensor, plan: Plan) -> Pending[Tensor]:
         assert plan.exchange is not None, "the plan was made by another dispatcher"
-        send, receive, order_M = plan.exchange
-        handle = self.all_to_all(unpermute(y_ND, order_M), receive, send)
+        send, receive, order_M, inverse_M = plan.exchange
+        handle = self.all_to_all(permute(y_ND, inverse_M, order_M), receive, send)
         combine = super().combine
         return Pending(lambda: combine(handle.wait(), plan).wait())

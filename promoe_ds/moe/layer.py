@@ -111,10 +111,27 @@ class MoELayer(nn.Module):
         return out_TD.view(B, S, D), LayerStats(routing.terms, offsets_E, routing.weight_N)
 
 
+class _Joined(torch.autograd.Function):
+    """Each gradient is cast once, from the sum's precision to the part's, where autograd goes by way of fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
+        ctx.known, ctx.nulls = (len(known_TD), known_TD.dtype), nulls
+        ctx.dtypes = [part_TD.dtype for part_TD in parts_TD]
+        out_TD = torch.cat([known_TD, reduce(torch.add, parts_TD[:nulls])]) if nulls else known_TD
+        return reduce(torch.add, parts_TD[nulls:], out_TD).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (known, dtype), (grad_TD,) = ctx.known, grads
+        parts_TD = [grad_TD[known:] if i < ctx.nulls else grad_TD for i in range(len(ctx.dtypes))]
+        cast_TD = (part_TD.to(dtype) for part_TD, dtype in zip(parts_TD, ctx.dtypes, strict=True))
+        return grad_TD[:known].to(dtype), None, None, *cast_TD
+
+
 def _joined(known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
     """Sums of the routed experts, with those of `nulls` unconditional ones below them, and shared ones added to all."""
-    out_TD = torch.cat([known_TD, reduce(torch.add, parts_TD[:nulls])]) if nulls else known_TD
-    return reduce(torch.add, parts_TD[nulls:], out_TD).to(dtype)
+    return _Joined.apply(known_TD, dtype, nulls, *parts_TD)  # type: ignore[no-any-return]
 
 
 def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:

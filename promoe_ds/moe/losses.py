@@ -7,7 +7,7 @@ Legend: L MoE layers, T tokens, N edges, D width, E experts. Equation numbers ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,24 @@ ABSENT = 1e30
 """subtracted from the logits of experts without tokens; finite, because 0 times infinity is not a number"""
 
 
+class _CentroidSums(torch.autograd.Function):
+    """A token's gradient is that of its expert's sum: gathered, which a compiler fuses into what reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, expert_N: Tensor, num_experts: int, top_k: int) -> Tensor:
+        ctx.save_for_backward(expert_N)
+        ctx.top_k = top_k
+        member_EN = unit_rows(num_experts, x_TD.dtype, x_TD.device).index_select(1, expert_N)
+        member_ET = member_EN if top_k == 1 else member_EN.view(num_experts, len(x_TD), top_k).sum(2)
+        return member_ET @ x_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_ND = grads[0].index_select(0, ctx.saved_tensors[0])
+        top_k = ctx.top_k
+        return grad_ND if top_k == 1 else grad_ND.view(-1, top_k, grad_ND.shape[1]).sum(1), None, None, None
+
+
 def centroid_sums(x_TD: Tensor, expert_N: Tensor, num_experts: int, top_k: int = 1) -> Tensor:
     """The sum of each expert's tokens, additive over ranks. A token counts once for each of its K experts.
 
@@ -35,9 +53,7 @@ def centroid_sums(x_TD: Tensor, expert_N: Tensor, num_experts: int, top_k: int =
     Returns:
         float32 [E, D].
     """
-    member_EN = unit_rows(num_experts, x_TD.dtype, x_TD.device).index_select(1, expert_N)
-    member_ET = member_EN if top_k == 1 else member_EN.view(num_experts, len(x_TD), top_k).sum(2)
-    return member_ET @ x_TD
+    return _CentroidSums.apply(x_TD, expert_N, num_experts, top_k)  # type: ignore[no-any-return]
 
 
 def routing_contrastive(unit_LDE: Tensor, sum_LED: Tensor, tokens_per_expert_LE: Tensor, temperature: float) -> Tensor:

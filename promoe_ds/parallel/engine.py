@@ -9,6 +9,8 @@ DeepSpeed 0.19.8 facts worked around here:
     stays unlinked: `relink`
   * stages 1 and 2 wait for the device before each reduction of gradients to their owner: `_reduce_beside_work`
   * each start imports Muon, and its decorator the whole of torch's compiler, seconds on every rank: `_import_muon`
+  * stages 1 and 2 copy gradients to float64 for their norm: `_norm_in_one_pass`
+  * on one rank gradients are flattened and copied as if there were others: `_leave_out_copies`
   * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
 """
 
@@ -25,6 +27,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import compiler
+from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.utils import (
     groups,
     safe_get_full_fp32_param,
@@ -73,6 +76,9 @@ class Engine:
         self.engine: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=ds.json)[0]
         if self.stage in (1, 2):
             _reduce_beside_work(self.engine.optimizer)
+            _norm_in_one_pass(self.engine.optimizer)
+        if topology.world == 1:
+            _leave_out_copies(self.engine, self.stage)
         if update:
             self.adam.clip = self._clip_factor
             self.engine.optimizer.clip_grad = 0.0  # it is done in the pass, not before it
@@ -300,6 +306,34 @@ def _reduce_beside_work(zero: Any) -> None:
 
     if zero.contiguous_gradients:
         zero.allreduce_and_copy = without_waiting
+
+
+def _leave_out_copies(engine: Any, stage: int) -> None:
+    """One rank has nobody to sum gradients with, but DeepSpeed flattens them, divides by 1, and copies them back."""
+    if stage == 0:
+        # Called for what it does beside: parameters without a gradient get zeros.
+        engine.buffered_allreduce_fallback = lambda *_, **__: engine._get_gradients_for_reduction()
+        return
+    zero = engine.optimizer
+    # fp32 gradients of bf16 weights are added up where they are reduced.
+    if stage < 3 and not any(map(zero._use_compact_grad_partition_buffer, range(len(zero.bit16_groups)))):
+        zero.average_tensor = lambda *_: None
+
+
+def _norm_in_one_pass(zero: Any) -> None:
+    """The norm of stages 1 and 2, to the bit: DeepSpeed first makes a float64 copy of each gradient, 16 bytes written
+    and read per parameter."""
+
+    def norm(gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
+        real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+        norms = [torch.linalg.vector_norm(g, ord=norm_type, dtype=torch.float64) for g in real[: len(params)]]
+        total = torch.stack(norms).pow(norm_type).sum().float() if norms else torch.zeros((), device=zero.device)
+        dist.all_reduce(total, group=zero.dp_process_group)
+        total = total.pow(1 / norm_type)
+        mask_nan_or_inf_with_val_inplace(total, device=zero.device)
+        return total
+
+    zero.get_grad_norm_direct = norm
 
 
 def _compiles_update(config: Config, ds: ResolvedDS, topology: Topology) -> bool:

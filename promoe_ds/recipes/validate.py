@@ -98,6 +98,9 @@ def _validate_speed(config: Config) -> None:
     if cfg.compile and cfg.activation_checkpointing == "selective":
         conflict = "what a compiled part computes inside cannot be kept one by one"
         reject("train.activation_checkpointing", "selective", conflict, "set it to block, or train.compile=false")
+    if cfg.residual == "bf16" and cfg.precision != "bf16_autocast":
+        conflict = f"is of bf16_autocast, and train.precision={cfg.precision}"
+        reject("train.residual", "bf16", conflict, "set train.precision=bf16_autocast, or leave it out")
     if config.moe and config.moe.experts_backend == "megablocks" and cfg.precision == "fp32":
         conflict = "megablocks computes in bf16 only, and train.precision is fp32"
         reject("moe.experts_backend", "megablocks", conflict, "set train.precision=bf16_autocast, or use grouped_mm")

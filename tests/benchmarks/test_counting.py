@@ -39,7 +39,7 @@ def test_a_fake_step_is_counted_as_the_real_one(name: str) -> None:
     model.zero_grad()
     with count_eager.Traffic() as real:
         step()
-    fake = count_eager.count(f"imagenet256_{name}_s", 4, SMALL)
+    fake = count_eager.count(f"imagenet256_{name}_s", 4, SMALL, on_cuda=False)
     for kind in ("product", "attention"):
         assert fake.total(kind) == real.total(kind)
     assert fake.total("memory") == pytest.approx(real.total("memory"), rel=0.05), "the split is made outside"

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,24 @@ def test_the_whole_visit_with_four_packages(tmp_path: Path) -> None:
     assert page in done.stdout and "## Faults\n\nNone." in page
     assert "| promoe_s | 2 | plain |" in page and not list((tmp_path / "out").glob("*.now"))
     assert {path.name for path in (tmp_path / "out").glob("kernels_*")} == {"kernels_promoe_s_plain.txt"}
+
+
+@pytest.mark.slow
+def test_a_visit_that_is_told_to_end_leaves_its_page(tmp_path: Path) -> None:
+    """As `timeout` does it: SIGTERM to make and what it started, but for the stages, which have their own sessions."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path), "--stages", "ceilings,speed"]
+    visiting = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if (tmp_path / "speed.now").exists() or visiting.poll() is not None:
+            break
+        time.sleep(0.1)
+    visiting.send_signal(signal.SIGTERM)
+    out, _ = visiting.communicate(timeout=60)
+    assert visiting.returncode == 128 + signal.SIGTERM
+    found = figures.read(tmp_path)
+    assert found and (tmp_path / "page.md").read_text() == tables.page(found) and "copy" in out
+    stages_left = subprocess.run(["pgrep", "-f", f"gpu.stages .*--out {tmp_path}"], capture_output=True, text=True)
+    assert not stages_left.stdout
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from promoe_ds.models.compiled import (
     wanted,
 )
 from promoe_ds.models.dit import DiT, DiTOutput
+from promoe_ds.moe import fused
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.mlp import Mlp
 from promoe_ds.moe.observe import watching
@@ -226,3 +227,20 @@ def test_compiled_gelus_are_few_graphs_whatever_the_rows() -> None:
                     found = layer.activation(x * 1)  # type: ignore[operator]
                 torch.testing.assert_close(found, torch.nn.functional.gelu(x, approximate="tanh"))
     assert len(backend.attentions) == 4, "a graph with and without gradients, with and without autocast"
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_operators_of_the_kernels_give_the_plain_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residual and adaLN as on CUDA, by the operators' plain version: without a compiler, and in its graphs."""
+    plain, other = model_of(), model_of()
+    wanted = [step(plain, labels) for labels in BATCHES[:2]]
+    monkeypatch.setattr(fused, "fusible", lambda _: True)
+    if backend != "eager":
+        compile_model(other, backend)
+    for labels, (want, want_grads) in zip(BATCHES[:2], wanted, strict=True):
+        found, grads = step(other, labels)
+        torch.testing.assert_close(found.prediction, want.prediction, rtol=1e-4, atol=1e-5)
+        scale = max(float(grad.norm()) for grad in want_grads.values())
+        assert grads.keys() == want_grads.keys()
+        for name, grad in want_grads.items():
+            assert float((grads[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7 * scale, name

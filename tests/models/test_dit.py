@@ -160,3 +160,20 @@ def test_initialisation_follows_the_table() -> None:
         assert (state[name] == 0).all(), name
     assert all((tensor == 0).all() for name, tensor in state.items() if name.endswith(("bias", "w3")))
     assert not build(config).pos_embed.requires_grad and state["pos_embed"].abs().max() <= 1
+
+
+def test_a_narrow_stream_is_near_the_wide_one() -> None:
+    """`train.residual=bf16`: under autocast alone, and every gradient is there."""
+    torch.manual_seed(0)
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4) * 1000, torch.tensor([1, 3, 5, 10])
+    found = {}
+    for residual in ("fp32", "bf16"):
+        model = awake(load_config("tiny", ["train.precision=bf16_autocast", f"train.residual={residual}"]))
+        with torch.no_grad():
+            exact = model(x, t, y).prediction
+        with torch.autocast("cpu", torch.bfloat16):
+            found[residual] = model(x, t, y).prediction
+        found[residual].float().square().mean().backward()
+        assert all(p.grad is not None for p in model.blocks.parameters() if p.requires_grad)
+        assert float((found[residual] - exact).norm()) <= 0.05 * float(exact.norm())
+    assert not torch.equal(found["fp32"], found["bf16"])

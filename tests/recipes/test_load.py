@@ -313,3 +313,12 @@ def test_recipes_in_subfolders_are_named_by_their_path(tmp_path: Path, monkeypat
 def test_a_choice_has_the_type_of_the_value_too() -> None:
     error("guidance.channels=3.0: must be one of all, 3", "guidance.channels=3.0")
     error("train.activation_checkpointing=True: must be one of none, block", "train.activation_checkpointing=true")
+
+
+def test_a_narrow_stream_needs_autocast() -> None:
+    error(
+        "train.residual=bf16: is of bf16_autocast, and train.precision=fp32",
+        "train.residual=bf16",
+        "train.precision=fp32",
+    )
+    load_config("imagenet256_promoe_s", ["train.residual=bf16"])

@@ -1,0 +1,148 @@
+"""Residual and adaLN in one pass over the tokens, on CUDA: operators that torch's compiler takes as they are.
+
+    y = x + gate * out                      if there is an `out`, else x
+    h = norm(y) * (1 + scale) + shift       if there is a `scale`
+
+`models/layers.py` computes it plainly where the kernels cannot run. The operators have a plain version beside the
+kernels, for tests and to count bytes without a GPU.
+
+Legend: B images, S tokens per image, D width; gate, shift and scale are [B, 1, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from promoe_ds.moe import triton_kernels
+from promoe_ds.moe.recompute import keep, kept
+from promoe_ds.moe.triton_kernels import EPS, ROWS
+
+
+def fusible(x: Tensor) -> bool:
+    """Whether the kernels can take these tokens."""
+    return x.is_cuda and triton_kernels.READY and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def plain(
+    x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-> (y, h) in fp32; h is y where there is no `scale`."""
+    y = x.float() if gate is None or out is None else x.float() + gate.float() * out.float()
+    if shift is None or scale is None:
+        return y, y
+    return y, F.layer_norm(y, y.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()
+
+
+@torch.library.custom_op("promoe_ds_fused::residual_adaln", mutates_args=())
+def forward(
+    x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    dtype: torch.dtype, both: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, h in `dtype`, and h in fp32 if `both`; those that are not asked for have no elements."""
+    results = _results(x, gate, out, shift, scale, dtype, both)
+    if x.is_cuda:
+        triton_kernels.forward(x, gate, out, shift, scale, *results)
+        return results
+    y, h = plain(x, gate, out, shift, scale)
+    for result, value in zip(results, (y, h, h), strict=True):
+        if result.numel():
+            result.copy_(value)
+    return results
+
+
+@forward.register_fake
+def _results(
+    x: Tensor, gate: Any, out: Any, shift: Any, scale: Any, dtype: torch.dtype, both: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape if out is not None else 0)
+    h = x.new_empty(x.shape if scale is not None else 0, dtype=dtype)
+    return y, h, x.new_empty(x.shape if both else 0, dtype=torch.float32)
+
+
+@torch.library.custom_op("promoe_ds_fused::residual_adaln_backward", mutates_args=())
+def backward(
+    dy: Tensor, dh: Tensor | None, x: Tensor | None, gate: Tensor | None, out: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the gradients of x (none without a norm: it is dy) and out, and of shift and scale, gate, or all three the
+    parts [1 to 3, B, C, D], whose sum over C they are. Without a norm x is not needed."""
+    results = dx, dout, sums = _gradients(dy, dh, x, gate, out, scale)
+    if dx.is_cuda:
+        triton_kernels.backward(dy, dh, x, gate, out, scale, *results)
+        return results
+    total, columns = dy.float(), []
+    if x is not None and scale is not None and dh is not None:
+        y, _ = plain(x, gate, out, None, None)
+        dh, rstd = dh.float(), (y.var(-1, correction=0, keepdim=True) + EPS).rsqrt()
+        normal, dn = F.layer_norm(y, y.shape[-1:], eps=EPS), dh * (1 + scale.float())
+        columns += [dh, dh * normal]
+        dn = rstd * (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True))
+        total = total + dn
+        dx.copy_(total)
+    if gate is not None and out is not None:
+        columns.append(total * out)
+        dout.copy_(total * gate)
+    for part, column in zip(sums.zero_(), columns, strict=True):
+        part[:, 0] = column.sum(1)
+    return results
+
+
+@backward.register_fake
+def _gradients(dy: Tensor, dh: Any, x: Any, gate: Any, out: Any, scale: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (B, S, D), sums = dy.shape, 2 * (scale is not None) + (out is not None)
+    return (
+        dy.new_empty(dy.shape if scale is not None else 0),
+        dy.new_empty(dy.shape if out is not None else 0, dtype=None if out is None else out.dtype),
+        dy.new_empty(sums, B, -(-S // ROWS), D, dtype=torch.float32),
+    )
+
+
+class _ResidualAdaln(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate: Any, out: Any, shift: Any, scale: Any, dtype: torch.dtype, both: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keep(ctx, x if scale is not None else None, gate, out, scale)
+        ctx.both = both
+        if scale is None and torch.compiler.is_compiling():  # pointwise: a compiler joins it with what comes before
+            return x + gate.to(x.dtype) * out.to(x.dtype), x.new_empty(0), x.new_empty(0)
+        y, h, h32 = forward(x, gate, out, shift, scale, dtype, both)
+        return (x.view_as(x) if out is None else y), h, h32
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, out, scale = kept(ctx)
+        dy, dh, dh32 = grads
+        if ctx.both:
+            dh = dh + dh32
+        dx, dout, sums = backward(dy.contiguous(), dh.contiguous() if scale is not None else None, x, gate, out, scale)
+        columns = iter(sums.sum(2)[:, :, None])
+        dshift, dscale = (None, None) if scale is None else (next(columns).to(scale.dtype) for _ in range(2))
+        if out is None:
+            return dx, None, None, dshift, dscale, None, None
+        return dy if scale is None else dx, next(columns).to(gate.dtype), dout, dshift, dscale, None, None
+
+
+def residual_adaln(
+    x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    dtype: torch.dtype = torch.float32, both: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As above; differentiable once.
+
+    Args:
+        x: float32 or bfloat16 [B, S, D], contiguous.
+        gate, out: [B, 1, D] and contiguous [B, S, D], or None.
+        shift, scale: [B, 1, D], or None.
+        dtype: of h.
+        both: whether h is wanted in float32 too.
+
+    Returns:
+        y as x, h, h in float32, all [B, S, D]; what was not asked for has no elements. Without an `out` y is x:
+        who goes on with y has its gradient added in the same pass.
+    """
+    return _ResidualAdaln.apply(x, gate, out, shift, scale, dtype, both)  # type: ignore[no-any-return]

@@ -1,0 +1,145 @@
+"""Triton kernels for CUDA; `fused.py` has what calls them, and the same in plain torch.
+
+Residual and adaLN, forward and backward: each tensor as large as the tokens is read once and written once, where the
+plain version reads it up to nine times. The backward pass needs sums along a row (of the norm) and down the columns (of
+shift, scale and gate) at once, for which the compiler makes kernels of their own: a program here walks down some rows
+of one image, one row in registers at a time, and adds up its columns.
+
+Legend: B images, S tokens per image, D width, C programs per image in the backward pass.
+"""
+
+# pyright: reportInvalidTypeForm=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton  # type: ignore[import-not-found]
+    import triton.language as tl  # type: ignore[import-not-found]
+except ImportError:  # torch's builds for CPU come without it
+    triton = tl = None
+
+READY = triton is not None and "__file__" in globals()
+"""whether kernels can be made: Triton reads their source, which an exported pipeline has not as a file"""
+ROWS = 16
+"""of a program of the backward pass: sums down the columns cost 4 / ROWS of a tensor in the tokens' fp32 each"""
+EPS = 1e-6
+
+
+def jit(kernel: Any) -> Any:
+    return triton.jit(kernel) if READY else kernel
+
+
+@jit
+def _load(pointer, at, live):  # type: ignore[no-untyped-def]
+    return tl.load(pointer + at, mask=live, other=0.0).to(tl.float32)
+
+
+@jit
+def _normalised(x, live, D: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-> the row normalised, and the reciprocal of its standard deviation."""
+    centred = tl.where(live, x - tl.sum(x, 0) / D, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+    return centred * rstd, rstd
+
+
+@jit
+def _forward(  # type: ignore[no-untyped-def]
+    x_ptr, gate_ptr, out_ptr, shift_ptr, scale_ptr, y_ptr, h_ptr, h32_ptr, S, gate_step, shift_step, scale_step,
+    D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    live, at, image = column < D, row * D + column, row // S
+    x = _load(x_ptr, at, live)
+    if RESIDUAL:
+        x += _load(gate_ptr, image * gate_step + column, live) * _load(out_ptr, at, live)
+        tl.store(y_ptr + at, x, mask=live)
+    if NORM:
+        normal, _ = _normalised(x, live, D, EPS)
+        h = normal * (1 + _load(scale_ptr, image * scale_step + column, live))
+        h += _load(shift_ptr, image * shift_step + column, live)
+        tl.store(h_ptr + at, h, mask=live)
+        if BOTH:
+            tl.store(h32_ptr + at, h, mask=live)
+
+
+@jit
+def _backward(  # type: ignore[no-untyped-def]
+    dy_ptr, dh_ptr, x_ptr, gate_ptr, out_ptr, scale_ptr, dx_ptr, dout_ptr, sums_ptr, S, gate_step, scale_step, C, BC,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    image, part, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    live = column < D
+    gate, scale = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    dgate, dshift, dscale = gate, gate, gate
+    if RESIDUAL:
+        gate = _load(gate_ptr, image * gate_step + column, live)
+    if NORM:
+        scale = 1 + _load(scale_ptr, image * scale_step + column, live)
+    for i in range(ROWS):
+        row = part * ROWS + i
+        live, at = (column < D) & (row < S), (image * S + row) * D + column
+        dx, out = _load(dy_ptr, at, live), tl.zeros([BLOCK], tl.float32)
+        if RESIDUAL:
+            out = _load(out_ptr, at, live)
+        if NORM:
+            x = _load(x_ptr, at, live)
+            if RESIDUAL:
+                x += gate * out
+            normal, rstd = _normalised(x, live, D, EPS)
+            dh = _load(dh_ptr, at, live)
+            dshift += dh
+            dscale += dh * normal
+            dn = dh * scale
+            dn = dn - tl.sum(dn, 0) / D - normal * (tl.sum(dn * normal, 0) / D)
+            dx += tl.where(live, dn * rstd, 0.0)
+            tl.store(dx_ptr + at, dx, mask=live)
+        if RESIDUAL:
+            tl.store(dout_ptr + at, dx * gate, mask=live)
+            dgate += dx * out
+    to, live = (image * C + part) * D + column, column < D
+    if NORM:
+        tl.store(sums_ptr + to, dshift, mask=live)
+        tl.store(sums_ptr + BC * D + to, dscale, mask=live)
+    if RESIDUAL:
+        tl.store(sums_ptr + (2 * BC if NORM else 0) * D + to, dgate, mask=live)
+
+
+def _widths(D: int) -> dict[str, int]:
+    block = triton.next_power_of_2(D)
+    return {"D": D, "BLOCK": block, "num_warps": max(1, min(16, block // 256))}
+
+
+def _step(of_images: Tensor | None) -> int:
+    """From one image to the next."""
+    return 0 if of_images is None else of_images.stride(0)
+
+
+def forward(
+    x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    y: Tensor, h: Tensor, h32: Tensor,
+) -> None:  # fmt: skip
+    """Fill y = x + gate * out if there is an `out`, and h = norm(y) * (1 + scale) + shift if there is a `scale`; also
+    in fp32 if h32 has elements. Shapes as in `fused.residual_adaln`; x, out contiguous; gate, shift, scale rows."""
+    B, S, D = x.shape
+    _forward[(B * S,)](
+        x, gate, out, shift, scale, y, h, h32, S, _step(gate), _step(shift), _step(scale), EPS=EPS, **_widths(D),
+        RESIDUAL=out is not None, NORM=scale is not None, BOTH=h32.numel() > 0,
+    )  # fmt: skip
+
+
+def backward(
+    dy: Tensor, dh: Tensor | None, x: Tensor | None, gate: Tensor | None, out: Tensor | None,
+    scale: Tensor | None, dx: Tensor, dout: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
+    """Fill the gradients of x and out, and the sums [1 to 3, B, C, D] that make those of shift, scale and gate."""
+    (B, S, D), C = dy.shape, sums.shape[2]
+    _backward[(B, C)](
+        dy, dh, x, gate, out, scale, dx, dout, sums, S, _step(gate), _step(scale), C, B * C, ROWS=ROWS, EPS=EPS,
+        **_widths(D), RESIDUAL=out is not None, NORM=scale is not None,
+    )  # fmt: skip
