@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import paper_tables
+from benchmarks import paper_tables, scoring
 from benchmarks.paper_tables import TABLES, parse_args, plan, run
 from promoe_ds.utils.command_line import STOPPED, guarded
 
@@ -25,24 +26,32 @@ def args_of(tmp_path: Path, *options: str) -> list[str]:
 @pytest.mark.parametrize("data", TABLES["data"])
 @pytest.mark.parametrize("table", TABLES["tables"])
 def test_every_row_of_every_table_is_a_valid_and_different_config(table, data, tmp_path):
-    rows = plan(parse_args(["--table", table, "--data", data, "--path", "x.npz"][: 4 if data == "digits" else 6]))
-    assert len(rows) == len(TABLES["tables"][table]["rows"])
-    for a, b in combinations(rows, 2):
-        assert a.configs != b.configs and a.runs != b.runs
+    path = [] if data == "digits" else ["--path", "x.npz"]
+    rows, runs = plan(parse_args(["--table", table, "--data", data, *path, "--seeds", "0,1"]), table)
+    assert len(rows) == len(TABLES["tables"][table]["rows"]) and len(runs) == 2 * len(rows)
+    for a, b in combinations(runs, 2):
+        assert a.config != b.config and a.folder != b.folder and a.key != b.key
 
 
 def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper_tables, "TURNS", 2)
+    monkeypatch.setattr(scoring, "OBSERVED", 50)
     command = args_of(tmp_path, "--table", "8", "--steps", "20", "--num", "20", "--seeds", "0,1")
     assert guarded(run, [*command, "--minutes", "0"]) == STOPPED
     assert guarded(run, command) == 0
     page = (tmp_path / "out/paper_table8_digits.md").read_text()
-    assert "| K-Means with conditional routing |" in page and "of 1 pairs as in the paper" in page
+    assert (
+        "| K-Means with conditional routing |" in page and "as in the paper in 0 of 1 pairs" in page or "1 of 1" in page
+    )
     assert (tmp_path / "out/paper_table8_digits.png").stat().st_size > 5000
     runs = sorted((tmp_path / "runs/digits").glob("*/seed*"))
     losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss/diffusion"] for run in runs]
-    assert len(runs) == 4 and len(set(losses)) == 4
-    assert {json.loads((run / "scores.json").read_text())["sampler_steps"] for run in runs} == {3}  # as told below
+    assert len(runs) == 8 and len(set(losses)) == 8
+    kept = json.loads((tmp_path / "out/paper_tables_digits.json").read_text())
+    assert {scores["sampler_steps"] for scores in kept.values()} == {3}  # as told below
+    experts = next(scores["experts"] for name, scores in kept.items() if name.startswith("classification-20"))
+    assert 0 <= experts["class"] <= 1 and "position" in experts
+    shutil.rmtree(tmp_path / "runs")
     capsys.readouterr()
     assert guarded(run, command) == 0
     assert "step" not in capsys.readouterr().out.split("#")[0]  # nothing is trained or scored again
@@ -70,7 +79,7 @@ def test_cifar_rows_are_judged_by_a_classifier_of_their_own(tmp_path, monkeypatc
     ("options", "message"),
     [
         (["--table", "99"], "--table=99: is not known; choose one of 1, 3, 4"),
-        (["--table", "5", "--data", "mnist"], "--data=mnist: is not known; choose one of digits, cifar10"),
+        (["--table", "5", "--data", "mnist"], "--data=mnist: is not known; choose one of digits, cifar10, fashion"),
         (["--table", "5", "--data", "cifar10"], "--path=null: --data cifar10 needs one; add --path FILE.npz"),
         (["--table", "5", "train.lr=1"], "train.lr=1: unknown key"),
     ],
