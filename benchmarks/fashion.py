@@ -12,6 +12,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -47,7 +48,7 @@ def png(pixels_HW: np.ndarray) -> bytes:
 
 def pack(folder: Path, target: Path) -> None:
     """Write both splits as one packed npz; whole or not there. Raises ConfigError for files that do not fit."""
-    arrays = {"classes": np.array(CLASSES)}
+    arrays: dict[str, Any] = {"classes": np.array(CLASSES)}
     for split, prefix in SPLITS.items():
         images_NHW = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
         label_N = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
@@ -59,6 +60,5 @@ def pack(folder: Path, target: Path) -> None:
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
         arrays[f"{split}_labels"] = label_N.astype(np.int64)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(target) as temporary:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+    with atomic(target) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)

@@ -106,19 +106,24 @@ def expected(a: Row, b: Row, scale: float) -> tuple[Row, Row, bool]:
 
 def orderings(rows: list[Row], kept: dict[str, Scores]) -> str:
     """Each pair of rows: in how many seeds it stands as in the paper, by every measure."""
-    lines, stand = [], dict.fromkeys((measure.name for measure in MEASURES), 0)
-    told = sum(expected(a, b, 1.5)[2] for a, b in combinations(rows, 2))
+    lines = []
+    stand = {measure.name: [0, 0] for measure in MEASURES}
     for a, b in combinations(rows, 2):
-        better, worse, known = expected(a, b, 1.5)
-        line = [better.label, worse.label, "yes" if known else "not compared"]
+        usual = expected(a, b, 1.5)
+        line = [usual[0].label, usual[1].label, "yes" if usual[2] else "not compared"]
         for measure in MEASURES:
-            better, worse, known = expected(a, b, measure.scale) if known else (better, worse, False)
-            pairs = [(measure.of(kept[x]), measure.of(kept[y])) for x, y in zip(better.runs, worse.runs, strict=True)]
-            wins, gap = sum(x < y for x, y in pairs), mean(y - x for x, y in pairs)
-            stand[measure.name] += known and gap > 0
-            line.append(f"{wins}/{len(pairs)} (p {sign_test(wins, len(pairs)):.3g}, {gap:+.3g})")
+            better, worse, known = told if (told := expected(a, b, measure.scale))[2] else (*usual[:2], False)
+            gaps = [measure.of(kept[y]) - measure.of(kept[x]) for x, y in zip(better.runs, worse.runs, strict=True)]
+            wins = sum(gap > 0 for gap in gaps)
+            turned = " reversed" if better is not usual[0] else ""
+            line.append(f"{wins}/{len(gaps)}{turned} (p {sign_test(wins, len(gaps)):.3g}, {mean(gaps):+.3g})")
+            stand[measure.name][0] += known and mean(gaps) > 0
+            stand[measure.name][1] += known
         lines.append(line)
-    sums = [f"- {name}: the mean over seeds stands as in the paper in {n} of {told} pairs" for name, n in stand.items()]
+    sums = [
+        f"- {name}: the mean over seeds stands as in the paper in {n} of {number} pairs"
+        for name, (n, number) in stand.items()
+    ]
     return table(["better", "than", "in the paper", *stand], lines) + "\n\n" + "\n".join(sums)
 
 
