@@ -42,10 +42,10 @@ if __name__ == "__main__":
 from benchmarks import fashion  # noqa: E402
 from benchmarks.common import facts, integers, read_log  # noqa: E402
 from benchmarks.paper_report import SCALES, Row, write_report  # noqa: E402
-from benchmarks.scoring import Judge, LabelCNN, score_run  # noqa: E402
+from benchmarks.scoring import LabelCNN, Standard, score_run  # noqa: E402
 from promoe_ds.checkpoint.layout import newest, step_of  # noqa: E402
-from promoe_ds.config.schema import Config, DataConfig, reject  # noqa: E402
-from promoe_ds.data import ImageDataset, build_dataset  # noqa: E402
+from promoe_ds.config.schema import Config, reject  # noqa: E402
+from promoe_ds.data import build_dataset  # noqa: E402
 from promoe_ds.evaluation.features import DigitsCNN  # noqa: E402
 from promoe_ds.parallel import ds_config  # noqa: E402
 from promoe_ds.parallel.topology import Topology  # noqa: E402
@@ -160,12 +160,12 @@ def keep(args: argparse.Namespace, run: Run, scores: dict[str, Any]) -> None:
 
 
 class Study:
-    """The work on a list of runs: training in turns, then scores. The judge is made when it is first needed."""
+    """The work on a list of runs: training in turns, then scores; the standard is made when it is first needed."""
 
     def __init__(self, args: argparse.Namespace, runs: Sequence[Run]):
         self.args, self.deadline = args, time.monotonic() + 60 * args.minutes
         self.runs = {run.name: run for run in runs}
-        self.judge: tuple[Judge, ImageDataset, DataConfig] | None = None
+        self.standard: Standard | None = None
 
     def left(self) -> list[Run]:
         """Runs without scores: the first seed first, then the one that is furthest behind."""
@@ -208,8 +208,8 @@ class Study:
         return code == 0
 
     def score(self, run: Run) -> None:
-        self.judge = self.judge or make_judge(self.args, run)
-        scores = score_run(run.folder, *self.judge, SCALES, self.args.num, run.config.sample.steps)
+        self.standard = self.standard or make_standard(self.args, run)
+        scores = score_run(run.folder, self.standard, SCALES, self.args.num, run.config.sample.steps)
         log = read_log(run.folder)
         late = [record for record in log if record["step"] > 0.75 * run.config.train.steps]
         for name in ("load_max_over_mean", "dead_experts"):
@@ -221,15 +221,16 @@ class Study:
         keep(self.args, run, scores | {"facts": facts()})
 
 
-def make_judge(args: argparse.Namespace, run: Run) -> tuple[Judge, ImageDataset, DataConfig]:
-    """The classifier of the data, and the images of the EMA loss, of FD's reference and of experts' choices."""
+def make_standard(args: argparse.Namespace, run: Run) -> Standard:
+    """The classifier of the data, and images that no run has seen; digits have no others."""
     if args.data == "digits":
-        return DigitsCNN(), build_dataset(run.config), run.config.data
+        return Standard(DigitsCNN(), build_dataset(run.config), run.config.data)
     where = replace(run.config.data, split="test")
     train, held_out = build_dataset(run.config), build_dataset(replace(run.config, data=where))
     file = args.runs / args.data / f"judge_{run.key['judge_steps']}.safetensors"
     with alone(file, wait=True):
-        return LabelCNN(train, held_out, run.key["judge_steps"], file), held_out, where
+        judge = LabelCNN(train, held_out, run.key["judge_steps"], file)
+    return Standard(judge, held_out, where)
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:

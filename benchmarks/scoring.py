@@ -103,6 +103,21 @@ class LabelCNN:
 Judge = DigitsCNN | LabelCNN
 
 
+class Standard:
+    """What all runs of a data set are scored by: the judge, and real images as it sees them.
+
+    Args:
+        data: images of the reference of FD, and of the EMA loss: all of them, or 10,000.
+        where: the same images, to observe the experts on.
+    """
+
+    def __init__(self, judge: Judge, data: ImageDataset, where: DataConfig):
+        self.judge, self.data, self.where = judge, data, where
+        self.real = min(10_000, len(data))
+        x_NCHW, _ = data.get(np.arange(self.real) * len(data) // self.real)
+        self.reference = gaussian_statistics(judge.features(to_pixels(x_NCHW)))
+
+
 @torch.no_grad()
 def ema_loss(model: DiT, config: Config, data: ImageDataset, num: int, batch: int, device: torch.device) -> float:
     """Mean training loss (`loss/diffusion`) of labelled images at noise and timesteps that are the same for every row.
@@ -147,32 +162,26 @@ def specialisation(model: DiT, config: Config, step: int) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in each.items()}
 
 
-def score_run(
-    run: Path, judge: Judge, data: ImageDataset, where: DataConfig, scales: list[float], num: int, steps: int | str
-) -> dict[str, Any]:
+def score_run(run: Path, standard: Standard, scales: list[float], num: int, steps: int | str) -> dict[str, Any]:
     """All scores of a run's newest checkpoint, ready for JSON.
 
     Args:
-        data: of the reference of FD, and of the EMA loss: every image, or 10,000 of them.
-        where: the same images, to observe the experts on.
         scales: guidance scales to sample at.
         num: images per scale.
         steps: of the sampler.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, step = load_ema(run, device)
-    real = min(10_000, len(data))
-    reference = gaussian_statistics(judge.features(to_pixels(data.get(np.arange(real) * len(data) // real)[0])))
-    labels_N, batch = class_labels(num, config.model.num_classes), 256
+    judge, labels_N, batch = standard.judge, class_labels(num, config.model.num_classes), 256
     out: dict[str, Any] = {"judge": judge.name, "judge_accuracy": judge.accuracy}
-    out["ema_loss"] = ema_loss(model, config, data, real, batch, device)
-    out["experts"] = specialisation(model, replace(config, data=where), step)
+    out["ema_loss"] = ema_loss(model, config, standard.data, standard.real, batch, device)
+    out["experts"] = specialisation(model, replace(config, data=standard.where), step)
     for scale in scales:
         options = SamplingOptions(scale, steps, SCORE_SEED, batch)
         images_NHWC = draw_pixels(model, config, labels_N, np.arange(num), options, device)
         logits_NK = judge.logits(images_NHWC)
         out[f"cfg{scale}"] = {
-            "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *reference),
+            "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *standard.reference),
             "is": inception_score(logits_NK, split=num),
             "agreement": label_agreement(logits_NK, labels_N),
         }
