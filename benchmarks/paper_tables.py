@@ -5,24 +5,26 @@ examples:
   python benchmarks/paper_tables.py --table 5 --data digits                      CPU, minutes per row
   python benchmarks/paper_tables.py --table 6 --data digits --seeds 0,1 --steps 1000
   python benchmarks/paper_tables.py --table 5 --data cifar10 --path cifar10.npz --minutes 8      run it again till done
+  python benchmarks/paper_tables.py --table 5,6,8 --data fashion --seeds 0,1,2   CPU, 15 minutes per row and seed
 
-Rows take turns, a tenth of the budget each, so that no row has the machine for itself; a row that several tables share
-is trained once (runs are kept in --runs). Everything resumes: the same command goes on where it was. When all rows are
-done, the table is printed and written to --out with a figure. exit codes: 0 done, 2 a mistake, 85 --minutes are over.
+Seeds come one after the other, so that each finished one fills the tables. Within a seed rows take turns, a quarter of
+the budget each, so that no row has the machine for itself. A row that several tables share is trained once. Runs are
+kept in --runs, scores of finished runs in OUT/paper_tables_DATA.json; what is there is not trained again. Everything
+resumes: the same command goes on where it was, also after SIGTERM, and started twice, the two share the work.
+exit codes: 0 done, 2 a mistake, 85 --minutes are over, or a signal came.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import yaml
@@ -31,67 +33,72 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launchers.train import prepare_environment  # noqa: E402
+from promoe_ds.utils import signals  # noqa: E402
 
 if __name__ == "__main__":
+    signals.listen()
     prepare_environment()  # before torch
 
-from benchmarks.common import figure, integers, page, read_log, table  # noqa: E402
-from benchmarks.scoring import Judge, LabelCNN, score_run  # noqa: E402
+from benchmarks import fashion  # noqa: E402
+from benchmarks.common import facts, integers, read_log  # noqa: E402
+from benchmarks.paper_report import SCALES, Row, write_report  # noqa: E402
+from benchmarks.scoring import LabelCNN, Standard, score_run  # noqa: E402
 from promoe_ds.checkpoint.layout import newest, step_of  # noqa: E402
 from promoe_ds.config.schema import Config, reject  # noqa: E402
-from promoe_ds.costs.flops import count_parameters  # noqa: E402
-from promoe_ds.data import ImageDataset, build_dataset  # noqa: E402
+from promoe_ds.data import build_dataset  # noqa: E402
 from promoe_ds.evaluation.features import DigitsCNN  # noqa: E402
 from promoe_ds.parallel import ds_config  # noqa: E402
 from promoe_ds.parallel.topology import Topology  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
-from promoe_ds.train.trainer import Trainer  # noqa: E402
+from promoe_ds.train.trainer import StoppedEarly, Trainer  # noqa: E402
 from promoe_ds.utils.command_line import STOPPED, Parser, guarded  # noqa: E402
 from promoe_ds.utils.files import write_text  # noqa: E402
 from promoe_ds.utils.ranks import Ranks  # noqa: E402
 
 TABLES = yaml.safe_load((ROOT / "benchmarks/paper_tables.yaml").read_text(encoding="utf-8"))
-TURNS = 10
-"""that the training of a row is cut into"""
-SCALES = [1.0, 1.5]
-"""guidance scales"""
+TURNS = 4
+"""that the training of a run is cut into"""
+POLL_SECONDS = 10.0
+"""between looks at what other processes work on"""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a table: what it is called, what it computes (one config per seed), what the paper says of it."""
+class Run:
+    """A row with one seed."""
 
-    label: str
-    configs: tuple[Config, ...]
-    runs: tuple[Path, ...]
-    paper: dict[float, list[float]]
-    """guidance scale -> FID50K, IS"""
+    name: str
+    """PARTS-STEPS/seedN: its folder below --runs, and its key among the kept scores"""
+    seed: int
+    config: Config
+    folder: Path
+    key: dict[str, Any]
+    """what its scores depend on, but for the commit"""
 
-    def results(self) -> list[dict[str, Any]]:
-        """What scores.json of each run holds."""
-        return [json.loads((run / "scores.json").read_text(encoding="utf-8")) for run in self.runs]
+    def turns(self) -> int:
+        """Done, of `TURNS`."""
+        return done_steps(self.folder) * TURNS // self.config.train.steps
 
 
-def plan(args: argparse.Namespace) -> list[Row]:
-    """The rows of the table asked for. Raises ConfigError for unknown names and what the recipes reject."""
-    for option, value, known in (("--table", args.table, TABLES["tables"]), ("--data", args.data, TABLES["data"])):
-        if value not in known:
-            reject(option, value, "is not known", f"choose one of {', '.join(known)}")
-    if args.path is None and args.data != "digits":
-        reject("--path", "null", f"--data {args.data} needs one", "add --path FILE.npz")
-    data, rows = TABLES["data"][args.data], []
+def plan(args: argparse.Namespace, table: str) -> tuple[list[Row], list[Run]]:
+    """The rows of a table, and the runs of them all. Raises ConfigError for what the recipes reject."""
+    data, rows, runs = TABLES["data"][args.data], [], []
     parts = TABLES["parts"] | data["parts"]
-    common = [*data["options"], *([f"data.path={args.path}"] if args.path else []), *args.overrides]
-    common += ["train.keep_last=1", "sample.classes=1", "sample.per_class=1"]
-    for label, entry in TABLES["tables"][args.table]["rows"].items():
+    path = args.runs / "fashion" / "fashion.npz" if args.data == "fashion" else args.path
+    for label, entry in TABLES["tables"][table]["rows"].items():
         steps = (args.steps or data["steps"]) * entry.get("budget", 1)
         options = [option for part in entry["is"] for option in parts.get(part, [])]
-        options += [*common, f"train.steps={steps}"]
-        configs = tuple(load_config(data["base"], [*options, f"train.seed={seed}"]) for seed in args.seeds)
+        options += [*data["options"], *args.overrides, f"train.steps={steps}"]
+        more = ["train.keep_last=1", "sample.classes=1", "sample.per_class=1", *([f"data.path={path}"] if path else [])]
         name = "-".join([*entry["is"], str(steps), *(o.replace("/", "_") for o in args.overrides)])
-        runs = tuple(args.runs / args.data / name / f"seed{seed}" for seed in args.seeds)
-        rows.append(Row(label, configs, runs, entry["paper"]))
-    return rows
+        of_row = []
+        for seed in args.seeds:
+            config = load_config(data["base"], [*options, *more, f"train.seed={seed}"])
+            key = {"base": data["base"], "options": options, "seed": seed, "num": args.num}
+            key |= {"sampler_steps": config.sample.steps, "judge_steps": args.judge_steps or data["judge_steps"]}
+            of_row.append(Run(f"{name}/seed{seed}", seed, config, args.runs / args.data / name / f"seed{seed}", key))
+        rows.append(Row(label, tuple(run.name for run in of_row), of_row[0].config, entry["paper"]))
+        runs += of_row
+    return rows, runs
 
 
 def done_steps(run: Path) -> int:
@@ -102,163 +109,169 @@ def done_steps(run: Path) -> int:
 def train_until(config: Config, run: Path, step: int) -> int:
     """Train a run up to `step`, in this process; its output goes to RUN/log.txt. Returns the trainer's exit code."""
     turn = -(-config.train.steps // TURNS)
-    train = replace(config.train, steps=step, checkpoint_every=turn, log_every=max(1, turn // 4))
+    train = replace(config.train, steps=step, checkpoint_every=turn, log_every=max(1, config.train.steps // 40))
     config = replace(config, train=train, sample=replace(config.sample, steps=2))
     run.mkdir(parents=True, exist_ok=True)
     with (run / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        trainer = Trainer(config, ds_config.resolve(None, config, 1), run, Topology.of(Ranks.from_environment(), ep=1))
+        try:
+            topology = Topology.of(Ranks.from_environment(), ep=1)
+            trainer = Trainer(config, ds_config.resolve(None, config, 1), run, topology)
+        except StoppedEarly:
+            return STOPPED
         try:
             return trainer.run()
         finally:
             trainer.close()
 
 
-def train_all(rows: list[Row], deadline: float) -> bool:
-    """In turns until every run is trained; False if the deadline came first, or a signal."""
-    for turn in range(1, TURNS + 1):
-        for row in rows:
-            for config, run in zip(row.configs, row.runs, strict=True):
-                target = -(-config.train.steps * turn // TURNS)
-                if done_steps(run) >= target:
-                    continue
-                start = time.monotonic()
-                if start > deadline or train_until(config, run, target):
-                    return False
-                seconds = time.monotonic() - start
-                print(f"{row.label}, {run.name}: step {target}/{config.train.steps}, {seconds:.0f} s", flush=True)
-    return True
+@contextlib.contextmanager
+def alone(name: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has the lock `name`.lock; until the block ends, or the process dies."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    with name.with_name(f"{name.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
-def make_judge(args: argparse.Namespace, config: Config) -> tuple[Judge, ImageDataset]:
-    """The classifier of the data, and the images of the EMA loss and of FD's reference."""
-    train = build_dataset(config)
-    if args.data == "digits":
-        return DigitsCNN(), train
-    held_out = build_dataset(replace(config, data=replace(config.data, split="test")))
-    return LabelCNN(train, held_out, args.judge_steps), held_out
+def kept_file(args: argparse.Namespace) -> Path:
+    return args.out / f"paper_tables_{args.data}.json"
 
 
-def score_all(rows: list[Row], args: argparse.Namespace, deadline: float) -> bool:
-    """Write scores.json into each run that has none of this checkpoint and these options; False at the deadline."""
-    judge: tuple[Judge, ImageDataset] | None = None
-    for row in rows:
-        for config, run in zip(row.configs, row.runs, strict=True):
-            steps = config.sample.steps
-            key = {"num": args.num, "step": done_steps(run), "sampler_steps": steps, "judge_steps": args.judge_steps}
-            file = run / "scores.json"
-            if file.is_file() and key.items() <= json.loads(file.read_text(encoding="utf-8")).items():
-                continue
-            if time.monotonic() > deadline:
+def kept_scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Of finished runs, by name. Raises ConfigError for a damaged file."""
+    file = kept_file(args)
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        reject("--out", file, f"is damaged ({error})", "restore the file, or remove it to score all runs again")
+
+
+def keep(args: argparse.Namespace, run: Run, scores: dict[str, Any]) -> None:
+    """Add to the kept scores, a line per run."""
+    with alone(args.runs / args.data / "scores", wait=True):
+        known = kept_scores(args) | {run.name: run.key | scores}
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_text(kept_file(args), f"{{\n{lines}\n}}\n")
+
+
+class Study:
+    """The work on a list of runs: training in turns, then scores; the standard is made when it is first needed."""
+
+    def __init__(self, args: argparse.Namespace, runs: Sequence[Run]):
+        self.args, self.deadline = args, time.monotonic() + 60 * args.minutes
+        self.runs = {run.name: run for run in runs}
+        self.standard: Standard | None = None
+
+    def left(self) -> list[Run]:
+        """Runs without scores: the first seed first, then the one that is furthest behind."""
+        kept = kept_scores(self.args)
+        found = [run for run in self.runs.values() if not run.key.items() <= kept.get(run.name, {}).items()]
+        return sorted(found, key=lambda run: (self.args.seeds.index(run.seed), run.turns()))
+
+    def finish(self) -> bool:
+        """Train and score until nothing is left; False if the deadline or a signal came first."""
+        while left := self.left():
+            if time.monotonic() > self.deadline or signals.requested():
                 return False
-            judge = judge or make_judge(args, config)
-            write_text(file, json.dumps(key | score_run(run, *judge, SCALES, args.num, steps), indent=1) + "\n")
-            print(f"scored {row.label}, {run.name}", flush=True)
-    return True
+            for run in left:
+                with alone(run.folder / "turn") as mine:
+                    if mine and not self.step(run):
+                        return False
+                if mine:
+                    break
+            else:  # other processes are at work on all of them
+                time.sleep(POLL_SECONDS)
+        return True
+
+    def step(self, run: Run) -> bool:
+        """A turn of training, or the scores; False if a signal came first."""
+        wall, cpu = time.monotonic(), time.process_time()
+        turns, steps = run.turns(), run.config.train.steps
+        if run not in self.left():  # another process was faster
+            return True
+        if turns == TURNS:
+            self.score(run)
+            print(f"scored {run.name}, {time.monotonic() - wall:.0f} s", flush=True)
+            return True
+        target = -(-steps * (turns + 1) // TURNS)
+        code = train_until(run.config, run.folder, target)
+        took = {"step": done_steps(run.folder), "seconds": time.monotonic() - wall, "cpu": time.process_time() - cpu}
+        with (run.folder / "turns.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(took) + "\n")
+        words = f"{run.name}: step {took['step']}/{steps}, {took['seconds']:.0f} s, {took['cpu']:.0f} s of CPU"
+        print(words, flush=True)
+        return code == 0
+
+    def score(self, run: Run) -> None:
+        self.standard = self.standard or make_standard(self.args, run)
+        scores = score_run(run.folder, self.standard, SCALES, self.args.num, run.config.sample.steps)
+        log = read_log(run.folder)
+        late = [record for record in log if record["step"] > 0.75 * run.config.train.steps]
+        for name in ("load_max_over_mean", "dead_experts"):
+            scores[name] = sum(record[name] for record in late) / len(late)
+        scores["curve"] = [[record["step"], round(record["loss/diffusion"], 4)] for record in log]
+        turns = [json.loads(line) for line in (run.folder / "turns.jsonl").read_text(encoding="utf-8").splitlines()]
+        scores["train_hours"] = sum(turn["seconds"] for turn in turns) / 3600
+        scores["train_cpu_hours"] = sum(turn["cpu"] for turn in turns) / 3600
+        keep(self.args, run, scores | {"facts": facts()})
 
 
-def over_seeds(values: list[float], digits: int) -> str:
-    """Mean over seeds, and half the range where there are several."""
-    half = (max(values) - min(values)) / 2
-    return f"{mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
-
-
-def scores_table(rows: list[Row]) -> str:
-    """Sizes, our scores and load, then the paper's FID50K and IS on ImageNet."""
-    measures = (("fd", "FD", 2), ("is", "IS-like", 2), ("agreement", "agreement", 3))
-    columns = ["row", "activated M", "total M", "EMA loss"]
-    columns += [f"{name} cfg {scale:g}" for scale in SCALES for _, name, _ in measures]
-    columns += ["load max/mean", "dead", *(f"paper {name} cfg {scale:g}" for scale in SCALES for name in ("FID", "IS"))]
-    lines = []
-    for row in rows:
-        found, count, last = row.results(), count_parameters(row.configs[0]), [read_log(run)[-1] for run in row.runs]
-        line = [row.label, f"{count.activated / 1e6:.2f}", f"{count.total / 1e6:.2f}"]
-        line.append(over_seeds([result["ema_loss"] for result in found], 4))
-        for scale in SCALES:
-            for key, _, digits in measures:
-                line.append(over_seeds([result[f"cfg{scale}"][key] for result in found], digits))
-        for key, digits in (("load_max_over_mean", 2), ("dead_experts", 1)):
-            line.append(over_seeds([record[key] for record in last], digits))
-        for scale in SCALES:
-            line += [f"{value:g}" for value in row.paper[scale]] if scale in row.paper else ["-", "-"]
-        lines.append(line)
-    return table(columns, lines)
-
-
-def orderings(rows: list[Row]) -> str:
-    """For each measure: our order from best to worst, and how many pairs of rows stand as in the paper."""
-
-    def order(rows: list[Row], value: Callable[[Row], float]) -> str:
-        return " < ".join(row.label for row in sorted(rows, key=value))
-
-    measures: dict[str, Callable[[Row], float]] = {
-        "EMA loss": lambda row: mean(result["ema_loss"] for result in row.results()),
-        **{
-            f"FD at guidance {scale:g}": lambda row, key=f"cfg{scale}": mean(
-                result[key]["fd"] for result in row.results()
-            )
-            for scale in SCALES
-        },
-    }
-    known = [row for row in rows if 1.5 in row.paper]
-    pairs = [(a, b) for a, b in combinations(known, 2) if a.paper[1.5][0] != b.paper[1.5][0]]
-    lines = [f"- paper, FID50K at guidance 1.5: {order(known, lambda row: row.paper[1.5][0])}"] if known else []
-    for name, value in measures.items():
-        agree = sum((a.paper[1.5][0] < b.paper[1.5][0]) == (value(a) < value(b)) for a, b in pairs)
-        note = f" ({agree} of {len(pairs)} pairs as in the paper)" if pairs else ""
-        lines.append(f"- here, {name}: {order(rows, value)}{note}")
-    return "\n".join(lines)
-
-
-def write_report(rows: list[Row], args: argparse.Namespace, words: list[str]) -> None:
-    """Print the table, and write it with its figure to args.out."""
-    name, first, train = f"paper_table{args.table}_{args.data}", rows[0].results()[0], rows[0].configs[0].train
-    args.out.mkdir(parents=True, exist_ok=True)
-    with figure(args.out / f"{name}.png", [1]) as (axis,):
-        for row in rows:
-            curve = read_log(row.runs[0])
-            axis.plot([r["step"] for r in curve], [r["loss/diffusion"] for r in curve], label=row.label)
-        axis.set(xlabel="step", ylabel="diffusion loss", yscale="log")
-    method = f"""\
-Each row: {train.steps} steps (times its budget in the paper) of {train.global_batch_size} images, {train.precision},
-seeds {", ".join(map(str, args.seeds))}, rows in turns. {args.num} images per guidance scale, {first["sampler_steps"]}
-sampler steps, scored by {first["judge"]} (its accuracy on held-out reals is {first["judge_accuracy"]:.3f}). FD is the
-Frechet distance of its features, IS-like the Inception score with its classes; neither compares with an FID50K of
-ImageNet, only their order does. EMA loss: the diffusion loss of the EMA weights, with the same noise and timesteps for
-all rows. Load and dead experts (over all MoE layers) are those of the last step; ± is half the range over seeds."""
-    title = f"Table {args.table} on {args.data}: {TABLES['tables'][args.table]['caption']}"
-    picture = f"![training loss of the rows]({name}.png)"
-    ranks = f"Order, best first:\n\n{orderings(rows)}"
-    text = page(title, "benchmarks/paper_tables.py", words, method, scores_table(rows), ranks, picture)
-    write_text(args.out / f"{name}.md", text)
-    print(text)
+def make_standard(args: argparse.Namespace, run: Run) -> Standard:
+    """The classifier of the data, and images that no run has seen; digits have no others."""
+    if args.data == "digits":
+        return Standard(DigitsCNN(), build_dataset(run.config), run.config.data)
+    where = replace(run.config.data, split="test")
+    train, held_out = build_dataset(run.config), build_dataset(replace(run.config, data=where))
+    file = args.runs / args.data / f"judge_{run.key['judge_steps']}.safetensors"
+    with alone(file, wait=True):
+        judge = LabelCNN(train, held_out, run.key["judge_steps"], file)
+    return Standard(judge, held_out, where)
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help = "1, 3 to 13 of the paper, or 9f for Figures 3c and 9"
+    help = "1, 3 to 13 of the paper, or 9f for Figures 3c and 9; several: 5,6,8"
     parser.add_argument("--table", required=True, metavar="N", help=help)
-    parser.add_argument("--data", default="digits", metavar="NAME", help="digits (embedded) or cifar10")
-    parser.add_argument("--path", type=Path, help="cifar10: the packed npz")
-    parser.add_argument("--steps", type=int, help="optimizer steps per row (digits 600, cifar10 2500)")
+    parser.add_argument("--data", default="digits", metavar="NAME", help="digits (embedded), cifar10 or fashion")
+    help = f"cifar10: the packed npz; fashion: folder of the four IDX files ({fashion.FOLDER})"
+    parser.add_argument("--path", type=Path, help=help)
+    parser.add_argument("--steps", type=int, help="optimizer steps per row (digits 600, cifar10 2500, fashion 1200)")
     parser.add_argument("--seeds", type=lambda text: integers(text, 0), default=[0], metavar="0,1")
     parser.add_argument("--num", type=int, default=2000, help="images per guidance scale to score (2000)")
-    parser.add_argument("--judge-steps", type=int, default=2000, help="cifar10: steps of the classifier's training")
+    parser.add_argument("--judge-steps", type=int, help="of the classifier's training (cifar10 2000, fashion 800)")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after them, resumable (exit code 85)")
     parser.add_argument("--runs", type=Path, default=Path("runs/paper_tables"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every row")
-    return parser.parse_intermixed_args(words)
+    args = parser.parse_intermixed_args(words)
+    args.table = args.table.split(",")
+    for option, values, known in (("--table", args.table, TABLES["tables"]), ("--data", [args.data], TABLES["data"])):
+        for value in values:
+            if value not in known:
+                reject(option, value, "is not known", f"choose one of {', '.join(known)}")
+    if args.path is None and args.data == "cifar10":
+        reject("--path", "null", "--data cifar10 needs one", "add --path FILE.npz")
+    return args
 
 
 def run(words: list[str]) -> int:
     """Train, score, report; returns the exit code."""
     args = parse_args(words)
-    rows = plan(args)  # every mistake shows before the first step
-    deadline = time.monotonic() + 60 * args.minutes
-    if not (train_all(rows, deadline) and score_all(rows, args, deadline)):
+    planned = {table: plan(args, table) for table in args.table}  # every mistake shows before the first step
+    study = Study(args, [run for _, runs in planned.values() for run in runs])
+    pack = args.runs / "fashion" / "fashion.npz"
+    if args.data == "fashion" and study.left() and not pack.exists():
+        fashion.pack(args.path or fashion.FOLDER, pack)
+    if not study.finish():
         print("not done; the same command goes on", flush=True)
         return STOPPED
-    write_report(rows, args, words)
+    for table, (rows, _) in planned.items():
+        write_report(rows, kept_scores(args), args, table, TABLES["tables"][table]["caption"], words)
     return 0
 
 

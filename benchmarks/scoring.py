@@ -8,34 +8,48 @@ Shape suffixes: N images, B images of a batch, H W pixels, C channels, K classes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from promoe_ds.analysis.collect import Plan, observe
+from promoe_ds.analysis.measures import chance_entropy, explained_entropy
 from promoe_ds.checkpoint.load_weights import load_ema
-from promoe_ds.config.schema import Config
+from promoe_ds.config.schema import Config, DataConfig
 from promoe_ds.data import ImageDataset
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.evaluation.features import DigitsCNN, Features
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, inception_score, label_agreement
 from promoe_ds.models.dit import DiT
+from promoe_ds.moe.observe import max_over_mean
 from promoe_ds.sampling.generate import SamplingOptions, class_labels, draw_pixels, image_noise, to_pixels
+from promoe_ds.utils.files import atomic
 
 SCORE_SEED = 1234
 """of the noise and the timesteps that every row is scored with"""
+OBSERVED = 1000
+"""images on which the choices of experts are counted"""
 
 
 class LabelCNN:
-    """Seven 3x3 convolutions for images of 16 to 64 pixels, trained whenever it is built, with a fixed seed."""
+    """Seven 3x3 convolutions for images of 16 to 64 pixels, with a fixed seed.
+
+    Args:
+        train, held_out: what it learns from, and what `accuracy` is of.
+        steps: of its training.
+        file: where its weights are kept once it is trained, so that all runs have the same judge.
+    """
 
     name = "label-cnn"
 
-    def __init__(self, train: ImageDataset, held_out: ImageDataset, steps: int):
+    def __init__(self, train: ImageDataset, held_out: ImageDataset, steps: int, file: Path):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):
@@ -47,7 +61,13 @@ class LabelCNN:
                 width = next_width
             classify = nn.Linear(width, train.num_classes)
             self._net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classify).to(self.device)
-        self._train(train, steps)
+        if file.exists():
+            self._net.load_state_dict(load_file(file))
+        else:
+            self._train(train, steps)
+            with atomic(file) as temporary:
+                save_file(self._net.state_dict(), temporary)
+        self._net.eval()
         x_NCHW, label_N = held_out.get(np.arange(len(held_out)))
         self.accuracy = label_agreement(self.logits(to_pixels(x_NCHW)), label_N.numpy())
 
@@ -64,7 +84,6 @@ class LabelCNN:
             loss.backward()
             optimizer.step()
             schedule.step()
-        self._net.eval()
 
     @torch.inference_mode()
     def features(self, images_NHWC: Images) -> Features:
@@ -82,6 +101,21 @@ class LabelCNN:
 
 
 Judge = DigitsCNN | LabelCNN
+
+
+class Standard:
+    """What all runs of a data set are scored by: the judge, and real images as it sees them.
+
+    Args:
+        data: images of the reference of FD, and of the EMA loss: all of them, or 10,000.
+        where: the same images, to observe the experts on.
+    """
+
+    def __init__(self, judge: Judge, data: ImageDataset, where: DataConfig):
+        self.judge, self.data, self.where = judge, data, where
+        self.real = min(10_000, len(data))
+        x_NCHW, _ = data.get(np.arange(self.real) * len(data) // self.real)
+        self.reference = gaussian_statistics(judge.features(to_pixels(x_NCHW)))
 
 
 @torch.no_grad()
@@ -105,30 +139,49 @@ def ema_loss(model: DiT, config: Config, data: ImageDataset, num: int, batch: in
     return total / num
 
 
-def score_run(
-    run: Path, judge: Judge, data: ImageDataset, scales: list[float], num: int, steps: int | str
-) -> dict[str, Any]:
+def specialisation(model: DiT, config: Config, step: int) -> dict[str, float]:
+    """What explains the choice of expert, I(group; expert) / H(expert) in [0, 1]: the mean over the MoE layers.
+
+    `OBSERVED` images with noise of five timesteps, as in docs/analysis.md. `class_chance` is `class` with the classes
+    shuffled between the images. Empty for a dense model.
+
+    Args:
+        config: of the model, with `data` to be looked at.
+    """
+    if config.moe is None:
+        return {}
+    o = observe(model, config, step, "run", Plan(images=OBSERVED, tokens=1, maps=0, batch=128))
+    layers = range(len(o.blocks))
+    each = {
+        "class": [explained_entropy(o.count_LTCE[i].sum(0)) for i in layers],
+        "class_chance": [chance_entropy(o.count_LIE[i], o.label_I, o.plan.seed) for i in layers],
+        "timestep": [explained_entropy(o.count_LTCE[i].sum(1)) for i in layers],
+        "position": [explained_entropy(o.count_LSE[i]) for i in layers],
+        "load_max_over_mean": [float(max_over_mean(torch.from_numpy(o.count_LTCE.sum((1, 2))))[i]) for i in layers],
+    }
+    return {name: float(np.mean(values)) for name, values in each.items()}
+
+
+def score_run(run: Path, standard: Standard, scales: list[float], num: int, steps: int | str) -> dict[str, Any]:
     """All scores of a run's newest checkpoint, ready for JSON.
 
     Args:
-        data: of the EMA loss and of the reference of FD.
         scales: guidance scales to sample at.
-        num: images per scale, and draws of the EMA loss.
+        num: images per scale.
         steps: of the sampler.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config, _ = load_ema(run, device)
-    real = min(10_000, len(data))
-    reference = gaussian_statistics(judge.features(to_pixels(data.get(np.arange(real) * len(data) // real)[0])))
-    labels_N, batch = class_labels(num, config.model.num_classes), 256
+    model, config, step = load_ema(run, device)
+    judge, labels_N, batch = standard.judge, class_labels(num, config.model.num_classes), 256
     out: dict[str, Any] = {"judge": judge.name, "judge_accuracy": judge.accuracy}
-    out["ema_loss"] = ema_loss(model, config, data, num, batch, device)
+    out["ema_loss"] = ema_loss(model, config, standard.data, standard.real, batch, device)
+    out["experts"] = specialisation(model, replace(config, data=standard.where), step)
     for scale in scales:
         options = SamplingOptions(scale, steps, SCORE_SEED, batch)
         images_NHWC = draw_pixels(model, config, labels_N, np.arange(num), options, device)
         logits_NK = judge.logits(images_NHWC)
         out[f"cfg{scale}"] = {
-            "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *reference),
+            "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *standard.reference),
             "is": inception_score(logits_NK, split=num),
             "agreement": label_agreement(logits_NK, labels_N),
         }

@@ -48,7 +48,9 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_missing_file_names_the_built_in_ones() -> None:
-    with pytest.raises(ConfigError, match="superclasses=mnist: is no file; name a file or one of cifar10, digits"):
+    with pytest.raises(
+        ConfigError, match="superclasses=mnist: is no file; name a file or one of cifar10, digits, fashion"
+    ):
         read_superclasses("mnist")
     with pytest.raises(ConfigError, match="superclasses=digit: is no file; did you mean 'digits'"):
         read_superclasses("digit")
