@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent

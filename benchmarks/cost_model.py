@@ -43,7 +43,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import integers, page, table  # noqa: E402
 from benchmarks.scaling_study import Measured, read_points  # noqa: E402
 from promoe_ds.config.batching import batch_plan  # noqa: E402
-from promoe_ds.config.schema import Config, reject  # noqa: E402
+from promoe_ds.config.errors import reject  # noqa: E402
+from promoe_ds.config.schema import Config  # noqa: E402
 from promoe_ds.costs import comm_volume, flops  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402
 from promoe_ds.utils.command_line import Parser, guarded  # noqa: E402

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.common import table
 from benchmarks.throughput import split_of
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.models.compiled import compile_whole
 from promoe_ds.models.dit import DiTBlock
 from promoe_ds.moe import fused

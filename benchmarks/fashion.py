@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.utils.files import atomic
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")

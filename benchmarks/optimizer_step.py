@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import page, spread, table  # noqa: E402
 from benchmarks.interleaved import Clock, interleaved  # noqa: E402
-from promoe_ds.config.schema import reject  # noqa: E402
+from promoe_ds.config.errors import reject  # noqa: E402
 from promoe_ds.models.init import build  # noqa: E402
 from promoe_ds.parallel import one_pass  # noqa: E402
 from promoe_ds.parallel.adamw_ema import AdamWithEMA  # noqa: E402

@@ -44,7 +44,8 @@ from benchmarks.common import facts, integers, read_log  # noqa: E402
 from benchmarks.paper_report import SCALES, Row, write_report  # noqa: E402
 from benchmarks.scoring import LabelCNN, Standard, score_run  # noqa: E402
 from promoe_ds.checkpoint.layout import newest, step_of  # noqa: E402
-from promoe_ds.config.schema import Config, reject  # noqa: E402
+from promoe_ds.config.errors import reject  # noqa: E402
+from promoe_ds.config.schema import Config  # noqa: E402
 from promoe_ds.data import build_dataset  # noqa: E402
 from promoe_ds.evaluation.features import DigitsCNN  # noqa: E402
 from promoe_ds.parallel import ds_config  # noqa: E402

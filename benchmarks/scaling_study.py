@@ -44,7 +44,8 @@ if not __package__:
 
 from benchmarks.common import facts, figure, integers, load_points, page, read_log, save_point, table  # noqa: E402
 from promoe_ds.config.batching import batch_plan, check_topology  # noqa: E402
-from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
+from promoe_ds.config.errors import ConfigError, reject  # noqa: E402
+from promoe_ds.config.schema import Config  # noqa: E402
 from promoe_ds.costs import comm_volume  # noqa: E402
 from promoe_ds.costs.comm_volume import KINDS, PARTS  # noqa: E402
 from promoe_ds.recipes.load import load_config  # noqa: E402

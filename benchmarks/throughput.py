@@ -40,7 +40,7 @@ from benchmarks import moe_peers
 from benchmarks.common import facts, integers, load_points, page, save_point, spread, table, words_of
 from benchmarks.interleaved import Clock, Work, interleaved
 from benchmarks.official_model import official_step, official_twin
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.costs import flops
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.compiled import compile_model, compile_whole

@@ -31,7 +31,8 @@ from benchmarks.paper_tables import done_steps, train_until  # noqa: E402
 from benchmarks.scoring import ema_loss  # noqa: E402
 from promoe_ds.checkpoint.init_from import InitialWeights  # noqa: E402
 from promoe_ds.checkpoint.resume import load_weights  # noqa: E402
-from promoe_ds.config.schema import Config, reject  # noqa: E402
+from promoe_ds.config.errors import reject  # noqa: E402
+from promoe_ds.config.schema import Config  # noqa: E402
 from promoe_ds.data import build_dataset  # noqa: E402
 from promoe_ds.formats.weights import load  # noqa: E402
 from promoe_ds.models.dit import DiT  # noqa: E402

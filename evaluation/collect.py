@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.features import Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments

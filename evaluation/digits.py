@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from promoe_ds.data import digits
 from promoe_ds.evaluation.images import Images, ImageSet, Labels
 
 HELD_OUT = 450
@@ -39,14 +38,15 @@ def digits_images() -> tuple[Images, Labels]:
 
     A stored intensity v in 0..16 is v/8 - 1 for the model, hence `pixels_from_model(v/8 - 1)` here.
     """
-    rows = digits.read()
-    images_NHWC = rows[:, :-1].reshape(-1, 8, 8, 1)
-    return pixels_from_model(images_NHWC / 8.0 - 1.0), rows[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits  # late: scikit-learn takes a second to import
+
+    digits: Any = load_digits()
+    return pixels_from_model(digits.images[..., None] / 8.0 - 1.0), digits.target.astype(np.int64)
 
 
 def digits_split() -> tuple[Digits, Digits]:
     """The fixed stratified split of the digits: 1347 to train the classifier on, 450 held out."""
-    from sklearn.model_selection import train_test_split  # late: scikit-learn takes a second to import
+    from sklearn.model_selection import train_test_split  # late too
 
     images_NHWC, labels_N = digits_images()
     train, held_out = train_test_split(np.arange(len(labels_N)), test_size=HELD_OUT, stratify=labels_N, random_state=0)

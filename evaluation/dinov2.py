@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.features import Extracted, FeatureExtractor
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.network_weights import check_weights, read_weights

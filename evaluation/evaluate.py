@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.collect import Collector, FeatureSet, check_extractor, collect
 from promoe_ds.evaluation.digits import noise_images
 from promoe_ds.evaluation.extractors import BATCH, load_extractor

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.evaluation.dinov2 import DINOv2, find_dinov2
 from promoe_ds.evaluation.features import DigitsCNN, Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, brief

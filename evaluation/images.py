@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.utils.files import walk
 from promoe_ds.utils.pictures import SUFFIXES, centre_crop
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 
 
 def read_weights(path: Path, option: str, way_out: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
 from promoe_ds.evaluation.digits import digits_images, digits_split
 from promoe_ds.evaluation.features import FeatureExtractor

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.images import brief
 from promoe_ds.utils.files import write_text
 

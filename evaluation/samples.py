@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, load_features
 from promoe_ds.evaluation.images import (
     SAMPLED,

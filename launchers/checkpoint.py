@@ -17,7 +17,8 @@ if not __package__:
 
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.layout import size
-from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, launcher
 from promoe_ds.utils.files import is_dir

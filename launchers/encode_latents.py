@@ -12,7 +12,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.data import notes
 from promoe_ds.data.caches import open_latents
 from promoe_ds.data.codecs import open_codec

@@ -13,7 +13,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from anywhere, installed or not
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
 from promoe_ds.evaluation.dinov2 import find_dinov2
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all

@@ -17,7 +17,8 @@ if not __package__:
 
 from promoe_ds.checkpoint.layout import bytes_of, size
 from promoe_ds.checkpoint.load_weights import find_weights, header
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats import diffusers_export, official, weights
 from promoe_ds.formats.card import score_rows

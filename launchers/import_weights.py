@@ -13,7 +13,7 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.checkpoint.layout import bytes_of, size
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.data import notes
 from promoe_ds.data.caches import LOOKED_FOR, open_latents
 from promoe_ds.data.caches.cache import expected_statistics, unlike

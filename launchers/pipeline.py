@@ -22,7 +22,8 @@ if not __package__:
 
 from promoe_ds.checkpoint.layout import newest, step_of, trained
 from promoe_ds.checkpoint.resume import changed_lr, check_same_run, saved_config
-from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import find_codec, open_codec
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler

@@ -17,7 +17,8 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
-from promoe_ds.config.schema import Channels, Config, Interval, ParallelConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Channels, Config, Interval, ParallelConfig
 from promoe_ds.data.codecs import Codec, check_same, open_codec
 from promoe_ds.diffusion.flow_sde import SDE, Diffusion, LastStep
 from promoe_ds.diffusion.objective import choose_sampler

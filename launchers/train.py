@@ -37,7 +37,8 @@ from promoe_ds.utils import signals  # noqa: E402
 if __name__ == "__main__":
     signals.listen()  # before the slow imports
 
-from promoe_ds.config.schema import Config, ConfigError, reject  # noqa: E402
+from promoe_ds.config.errors import ConfigError, reject  # noqa: E402
+from promoe_ds.config.schema import Config  # noqa: E402
 from promoe_ds.utils.command_line import STOPPED, USER_ERROR, Parser, mistake  # noqa: E402
 
 if TYPE_CHECKING:

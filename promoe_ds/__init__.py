@@ -13,7 +13,7 @@ from promoe_ds._version import __version__ as __version__
 if TYPE_CHECKING:
     from promoe_ds.api import generate as generate
     from promoe_ds.api import load_model as load_model
-    from promoe_ds.config.schema import ConfigError as ConfigError
+    from promoe_ds.config.errors import ConfigError as ConfigError
     from promoe_ds.diffusion.flow_sde import SDE as SDE
 
 __all__ = ["SDE", "ConfigError", "generate", "load_model"]
@@ -23,9 +23,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "ConfigError":
-        from promoe_ds.config import schema
+        from promoe_ds.config import errors
 
-        return schema.ConfigError
+        return errors.ConfigError
     from promoe_ds import api
 
     return getattr(api, name)

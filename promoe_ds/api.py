@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from promoe_ds.checkpoint.load_weights import load_ema
-from promoe_ds.config.schema import Interval, did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
+from promoe_ds.config.schema import Interval
 from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT

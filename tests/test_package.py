@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.processes import free_port
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.parallel.ds_config import find
 from tests.launch import ENVIRONMENT, ROOT, run
 

@@ -15,7 +15,7 @@ import torch
 
 from promoe_ds.checkpoint import layout, resume
 from promoe_ds.checkpoint.load_weights import load_ema
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data.images import PackedImages
 from promoe_ds.evaluation.samples import load_samples
 from promoe_ds.recipes.load import load_config

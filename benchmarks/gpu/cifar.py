@@ -22,7 +22,7 @@ from statistics import median
 
 from benchmarks.common import ROOT, read_log, table
 from benchmarks.gpu.visit import check_device, end
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.utils.command_line import STOPPED, Parser, launcher
 from promoe_ds.utils.files import write_text
 

@@ -28,7 +28,7 @@ from benchmarks.common import ROOT
 from benchmarks.gpu.figures import FILE, append, read
 from benchmarks.gpu.stages import MARGIN, STAGES
 from benchmarks.gpu.tables import page
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.utils.command_line import Parser
 from promoe_ds.utils.files import write_text
 

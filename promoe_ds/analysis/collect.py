@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.data import ImageDataset, build_dataset
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.coded_images import CodedImages

@@ -17,7 +17,7 @@ from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
 from promoe_ds.analysis.collect import Observed
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.costs import flops
 from promoe_ds.utils.files import atomic, making, write_text
 

@@ -25,7 +25,8 @@ from promoe_ds.analysis.measures import (
     subspace_similarity,
     tsne,
 )
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.moe.observe import cosines, dead_experts, load_entropy, max_over_mean, prototype_statistics
 
 CLUSTERS = 10

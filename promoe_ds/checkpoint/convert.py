@@ -18,7 +18,7 @@ from promoe_ds.checkpoint.layout import AVERAGE, EMA, FORMAT, RESUMED_STATES, by
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import complete, write_tensors
 from promoe_ds.config.decode import dump
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import atomic, making, write_text
 

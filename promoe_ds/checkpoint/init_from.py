@@ -22,8 +22,9 @@ from torch import Tensor
 
 from promoe_ds.checkpoint.load_weights import find_weights, header, open_weights, shard_files
 from promoe_ds.checkpoint.upcycle import DENSE, check_split, upcycled
+from promoe_ds.config.errors import reject
 from promoe_ds.config.option import differences
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.models.init import build, draw_labels
 from promoe_ds.models.layers import grid_sinusoids
 

@@ -30,7 +30,7 @@ from typing import IO, Any, NoReturn, Protocol
 from torch import Tensor
 from tqdm import tqdm
 
-from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.utils.files import NOT_FOUND, file_digest, making, write_text
 from promoe_ds.utils.ranks import Ranks
 

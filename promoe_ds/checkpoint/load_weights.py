@@ -29,7 +29,8 @@ from promoe_ds.checkpoint.layout import (
     unreadable,
 )
 from promoe_ds.config.decode import BAD_YAML
-from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_tree

@@ -17,9 +17,10 @@ from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
 from promoe_ds.config.decode import BAD_YAML
+from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.option import differences
 from promoe_ds.config.schedule import end_of, learning_rate
-from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND
 

@@ -41,7 +41,8 @@ from promoe_ds.checkpoint.layout import (
     write_manifest,
 )
 from promoe_ds.config.decode import dump, encode
-from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.utils.files import atomic, fsync
 from promoe_ds.utils.ranks import Ranks
 

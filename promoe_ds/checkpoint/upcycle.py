@@ -20,7 +20,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 
 DENSE = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 """the tensors of a dense block's MLP, by name"""

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
-from promoe_ds.config.schema import Config, ConfigError, RouterConfig, did_you_mean, reject, router_config_class
+from promoe_ds.config.errors import ConfigError, did_you_mean, reject
+from promoe_ds.config.schema import Config, RouterConfig, router_config_class
 
 BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the others for 2024-02-30 or 0x_, no dates or numbers
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 
 
 def end_of(config: Config) -> int:

@@ -8,11 +8,10 @@ checks the ranges, and what must hold between options.
 
 from __future__ import annotations
 
-import difflib
-import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.config.option import option, section
 
 Channels = Literal["all", 3]
@@ -23,15 +22,6 @@ CacheFormat = Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit
 """who wrote latents: `promoe_ds/data/caches`"""
 Reset = Literal["labels", "experts"]
 """parts of weights that start anew: `promoe_ds/checkpoint/init_from.py`"""
-
-
-class ConfigError(Exception):
-    """A user's mistake; the message is one line and the process exits with code 2."""
-
-
-def reject(path: str, value: Any, conflict: str, way_out: str) -> typing.NoReturn:
-    """Raise `ConfigError` in the one form used everywhere: path, value, conflict, way out."""
-    raise ConfigError(" ".join(f"{path}={value}: {conflict}; {way_out}".splitlines()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,18 +374,6 @@ class Config:
             return self.moe.layers
         first, stride = (1, 2) if self.moe.layers == "every_other" else (0, 1)
         return tuple(range(first, self.model.depth, stride))
-
-
-def did_you_mean(
-    word: Any, known: typing.Iterable[Any], otherwise: str = "choose a known one", cutoff: float = 0.5
-) -> str:
-    """The way out of a word that is none of the known ones: the nearest of them, or `otherwise` if none is near.
-
-    Args:
-        cutoff: how alike they must be, of 0 to 1 (`difflib`).
-    """
-    close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=cutoff)
-    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def router_config_class(name: str, path: str) -> type[RouterConfig]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import open_codec
 from promoe_ds.data.coded_images import ENCODED_AT_ONCE
 

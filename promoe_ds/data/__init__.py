@@ -9,7 +9,8 @@ import json
 
 import numpy as np
 
-from promoe_ds.config.schema import Config, ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.data.caches import open_latents
 from promoe_ds.data.codecs import find_codec, open_codec
 from promoe_ds.data.coded_images import CodedImages

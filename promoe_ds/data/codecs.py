@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import ConfigError, did_you_mean, reject
+from promoe_ds.config.errors import ConfigError, did_you_mean, reject
 from promoe_ds.data import shards, taef2
 from promoe_ds.utils.files import file_digest
 

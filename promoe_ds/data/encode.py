@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages

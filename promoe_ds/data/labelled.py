@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.zips import StoredZip
 from promoe_ds.utils.files import walk
 

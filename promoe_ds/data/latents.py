@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import per_channel
 from promoe_ds.data.dataset import Gauss, ImageDataset, located

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.utils.files import atomic, check_readable, file_digest, write_text
 
 FORMAT = "promoe_ds_latents/1"

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject
 
 PLACES = 2
 """results of a worker that wait for the parent at most"""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.archive import Archive
 
 END, END64, WHERE64, ENTRY, LOCAL = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2", b"PK\3\4"

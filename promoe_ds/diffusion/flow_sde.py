@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from promoe_ds.config.schema import did_you_mean
+from promoe_ds.config.errors import did_you_mean
 from promoe_ds.diffusion.ddpm_samplers import Noise
 from promoe_ds.diffusion.rectified_flow import Callback, Velocity, shift_sigma
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import Config, DiffusionConfig, did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
+from promoe_ds.config.schema import Config, DiffusionConfig
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
 from promoe_ds.diffusion.ddpm_samplers import Noise, Predict, ancestral, ddim, spaced_timesteps

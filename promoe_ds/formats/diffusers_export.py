@@ -20,7 +20,8 @@ from typing import Any
 from promoe_ds.checkpoint.convert import made
 from promoe_ds.checkpoint.layout import file_entry
 from promoe_ds.config.decode import encode
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.formats.bundle import bundle
 from promoe_ds.formats.weights import SHARD_BYTES, Weights, as_json, cast, finish, write_safetensors
 from promoe_ds.moe.router import ROUTERS

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.formats.state_files import Found, State, load_plain
 from promoe_ds.models.layers import grid_sinusoids
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from promoe_ds.config.schema import Config, did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.formats.card import BASE
 from promoe_ds.formats.diffusers_import import read_folder
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES, State, from_official, problems, to_official, why_not

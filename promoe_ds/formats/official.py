@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.formats.weights import Weights
 from promoe_ds.moe.routers.diffmoe import DiffMoEConfig
 from promoe_ds.utils.files import atomic, making

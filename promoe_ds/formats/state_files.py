@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 
 State = dict[str, Tensor]
 Kind = Literal["ema", "raw"]

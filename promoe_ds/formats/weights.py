@@ -28,7 +28,8 @@ from promoe_ds.checkpoint.load_weights import find_weights, open_weights, read_w
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import complete, write_tensors
 from promoe_ds.config.decode import dump, encode
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.formats.card import model_card
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_tree

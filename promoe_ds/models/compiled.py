@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.experts import BACKENDS, StackedExperts, grouped
 from promoe_ds.moe.layer import MoELayer, RoutedExperts

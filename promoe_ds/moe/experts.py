@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.moe import recompute
 from promoe_ds.moe.constants import unit_rows
 from promoe_ds.moe.dispatch import ExpertRows, tokens_per_expert

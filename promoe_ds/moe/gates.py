@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.config.errors import reject
 from promoe_ds.config.option import option
-from promoe_ds.config.schema import Config, RouterConfig, reject
+from promoe_ds.config.schema import Config, RouterConfig
 from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.recompute import cast, linear
 from promoe_ds.moe.router import Router, Routing

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import ROUTER_CONFIGS, ConfigError, RouterConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import ROUTER_CONFIGS, RouterConfig
 from promoe_ds.moe.split import Split
 
 Tensors = dict[str, Tensor]

@@ -17,7 +17,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from promoe_ds.config.batching import batch_plan, check_topology
 from promoe_ds.config.decode import read_mapping
-from promoe_ds.config.schema import Config, did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.parallel.ds_values import PASSED, check_keys, check_values, read_zero, unknown
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"

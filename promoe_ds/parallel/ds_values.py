@@ -17,7 +17,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import BaseModel, ValidationError
 
-from promoe_ds.config.schema import did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
 
 
 def _keys(model: type[BaseModel]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 import torch
 import torch.distributed as dist
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.utils.ranks import Ranks
 
 NAME_SECONDS = 5.0

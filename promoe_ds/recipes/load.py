@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from promoe_ds.config.decode import Override, decode, read_mapping
-from promoe_ds.config.schema import Config, did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
+from promoe_ds.config.schema import Config
 from promoe_ds.moe import routers as routers  # their classes make them known to `decode`
 from promoe_ds.recipes.validate import validate
 

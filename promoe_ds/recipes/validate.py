@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from promoe_ds.config.batching import divisors, listed
+from promoe_ds.config.errors import reject
 from promoe_ds.config.option import options
 from promoe_ds.config.schedule import validate_schedule
-from promoe_ds.config.schema import Channels, Config, Interval, ModelConfig, reject
+from promoe_ds.config.schema import Channels, Config, Interval, ModelConfig
 from promoe_ds.diffusion.objective import OBJECTIVES, Solver, check_steps
 
 

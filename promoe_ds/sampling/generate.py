@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import Channels, Config, ConfigError, Interval, reject
+from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.config.schema import Channels, Config, Interval
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.order import philox
 from promoe_ds.diffusion.flow_sde import SDE

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from promoe_ds.checkpoint.layout import MANIFEST, manifest, unreadable
 from promoe_ds.config.decode import dump
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import check_steps
 from promoe_ds.sampling.generate import (

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from promoe_ds.config.schema import Channels, Config, Interval, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Channels, Config, Interval
 from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.diffusion.guidance import ALWAYS
 from promoe_ds.sampling.generate import Labels, Pixels

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from promoe_ds.checkpoint.load_weights import find_weights, header, load_ema
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 
 SAME = ("model.num_classes", "model.channels", "model.image_size", "diffusion.name")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import Codec, open_codec
 from promoe_ds.models.init import build
 from promoe_ds.moe.observe import LastChoice

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from promoe_ds.checkpoint import resume
-from promoe_ds.config.schema import Config, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import Config
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.init import build
 from promoe_ds.sampling.generate import (

@@ -22,8 +22,9 @@ from promoe_ds.checkpoint import layout, resume
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.save import Saver, ema_state_dict
 from promoe_ds.config.decode import dump
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schedule import learning_rate
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.costs import flops
 from promoe_ds.costs.comm_volume import KINDS, PARTS
 from promoe_ds.data import build_dataset, fingerprint, notes
@@ -195,8 +196,7 @@ class Trainer:
         return DONE
 
     def _logged(self, step: int) -> bool:
-        cfg = self.config.train
-        return step % cfg.log_every == 0 or step in (1, cfg.steps, self.renewed)
+        return step % self.config.train.log_every == 0 or step in (1, self.config.train.steps, self.renewed)
 
     def _stop_early(self, step: int) -> None:
         """Collective: whether a rank was told to stop before the first step. Nothing is lost, so nothing is saved."""
@@ -326,9 +326,8 @@ class Trainer:
         measured = self._measured()
         tokens_per_expert_LE = sum_over_ranks(record.pop("load").clone())
         self.engine.relink()
-        layers = self.experts.report(
-            tokens_per_expert_LE, sum_over_ranks, self.engine.whole, self.engine.mean_gradients
-        )
+        whole, gradients = self.engine.whole, self.engine.mean_gradients
+        layers = self.experts.report(tokens_per_expert_LE, sum_over_ranks, whole, gradients)
         if self.log:
             rate = self.throughput.rate()
             ratio, dead = expert_load(tokens_per_expert_LE.cpu())
@@ -396,7 +395,6 @@ class Trainer:
 
     def close(self) -> None:
         self.profiler.close(self.step)
-        if self.log:
-            self.log.close()
-        if self.lock:
-            self.lock.close()
+        for file in (self.log, self.lock):
+            if file:
+                file.close()

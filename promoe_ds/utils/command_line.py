@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from promoe_ds._version import __version__
-from promoe_ds.config.schema import CacheFormat, ConfigError, DataConfig, did_you_mean, reject
+from promoe_ds.config.errors import ConfigError, did_you_mean, reject
+from promoe_ds.config.schema import CacheFormat, DataConfig
 from promoe_ds.utils import signals
 
 DONE, USER_ERROR, STOPPED = 0, 2, 85

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 
 
 def number(name: str, default: int) -> int:

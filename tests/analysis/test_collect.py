@@ -10,7 +10,7 @@ import torch
 
 from promoe_ds.analysis.collect import Plan, choose_images, observe, with_data
 from promoe_ds.analysis.summary import csv_files, summarise
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.dit import DiT

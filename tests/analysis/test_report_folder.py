@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.analysis.report import REPORT, Writer, _training, check_folder, prepare_folder, slugs
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 
 
 def write(out: Path, *names: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from promoe_ds.checkpoint.init_from import InitialWeights, is_sine_cosine, resize
 from promoe_ds.checkpoint.resume import load_weights
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.formats.weights import Weights, load, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize

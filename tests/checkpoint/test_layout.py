@@ -13,7 +13,7 @@ import pytest
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.load_weights import find_weights
 from promoe_ds.checkpoint.resume import Reader
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import on_ranks, save, save_on
 from tests.disk import as_nobody, loop

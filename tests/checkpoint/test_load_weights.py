@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
 from promoe_ds.config.decode import dump
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from tests.disk import loop
 from tests.small_model import save, tiny
 

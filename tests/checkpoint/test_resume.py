@@ -14,8 +14,8 @@ from promoe_ds.checkpoint import layout, resume
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config.decode import dump
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.option import options
-from promoe_ds.config.schema import ConfigError
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import CONFIG, State, save, save_on

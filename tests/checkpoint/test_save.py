@@ -17,7 +17,7 @@ from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint import save as saving
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.save import share
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.ranks import ALONE, Ranks
 from tests.checkpoint.state import CONFIG, State, on_ranks, save, saver

@@ -159,12 +159,12 @@ def test_decoding_needs_no_torch_and_knows_the_routers_that_were_made() -> None:
     code = """
 import sys
 from dataclasses import dataclass
-from promoe_ds.config import decode, schema
+from promoe_ds.config import decode, errors, schema
 assert not {"torch", "numpy", "deepspeed"} & set(sys.modules)
 assert decode.decode({"moe": None, "model": {"depth": 2}}).model.depth == 2
 try:
     decode.decode({"moe": {"router": {"name": "mine"}}})
-except schema.ConfigError as error:
+except errors.ConfigError as error:
     assert str(error).startswith("moe.router.name=mine: no such router (known: none: "), error
 @dataclass(frozen=True, kw_only=True)
 class Mine(schema.RouterConfig):

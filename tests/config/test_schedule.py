@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schedule import learning_rate
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_config
 
 LR, WARM, END = 0.02, 4, 24

@@ -14,7 +14,8 @@ import torch
 from safetensors.numpy import save_file
 
 from benchmarks.image_layouts import write_files
-from promoe_ds.config.schema import ConfigError, DataConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.caches import open_latents
 from promoe_ds.data.latents import Latents
 

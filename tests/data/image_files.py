@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.image_layouts import some_items
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data.images import DecodedImages, open_images
 
 ITEMS = some_items()

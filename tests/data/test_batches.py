@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from benchmarks.processes import wait_until
-from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import Batch, BatchMaker, BatchStream
 from promoe_ds.data.digits import Digits

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.images import FolderImages, PackedImages
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, DataConfig, ModelConfig
 from promoe_ds.data import build_dataset, fingerprint
 from promoe_ds.data.caches import LOOKED_FOR, open_latents
 from promoe_ds.data.caches.cache import SD_CODEC, STATISTICS

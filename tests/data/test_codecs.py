@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data import taef2
 from promoe_ds.data.codecs import TAEF2, TAEF2_FILES, WEIGHTS, check_same, find_codec, open_codec
 from tests.photographs import crops, psnr, tiny_kl

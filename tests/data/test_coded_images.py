@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset, fingerprint, notes
 from promoe_ds.data.batch import Batch
 from promoe_ds.data.batches import BatchMaker, BatchStream, item_path, worker_count

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.processes import PATIENCE, wait_until
 from launchers import encode_latents
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data.caches import open_latents
 from promoe_ds.data.caches.npz_tree import LatentTree
 from promoe_ds.data.codecs import Identity, open_codec

@@ -16,7 +16,8 @@ import torch
 from benchmarks.image_layouts import SOURCES, write_folders, write_numbered, write_parquet, write_tars, write_zip
 from benchmarks.image_sources import MANY, index_of
 from benchmarks.processes import PATIENCE
-from promoe_ds.config.schema import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from promoe_ds.data import archive, build_dataset, fingerprint
 from promoe_ds.data.batches import Batch, BatchMaker
 from promoe_ds.data.caches import open_latents

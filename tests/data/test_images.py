@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data.caches.npz_tree import LatentTree
 from promoe_ds.data.images import LOOKED_FOR, FolderImages, PackedImages, decode, open_images
 from promoe_ds.utils.pictures import centre_crop

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.config.schema import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from promoe_ds.data import build_dataset, shards
 from promoe_ds.data.batches import BatchMaker, item_path
 from promoe_ds.data.caches import open_latents

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.processes import wait_until
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data.workers import Arrays, Workers
 from tests.launch import ENVIRONMENT, ROOT
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
 from promoe_ds.diffusion.flow_sde import SDE, euler_maruyama

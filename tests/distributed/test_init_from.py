@@ -16,7 +16,7 @@ from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.checkpoint.upcycle import by_weight
 from promoe_ds.config.decode import encode
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.formats.weights import Weights, load, write
 from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_config, load_tree

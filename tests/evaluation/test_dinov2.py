@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from launchers import evaluate
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.dinov2 import DINOv2, edm2_pixels, find_dinov2, load_dinov2, shrink_positions
 from tests.evaluation.random_dinov2 import SMALL, random_state, write_dinov2
 from tests.evaluation.random_inception import pictures

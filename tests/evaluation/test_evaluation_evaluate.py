@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.digits import digits_images, noise_images
 from promoe_ds.evaluation.evaluate import Evaluator
 from promoe_ds.evaluation.report import check_output, format_table, write_metrics

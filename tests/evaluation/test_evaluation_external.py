@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.collect import Collector, FeatureSet, collect, load_features, save_features, share_of
 from promoe_ds.evaluation.evaluate import Evaluator, score_all
 from promoe_ds.evaluation.extractors import load_external, load_extractor

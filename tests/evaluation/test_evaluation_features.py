@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.digits import digits_split
 from promoe_ds.evaluation.extractors import load_extractor
 from promoe_ds.evaluation.features import DigitsCNN

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from launchers import evaluate as launcher
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.images import Folder, ImageSet, pictures_in, read_npz
 from promoe_ds.evaluation.reference import find_reference
 from promoe_ds.evaluation.samples import SampleSet, find_samples, load_samples, run_samples

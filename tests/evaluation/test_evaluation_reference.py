@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.digits import digits_images, digits_split, noise_images, pixels_from_model
 from promoe_ds.evaluation.images import digests
 from promoe_ds.evaluation.reference import find_reference

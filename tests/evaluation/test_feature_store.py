@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.collect import load_features
 from promoe_ds.evaluation.feature_store import PACKED, FeatureStore
 from promoe_ds.evaluation.features import Extracted, FeatureExtractor

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from launchers import evaluate
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.collect import load_features
 from promoe_ds.evaluation.inception import (
     Inception,

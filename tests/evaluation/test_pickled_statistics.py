@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launchers import evaluate
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.metrics import frechet_distance
 from promoe_ds.evaluation.pickled_statistics import read_pickled_statistics
 from promoe_ds.evaluation.reference import find_reference

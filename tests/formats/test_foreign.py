@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launchers import import_weights
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.official import write_official
 from promoe_ds.formats.weights import Weights, write

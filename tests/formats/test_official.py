@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launchers import export, import_weights
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.formats.importing import describe, import_checkpoint
 from promoe_ds.formats.official import check_layout, to_official
 from promoe_ds.formats.weights import load, write

@@ -20,7 +20,7 @@ from launchers import sample
 from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
 from promoe_ds.checkpoint.resume import Reader
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_config
 from tests.checkpoint.state import State, saver

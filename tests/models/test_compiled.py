@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.models import compiled
 from promoe_ds.models.compiled import (
     GRAPHS,

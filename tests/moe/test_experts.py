@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.moe.dispatch import ExpertRows, expert_offsets
 from promoe_ds.moe.experts import StackedExperts, backend_problem, check_backend
 from promoe_ds.recipes.load import load_tree

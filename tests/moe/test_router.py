@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from promoe_ds.config.schema import ROUTER_CONFIGS, ConfigError, RouterConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import ROUTER_CONFIGS, RouterConfig
 from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.moe.split import Split, split_by_label

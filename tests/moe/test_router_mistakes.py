@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.recipes.load import load_config
 from promoe_ds.recipes.validate import validate_data
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from promoe_ds.config.batching import batch_plan, check_topology
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.parallel import ds_config
 from promoe_ds.parallel.ds_config import resolve
 from promoe_ds.parallel.ds_values import PASSED

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.parallel import rendezvous
 from promoe_ds.utils.ranks import Ranks
 from tests.launch import ENVIRONMENT, ROOT, free_port, run

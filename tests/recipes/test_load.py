@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from promoe_ds.config.decode import dump, encode
-from promoe_ds.config.schema import Config, ConfigError, ModelConfig, MoEConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, ModelConfig, MoEConfig
 from promoe_ds.recipes import load as module
 from promoe_ds.recipes.load import load_config, load_tree, recipe_names
 from promoe_ds.recipes.validate import validate_data

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from promoe_ds.config.decode import encode
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.models.dit import DiT
 from promoe_ds.recipes.load import load_tree

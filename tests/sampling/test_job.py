@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promoe_ds.config.schema import Config, ConfigError
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config
 from promoe_ds.sampling.job import claim_folder, run_of
 from promoe_ds.sampling.store import PngStore
 from tests.sample_folder import Command, read_npz, sample_command, write_run

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from launchers.train import make_evaluator
-from promoe_ds.config.schema import Config, ConfigError, DataConfig, GuidanceConfig, TrainConfig
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import Config, DataConfig, GuidanceConfig, TrainConfig
 from promoe_ds.evaluation.evaluate import Evaluator
 from promoe_ds.train.metrics import MetricsLog
 from promoe_ds.train.scores import Scores

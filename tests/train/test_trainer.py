@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from promoe_ds.checkpoint import layout
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import BatchMaker
 from promoe_ds.diffusion.objective import make_objective

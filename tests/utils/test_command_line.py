@@ -65,7 +65,7 @@ def test_a_library_may_make_another_error_of_the_interrupt() -> None:
     body = textwrap.dedent("""
         import time
         from promoe_ds.utils.command_line import guarded, leave
-        from promoe_ds.config.schema import ConfigError
+        from promoe_ds.config.errors import ConfigError
 
         def work(argv):
             try:

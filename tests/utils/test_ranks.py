@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.utils.ranks import ALONE, Ranks
 
 LAUNCHERS = "start with deepspeed, torchrun or slurm/launch.sh"

@@ -16,7 +16,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import DataConfig
 from promoe_ds.data import shards
 from promoe_ds.data.caches.fast_dit import FastDiT
 from promoe_ds.data.caches.lightningdit import LightningDiT

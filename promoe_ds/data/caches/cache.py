@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.codecs import SD_SCALE
 from promoe_ds.data.labelled import numbered_classes
 from promoe_ds.data.latents import Latents

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.caches.cache import BROKEN, Cache
 
 IMAGENET = 1_281_167

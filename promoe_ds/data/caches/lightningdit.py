@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import DataConfig
 from promoe_ds.data import shards
 from promoe_ds.data.caches.cache import SD_CODEC, UNKNOWN, Cache, spread
 from promoe_ds.data.dataset import located

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.caches.cache import STATISTICS, Cache, unlike
 from promoe_ds.data.labelled import LABELS, LabelledFiles
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import DataConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.caches.cache import Cache
 from promoe_ds.data.images.trees import list_tree
 from promoe_ds.utils.files import hidden, walk

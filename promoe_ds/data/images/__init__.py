@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.images.decoded import DecodedImages, decode
 from promoe_ds.data.images.numbered import NumberedImages
 from promoe_ds.data.images.packs import PackedImages

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.dataset import ImageDataset
 from promoe_ds.utils.pictures import IMAGE_MODES, centre_crop
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.images.decoded import DecodedImages
 from promoe_ds.data.labelled import LABELS, LabelledFiles, numbered_classes
 from promoe_ds.utils.pictures import SUFFIXES

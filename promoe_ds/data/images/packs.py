@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.data.images.decoded import DecodedImages
 
 

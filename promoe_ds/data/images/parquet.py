@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.archive import Archive
 from promoe_ds.data.dataset import located
 from promoe_ds.data.images.decoded import DecodedImages

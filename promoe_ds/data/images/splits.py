@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from promoe_ds.config.schema import did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.utils.files import walk
 
 WORDS = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|test)(?![a-z0-9])")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.images.decoded import DecodedImages
 from promoe_ds.utils.files import above, hidden, walk
 from promoe_ds.utils.pictures import SUFFIXES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.schema import reject
+from promoe_ds.config.errors import reject
 from promoe_ds.data.archive import Archive
 from promoe_ds.data.dataset import located
 from promoe_ds.data.images.decoded import DecodedImages

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.config.errors import reject
 from promoe_ds.config.option import option
-from promoe_ds.config.schema import RouterConfig, reject
+from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
 from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router

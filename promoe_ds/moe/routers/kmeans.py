@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import RouterConfig, reject
+from promoe_ds.config.errors import reject
+from promoe_ds.config.schema import RouterConfig
 from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import centroid_sums
 from promoe_ds.moe.router import Router, Routing, register_router

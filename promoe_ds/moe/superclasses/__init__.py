@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from promoe_ds.config.decode import read_mapping
-from promoe_ds.config.schema import did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject
 
 OPTION = "moe.router.superclasses"
 

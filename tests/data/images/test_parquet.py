@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.image_layouts import as_old_parquet, write_parquet
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.data.images import parquet as parquet_images
 from tests.data.image_files import ITEMS, LABELS, opened, told
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import ConfigError
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config

@@ -1,0 +1,26 @@
+"""A user's mistake: one line that says what is wrong, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+
+class ConfigError(Exception):
+    """A user's mistake; the message is one line and the process exits with code 2."""
+
+
+def reject(path: str, value: Any, conflict: str, way_out: str) -> NoReturn:
+    """Raise `ConfigError` in the one form used everywhere: path, value, conflict, way out."""
+    raise ConfigError(" ".join(f"{path}={value}: {conflict}; {way_out}".splitlines()))
+
+
+def did_you_mean(word: Any, known: Iterable[Any], otherwise: str = "choose a known one", cutoff: float = 0.5) -> str:
+    """The way out of a word that is none of the known ones: the nearest of them, or `otherwise` if none is near.
+
+    Args:
+        cutoff: how alike they must be, of 0 to 1 (`difflib`).
+    """
+    close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else otherwise
