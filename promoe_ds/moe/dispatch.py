@@ -64,7 +64,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 def inverse_of(order: Tensor) -> Tensor:
     """Of a permutation, int64 [N]."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.empty_like(order).scatter_(0, order, cached_arange(len(order), order.device))
 
 
 def expert_offsets(sorted_N: Tensor, segments: int) -> Tensor:

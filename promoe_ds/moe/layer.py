@@ -118,8 +118,7 @@ class _Joined(torch.autograd.Function):
     def forward(ctx: Any, known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
         ctx.known, ctx.nulls = (len(known_TD), known_TD.dtype), nulls
         ctx.dtypes = [part_TD.dtype for part_TD in parts_TD]
-        out_TD = torch.cat([known_TD, reduce(torch.add, parts_TD[:nulls])]) if nulls else known_TD
-        return reduce(torch.add, parts_TD[nulls:], out_TD).to(dtype)
+        return _sum(known_TD, dtype, nulls, parts_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,7 +130,14 @@ class _Joined(torch.autograd.Function):
 
 def _joined(known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
     """Sums of the routed experts, with those of `nulls` unconditional ones below them, and shared ones added to all."""
+    if not torch.is_grad_enabled():  # where torch 2.13's compiler cannot trace a function of any number of tensors
+        return _sum(known_TD, dtype, nulls, parts_TD)
     return _Joined.apply(known_TD, dtype, nulls, *parts_TD)  # type: ignore[no-any-return]
+
+
+def _sum(known_TD: Tensor, dtype: torch.dtype, nulls: int, parts_TD: tuple[Tensor, ...]) -> Tensor:
+    out_TD = torch.cat([known_TD, reduce(torch.add, parts_TD[:nulls])]) if nulls else known_TD
+    return reduce(torch.add, parts_TD[nulls:], out_TD).to(dtype)
 
 
 def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:

@@ -200,7 +200,7 @@ def test_weights_alone_are_sampled_from(run: Path, tmp_path: Path, source: str, 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     for name, tensor in model.state_dict().items():
         want = expected.fixed.get(name)
-        want = expected.read(name, "fp32" if source == "raw" else "ema") if want is None else want
+        want = expected.values[name, "fp32" if source == "raw" else "ema"] if want is None else want
         assert tensor.dtype == torch.float32 and torch.equal(tensor, want.to(kind).float()), name
     assert launcher.main(["verify", str(out)]) == 0
     assert launcher.main(["inspect", str(out)]) == 0

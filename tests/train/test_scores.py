@@ -16,7 +16,7 @@ from promoe_ds.train.metrics import MetricsLog
 from promoe_ds.train.scores import Scores
 from promoe_ds.utils import signals
 from promoe_ds.utils.ranks import ALONE
-from tests.sampling.test_generate import save, tiny
+from tests.small_model import save, tiny
 
 NUM = 70
 
