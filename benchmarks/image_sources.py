@@ -167,7 +167,7 @@ for worker in range(8):
     pipes.append(out)
     if os.fork() == 0:
         own = private()
-        for index in np.random.default_rng(worker).integers(0, len(data), 20_000).tolist():
+        for index in np.random.default_rng(worker).integers(0, len(data), 2_000).tolist():
             data.read(index)
         os.write(into, str(private() - own).encode())
         os._exit(0)
@@ -212,7 +212,7 @@ MANY: dict[str, Callable[[Path, int], Path]] = {
 
 def index_of(path: Path) -> tuple[int, float, float, float, float, float]:
     """Items, seconds and CPU seconds to open, MB of memory, MB after 2,000 reads at random, MB that each of 8 workers
-    forked from it had to copy after 20,000 reads; in a process of its own."""
+    forked from it had to copy after 2,000 reads; in a process of its own."""
     command = [sys.executable, "-c", INDEX, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     items, *numbers = map(float, done.stdout.split())
@@ -226,7 +226,7 @@ def measure_indexes(folder: Path, items: int) -> str:
         rows.append((name, f"{found:,}", f"{seconds:.1f}", f"{busy:.1f}", *(f"{mb:.0f}" for mb in megabytes)))
         shutil.rmtree(folder / f"many{number}")
     columns = ("source", "items", "seconds to open", "CPU seconds", "MB of index", "MB after 2,000 reads")
-    return table((*columns, "MB that each of 8 forked workers adds in 20,000 reads"), rows)
+    return table((*columns, "MB that each of 8 forked workers adds in 2,000 reads"), rows)
 
 
 def measure_pictures(folder: Path, args: argparse.Namespace) -> list[str]:
