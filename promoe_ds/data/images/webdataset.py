@@ -105,7 +105,7 @@ class TarImages(DecodedImages):
 
 
 def _read_shards(files: list[Path]) -> list[Shard]:
-    """Side by side if the first was mostly waited for. Each read lets go of the interpreter, which all threads then want:
+    """Side by side if the first was mostly waited for. Each read lets go of the interpreter, and threads queue for it:
     for files in memory eight threads take 2.5 times as long as one."""
     start, busy = time.perf_counter(), time.process_time()
     first = [read_shard(path) for path in files[:1]]
