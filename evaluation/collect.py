@@ -25,7 +25,7 @@ from promoe_ds.evaluation.features import Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments
 from promoe_ds.utils.files import NOT_FOUND, atomic, check_readable
-from promoe_ds.utils.ranks import ALONE, Ranks
+from promoe_ds.utils.ranks import ALONE, Ranks, share_of
 
 FORMAT = "evaluation features 1"
 SUFFIX = ".safetensors"
@@ -115,15 +115,6 @@ class Collector:
             labels_N=labels_N,
             sampling=dict(sampling or {}),
         )
-
-
-def share_of(ranks: Ranks, num: int, batch: int) -> range:
-    """Starts of this process's batches among those of `num` items: consecutive, shares within one batch of another.
-
-    Batches are whole, so that one holds the same images at every world size.
-    """
-    starts = range(0, num, batch)
-    return starts[len(starts) * ranks.rank // ranks.world : len(starts) * (ranks.rank + 1) // ranks.world]
 
 
 def collect(

@@ -16,6 +16,7 @@ if not __package__:
 
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.utils.command_line import Parser, launcher
+from promoe_ds.utils.files import making
 from promoe_ds.utils.ranks import ALONE
 
 EXAMPLES = """examples:
@@ -124,14 +125,9 @@ def analyze(argv: list[str]) -> None:
             print(f"{name}: {file}; {plan.images} images at {len(timesteps)} timesteps")
         print(f"would write {out / REPORT}")
         return
-    new = not out.exists()
-    prepare_folder(out)
-    try:
+    with making(out):  # a mistake leaves nothing behind
+        prepare_folder(out)
         summaries = [look(args, file, name, plan) for file, name in zip(weights, names, strict=True)]
-    except ConfigError:
-        if new:
-            out.rmdir()  # a mistake leaves nothing behind
-        raise
     write_report(out, summaries, args.run, shlex.join(["launchers/analyze.py", *argv]))
     print(f"report: {out / REPORT}")
 

@@ -203,7 +203,8 @@ def activation_bytes(config: Config, images: int) -> float:
     output, the choice of experts and, where they come from other ranks, the rows of the experts before and after.
     """
     precision, checkpointing = config.train.precision, config.train.activation_checkpointing
-    wide, narrow = 2 if precision == "bf16" else 4, 4 if precision == "fp32" else 2
+    wide = 2 if "bf16" in (precision, config.train.residual) else 4
+    narrow = 4 if precision == "fp32" else 2
     m, moe_layers = config.model, set(config.moe_layers())
     blocks = [_block_activations(config, i in moe_layers, wide, narrow) for i in range(m.depth)]
     per_token = wide * m.width  # the final layer

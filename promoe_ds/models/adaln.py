@@ -23,8 +23,7 @@ from torch import Tensor
 
 from promoe_ds.moe import fused
 from promoe_ds.moe.recompute import Explicit, cast, recomputed
-
-EPS = 1e-6
+from promoe_ds.moe.triton_kernels import EPS
 
 
 def norm(x_BSD: Tensor) -> Tensor:
@@ -154,7 +153,8 @@ def join(
     """`residual_adaln` -> (the stream, the next part's input, with `both` that input in fp32 unless it is fp32)."""
     if fused.fusible(x_BSD):
         dtype = _product_dtype(x_BSD)
-        both = both and dtype != torch.float32
+        # in a model of bf16 weights, routers take bf16
+        both = both and torch.is_autocast_enabled(x_BSD.device.type) and dtype != torch.float32
         inputs = x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D, dtype, both
         x_BSD, h_BSD, fp32_BSD = recomputed(fused.residual_adaln, *inputs)
         return x_BSD, h_BSD, fp32_BSD if both else None

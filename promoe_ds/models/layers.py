@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.moe.mlp import Linear
 from promoe_ds.moe.recompute import linear
 
 
@@ -41,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = QKV(width, train_key_bias=qk_norm), nn.Linear(width, width)
+        self.qkv, self.proj = QKV(width, train_key_bias=qk_norm), Linear(width, width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
 
@@ -59,7 +60,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, parts: int):
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
+        self.linear = Linear(width, parts * width)
 
     def forward(self, c_BD: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(c_BD))[:, None].chunk(self.parts, dim=-1)
@@ -79,7 +80,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width: int, time: str = "t", divisor: int = FREQUENCIES // 2):
         super().__init__()
         self.time, self.divisor = time, divisor
-        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(self.FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
         weight = self.mlp[0].weight

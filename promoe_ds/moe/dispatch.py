@@ -62,9 +62,11 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
 
 
-def inverse_of(order: Tensor) -> Tensor:
-    """Of a permutation, int64 [N]."""
-    return torch.empty_like(order).scatter_(0, order, cached_arange(len(order), order.device))
+def inverse_of(order: Tensor, places: Tensor | None = None) -> Tensor:
+    """Of a permutation, int64 [N]. `places` are 0 to N-1, if they are there already."""
+    if places is None:  # not kept for the next time: N is another
+        places = torch.arange(len(order), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places)
 
 
 def expert_offsets(sorted_N: Tensor, segments: int) -> Tensor:
@@ -121,7 +123,7 @@ class LocalDispatcher:
         """x_TD [T, D] and N edges -> (N rows sorted by expert, how to undo it)."""
         expert_N, order_N = routing.expert_N.sort(stable=True)
         offsets_E = expert_offsets(expert_N, self.num_experts)
-        inverse_N = inverse_of(order_N)
+        inverse_N = inverse_of(order_N, routing.token_N if routing.top_k == 1 else None)
         x_ND = recomputed(_rows, x_TD, order_N, inverse_N, routing.token_N, routing.top_k)
         rows = ExpertRows(x_ND, expert_N, offsets_E)
         return Pending(lambda: rows), Plan(routing, len(x_TD), order_N, inverse_N, offsets_E)

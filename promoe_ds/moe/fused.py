@@ -3,7 +3,7 @@
     y = x + gate * out                      if there is an `out`, else x
     h = norm(y) * (1 + scale) + shift       if there is a `scale`
 
-`models/layers.py` computes it plainly where the kernels cannot run. The operators have a plain version beside the
+`models/adaln.py` computes it plainly where the kernels cannot run. The operators have a plain version beside the
 kernels, for tests and to count bytes without a GPU.
 
 Legend: B images, S tokens per image, D width; gate, shift and scale are [B, 1, D].

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from promoe_ds.moe.weight_casts import cast_weight
+from promoe_ds.moe.weight_casts import cast_weight, casting
 
 
 class Source(NamedTuple):
@@ -168,11 +168,10 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, also under autocast, that keeps no x that can be computed again."""
-    if not torch.is_grad_enabled() or source(x) is None:
-        return F.linear(x, weight, bias)
+    """`F.linear`, also under autocast, that keeps no x that can be computed again, and casts as `cast_once` has it."""
+    again = torch.is_grad_enabled() and source(x) is not None
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if (again or casting()) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         weight, bias = cast_weight(weight, dtype), bias if bias is None else cast_weight(bias, dtype)
-    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, bias) if again else F.linear(x, weight, bias)  # type: ignore[no-any-return]

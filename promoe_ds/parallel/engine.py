@@ -90,9 +90,11 @@ class Engine:
     def accumulation(self) -> AbstractContextManager[None]:
         """Around the micro-batches of a step, the update left out: weights are cast once for all of them.
 
-        Not at stage 3, which lets go of whole weights between their uses.
+        Not where each is used once, and not at stage 3, which lets go of whole weights between their uses.
         """
-        return nullcontext() if self.stage == 3 else cast_once(self.topology.device.type)
+        several = self.engine.gradient_accumulation_steps() > 1
+        again = several or self.config.train.activation_checkpointing != "none"
+        return cast_once() if again and self.stage < 3 else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""
@@ -318,6 +320,7 @@ def _leave_out_copies(engine: Any, stage: int) -> None:
     # fp32 gradients of bf16 weights are added up where they are reduced.
     if stage < 3 and not any(map(zero._use_compact_grad_partition_buffer, range(len(zero.bit16_groups)))):
         zero.average_tensor = lambda *_: None
+        zero.overlap_comm = False  # else buckets are copied on a stream of their own, for which that method waits
 
 
 def _norm_in_one_pass(zero: Any) -> None:

@@ -111,10 +111,13 @@ class Meter:
         finally:
             self.leave()
 
-    def report(self, steps: int) -> Tensor:
-        """Since `reset`, per step: seconds by PARTS, then bytes this rank sent by KINDS; float64, on the CPU."""
+    def report(self, steps: int, sum_over_ranks: Callable[[Tensor], Tensor], world: int) -> dict[str, float]:
+        """Since `reset`, per step: seconds by PARTS, the mean over ranks, and bytes by KINDS, their sum; collective."""
         self._charge()
-        return torch.tensor([*self.seconds.values(), *self.sent.values()], dtype=torch.float64) / max(steps, 1)
+        mine = torch.tensor([*self.seconds.values(), *self.sent.values()], dtype=torch.float64) / max(steps, 1)
+        values = iter(sum_over_ranks(mine.to(self.device)).tolist())
+        seconds = {f"seconds/{name}": next(values) / world for name in PARTS}
+        return seconds | {f"bytes/{name}": next(values) for name in KINDS}
 
     def _time(self, experts: StackedExperts) -> None:
         """The forward and, by marks on its input and output, the backward pass."""

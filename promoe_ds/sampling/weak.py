@@ -27,14 +27,19 @@ def check_weak(theirs: Config, config: Config, option: str, path: str | Path = "
             reject(option, path or theirs.name, conflict, "name a weaker model of the same classes and sizes")
 
 
+def find_weak(path: str | Path, config: Config, option: str) -> tuple[Path, Config, int]:
+    """As `load_weak`, but only its file, configuration and training step."""
+    file = find_weights(Path(path), option)
+    theirs, step = header(file)
+    check_weak(theirs, config, option, path)
+    return file, theirs, step
+
+
 def load_weak(path: str | Path, config: Config, device: torch.device | str, option: str) -> tuple[DiT, Path, int]:
     """Load the model that is to guide one of `config`: the model, its file and its training step.
 
     Raises:
         ConfigError: as of `load_ema` and `check_weak`. `option` is what the message calls the path.
     """
-    file = find_weights(Path(path), option)
-    theirs, _ = header(file)
-    check_weak(theirs, config, option, path)
-    model, _, step = load_ema(file, device)
-    return model, file, step
+    file, _, step = find_weak(path, config, option)
+    return load_ema(file, device)[0], file, step

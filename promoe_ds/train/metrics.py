@@ -114,7 +114,7 @@ class MetricsLog:
 
         A full disk is a warning: records wait for room.
         """
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        record = _finite(record)
         self._append(record)
         scalars = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
         scalars |= shown(record.get("layers", {}))
@@ -123,6 +123,7 @@ class MetricsLog:
 
     def scores(self, step: int, scores: dict[str, Any], seconds: float) -> None:
         """A record of its own, with `step` and `scores` (an entry of metrics.json); TensorBoard has `scores/NAME`."""
+        scores = _finite(scores)
         self._append({"step": step, "scores": scores})
         found = {key: value for key, value in scores.items() if isinstance(value, float) and key not in ALIKE}
         self._scalars(step, {f"scores/{key}": value for key, value in found.items()})
@@ -243,6 +244,11 @@ class ExpertWatch:
                 squares_LP = [torch.stack([found[n].square().sum() for n in names]) for names in self.names]
                 values["router_grad_norm"] = torch.stack(squares_LP).sum(1).sqrt().tolist()
         return {name: [_short(value) for value in row] for name, row in values.items()}
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _short(value: float) -> float | None:

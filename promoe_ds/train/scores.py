@@ -31,14 +31,11 @@ from promoe_ds.sampling.generate import (
     pixel_shape,
 )
 from promoe_ds.sampling.job import Job, provenance, record_of
-from promoe_ds.sampling.weak import load_weak
+from promoe_ds.sampling.weak import find_weak, load_weak
 from promoe_ds.train.grids import open_decoder
 from promoe_ds.train.metrics import MetricsLog
 from promoe_ds.utils import signals
-from promoe_ds.utils.ranks import Ranks
-
-BATCH = 64
-"""images per forward, as `launchers/sample.py` has it"""
+from promoe_ds.utils.ranks import Ranks, share_of
 
 
 class Collector(Protocol):
@@ -76,7 +73,6 @@ def options(config: Config, device: torch.device) -> SamplingOptions:
         cfg=s.cfg,
         steps=s.steps,
         seed=s.seed,
-        batch=BATCH,
         precision=choose_precision(None, device),
         sampler=make_objective(config.diffusion).samplers[0],
         channels=guidance.channels,
@@ -103,8 +99,8 @@ class Scores:
         self.label_N = class_labels(self.num, config.model.num_classes)
         self.weak_record = None
         if config.guidance.model:
-            weak, file, step = load_weak(config.guidance.model, config, "cpu", "guidance.model")
-            self.weak_record = provenance(file, weak.config, step)
+            file, weak, step = find_weak(config.guidance.model, config, "guidance.model")
+            self.weak_record = provenance(file, weak, step)
         self.evaluator = judge(config, ranks, pixel_shape(config, self.codec))
 
     def prepare(self) -> None:
@@ -113,9 +109,11 @@ class Scores:
 
     def owed(self, run: Path, step: int) -> bool:
         """Collective: whether a run that continues at `step` was stopped before it scored."""
-        due = step > 0 and step % self.config.train.score_every == 0
-        found = due and any(at == step and "scores" in json.loads(line) for at, line in resume.logged(run))
-        return bool(self.ranks.gather(due and not found)[0])
+        if step == 0 or step % self.config.train.score_every:
+            return False
+        first = self.ranks.rank == 0
+        found = first and any(at == step and "scores" in json.loads(line) for at, line in resume.logged(run))
+        return not self.ranks.gather(found)[0]
 
     def log(self, weights: dict[str, Tensor], step: int, log: MetricsLog | None) -> bool:
         """Draw, score, and write it into rank 0's log; a failure is a warning. False if a rank was told to stop.
@@ -163,9 +161,8 @@ class Scores:
 
     def _draw(self, weights: dict[str, Tensor], add: Callable[[np.ndarray], object]) -> bool:
         """This rank's images, batch by batch; False if it was told to stop."""
-        config, batches = self.config, -(-self.num // BATCH)
-        first, last = (BATCH * (batches * r // self.ranks.world) for r in (self.ranks.rank, self.ranks.rank + 1))
-        mine = np.arange(first, min(last, self.num))
+        config, starts = self.config, share_of(self.ranks, self.num, self.options.batch)
+        mine = np.arange(starts.start, min(starts.stop, self.num))
         model = build(config)
         model.load_state_dict(weights, assign=True)
         model.to(self.device).eval()

@@ -26,7 +26,6 @@ from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schedule import learning_rate
 from promoe_ds.config.schema import Config
 from promoe_ds.costs import flops
-from promoe_ds.costs.comm_volume import KINDS, PARTS
 from promoe_ds.data import build_dataset, fingerprint, notes
 from promoe_ds.data.batch import Batch
 from promoe_ds.data.batches import BatchStream, item_path
@@ -93,6 +92,9 @@ class Trainer:
         if checkpoint:
             resume.check_same_run(layout.manifest(checkpoint)["config"], config, checkpoint)
             resume.check_same_data(checkpoint, data)
+            self.started = None
+        elif config.train.init and not self.started:  # this rank saw checkpoints where the first rank finds none
+            self.started = InitialWeights(config)
         self.step = resume.check_history(run, checkpoint, config)
         self.lr_change = resume.changed_lr(checkpoint, config)
         self.renewed = self.step + 1 if self.lr_change else 0
@@ -164,7 +166,7 @@ class Trainer:
         cfg = self.config.train
         self._say(self._banner())
         self._stop_early(self.step)
-        if self.scores and self.scores.owed(self.run_folder, self.step) and not self._score(self.scores):
+        if self.scores and self.scores.owed(self.run_folder, self.step) and not self._paused(self._score, self.scores):
             return self._leave_marker(self.step)
         with BatchStream(self.config, self.dataset, self.topology, self.step) as stream:
             while self.step < cfg.steps:
@@ -181,14 +183,14 @@ class Trainer:
                 if self._logged(self.step) or record["skipped"]:
                     self._report(record)
                 last = self.step == cfg.steps or record["stop"]
-                if saved := last or self.step % cfg.checkpoint_every == 0:
+                if last or self.step % cfg.checkpoint_every == 0:
                     self._paused(self.saver.save, self.step, self._fixed(), last)
                 if cfg.sample_every and self.step % cfg.sample_every == 0 and not last:
                     self._paused(self._draw_samples)
                 if record["stop"] and self.step < cfg.steps:
                     return self._leave_marker(self.step)
                 if self.scores and self.step % cfg.score_every == 0 and not self._paused(self._score, self.scores):
-                    if not saved:
+                    if not self.topology.gather(layout.folder(self.run_folder, self.step).exists())[0]:
                         self.saver.save(self.step, self._fixed(), True)
                     return self._leave_marker(self.step)
         self._paused(self._draw_samples)
@@ -317,9 +319,7 @@ class Trainer:
         if self.meter is None:
             return {}
         steps = max(1, self.throughput.images // self.config.train.global_batch_size)
-        values = sum_over_ranks(self.meter.report(steps).to(self.topology.device)).tolist()
-        seconds = {f"seconds/{name}": value / self.topology.world for name, value in zip(PARTS, values, strict=False)}
-        return seconds | {f"bytes/{name}": value for name, value in zip(KINDS, values[len(PARTS) :], strict=True)}
+        return self.meter.report(steps, sum_over_ranks, self.topology.world)
 
     def _report(self, record: dict[str, Any]) -> None:
         """Collective: sum the expert loads over ranks; rank 0 writes the record."""

@@ -115,3 +115,12 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def share_of(ranks: Ranks, num: int, batch: int) -> range:
+    """Starts of this process's batches among those of `num` items: consecutive, shares within one batch of another.
+
+    Batches are whole, so that one holds the same images at every world size.
+    """
+    starts = range(0, num, batch)
+    return starts[len(starts) * ranks.rank // ranks.world : len(starts) * (ranks.rank + 1) // ranks.world]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.errors import ConfigError
-from promoe_ds.evaluation.collect import Collector, FeatureSet, collect, load_features, save_features, share_of
+from promoe_ds.evaluation.collect import Collector, FeatureSet, collect, load_features, save_features
 from promoe_ds.evaluation.evaluate import Evaluator, score_all
 from promoe_ds.evaluation.extractors import load_external, load_extractor
 from promoe_ds.evaluation.features import Extracted, FeatureExtractor
@@ -20,7 +20,7 @@ from promoe_ds.evaluation.images import Images, ImageSet
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics
 from promoe_ds.evaluation.reference import find_reference, reference_features
 from promoe_ds.evaluation.samples import load_samples
-from promoe_ds.utils.ranks import Ranks
+from promoe_ds.utils.ranks import Ranks, share_of
 from tests.evaluation.random_inception import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the format is still in wide use

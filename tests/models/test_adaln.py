@@ -12,7 +12,11 @@ from torch import Tensor
 
 from benchmarks.op_counting import OperatorCount
 from promoe_ds.models.adaln import adaln, gated, residual_adaln
+from promoe_ds.models.init import build, materialize
+from promoe_ds.moe import fused
 from promoe_ds.moe.recompute import linear, recomputed
+from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.recipes.load import load_config
 
 B, S, D = 3, 7, 20
 
@@ -95,3 +99,15 @@ def test_a_gate_makes_its_product_once() -> None:
     with OperatorCount() as count:
         recomputed(gated, gate, out).sum().backward()
     assert count.names["mul"] == 3
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+def test_kernels_in_a_model_of_bf16_weights(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What routers are given has the precision of their weights. The kernels' plain operators, on a CPU."""
+    monkeypatch.setattr(fused, "fusible", lambda x: x.dtype == torch.bfloat16)
+    more = ["moe.router.superclasses=digits", "moe.num_experts=4"] if router == "classification" else []
+    model = materialize(build(load_config("tiny", [f"moe.router.name={router}", *more])), 0)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    out = model(torch.randn(4, 1, 8, 8), torch.full((4,), 500.0), torch.tensor([1, 2, 10, 3]))
+    assert out.prediction.dtype == torch.bfloat16 and out.prediction.isfinite().all()

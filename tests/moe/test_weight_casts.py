@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -43,7 +44,7 @@ def drawn(config: Config) -> DiT:
 def step(model: DiT, micro_batches: int, once: bool) -> tuple[dict[str, int], list[Tensor]]:
     """Casts of a step of one model, and its gradients."""
     m, generator = model.config.model, torch.Generator().manual_seed(1)
-    with Casts(model) as casts, cast_once("cpu") if once else nullcontext():
+    with Casts(model) as casts, cast_once() if once else nullcontext():
         for _ in range(micro_batches):
             x = torch.randn(4, m.channels, m.image_size, m.image_size, generator=generator)
             with torch.autocast("cpu", torch.bfloat16):
@@ -71,7 +72,7 @@ def test_once_per_step_and_gradients_equal_to_the_bit(checkpointing: str, micro_
 def test_outside_the_context_and_after_it_weights_are_cast_anew() -> None:
     w = torch.nn.Parameter(torch.ones(2))
     assert cast_weight(w, torch.float32) is w and cast_weight(w, torch.bfloat16) is not cast_weight(w, torch.bfloat16)
-    with cast_once("cpu"):
+    with cast_once():
         copy = cast_weight(w, torch.bfloat16)
         assert cast_weight(w, torch.bfloat16) is copy
         assert cast_weight(w * 2, torch.bfloat16).tolist() == [2, 2], "not a parameter"
@@ -79,5 +80,25 @@ def test_outside_the_context_and_after_it_weights_are_cast_anew() -> None:
             assert cast_weight(w, torch.bfloat16) is not copy, "it has no graph"
     with torch.no_grad():
         w.fill_(3)
-    with cast_once("cpu"):
+    with cast_once():
         assert cast_weight(w, torch.bfloat16).tolist() == [3, 3]
+
+
+def test_another_threads_autocast_costs_no_cast() -> None:
+    """On CUDA the backward pass has a thread of its own; the end of an autocast there clears what torch has cached."""
+
+    def elsewhere() -> None:
+        with torch.autocast("cpu", enabled=False):
+            pass
+
+    model = drawn(load_config("tiny", ["moe=null"]))
+    x, t, y = torch.randn(4, 1, 8, 8), torch.full((4,), 500.0), torch.arange(4)
+    with Casts(model) as casts, cast_once():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                model(x, t, y).prediction.float().square().mean().backward()
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+    products = {name: number for name, number in casts.count.items() if "blocks" in name and name.endswith("weight")}
+    assert products and set(products.values()) == {1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from promoe_ds.parallel.engine import _reduce_beside_work
+from promoe_ds.parallel.engine import _leave_out_copies, _reduce_beside_work
 from tests.launch import ENVIRONMENT
 
 
@@ -59,3 +60,10 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 assert "torch._inductor" not in sys.modules and MuonWithAuxAdam, "for training"
 """
     subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
+
+
+def test_buckets_that_are_not_averaged_are_copied_on_the_stream_that_fills_them() -> None:
+    """What waits for that stream is in the method that is left out, and with `overlap_comm` another one copies."""
+    zero = SimpleNamespace(overlap_comm=True, bit16_groups=[[]], _use_compact_grad_partition_buffer=lambda i: False)
+    _leave_out_copies(SimpleNamespace(optimizer=zero), stage=2)
+    assert zero.overlap_comm is False and zero.average_tensor(torch.ones(1), torch.float32) is None

@@ -128,6 +128,15 @@ def test_a_dense_model_has_nothing_to_report() -> None:
     assert watch.report(torch.zeros(0, 0), lambda x: x) == {} == shown({})
 
 
+def test_scores_that_are_no_numbers_are_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, 5)
+    log.scores(3, {"num": 8, "fd": 1.5, "is": math.inf, "kid": math.nan}, 0.1)
+    log.close()
+    (record,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(record) == {"step": 3, "scores": {"num": 8, "fd": 1.5, "is": None, "kid": None}}
+    assert "Infinity" not in record and "NaN" not in record
+
+
 def test_tags_are_capped() -> None:
     layers = {"block": list(range(1, 57, 2)), "load_entropy": [0.5] * 27 + [None]}
     tags = shown(layers)
