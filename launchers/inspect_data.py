@@ -179,6 +179,8 @@ def inspect(argv: list[str]) -> int:
     check_positive(args, "items")
     if args.sheet and not args.sheet.parent.is_dir():
         reject("--sheet", args.sheet, f"there is no folder {args.sheet.parent}", "make it, or name another file")
+    if args.sheet and args.sheet.is_dir():
+        reject("--sheet", args.sheet, "is a folder", "name a file in it")
     try:
         data = opened(args)
     except ConfigError as error:

@@ -209,7 +209,7 @@ def choose_weak(
     if path in (None, "none"):
         return None, None
     model, file, step = load_weak(path, config, device, option)
-    return model, sampling.provenance(file, model.config, step)
+    return model, sampling.provenance(file, model.config, step, option)
 
 
 def choose_codec(args: argparse.Namespace, config: Config, weights: Path, device: Any) -> Codec | None:

@@ -132,7 +132,8 @@ def make_evaluator(config: Config, ranks: Ranks, shape: tuple[int, int, int]) ->
         evaluator = Evaluator(features, ref, device=ranks.device, ranks=ranks)
         evaluator.check(SampleSet("the model's", np.zeros((1, *shape), np.uint8), classes))
     except ConfigError as error:
-        raise ConfigError(f"train.score_ref={ref}, train.score_features={features}: {error}") from error
+        text = str(error).replace("--ref=", "train.score_ref=").replace("--features=", "train.score_features=")
+        raise ConfigError(text.replace("--inception-weights or ", "").replace("--dinov2-weights or ", "")) from error
     return evaluator
 
 

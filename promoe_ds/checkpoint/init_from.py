@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds.checkpoint.load_weights import find_weights, header, open_weights, shard_files
+from promoe_ds.checkpoint.load_weights import checked_digest, find_weights, header, open_weights, shard_files
 from promoe_ds.checkpoint.upcycle import DENSE, check_split, upcycled
 from promoe_ds.config.errors import reject
 from promoe_ds.config.option import differences
@@ -84,6 +84,7 @@ class InitialWeights:
         self.config, self.theirs = config, header(self.file)[0]
         self.where: dict[str, Any] = {}
         for part in shard_files(self.file):
+            checked_digest(part, "train.init")
             opened = open_weights(part)
             self.where |= dict.fromkeys(opened.keys(), opened)
         self._check_options()

@@ -25,6 +25,7 @@ from promoe_ds.checkpoint.layout import (
     damage,
     damages,
     is_checkpoint_name,
+    manifest,
     newest,
     unreadable,
 )
@@ -34,7 +35,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_tree
-from promoe_ds.utils.files import NOT_FOUND, check_readable, is_dir, is_file
+from promoe_ds.utils.files import NOT_FOUND, check_readable, file_digest, is_dir, is_file
 
 
 def find_weights(path: Path, option: str = "--run") -> Path:
@@ -77,11 +78,25 @@ def _find_weights(path: Path, option: str) -> Path:
     problem = damage(found[-1], read_bytes=False)
     if problem:  # never an older model in silence
         whole = newest(path)
-        way_out = f"remove it, or add --model {whole}" if whole else "no whole checkpoint is left: name another run"
+        choice = f"add --model {whole}" if option.startswith("--") else f"set {option}={whole}"
+        way_out = f"remove it, or {choice}" if whole else "no whole checkpoint is left: name another run"
         reject(option, found[-1], f"is damaged: {problem}", way_out)
     if not is_file(found[-1] / EMA):
-        reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder with --model")
+        reject(option, found[-1], f"has no {EMA}", "name another checkpoint folder")
     return found[-1] / EMA
+
+
+def checked_digest(file: Path, option: str = "weights") -> str:
+    """The digest of a file, compared with the manifest beside it if there is one; raises ConfigError."""
+    try:
+        digest = file_digest(file)
+    except OSError as error:
+        unreadable(file, error, option)
+    if file.with_name(MANIFEST).is_file():
+        expected = manifest(file.parent)["files"].get(file.name, {}).get("blake2b", digest)
+        if digest != expected:
+            reject(option, file, "is damaged: it does not match its checksum", "name another checkpoint")
+    return digest
 
 
 def shard_files(file: Path) -> list[Path]:
@@ -144,7 +159,7 @@ def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, i
         return load_tree(yaml.safe_load(metadata["config"])), int(metadata["step"])
     except (ConfigError, KeyError, *BAD_YAML) as error:
         conflict = f"its metadata cannot be used ({' '.join(str(error).split())})"
-        reject("weights", file, conflict, "restore it or name another checkpoint with --model")
+        reject("weights", file, conflict, "restore it or name another checkpoint")
 
 
 def _empty_model(config: Config) -> DiT:
@@ -164,7 +179,7 @@ def _check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapp
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         conflict = f"does not fit its own config: {min(problems)}{more}"
-        reject("weights", file, conflict, "restore the file or name another checkpoint with --model")
+        reject("weights", file, conflict, "restore the file or name another checkpoint")
 
 
 def load_ema(path: Path | str, device: torch.device | str = "cpu") -> tuple[DiT, Config, int]:

@@ -161,7 +161,7 @@ class GuidanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """The sample grids drawn while training, and the defaults of `launchers/sample.py`."""
+    """The sample grids drawn while training, and their scores. `launchers/sample.py` has defaults of its own."""
 
     steps: int | str = option(
         250, 'solver steps; DDPM also takes ADM\'s notation of respacing, such as "10,15,20" or ddim50', above=0
@@ -339,7 +339,9 @@ class TrainConfig:
         at_least=0,
         change="resume",
     )
-    score_images: int = option(5000, "images that are drawn and scored, over all ranks", above=1, change="resume")
+    score_images: int = option(
+        5000, "images that are drawn and scored, over all ranks", at_least=2, below=1e8, change="resume"
+    )
     score_ref: str | None = option(
         None, "what they are compared with, as `launchers/evaluate.py --ref`; null: digits, of digits", change="resume"
     )

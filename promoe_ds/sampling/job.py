@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from promoe_ds.checkpoint.layout import MANIFEST, manifest, unreadable
+from promoe_ds.checkpoint.load_weights import checked_digest
 from promoe_ds.config.decode import dump
 from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import Config
@@ -38,7 +38,7 @@ from promoe_ds.sampling.generate import (
 )
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, whole, write_npz
 from promoe_ds.utils.command_line import versions
-from promoe_ds.utils.files import NOT_FOUND, file_digest, making, write_text
+from promoe_ds.utils.files import NOT_FOUND, making, write_text
 from promoe_ds.utils.pictures import grid, write_png
 from promoe_ds.utils.ranks import ALONE, Ranks
 
@@ -87,22 +87,13 @@ def codec_of_run(file: Path) -> dict[str, Any] | None:
         reject("--run", f"{run}", f"its {CODEC} cannot be read ({error})", "restore it or remove it")
 
 
-def provenance(file: Path, config: Config, step: int) -> dict[str, Any]:
+def provenance(file: Path, config: Config, step: int, option: str = "weights") -> dict[str, Any]:
     """The part of the record about the weights: path relative to the run, step, and the digest that names them.
 
     Raises:
         ConfigError: the file cannot be read, or its digest is not the one in the manifest of its checkpoint.
     """
-    run = run_of(file)
-    try:
-        digest = file_digest(file)
-    except OSError as error:
-        unreadable(file, error, "weights")
-    if file.with_name(MANIFEST).is_file():
-        expected = manifest(file.parent)["files"].get(file.name, {}).get("blake2b", digest)
-        if digest != expected:
-            way_out = "name another checkpoint with --model"
-            reject("weights", file, "is damaged: it does not match its checksum", way_out)
+    run, digest = run_of(file), checked_digest(file, option)
     relative = file.resolve().relative_to(run).as_posix() if run else file.name
     return {"config": config.name, "checkpoint": relative, "checkpoint_step": step, "checkpoint_blake2b": digest}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,7 +100,7 @@ class Scores:
         self.weak_record = None
         if config.guidance.model:
             file, weak, step = find_weak(config.guidance.model, config, "guidance.model")
-            self.weak_record = provenance(file, weak, step)
+            self.weak_record = provenance(file, weak, step, "guidance.model")
         self.evaluator = judge(config, ranks, pixel_shape(config, self.codec))
 
     def prepare(self) -> None:
@@ -141,16 +141,19 @@ class Scores:
             Interrupted: on every rank.
             ScoreFailed: images could not be drawn or read, on every rank; or not be compared, on rank 0.
         """
-        collector, stopped, problem = self.evaluator.collector(), False, None
-        try:
-            stopped = not self._draw(weights, collector.add)
-        except Exception as error:  # whatever a network or a device raises: the other ranks must be told
-            problem = f"rank {self.ranks.rank}: {_brief(error)}"
-        answers = self.ranks.gather((stopped, problem))
-        if any(stopped for stopped, _ in answers):
-            raise Interrupted
-        if problem := next((problem for _, problem in answers if problem), None):
-            raise ScoreFailed(problem)
+        collector, images, problem = self.evaluator.collector(), self._draw(weights), None
+        batches = -(-self.num // self.options.batch)
+        for _ in range(-(-batches // self.ranks.world)):  # of the rank that has most
+            try:
+                if (batch := next(images, None)) is not None:
+                    collector.add(batch)
+            except Exception as error:  # whatever a network or a device raises: the other ranks must be told
+                problem = f"rank {self.ranks.rank}: {_brief(error)}"
+            answers = self.ranks.gather((signals.requested() is not None, problem))
+            if any(stopped for stopped, _ in answers):
+                raise Interrupted
+            if problem := next((problem for _, problem in answers if problem), None):
+                raise ScoreFailed(problem)
         found = collector.result(f"step {step}", self.label_N, self._sampling(step), self.ranks)
         if found is None:
             return {}
@@ -159,8 +162,8 @@ class Scores:
         except Exception as error:  # on rank 0 alone, with no collective left
             raise ScoreFailed(_brief(error)) from error
 
-    def _draw(self, weights: dict[str, Tensor], add: Callable[[np.ndarray], object]) -> bool:
-        """This rank's images, batch by batch; False if it was told to stop."""
+    def _draw(self, weights: dict[str, Tensor]) -> Iterator[np.ndarray]:
+        """This rank's images, batch by batch: uint8 [B, H, W, C]."""
         config, starts = self.config, share_of(self.ranks, self.num, self.options.batch)
         mine = np.arange(starts.start, min(starts.stop, self.num))
         model = build(config)
@@ -170,11 +173,7 @@ class Scores:
         if config.guidance.model:
             weak = load_weak(config.guidance.model, config, self.device, "guidance.model")[0]
         drawn = draw_batches(model, config, self.label_N[mine], mine, self.options, self.device, weak=weak)
-        for _, images in pixel_batches(drawn, self.codec):
-            add(images)
-            if signals.requested() is not None:
-                return False
-        return True
+        yield from (images for _, images in pixel_batches(drawn, self.codec))
 
     def _sampling(self, step: int) -> dict[str, Any]:
         job = Job(Path(), self.num, self.options)

@@ -30,7 +30,11 @@ _stopped: int | None = None
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports misuse as everything else does: one line, which names the nearest option or choice."""
+    """Reports misuse as everything else does: one line, which names the nearest option or choice. Options are written
+    out: a typo that begins one is not that one."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []

@@ -18,6 +18,7 @@ from PIL import Image
 from launchers import checkpoint as launcher
 from launchers import sample
 from promoe_ds.checkpoint import layout
+from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.load_weights import find_weights, load_ema
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.config.errors import ConfigError
@@ -208,6 +209,14 @@ def test_weights_alone_are_sampled_from(run: Path, tmp_path: Path, source: str, 
     assert np.asarray(Image.open(tmp_path / "images" / "000000_class0.png")).shape == (8, 8)
     hurt(out / "model.safetensors")
     assert launcher.main(["verify", str(out)]) == 2
+
+
+def test_damaged_weights_start_no_training(run: Path) -> None:
+    config = load_config("tiny", [f"train.init={run}"])
+    InitialWeights(config)
+    hurt(layout.folder(run, 30) / "ema.safetensors")
+    with pytest.raises(ConfigError, match="train.init=.*ema.safetensors: is damaged: it does not match its checksum"):
+        InitialWeights(config)
 
 
 def test_another_number_of_files_is_the_same_state(run: Path, tmp_path: Path) -> None:

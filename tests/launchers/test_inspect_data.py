@@ -56,6 +56,11 @@ def test_damaged_items_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "(2 of the 7 looked at)" in text
 
 
+def test_a_sheet_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sheet in (tmp_path, "."):
+        assert "is a folder; name a file in it" in said(capsys, tmp_path, "--sheet", sheet, code=2)
+
+
 def test_a_sheet_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.png"
     said(

@@ -76,22 +76,22 @@ BAD = {
     ),
     "scores of one image": (
         ["train.score_every=5", "train.score_images=1"],
-        "train.score_images=1: must be above 1",
+        "train.score_images=1: must lie in [2, 1e+08)",
         "",
     ),
     "no reference": (
         ["train.score_every=5", "train.score_ref=nowhere.npz"],
-        "train.score_ref=nowhere.npz, train.score_features=inception: --ref=nowhere.npz: no such file",
+        "error: train.score_ref=nowhere.npz: no such file",
         "name an existing .npz",
     ),
     "no network": (
         ["train.score_every=5", "train.score_features=net.onnx"],
-        "train.score_ref=digits, train.score_features=net.onnx: --features=net.onnx: no such file",
+        "error: train.score_features=net.onnx: no such file",
         "name an existing",
     ),
     "scores in a dry run": (
         ["train.score_every=5", "train.score_features=fid", "--dry-run", "--check-files"],
-        "--features=fid: no such feature extractor",
+        "train.score_features=fid: no such feature extractor",
         "choose one of digits-cnn",
     ),
 }

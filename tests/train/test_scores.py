@@ -15,7 +15,7 @@ from promoe_ds.evaluation.evaluate import Evaluator
 from promoe_ds.train.metrics import MetricsLog
 from promoe_ds.train.scores import Scores
 from promoe_ds.utils import signals
-from promoe_ds.utils.ranks import ALONE
+from promoe_ds.utils.ranks import ALONE, Ranks
 from tests.small_model import save, tiny
 
 NUM = 70
@@ -60,6 +60,22 @@ def test_a_signal_ends_them_between_two_batches(tmp_path: Path, monkeypatch: pyt
     scores = Scores(scored(), ALONE, None, lambda *_: Seen())
     monkeypatch.setattr(signals, "requested", lambda: "SIGTERM")
     assert not scores.log(tiny()[0].state_dict(), 5, log) and seen == [64]
+    log.close()
+
+
+def test_a_signal_to_another_rank_ends_them_after_the_same_batch(tmp_path: Path) -> None:
+    """This rank has two batches, of which it draws one."""
+    log, seen = MetricsLog(tmp_path, 0, 10), []
+
+    class Told(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            seen.append(value)
+            return [value, (True, None)]
+
+    config = scored()
+    config = replace(config, train=replace(config.train, score_images=4 * 64))
+    scores = Scores(config, Told(0, 2), None, lambda *_: Evaluator())
+    assert not scores.log(tiny()[0].state_dict(), 5, log) and seen == [(False, None)]
     log.close()
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from benchmarks.processes import PATIENCE
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.digits import digits_images
-from promoe_ds.utils.command_line import guarded
+from promoe_ds.utils.command_line import Parser, guarded
 from tests.disk import as_nobody
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import tiny_kl, write_tree
@@ -157,3 +158,10 @@ def test_a_path_that_may_not_be_looked_at_is_one_line(tmp_path: Path, capfd: pyt
     (tmp_path / "closed").chmod(0o755)
     assert guarded(lambda argv: Path("x" * 300).exists() and None, []) == 2
     assert capfd.readouterr().err.endswith("xxx: File name too long; look at its permissions, or name another\n")
+
+
+def test_options_are_written_out() -> None:
+    parser = Parser()
+    parser.add_argument("--compile", action="store_true")
+    with pytest.raises(ConfigError, match="unrecognized arguments: --compil; did you mean '--compile'"):
+        parser.parse_args(["--compil"])
