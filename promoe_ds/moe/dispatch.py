@@ -12,7 +12,7 @@ Legend: T tokens, D width, N edges of this rank, M rows received, E experts, e =
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.moe.constants import cached_arange
-from promoe_ds.moe.recompute import recomputed
+from promoe_ds.moe.recompute import Explicit, recomputed
 from promoe_ds.moe.router import Routing
 
 T = TypeVar("T")
@@ -93,24 +93,62 @@ class Plan(NamedTuple):
     """of an all-to-all: rows sent to and received from each rank, `order_M` that sorted those received, its inverse"""
 
 
-def _rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, token_N: Tensor, top_k: int) -> Tensor:
+class _Rows(Explicit):
     """One row per edge, in the order of the experts."""
-    if top_k > 1:
-        x_TD = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])
-    return permute(x_TD if top_k else x_TD.index_select(0, token_N), order_N, inverse_N)
+
+    def __call__(self, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, token_N: Tensor, top_k: int) -> Tensor:
+        return permute(self._unsorted(x_TD, token_N, top_k), order_N, inverse_N)
+
+    def again(
+        self, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, token_N: Tensor, top_k: int
+    ) -> tuple[tuple[Tensor, ...], None]:
+        return (self._unsorted(x_TD, token_N, top_k).index_select(0, order_N),), None
+
+    def gradient(self, inputs: list[Any], rest: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        (x_TD, _, inverse_N, token_N, top_k), grad_ND = inputs, grads[0]
+        assert grad_ND is not None
+        return _over_edges(grad_ND.index_select(0, inverse_N), token_N, top_k, len(x_TD)), None, None, None, None
+
+    @staticmethod
+    def _unsorted(x_TD: Tensor, token_N: Tensor, top_k: int) -> Tensor:
+        if top_k > 1:
+            x_TD = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])
+        return x_TD if top_k else x_TD.index_select(0, token_N)
 
 
-def _weighted_sum(
-    y_ND: Tensor, order_N: Tensor, inverse_N: Tensor, weight_N: Tensor, token_N: Tensor, top_k: int, num_tokens: int
-) -> Tensor:
+class _WeightedSum(Explicit):
     """Sum of weight * row over each token's edges, Eq. (5); accumulates in the weights' precision (fp32)."""
-    weighted_ND = permute(y_ND, inverse_N, order_N) * weight_N[:, None]
+
+    def __call__(
+        self, y_ND: Tensor, order_N: Tensor, inverse_N: Tensor, weight_N: Tensor, token_N: Tensor, top_k: int,
+        num_tokens: int,
+    ) -> Tensor:  # fmt: skip
+        return _over_edges(permute(y_ND, inverse_N, order_N) * weight_N[:, None], token_N, top_k, num_tokens)
+
+    def again(self, *inputs: Any) -> tuple[tuple[Tensor, ...], None]:
+        return (self(*inputs),), None
+
+    def gradient(self, inputs: list[Any], rest: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        (y_ND, order_N, inverse_N, weight_N, token_N, top_k, _), grad_TD = inputs, grads[0]
+        assert grad_TD is not None
+        if top_k > 1:
+            grad_TD = grad_TD[:, None].expand(-1, top_k, -1).reshape(-1, grad_TD.shape[1])
+        grad_ND = grad_TD if top_k else grad_TD.index_select(0, token_N)
+        grad_weight_N = (grad_ND * y_ND.index_select(0, inverse_N)).sum(1)
+        grad_y_ND = (grad_ND * weight_N[:, None]).to(y_ND.dtype).index_select(0, order_N)
+        return grad_y_ND, None, None, grad_weight_N, None, None, None
+
+
+def _over_edges(x_ND: Tensor, token_N: Tensor, top_k: int, num_tokens: int) -> Tensor:
+    """Sums over each token's edges."""
     if top_k == 1:
-        return weighted_ND
+        return x_ND
     if top_k:
-        return weighted_ND.view(num_tokens, top_k, y_ND.shape[1]).sum(1)
-    out_TD = weighted_ND.new_zeros(num_tokens, y_ND.shape[1])
-    return out_TD.index_add(0, token_N, weighted_ND)
+        return x_ND.view(num_tokens, top_k, x_ND.shape[1]).sum(1)
+    return x_ND.new_zeros(num_tokens, x_ND.shape[1]).index_add_(0, token_N, x_ND)
+
+
+_rows, _weighted_sum = _Rows(), _WeightedSum()
 
 
 class LocalDispatcher:

@@ -16,7 +16,7 @@ same collectives and every parameter has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.recompute import cast, recomputed
+from promoe_ds.moe.recompute import Explicit, cast, recomputed
 from promoe_ds.moe.router import ROUTERS, Routing, Tensors
 from promoe_ds.moe.split import Split
 
@@ -107,12 +107,13 @@ class MoELayer(nn.Module):
         )
         if self.conditional:
             nulls = nulls or [torch.zeros_like(null_TD)]
-        out_TD = recomputed(_joined, out_TD, x_BSD.dtype, len(nulls), *nulls, *shared)
+        out_TD = recomputed(_join, out_TD, x_BSD.dtype, len(nulls), *nulls, *shared)
         return out_TD.view(B, S, D), LayerStats(routing.terms, offsets_E, routing.weight_N)
 
 
 class _Joined(torch.autograd.Function):
-    """Each gradient is cast once, from the sum's precision to the part's, where autograd goes by way of fp32."""
+    """For a compiler: each gradient is cast once, from the sum's precision to the part's, where autograd goes by way of
+    fp32."""
 
     @staticmethod
     def forward(ctx: Any, known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
@@ -128,11 +129,29 @@ class _Joined(torch.autograd.Function):
         return grad_TD[:known].to(dtype), None, None, *cast_TD
 
 
-def _joined(known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
+class _Join(Explicit):
     """Sums of the routed experts, with those of `nulls` unconditional ones below them, and shared ones added to all."""
-    if not torch.is_grad_enabled():  # where torch 2.13's compiler cannot trace a function of any number of tensors
-        return _sum(known_TD, dtype, nulls, parts_TD)
-    return _Joined.apply(known_TD, dtype, nulls, *parts_TD)  # type: ignore[no-any-return]
+
+    def __call__(self, known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
+        # torch 2.13's compiler cannot trace a function of any number of tensors where there is no gradient
+        if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return _sum(known_TD, dtype, nulls, parts_TD)
+        return _Joined.apply(known_TD, dtype, nulls, *parts_TD)  # type: ignore[no-any-return]
+
+    def again(
+        self, known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor
+    ) -> tuple[tuple[Tensor, ...], None]:
+        return (_sum(known_TD, dtype, nulls, parts_TD),), None
+
+    def gradient(self, inputs: list[Any], rest: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        (known_TD, _, nulls, *parts_TD), grad_TD = inputs, grads[0]
+        assert grad_TD is not None
+        known = len(known_TD)
+        of_parts = (grad_TD[known:] if i < nulls else grad_TD for i in range(len(parts_TD)))
+        return grad_TD[:known], None, None, *of_parts
+
+
+_join = _Join()
 
 
 def _sum(known_TD: Tensor, dtype: torch.dtype, nulls: int, parts_TD: tuple[Tensor, ...]) -> Tensor:

@@ -112,6 +112,8 @@ class _Recomputed(torch.autograd.Function):
 def _plain(function: Callable[..., Any], inputs: Any) -> Any:
     """Without autocast, which is on in the forward pass and off in the backward pass."""
     device = next(x.device.type for x in inputs if isinstance(x, Tensor))
+    if not torch.is_autocast_enabled(device):
+        return function(*inputs)
     with torch.autocast(device, enabled=False):
         return function(*inputs)
 
