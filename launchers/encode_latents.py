@@ -75,8 +75,11 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--out is required; see --help")
     if args.images is not None and args.vae is None:
         raise ConfigError("--vae is required with --images; see --help")
-    if args.images is None and args.vae is not None:
-        reject("--vae", args.vae, "--from-latents copies latents as they are", "remove it")
+    for key in ("vae", "split", "size", "batch", "precision", "device"):
+        value = getattr(args, key)
+        if args.images is None and value != parser().get_default(key):
+            option = "--" + key.replace("_", "-")
+            reject(option, value, "--from-latents copies latents as they are", "remove it")
     for key in ("format", "scale", "shift"):
         if args.images is not None and getattr(args, key) is not None:
             reject(f"--{key}", getattr(args, key), "belongs to --from-latents", "remove it")

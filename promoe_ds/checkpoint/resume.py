@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
-from promoe_ds.config.decode import BAD_YAML
+from promoe_ds.config.decode import BAD_YAML, read_yaml
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.option import differences
 from promoe_ds.config.schedule import end_of, learning_rate
@@ -132,7 +131,7 @@ def saved_config(run: Path) -> dict[str, Any] | None:
     """The plain configuration tree in RUN/config.yaml, or None; raises ConfigError if it cannot be read."""
     path = run / "config.yaml"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except NOT_FOUND:
         return None
     except (OSError, *BAD_YAML) as error:

@@ -34,12 +34,31 @@ def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str
     return tree
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML has the second of two equal keys win silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(f"the key {key.value!r} is written twice, again in line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        return node
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values alone; raises one of `BAD_YAML`."""
+    return yaml.load(text, _UniqueKeys)
+
+
 class Override(str):
     """What stands after `section.key=`; the type of the field decides how it is read."""
 
     def yaml(self) -> Any:
         with contextlib.suppress(*BAD_YAML):
-            if (read := yaml.safe_load(self)) is not None or self.strip().lower() in ("", "~", "null"):
+            if (read := read_yaml(self)) is not None or self.strip().lower() in ("", "~", "null"):
                 return read
         return str(self)  # YAML reads comments and anchors as null, too
 

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from promoe_ds.config.decode import Override, decode, read_mapping
+from promoe_ds.config.decode import Override, decode, read_mapping, read_yaml
 from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.config.schema import Config
 from promoe_ds.moe import routers as routers  # their classes make them known to `decode`
@@ -45,7 +43,7 @@ def _recipe_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any
             reject(option, name_or_path, listed, did_you_mean(name_or_path, names))
     if name_or_path in seen:
         reject("base", name_or_path, "the recipe is its own base", "remove the cycle")
-    tree = read_mapping(option, path, yaml.safe_load, "YAML", "write `section: {key: value}`")
+    tree = read_mapping(option, path, read_yaml, "YAML", "write `section: {key: value}`")
     base = tree.pop("base", None)
     tree.setdefault("name", path.stem)
     return _merge(_recipe_tree(base, (*seen, name_or_path)), tree) if base else tree

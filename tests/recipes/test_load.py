@@ -289,10 +289,18 @@ def test_unreadable_files(tmp_path: Path) -> None:
     error("did you mean 'imagenet256_promoe_xl'?", base="imagenet256_promoe_x")
     error("cannot be read", base=str(tmp_path / "absent.yaml"))
     error("is not YAML", base=write(tmp_path / "broken.yaml", "a: [1,\nb: 2"))
+    twice = "train: {steps: 5}\nmodel:\n  width: 8\n  depth: 2\n  width: 16\n"
+    error("the key 'width' is written twice, again in line 5", base=write(tmp_path / "twice.yaml", twice))
     error("is not a mapping", base=write(tmp_path / "list.yaml", "- 1"))
     error("is not a mapping", base=write(tmp_path / "empty.yaml", ""))
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00x: 1")
     error("--config=", base=str(tmp_path / "bytes.yaml"))
+
+
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
+    text = "base: tiny\ntrain: &a {steps: 5, log_every: 1}\nname: x\n"
+    path = write(tmp_path / "merge.yaml", text.replace("&a {", "{<<: {steps: 7}, "))
+    assert load_config(path).train.steps == 5
 
 
 def test_bases_that_cannot_be(tmp_path: Path) -> None:

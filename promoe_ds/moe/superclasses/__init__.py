@@ -15,9 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from promoe_ds.config.decode import read_mapping
+from promoe_ds.config.decode import read_mapping, read_yaml
 from promoe_ds.config.errors import did_you_mean, reject
 
 OPTION = "moe.router.superclasses"
@@ -40,7 +38,7 @@ def read_superclasses(name_or_path: str, num_classes: int | None = None) -> dict
         way_out = did_you_mean(name_or_path, builtin, f"name a file or one of {', '.join(builtin)}")
         reject(OPTION, name_or_path, "is no file", way_out)
     way_out = "write `superclasses: {name: [class numbers], ...}`"
-    groups = read_mapping(OPTION, path, yaml.safe_load, "YAML or JSON", way_out).get("superclasses")
+    groups = read_mapping(OPTION, path, read_yaml, "YAML or JSON", way_out).get("superclasses")
     is_class_list = lambda value: isinstance(value, list) and value and all(type(n) is int for n in value)  # noqa: E731
     if not isinstance(groups, dict) or not groups or not all(map(is_class_list, groups.values())):
         reject(OPTION, name_or_path, "does not map names to lists of class numbers", way_out)
