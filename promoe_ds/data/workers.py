@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.utils.signals import STOP_SIGNALS
 
 PLACES = 2
 """results of a worker that wait for the parent at most"""
@@ -121,7 +122,7 @@ def _work(
     parents: list[Connection],
 ) -> None:
     """Body of a process. `parents` are the parent's ends of pipes, which would never say that it is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # meant for the parent, which saves first
+    for number in STOP_SIGNALS:  # meant for the parent, which saves first
         signal.signal(number, signal.SIG_IGN)
     for theirs in parents:
         theirs.close()

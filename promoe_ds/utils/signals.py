@@ -1,4 +1,4 @@
-"""Requests to stop, by Ctrl-C, SIGTERM or SIGUSR2: heard from the first moment of a process, obeyed after a step.
+"""Requests to stop (Ctrl-C, SIGTERM ...): heard from the first moment of a process, obeyed after a step.
 
 Imports nothing heavy, so that a launcher can call `listen` before it imports torch: a scheduler's warning that comes
 while libraries load would otherwise kill the rank. A thread reads the signals' numbers from a pipe, because handlers in
@@ -12,13 +12,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from promoe_ds.utils.files import write_text
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Ctrl-C, preemption, and Slurm's warning before the time limit (NCCL has used SIGUSR1)"""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+"""Ctrl-C, preemption, Slurm's warning before the time limit (NCCL has used SIGUSR1), and a terminal that is gone"""
 REPEAT_SECONDS = 5.0
 """launchers pass on what their process group also got, as SIGTERM: a repeat within this time is the same request"""
 CTRL_C_SECONDS = 0.5
@@ -36,16 +36,19 @@ def requested() -> str | None:
 
 
 def listen() -> None:
-    """Take Ctrl-C, SIGTERM and SIGUSR2 as requests to stop from now on; a second request ends the process at once.
+    """Take `STOP_SIGNALS` as requests to stop from now on; a second request ends the process at once.
 
-    Forked children (data workers) ignore them: they end with their parent, and must not take it down.
+    Where SIGHUP is ignored already, as under `nohup`, it stays so. Forked children (data workers) ignore them all: they
+    end with their parent, and must not take it down.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(read_end, _leave), name="signals", daemon=True).start()
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+    threading.Thread(target=_hear, args=(read_end, _leave, terminals), name="signals", daemon=True).start()
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)  # a handler in Python makes the interpreter write to the pipe
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # a handler in Python makes the interpreter write to the pipe
     os.register_at_fork(after_in_child=_ignore)
 
 
@@ -55,7 +58,7 @@ def _ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _hear(read_end: int, leave: Callable[[signal.Signals], None]) -> None:
+def _hear(read_end: int, leave: Callable[[signal.Signals], None], terminals: Sequence[int]) -> None:
     """Body of the thread: the first signal is a request, a later one calls `leave`."""
     global _request
     first = 0.0
@@ -63,6 +66,9 @@ def _hear(read_end: int, leave: Callable[[signal.Signals], None]) -> None:
         if data[0] not in STOP_SIGNALS:
             continue  # another handler's
         now, number = time.monotonic(), signal.Signals(data[0])
+        if number == signal.SIGHUP:
+            for terminal in terminals:  # a line printed there is an error now, before anything is saved
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         if _request is None:
             first, _request = now, number
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":

@@ -316,7 +316,7 @@ def test_launcher(
         (["--images", tree, "--vae", vae, "--out", "x", "--batch", 0], "--batch=0: must be positive"),
         (["--from-latents", tree, "--out", "x"], "tree: is no cache of latents: looked for index.json"),
         (["--from-latents", tree, "--vae", vae, "--out", "x"], "copies latents as they are; remove it"),
-        (["--from-latents", tree, "--size", 512, "--out", "x"], "--size=512: --from-latents copies latents as they are"),
+        (["--from-latents", tree, "--size", 512, "--out", "x"], "--size=512: --from-latents copies latents"),
         (["--from-latents", cache, "--out", "x"], "neither's; set --format repa (of pictures in [-1, 1]) or --format"),
         (["--images", tree, "--vae", vae, "--out", "x", "--scale", 2], "--scale=[2.0]: belongs to --from-latents"),
         (["--verify", tmp_path], "has no index.json"),

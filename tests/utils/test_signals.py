@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -89,6 +91,41 @@ def test_a_second_ctrl_c_leaves_at_once() -> None:
         process.communicate(timeout=PATIENCE)[1] == "SIGINT again: leaving at once; the last checkpoint is unharmed\n"
     )
     assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_lost_terminal_is_a_request_and_printing_goes_on(tmp_path: Path) -> None:
+    """What a closed laptop does to a run in an ssh session; a line printed to the old terminal would be an error."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = f"""
+import os, sys, time
+from promoe_ds.utils import signals
+signals.listen()
+print("ready", flush=True)
+while signals.requested() is None:
+    time.sleep(0.01)
+time.sleep(0.2)
+print("saving", flush=True)
+print("saving", file=sys.stderr, flush=True)
+open({str(tmp_path / "saved")!r}, "w").write(signals.requested())
+"""
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "-c", code], ENVIRONMENT)
+    assert os.read(terminal, 100).startswith(b"ready")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
+
+
+def test_nohup_is_left_as_it_is() -> None:
+    process = start("""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals.listen()
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+        print(signals.requested())
+    """)
+    assert process.communicate(timeout=PATIENCE)[0] == "None\n"
 
 
 def test_forked_workers_ignore_the_signals_and_do_not_stop_their_parent() -> None:
