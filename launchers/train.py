@@ -14,9 +14,9 @@ examples:
   deepspeed launchers/train.py --config promoe_b/config.yaml train.init=promoe_b data.path=latents --run runs/tuned
                                   (fine-tuning: promoe_b is what launchers/import_weights.py or export.py made)
 
-exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by SIGTERM, SIGUSR2 or SIGHUP after saving, 130
-by Ctrl-C after saving (the file RUN/requeue says so too: the same command continues), 1 anything else; launchers have
-codes of their own (docs/training.md): torchrun makes every failure 1
+exit codes: 0 done, 2 a mistake in the command or the configuration, 85 stopped by SIGTERM, SIGUSR2 or SIGHUP after
+saving, 130 by Ctrl-C after saving (the file RUN/requeue says so too: the same command continues), 1 anything else;
+launchers have codes of their own (docs/training.md): torchrun makes every failure 1
 """
 
 from __future__ import annotations
