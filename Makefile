@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 # which xdist 3.8.0 notes groups, so that --dist loadgroup puts every test anywhere, and each process makes its fixtures
 SIDE_BY_SIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 export DS_BUILD_OPS = 0
+# Some containers set it; the hundreds of processes of the tests would each compile what they import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-fast test-slurm bench-gpu bench-gpu-train lint clean
 setup: $(VENV)/.installed

@@ -115,6 +115,12 @@ def start_forked(command: list[str], env: dict[str, str], cwd: Path, stdout: Any
     return fork_server().start(argv, processes, env, cwd, stdout, stderr)
 
 
+def run_forked(command: list[str], stdout: Any, stderr: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a script under torchrun, for benchmarks that start jobs; both outputs go to the same file."""
+    job = start_forked(command, ENVIRONMENT, ROOT, stdout, stdout)
+    return subprocess.CompletedProcess(command, job.wait())
+
+
 def start_rank(command: list[str], env: dict[str, str], stdout: Any, cwd: Path = ROOT, **_: Any) -> Forked:
     """`subprocess.Popen` of `PYTHON -u SCRIPT ...`, one rank, as `chaos.Job` calls it: errors go where output goes."""
     return fork_server().start(command[2:], 1, env, cwd, stdout, stdout, ForkedRank)
