@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = ["torch", "deepspeed", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure",
-           "diffusers", "promoe_ds.train.trainer", "promoe_ds.evaluation.evaluate"]  # fmt: skip
+           "diffusers.models.autoencoders.autoencoder_kl", "promoe_ds.train.trainer", "promoe_ds.evaluation.evaluate"]  # fmt: skip
 """nearly all that a small job takes is importing these"""
 REQUEST = 1 << 20
 """bytes; the longest command line and environment"""

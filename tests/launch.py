@@ -121,6 +121,12 @@ def run_forked(command: list[str], stdout: Any, stderr: Any) -> subprocess.Compl
     return subprocess.CompletedProcess(command, job.wait())
 
 
+def start_child(command: list[str]) -> Forked:
+    """`subprocess.Popen(command)` of a script: it writes where this process does."""
+    with open(1, "wb", closefd=False) as out, open(2, "wb", closefd=False) as err:
+        return start_forked(command, dict(os.environ), ROOT, out, err)
+
+
 def start_rank(command: list[str], env: dict[str, str], stdout: Any, cwd: Path = ROOT, **_: Any) -> Forked:
     """`subprocess.Popen` of `PYTHON -u SCRIPT ...`, one rank, as `chaos.Job` calls it: errors go where output goes."""
     return fork_server().start(command[2:], 1, env, cwd, stdout, stdout, ForkedRank)
