@@ -14,9 +14,9 @@ import pytest  # noqa: E402
 # A shell's background jobs ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ["launchers/test_pipeline", "distributed/test_routers", "distributed/test_topologies",
-           "distributed/test_failures", "distributed/test_train", "benchmarks/test_scaling", "launchers/test_train",
-           "test_package"]  # fmt: skip
+LONGEST = ["models/test_compiled", "distributed/test_topologies", "distributed/test_train", "launchers/test_pipeline",
+           "distributed/test_routers", "benchmarks/test_gpu_visit", "test_package", "launchers/test_train",
+           "distributed/test_failures", "distributed/test_encode_in_step"]  # fmt: skip
 """modules whose tests come first, so that none of them is still running when all others are done"""
 
 
@@ -28,19 +28,19 @@ def shared() -> Iterator[Path]:
         yield Path(name)
 
 
-def slow(item: pytest.Function) -> bool:
-    """Whether it is in a file that starts processes: `make test-fast` leaves it out."""
+def starts_jobs(item: pytest.Function) -> bool:
+    """Whether it is in a file that does: `make test-fast` leaves those out, and what is marked by hand."""
     starts = any(getattr(value, "__module__", None) == "tests.launch" for value in vars(item.module).values())
     return starts or "distributed" in item.path.parts
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Files with slow tests first, so that the others fill what is left at the end."""
-    place = {}
     for item in items:
-        module = item.nodeid.split("::")[0]
-        longest = [i for i, name in enumerate(LONGEST) if module == f"tests/{name}.py"]
-        place[item] = longest[0] if longest else len(LONGEST) + (not slow(item))
-        if slow(item):
+        if starts_jobs(item):
             item.add_marker("slow")
-    items.sort(key=place.__getitem__)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    longest = [Path(__file__).parent / f"{name}.py" for name in LONGEST]
+    place = {path: len(longest) + (path not in slow) for path in {item.path for item in items}}
+    place |= {path: i for i, path in enumerate(longest)}
+    items.sort(key=lambda item: place[item.path])

@@ -21,8 +21,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MODULES = ["torch", "deepspeed", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure",
-           "diffusers.models.autoencoders.autoencoder_kl", "promoe_ds.train.trainer", "promoe_ds.evaluation.evaluate"]  # fmt: skip
+MODULES = [
+    *("torch", "deepspeed", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure"),
+    *("diffusers.models.autoencoders.autoencoder_kl", "promoe_ds.train.trainer", "promoe_ds.evaluation.evaluate"),
+]
 """nearly all that a small job takes is importing these"""
 REQUEST = 1 << 20
 """bytes; the longest command line and environment"""

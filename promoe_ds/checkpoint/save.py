@@ -201,7 +201,6 @@ class Saver:
         say: Callable[[str], object] = print,
     ):
         self.run, self.engine, self.config, self.ranks, self.facts, self.say = run, engine, config, ranks, facts, say
-        self.text = dump(config)  # once: as YAML it takes longer than the copy of a small state
         self.job: Job | None = None
 
     @property
@@ -275,12 +274,12 @@ class Saver:
 
     def _bytes(self, tensors: dict[str, dict[str, Tensor]]) -> int:
         sizes = [t.nbytes + len(name) + HEADER_BYTES for part in tensors.values() for name, t in part.items()]
-        return sum(sizes) + len(tensors) * (len(self.text) + HEADER_BYTES)
+        return sum(sizes) + len(tensors) * (len(dump(self.config)) + HEADER_BYTES)
 
     def _write(self, job: Job, tensors: dict[str, dict[str, Tensor]]) -> None:
         """The thread's work: no collective, nothing but files."""
         start = time.perf_counter()
-        metadata = {"format": FORMAT, "config": self.text, "step": str(job.step)}
+        metadata = {"format": FORMAT, "config": dump(self.config), "step": str(job.step)}
         try:
             for name in list(tensors):
                 job.files |= write_tensors(job.temporary / name, tensors.pop(name), metadata)

@@ -34,6 +34,8 @@ from promoe_ds.recipes.load import load_config
 from tests.launch import CXX, ROOT
 from tests.models.test_dit import awake
 
+pytestmark = pytest.mark.slow  # tracing and compiling take minutes
+
 NULL = 10
 BATCHES = (
     [1, 3, 5, 7, 9],

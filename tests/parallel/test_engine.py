@@ -46,6 +46,7 @@ def test_a_reduction_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatc
         assert zero.overlap_comm
 
 
+@pytest.mark.slow
 def test_no_compiler_is_loaded_to_start() -> None:
     """Two seconds for each rank: DeepSpeed's Muon would load it, torch's AdamW and the way in which torch makes and
     fills tensors, and whoever looks at routers."""
