@@ -6,6 +6,7 @@ no launcher stands over it, and its imports are done. Tests of launchers and imp
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import gc
 import importlib
@@ -18,8 +19,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 MODULES = [
     *("torch", "deepspeed", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure"),
@@ -163,8 +165,28 @@ def become(rank: int, request: dict[str, Any], descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
+def run(script: str) -> NoReturn:
+    """End as Python does after a script, but for taking apart all that was imported: a third of a second of copying."""
+    code: Any = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     for module in MODULES:
         importlib.import_module(module)
     serve(sys.argv[1], int(sys.argv[2]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run(sys.argv[0])
