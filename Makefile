@@ -4,16 +4,19 @@
 #                  on; DRY=1: tiny models, CPU. Any Python with torch, numpy, pyyaml, safetensors: VENV=, or PYTHON=
 # make bench-gpu-train DATA=cifar10_jpeg.npz   then ProMoE-S and Dense-S on CIFAR-10, EACH=75 seconds each
 # make test    all tests, side by side; lint is separate: make lint
-# make test-fast   those that start no processes
+# make test-fast   those that neither start processes nor train or compile for long
 # make test-slurm   the batch scripts on a real Slurm of two emulated nodes; needs root and Debian's Slurm
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/digits
 BIN := $(VENV)/bin
-# Four, also on two cores: tests that start jobs often wait for them. By file: pytest 9.2 no longer reads the attribute in
-# which xdist 3.8.0 notes groups, so that --dist loadgroup puts every test anywhere, and each process makes its fixtures
-SIDE_BY_SIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
+# Four, also on two cores: tests that start jobs often wait for them, and fast ones do not. By file: pytest 9.2 no longer
+# reads the attribute in which xdist 3.8.0 notes groups, so that --dist loadgroup puts every test anywhere, and each
+# process makes its fixtures
+SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder --numprocesses
 export DS_BUILD_OPS = 0
+# Some containers set it; the hundreds of processes of the tests would each compile what they import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-fast test-slurm bench-gpu bench-gpu-train lint clean
 setup: $(VENV)/.installed
@@ -33,10 +36,10 @@ demo: setup
 	@echo "what the experts learned: $(RUN)/analysis/report.html"
 
 test: setup
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) 4
 
 test-fast: setup
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) logical -m "not slow and not slurm"
 
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm -s tests/slurm

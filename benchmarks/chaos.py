@@ -79,14 +79,24 @@ class Job:
     """Ranks of a script like launchers/train.py without a launcher above them; their output lies in `outputs`.
 
     A context that leaves no process behind.
+
+    Args:
+        start: a process, as `subprocess.Popen` does.
     """
 
-    def __init__(self, arguments: list[str], world: int, outputs: Path, script: str = "launchers/train.py"):
+    def __init__(
+        self,
+        arguments: list[str],
+        world: int,
+        outputs: Path,
+        script: str = "launchers/train.py",
+        start: Callable[..., Any] = subprocess.Popen,
+    ):
         outputs.mkdir(parents=True, exist_ok=True)
         self.files = [outputs / f"rank{rank}.txt" for rank in range(world)]
         port, self.began = free_port(), time.time()
         self.ranks = [
-            subprocess.Popen(
+            start(
                 [sys.executable, "-u", str(ROOT / script), *arguments],
                 env=os.environ | {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
@@ -216,9 +226,16 @@ class Strike:
 
 
 class Chaos:
-    """A run under `kills` blows, and the calm run it is compared with; both lie in `folder`."""
+    """A run under `kills` blows, and the calm run it is compared with; both lie in `folder`.
 
-    def __init__(self, kills: int, seed: int, folder: Path, max_world: int):
+    Args:
+        popen: starts the ranks, unless the blow is to fall while they start.
+    """
+
+    def __init__(
+        self, kills: int, seed: int, folder: Path, max_world: int, popen: Callable[..., Any] = subprocess.Popen
+    ):
+        self.popen = popen
         self.folder, self.steps = folder, STEPS_PER_KILL * kills + 4 * CHECKPOINT_EVERY
         self.random = random.Random(seed)
         self.topologies = [t for t in TOPOLOGIES if t[0] <= max_world]
@@ -235,7 +252,14 @@ class Chaos:
         target = i * STEPS_PER_KILL + self.random.randint(1, STEPS_PER_KILL)
         return Strike(blow, topology, victims, target, self.random.random())
 
-    def start(self, topology: tuple[int, int, int], name: str, run: str = "run", script: str = SLOW) -> Job:
+    def start(
+        self,
+        topology: tuple[int, int, int],
+        name: str,
+        run: str = "run",
+        script: str = SLOW,
+        popen: Callable[..., Any] | None = None,
+    ) -> Job:
         world, ep, stage = topology
         arguments = [
             *("--config", "tiny", "--run", str(self.folder / run)),
@@ -243,7 +267,7 @@ class Chaos:
             *(f"train.steps={self.steps}", f"train.checkpoint_every={CHECKPOINT_EVERY}"),
             f"parallel.timeout_minutes={TIMEOUT_MINUTES}",
         ]
-        return Job(arguments, world, self.folder / "outputs" / name, script)
+        return Job(arguments, world, self.folder / "outputs" / name, script, popen or self.popen)
 
     def measure(self) -> None:
         with self.start((1, 1, 0), "calm", "calm", "launchers/train.py") as calm:
@@ -258,7 +282,8 @@ class Chaos:
 
     def strike(self, i: int, strike: Strike) -> None:
         """Start, wait for the moment, strike, and wait for the end of every rank."""
-        with self.start(strike.topology, str(i)) as running:
+        popen = subprocess.Popen if strike.blow.moment == "start" else None
+        with self.start(strike.topology, str(i), popen=popen) as running:
             self.await_moment(running, strike)
             strike.connected, began = running.connected(), time.monotonic()
             running.send(strike.blow.number, strike.victims)

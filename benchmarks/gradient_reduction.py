@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -75,7 +76,9 @@ def count_calls(zero: Any) -> list[int]:
     return calls
 
 
-def launch(args: argparse.Namespace, world: int, folder: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+def launch(
+    args: argparse.Namespace, world: int, folder: Path, start: Callable[..., Any]
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """Run everything of a world; (ep, stage, bucket, way) -> of each round, the log's records and calls per step."""
     steps = args.steps + (0 if args.count else WARM_UP)
     common = [f"train.steps={steps}", "train.log_every=1", f"train.checkpoint_every={steps}", "train.measure=true"]
@@ -88,9 +91,9 @@ def launch(args: argparse.Namespace, world: int, folder: Path) -> dict[tuple[Any
         (folder / f"{name}.json").write_text(json.dumps(ds_config(stage, bucket, way)))
         work.append((name, args.recipe, [*common, f"parallel.expert_parallel={ep}"]))
     (folder / "work.json").write_text(json.dumps(work))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--"]
     with (folder / "log").open("w") as log:
-        code = subprocess.run([*command, __file__, "--worker", str(folder)], stdout=log, stderr=log).returncode
+        code = start([*command, __file__, "--worker", str(folder)], stdout=log, stderr=log).returncode
     if code:
         sys.exit(f"the job of {world} ranks failed:\n{(folder / 'log').read_text()[-3000:]}")
     out: dict[tuple[Any, ...], list[dict[str, Any]]] = {key: [] for key in keys}
@@ -138,14 +141,18 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str], start: Callable[..., Any] = subprocess.run) -> None:
+    """
+    Args:
+        start: runs a job to its end, as `subprocess.run` does.
+    """
     args = parse_args(words)
     if args.worker:
         return train_all(args.worker)
     rows = []
     for world in args.world:
         with tempfile.TemporaryDirectory() as folder:
-            runs = launch(args, world, Path(folder))
+            runs = launch(args, world, Path(folder), start)
         rows += [row(args, world, key, runs) for key in dict.fromkeys(key[:3] for key in runs)]
     columns = ["world", "ep", "ZeRO", "bucket", "bound, bytes", "owner / bound", "all-reduce / bound"]
     columns += ["reductions", "all-reduces", "losses apart"]

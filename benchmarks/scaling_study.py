@@ -98,7 +98,7 @@ def plan(args: argparse.Namespace) -> list[Point]:
     return out
 
 
-def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
+def run_point(point: Point, args: argparse.Namespace, start: Callable[..., Any]) -> dict[str, Any] | None:
     """Launch a point; its windows, or None where it failed (the output is in OUT/points/NAME.log)."""
     import torch
 
@@ -113,7 +113,7 @@ def run_point(point: Point, args: argparse.Namespace) -> dict[str, Any] | None:
                    "--ds_config", str(ROOT / f"ds_configs/zero{point.stage}.json"), *point.overrides(args),
                    f"train.measure={measure}"]  # fmt: skip
         with (args.out / "points" / f"{point.name}.log").open("w", encoding="utf-8") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = start(command, stdout=file, stderr=subprocess.STDOUT).returncode
         if code or not trained(folder, args.window * (args.windows + 1)):
             return None
         records.append(read_log(folder)[-args.windows :])
@@ -129,7 +129,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"recipe": args.recipe, "routing": args.routing, "overrides": args.overrides, "window": args.window}
 
 
-def run_all(points: list[Point], args: argparse.Namespace) -> int:
+def run_all(points: list[Point], args: argparse.Namespace, start: Callable[..., Any]) -> int:
     """Run what is not done; the number of points that failed. Raises ConfigError for points of another study."""
     done = load_points(args.out / "points")
     for point in points:
@@ -141,14 +141,14 @@ def run_all(points: list[Point], args: argparse.Namespace) -> int:
     for i, point in enumerate(points):
         if point.name in done:
             continue
-        start = time.monotonic()
-        result = run_point(point, args)
+        begin = time.monotonic()
+        result = run_point(point, args, start)
         if result is None:
             failed += 1
             outcome = f"failed, see {args.out / 'points' / point.name}.log"
         else:
             save_point(args.out / "points", point.name, result)
-            outcome = f"{time.monotonic() - start:.0f} s"
+            outcome = f"{time.monotonic() - begin:.0f} s"
         print(f"[{i + 1}/{len(points)}] {point.name}: {outcome}", flush=True)
     return failed
 
@@ -324,7 +324,7 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="windows measured after one of warm-up (4)")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--launch", default=f"{sys.executable} -m torch.distributed.run --standalone "
-                        "--nproc-per-node {world} --", help="command before launchers/train.py")  # fmt: skip
+                        "--nproc-per-node={world} --", help="command before launchers/train.py")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="runs/scaling/RECIPE-BATCH-ROUTING")
     parser.add_argument("--point", type=int, metavar="I", help="run point I only (0-based; an array job's task)")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -337,8 +337,12 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(words: list[str]) -> int:
-    """Plan, run, report; returns the exit code."""
+def run(words: list[str], start: Callable[..., Any] = subprocess.run) -> int:
+    """Plan, run, report; returns the exit code.
+
+    Args:
+        start: runs a job to its end, as `subprocess.run` does.
+    """
     args = parse_args(words)
     points = plan(args)
     if args.point is not None:
@@ -349,7 +353,7 @@ def run(words: list[str]) -> int:
         print("\n".join(f"{i:3d}  {point.name}" for i, point in enumerate(points)))
         return 0
     (args.out / "points").mkdir(parents=True, exist_ok=True)
-    failed = 0 if args.report else run_all(points, args)
+    failed = 0 if args.report else run_all(points, args, start)
     if args.point is None and failed < len(points):
         print(write_report(args.out, args))
     return 1 if failed else 0

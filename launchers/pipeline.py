@@ -9,11 +9,11 @@ import argparse
 import json
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 if not __package__:
@@ -220,7 +220,7 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
 
 def follow(command: list[str]) -> int:
     """Run a launcher and return its exit code; a stop is passed on and waited for, so that it can save."""
-    child, stopped = subprocess.Popen(command), None
+    child, stopped = Popen(command), None
     while child.returncode is None:
         try:
             child.wait()

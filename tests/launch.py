@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import free_port, wait_until
-from tests.forkserver import Forked, ForkServer
+from tests.forkserver import Forked, ForkedRank, ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
@@ -101,7 +101,10 @@ def forkable(command: list[str], env: dict[str, str]) -> bool:
 
 @functools.cache
 def fork_server() -> ForkServer:
-    return ForkServer(ENVIRONMENT)
+    """One for all processes of a test run."""
+    run, alone = os.environ.get("PYTEST_XDIST_TESTRUNUID"), os.getpid()
+    folder = Path(tempfile.gettempdir()) / f"promoe_ds_tests_{run or alone}"
+    return ForkServer(ENVIRONMENT, folder, os.getppid() if run else alone)
 
 
 def start_forked(command: list[str], env: dict[str, str], cwd: Path, stdout: Any, stderr: Any, **_: Any) -> Forked:
@@ -110,6 +113,23 @@ def start_forked(command: list[str], env: dict[str, str], cwd: Path, stdout: Any
         processes, argv = int(command[4].removeprefix("--nproc-per-node=")), command[6:]
         env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return fork_server().start(argv, processes, env, cwd, stdout, stderr)
+
+
+def run_forked(command: list[str], stdout: Any, stderr: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a script under torchrun, for benchmarks that start jobs; both outputs go to the same file."""
+    job = start_forked(command, ENVIRONMENT, ROOT, stdout, stdout)
+    return subprocess.CompletedProcess(command, job.wait())
+
+
+def start_child(command: list[str]) -> Forked:
+    """`subprocess.Popen(command)` of a script: it writes where this process does."""
+    with open(1, "wb", closefd=False) as out, open(2, "wb", closefd=False) as err:
+        return start_forked(command, dict(os.environ), ROOT, out, err)
+
+
+def start_rank(command: list[str], env: dict[str, str], stdout: Any, cwd: Path = ROOT, **_: Any) -> Forked:
+    """`subprocess.Popen` of `PYTHON -u SCRIPT ...`, one rank, as `chaos.Job` calls it: errors go where output goes."""
+    return fork_server().start(command[2:], 1, env, cwd, stdout, stdout, ForkedRank)
 
 
 def train(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from promoe_ds.checkpoint import layout
 from promoe_ds.config.decode import dump
 from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_tree
-from tests.launch import ENVIRONMENT, ROOT
+from tests.launch import ENVIRONMENT, ROOT, start_rank
 
 LAUNCHER = ROOT / "launchers/sample.py"
 Command = Callable[..., int]
@@ -86,18 +86,15 @@ def sample_command(monkeypatch: pytest.MonkeyPatch) -> Command:
 def start_two(*words: object, cwd: Path) -> None:
     """Two processes as torchrun would start them."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, LAUNCHER, "--device", "cpu", *map(str, words), f"--local_rank={rank}"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-        )
-        for rank in range(2)
-    ]
-    errors = [worker.communicate(timeout=PATIENCE)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    command = [sys.executable, "-u", str(LAUNCHER), "--device", "cpu", *map(str, words)]
+    with tempfile.TemporaryFile("w+") as out:
+        workers = []
+        for rank in range(2):
+            environment = ENVIRONMENT | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            workers.append(start_rank([*command, f"--local_rank={rank}"], environment, out, cwd))
+        codes = [worker.wait(PATIENCE) for worker in workers]
+        out.seek(0)
+        assert codes == [0, 0], out.read()
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -105,6 +105,7 @@ def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[
     assert done.stdout.splitlines()[-1].endswith(expected), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_an_exit_code_of_0_is_not_enough(folder: Path, tmp_path: Path) -> None:
     """A launcher that is killed may give it: training looks for its last checkpoint, others for the ranks' words."""
     write_program(tmp_path / "bin/scontrol", "echo node1")

@@ -51,10 +51,9 @@ def train(name: str, args: argparse.Namespace) -> list[str]:
                 start_new_session=True,
             )  # fmt: skip
             try:
-                code = process.wait(args.each)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)
-                code = waited(process)
+                if (code := waited(process, args.each)) is None:
+                    process.send_signal(signal.SIGTERM)
+                    code = waited(process, SAVE_SECONDS)
             finally:
                 end(process)
                 for file in KEPT:
@@ -63,10 +62,10 @@ def train(name: str, args: argparse.Namespace) -> list[str]:
         return [name, *summary(folder, code)]
 
 
-def waited(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code, None if it does not end."""
+def waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code, None if it does not end in this time."""
     try:
-        return process.wait(SAVE_SECONDS)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
 

@@ -41,7 +41,7 @@ def run(stage: Stage) -> None:
 def against_loop(stage: Stage, size: str) -> Figure:
     """Milliseconds, forward and backward, of each system of benchmarks/throughput.py, 64 images, in turns."""
     emptied(stage)
-    images, small, backend = (2, TINY, "aot_eager") if stage.dry else (64, (), "inductor")
+    images, small, backend = (2, TINY, "eager") if stage.dry else (64, (), "inductor")
     systems = layer_systems(size, images, "bf16", "learned", stage.device, small, backend)
     found = interleaved(systems, stage.device, 1 if stage.dry else 3)
     return {

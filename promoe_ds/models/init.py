@@ -34,7 +34,7 @@ def materialize(model: DiT, seed: int, device: torch.device | str = "cpu") -> Di
 
     Drawn on the CPU for every device, so that all devices start from the same bits.
     """
-    model.to_empty(device="cpu")
+    model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))  # `to_empty` would first import sympy
     init_weights(model, seed)
     return model.to(device)
 

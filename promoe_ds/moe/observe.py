@@ -8,8 +8,9 @@ router was given.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,9 @@ def routers_of(model: nn.Module) -> dict[int, Router]:
 @contextmanager
 def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """Removes these hooks at the end. A compiled model runs eagerly until then, because graphs call no hooks."""
+    compiled = "torch._dynamo" in sys.modules  # to ask would load the compiler, which takes two seconds
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         for hook in hooks:

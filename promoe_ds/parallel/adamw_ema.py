@@ -6,6 +6,7 @@ and sharded or offloaded like the moments, without a second copy of the model an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,21 @@ from promoe_ds.config.schema import OptimizerConfig
 from promoe_ds.parallel import one_pass
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW_STEP = inspect.unwrap(torch.optim.AdamW.step)
+"""without torch's wrapper, see `AdamWithEMA`"""
 
 
 class AdamWithEMA(torch.optim.AdamW):
     """AdamW (arXiv:1711.05101) and, per step, ema <- decay * ema + (1 - decay) * weight, started at the weight.
 
     The states of a parameter are torch's, and those of `OptimizerConfig.averages`.
+
+    torch hides three of its methods from its compiler, and for that imports it: two seconds of every rank's start. We
+    compile no optimizer (`one_pass` compiles a function of tensors), and take the methods as they are.
     """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(self, params: Any, config: OptimizerConfig, update: one_pass.Update | None = None):
         super().__init__(
@@ -51,7 +60,7 @@ class AdamWithEMA(torch.optim.AdamW):
             self._in_one_pass(self.update, live)
             return None
         first = {p: p.detach().clone() for p in live if "ema" not in self.state[p]}
-        loss = super().step(closure)
+        loss = ADAMW_STEP(self, closure)
         for p, start in first.items():
             self.state[p] |= {name: start.clone() if i else start for i, name in enumerate(self.averages)}
         for name, decay in self.averages.items() if live else ():

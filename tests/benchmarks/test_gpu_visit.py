@@ -19,6 +19,7 @@ from benchmarks import common, moe_peers, throughput
 from benchmarks.gpu import cifar, engine, figures, smoke, speed, stages, tables, visit
 from benchmarks.interleaved import interleaved
 from benchmarks.op_counting import tells_of_a_sync
+from benchmarks.processes import PATIENCE, wait_until
 from promoe_ds.utils.command_line import guarded
 from tests.launch import ENVIRONMENT, ROOT
 
@@ -89,8 +90,19 @@ def test_training_through_deepspeed_gives_the_golden_losses(tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_cifar_is_stopped_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is over when it has made some steps, however long the machine takes for them."""
+    log, waited = tmp_path / "dense.log", cifar.waited
+
+    def until_it_trains(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+        if seconds == cifar.SAVE_SECONDS:
+            return waited(process, PATIENCE)
+        assert seconds == 20
+        wait_until(lambda: "step 20/" in log.read_text() or process.poll() is not None)
+        return process.poll()
+
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(cifar, "MODELS", {"dense": ["moe=null"]})
+    monkeypatch.setattr(cifar, "waited", until_it_trains)
     assert guarded(cifar.run, ["--dry", "--each", "20", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "cifar.md").read_text()
     assert "| saved |" in text, (tmp_path / "dense.log").read_text()

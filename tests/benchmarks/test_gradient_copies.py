@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch import ENVIRONMENT, ROOT
+from tests.launch import ROOT, run
 
 
 def rows(out: Path, *words: str) -> list[list[str]]:
@@ -22,13 +21,11 @@ def rows(out: Path, *words: str) -> list[list[str]]:
         str(out),
         *words,
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run(command)
     lines = [line for line in out.read_text().splitlines() if line[:3] in ("| 0", "| 1", "| 2")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.slow
 def test_copies_and_losses(tmp_path: Path) -> None:
     own, spared = rows(tmp_path / "own.md", "--own"), rows(tmp_path / "spared.md")
     assert [row[0] for row in own] == [row[0] for row in spared] == ["0", "1", "2"]

@@ -47,6 +47,7 @@ def test_every_row_of_every_table_is_a_valid_and_different_config(table, data, t
         assert a.config != b.config and a.folder != b.folder and a.key != b.key
 
 
+@pytest.mark.slow
 def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper_tables, "TURNS", 2)
     command = args_of(tmp_path, "--table", "12", "--steps", "20", "--num", "20", "--seeds", "0,1")
@@ -68,6 +69,7 @@ def test_a_table_is_trained_scored_and_resumed(tmp_path, capsys, monkeypatch):
     assert "step" not in capsys.readouterr().out.split("#")[0]  # nothing is trained or scored again
 
 
+@pytest.mark.slow
 def test_cifar_rows_are_judged_by_a_classifier_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_tables, "TURNS", 1)
     draw, arrays = np.random.default_rng(0), {"classes": np.array([f"c{i}" for i in range(10)])}
@@ -113,6 +115,7 @@ def test_fashion_is_read_to_the_last_pixel(idx_folder, tmp_path):
     assert label_N.tolist() == [*range(10), *range(10)] and data.classes[9] == "ankle boot"
 
 
+@pytest.mark.slow
 def test_fashion_rows_share_a_judge_and_are_kept(idx_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(paper_tables, "TURNS", 1)
     command = args_of(tmp_path, "--table", "8", "--data", "fashion", "--path", str(idx_folder), "--steps", "2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 
 import pytest
 
@@ -20,6 +21,7 @@ from benchmarks.scaling_study import read_points, run
 from promoe_ds.costs import comm_volume, flops
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import guarded
+from tests.launch import run_forked
 
 SMALL = ["--recipe", "tiny", "--window", "2", "--windows", "2"]
 XL = load_config("imagenet256_promoe_xl")
@@ -28,10 +30,11 @@ H100 = Hardware("test", 8, 1000.0, 0.5, 400.0, 50.0, 3000.0, 80.0, 0.0, 0.0, 0.5
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Three launches: (2, 1, stage 1), (2, 2, stage 1), (4, 2, stage 2), with uniform routing."""
-    out = tmp_path_factory.mktemp("study")
-    for options in (["--world", "2", "--ep", "1,2", "--stage", "1"], ["--world", "4", "--ep", "2", "--stage", "2"]):
-        assert guarded(run, [*SMALL, *options, "--routing", "uniform", "--out", str(out)]) == 0
+    """Three launches, one by torchrun: (2, 1, stage 1), (2, 2, stage 1), (4, 2, stage 2), with uniform routing."""
+    out, forked = tmp_path_factory.mktemp("study"), partial(run, start=run_forked)
+    for world, ep, stage, work in (("2", "1", "1", run), ("2", "1,2", "1", forked), ("4", "2", "2", forked)):
+        options = ["--world", world, "--ep", ep, "--stage", stage, "--routing", "uniform", "--out", str(out)]
+        assert guarded(work, [*SMALL, *options]) == 0
     return out
 
 

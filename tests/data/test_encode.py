@@ -81,6 +81,7 @@ def shards(folder: Path) -> int:
     return len(list(folder.glob("shard-*")))
 
 
+@pytest.mark.slow
 def test_three_processes_killed_twice_write_the_bytes_of_one(tree: Path, vae: Path, tmp_path: Path) -> None:
     alone, shared, threads = tmp_path / "alone", tmp_path / "shared", torch.get_num_threads()
     torch.set_num_threads(1)

@@ -124,6 +124,7 @@ def start(then: str, make: str = "make") -> tuple[subprocess.Popen[str], list[in
     return job, list(map(int, job.stdout.readline().split()))
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_parent_that_is_killed() -> None:
     """Whatever they are at: its peers would take its sockets, which they hold too, for a rank that lives."""
     job, pids = start("time.sleep(1000)", "lambda number: time.sleep(1000)")
@@ -133,6 +134,7 @@ def test_processes_end_with_a_parent_that_is_killed() -> None:
     wait_until(lambda: not any(map(alive, pids)))
 
 
+@pytest.mark.slow
 def test_a_process_that_forgot_to_end_them_still_exits() -> None:
     job, pids = start("next(workers)")
     wait_until(lambda: job.poll() is not None)

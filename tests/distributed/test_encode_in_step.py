@@ -106,7 +106,7 @@ def test_a_run_that_stops_in_the_middle_goes_on_at_another_topology(work: Path, 
     codec = tiny_kl(work / "other") / WEIGHTS
     save_file({key: value * 1.01 for key, value in load_file(codec).items()}, codec)
     words = f"data.name=images data.path={work}/tree data.vae={work}/other train.steps=30".split()
-    done = train("--config", str(work / "mine.yaml"), "--run", str(folder), *words, check=False)
+    done = train("--config", str(work / "mine.yaml"), "--run", str(folder), *words, check=False, fork=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "encoded by AutoencoderKL" in done.stderr and "was trained on 18 images of 2 classes" in done.stderr
 

@@ -15,15 +15,21 @@ from benchmarks import chaos
 from benchmarks.common import read_log
 from benchmarks.processes import PATIENCE
 from promoe_ds.checkpoint import layout
-from tests.launch import ROOT
+from tests.launch import ROOT, start_rank
 
 COMMON = ["--config", "tiny", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "parallel.expert_parallel=2"]
 LONG = ["train.steps=1000", "train.checkpoint_every=1000"]
 
 
+def start(arguments: list[str], world: int, outputs: Path, script: str = "launchers/train.py") -> chaos.Job:
+    """Ranks that have their imports."""
+    return chaos.Job(arguments, world, outputs, script, start_rank)
+
+
 def stopped(arguments: list[str], outputs: Path, number: signal.Signals, victims: list[int], step: int) -> chaos.Job:
-    """Start two ranks, signal some when `step` is logged (0: as soon as they listen), wait for the end."""
-    with chaos.Job(arguments, 2, outputs) as job:
+    """Start two ranks, signal some when `step` is logged (0: as soon as they listen, so they import for themselves),
+    wait for the end."""
+    with start(arguments, 2, outputs) if step else chaos.Job(arguments, 2, outputs) as job:
         job.wait_until(job.listening if step == 0 else lambda: job.step() >= step)
         job.send(number, victims)
         job.wait()
@@ -51,7 +57,7 @@ def test_signals_lose_no_step(tmp_path: Path) -> None:
     assert layout.step_of(layout.candidates(run)[-1]) == second.step()
 
     end = second.step() + 2
-    with chaos.Job([*COMMON, "--run", str(run), f"train.steps={end}"], 2, tmp_path / "4") as job:
+    with start([*COMMON, "--run", str(run), f"train.steps={end}"], 2, tmp_path / "4") as job:
         assert job.wait() == [0, 0], job.output()
     assert not marker.exists() and [r["step"] for r in read_log(run)] == list(range(1, end + 1))
 
@@ -59,7 +65,7 @@ def test_signals_lose_no_step(tmp_path: Path) -> None:
 def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> None:
     """Rank 1 stands still, so rank 2 is in a collective that does not end; the end of rank 2 ends rank 0."""
     arguments = ["--config", "tiny", *LONG, "train.global_batch_size=33", "--run", str(tmp_path / "run")]
-    with chaos.Job(arguments, 3, tmp_path / "out") as job:
+    with start(arguments, 3, tmp_path / "out") as job:
         job.wait_until(lambda: job.step() >= 2)
         job.send(signal.SIGSTOP, [1])
         job.send(signal.SIGTERM, [2])
@@ -75,7 +81,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> N
 def test_a_run_folder_in_use_ends_all_ranks_at_once(tmp_path: Path) -> None:
     """Only rank 0 sees the lock; the others must not wait for it, which would take `parallel.timeout_minutes`, 30."""
     lock = layout.claim(tmp_path / "run")
-    with chaos.Job([*COMMON, *LONG, "--run", str(tmp_path / "run")], 2, tmp_path / "out") as job:
+    with start([*COMMON, *LONG, "--run", str(tmp_path / "run")], 2, tmp_path / "out") as job:
         assert job.wait() == [2, 2], job.output()
     lock.close()
     errors = re.findall(r"^error: .*", job.output(), re.MULTILINE)
@@ -85,7 +91,7 @@ def test_a_run_folder_in_use_ends_all_ranks_at_once(tmp_path: Path) -> None:
 
 def test_an_error_of_one_rank_ends_the_others_by_name(tmp_path: Path) -> None:
     arguments = [*COMMON, *LONG, "--run", str(tmp_path / "run")]
-    with chaos.Job(arguments, 2, tmp_path / "out", "tests/distributed/faulty_train.py") as job:
+    with start(arguments, 2, tmp_path / "out", "tests/distributed/faulty_train.py") as job:
         assert job.wait() == [1, 1], job.output()
     errors = re.findall(r"^error: .*", job.output(), re.MULTILINE)
     assert errors == ["error: rank 1 failed: ZeroDivisionError: a fault of the test"]
@@ -94,7 +100,7 @@ def test_an_error_of_one_rank_ends_the_others_by_name(tmp_path: Path) -> None:
 
 def test_chaos(tmp_path: Path) -> None:
     """Four kills; benchmarks/results/chaos.md has twenty."""
-    run = chaos.Chaos(kills=4, seed=5211, folder=tmp_path, max_world=2)
+    run = chaos.Chaos(kills=4, seed=5211, folder=tmp_path, max_world=2, popen=start_rank)
     assert [str(strike.blow) for strike in run.strikes] == [
         *("SIGKILL to one rank during a save", "SIGKILL to one rank"),
         *("SIGUSR2 to one rank", "SIGUSR2 to all ranks while starting"),

@@ -71,14 +71,15 @@ def test_run_folder_holds_what_other_programs_rely_on(uninterrupted: Path) -> No
     assert not list((uninterrupted / "checkpoints").glob("tmp_*"))
 
 
-def test_kill_9_of_all_ranks_then_the_same_command_is_bit_exact(uninterrupted: Path, tmp_path: Path) -> None:
-    command = deepspeed(2, "launchers/train.py", *ZERO2_EP2, "--run", str(tmp_path / "run"), *STEPS)
+def test_kill_9_of_all_ranks_then_the_run_goes_on_bit_exact(uninterrupted: Path, tmp_path: Path) -> None:
+    words = (*ZERO2_EP2, "--run", str(tmp_path / "run"), *STEPS)
+    command = deepspeed(2, "launchers/train.py", *words)
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, text=True)
     wait_for_step(tmp_path / "run", 27, process)
     wait_for_checkpoint(tmp_path / "run", process)  # written behind the steps that follow its own
     kill(process)
     assert layout.step_of(layout.candidates(tmp_path / "run")[-1]) == 20
-    resumed = run(command)
+    resumed = train(*words, processes=2)
     assert "resuming at step 20 of 60" in resumed.stdout
     assert losses(tmp_path / "run") == losses(uninterrupted)
     whole, again = state(uninterrupted, 60), state(tmp_path / "run", 60)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from promoe_ds.config.errors import ConfigError
+from promoe_ds.evaluation import features
 from promoe_ds.evaluation.digits import digits_split
 from promoe_ds.evaluation.extractors import load_extractor
 from promoe_ds.evaluation.features import DigitsCNN
@@ -51,12 +52,18 @@ def test_read_only_images_are_accepted(cnn: DigitsCNN):
 def test_same_network_whatever_the_global_state():
     images = digits_split()[1].images_NHWC
     threads = torch.get_num_threads()
+    features._trained.cache_clear()
     torch.manual_seed(1)
-    one = DigitsCNN(epochs=2).logits(images)
+    first = DigitsCNN(epochs=2)
+    assert DigitsCNN(epochs=2)._net is first._net
+    one = first.logits(images)
+    features._trained.cache_clear()
     torch.manual_seed(2)
     torch.set_num_threads(2)
     try:
-        two = DigitsCNN(epochs=2).logits(images)
+        second = DigitsCNN(epochs=2)
+        assert second._net is not first._net
+        two = second.logits(images)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -65,6 +72,7 @@ def test_same_network_whatever_the_global_state():
 
 
 def test_global_generators_are_untouched():
+    features._trained.cache_clear()
     before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
     DigitsCNN(epochs=1)
     after = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()

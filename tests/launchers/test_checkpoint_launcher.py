@@ -263,6 +263,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob("tmp_*"))
 
 
+@pytest.mark.slow
 def test_it_starts_without_deepspeed_and_has_examples() -> None:
     code = "import sys; from launchers import checkpoint; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)

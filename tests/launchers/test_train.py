@@ -248,7 +248,7 @@ def test_a_value_that_deepspeed_refuses(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "abc"}}))
     folder = tmp_path / "run"
-    done = train("--config", "tiny", "--ds_config", str(path), "--run", str(folder), check=False)
+    done = train("--config", "tiny", "--ds_config", str(path), "--run", str(folder), check=False, fork=True)
     (line,) = done.stderr.strip().splitlines()[-1:]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert line.startswith(f'error: {path}: zero_optimization.reduce_bucket_size="abc": ')
@@ -272,7 +272,7 @@ def test_a_full_disk_costs_no_checkpoint_and_with_more_room_the_run_continues(tm
     run = tmp_path / "disk" / "run"
     command = ("--config", "tiny", "--run", str(run), "train.steps=12", "train.checkpoint_every=5")
     with tmpfs(tmp_path / "disk", "5m") as disk:
-        done = train(*command, "train.on_save_error=continue", check=False)
+        done = train(*command, "train.on_save_error=continue", check=False, fork=True)
         warning, error = (t for t in done.stderr.splitlines() if t.startswith(("warning: checkpoint", "error: ")))
         assert done.returncode == 2 and "step 12/12" in done.stdout
         for line, step in ((warning, 10), (error, 12)):

@@ -34,6 +34,8 @@ from promoe_ds.recipes.load import load_config
 from tests.launch import CXX, ROOT
 from tests.models.test_dit import awake
 
+pytestmark = pytest.mark.slow  # tracing and compiling take minutes
+
 NULL = 10
 BATCHES = (
     [1, 3, 5, 7, 9],
@@ -110,12 +112,15 @@ class Counting:
 
 @pytest.mark.parametrize("router", ONE_GRAPH)
 def test_a_block_is_one_graph(router: str) -> None:
-    """Blocks share graphs; other numbers of labelled images need few more, and the model stays the same."""
-    overrides = (f"moe.router.name={router}", "model.depth=4" if router == "promoe" else "model.depth=2")
-    backend = Counting()
+    """Blocks share graphs; other numbers of labelled images need few more, and the model stays the same.
+
+    One router has dense blocks beside it, whose graphs are those of all.
+    """
+    shape = ("model.depth=4",) if router == "promoe" else ("model.depth=2", "moe.layers=all")
+    backend, overrides = Counting(), (f"moe.router.name={router}", *shape)
     plain, compiled = model_of(*overrides), compile_model(model_of(*overrides), backend)
     same(plain, compiled, BATCHES[1])
-    assert backend.attentions == [1, 1], "one for the dense blocks, one for the MoE blocks"
+    assert backend.attentions == [1] * (1 + (router == "promoe")), "one for the dense blocks, one for the MoE blocks"
     for labels in BATCHES:
         same(plain, compiled, labels)
     assert set(backend.attentions) == {1} and len(backend.attentions) < GRAPHS // 4, "whole blocks, and few"
@@ -141,10 +146,20 @@ def test_other_blocks_are_compiled_in_parts(override: str) -> None:
 
 
 def test_lowered_graphs_compute_the_same() -> None:
-    """Forward and backward as a compiler gets them; with autocast, and with blocks computed again."""
+    """Forward and backward as a compiler gets them; with autocast, and with blocks computed again.
+
+    Gradients arrive in one order whatever the labels: ZeRO-2 fills buckets in this order, and ranks with other orders
+    would add up strangers.
+    """
     plain, compiled = model_of(), compile_model(model_of(), Counting(lowered=True))
-    for labels in BATCHES[1:3]:
+    orders: list[list[str]] = []
+    for name, p in compiled.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: orders[-1].append(name))
+    for labels in BATCHES:
+        orders.append([])
         same(plain, compiled, labels)
+    assert orders[0] and all(found == orders[0] for found in orders)
     same(plain, compiled, BATCHES[1], mixed=True)
     same(plain, compile_model(model_of("train.activation_checkpointing=block"), Counting(lowered=True)), BATCHES[1])
 
@@ -160,20 +175,6 @@ def test_whoever_watches_sees_the_routers_of_a_compiled_model() -> None:
     with watching(model, see):
         step(model, BATCHES[1])
     assert seen == [4 * 16]
-
-
-def test_gradients_arrive_in_one_order() -> None:
-    """Whatever the labels: ZeRO-2 fills buckets in this order, and ranks with other orders would add up strangers."""
-    model, orders = compile_model(model_of(), Counting(lowered=True)), []
-    order: list[str] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
-    for labels in BATCHES:
-        order.clear()
-        step(model, labels)
-        orders.append(order[:])
-    assert all(found == orders[0] for found in orders)
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")

@@ -46,18 +46,31 @@ def test_a_reduction_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatc
         assert zero.overlap_comm
 
 
+@pytest.mark.slow
 def test_no_compiler_is_loaded_to_start() -> None:
-    """A second or two for each rank: DeepSpeed's Muon would load it, and the way in which torch fills an embedding."""
+    """Two seconds for each rank: DeepSpeed's Muon would load it, torch's AdamW and the way in which torch makes and
+    fills tensors, and whoever looks at routers."""
     program = """
-import sys
+import sys, torch
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.observe import watching
 from promoe_ds.recipes.load import load_config
-materialize(build(load_config("tiny")), 0)
-assert "torch._dynamo" not in sys.modules, "for sampling"
+config = load_config("tiny")
+model = materialize(build(config), 0)
+with watching(model, print):
+    pass
+assert "sympy" not in sys.modules, "for sampling"
+from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.engine import _import_muon
 _import_muon()
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-assert "torch._inductor" not in sys.modules and MuonWithAuxAdam, "for training"
+weight = torch.nn.Parameter(torch.ones(2))
+adam = AdamWithEMA([weight], config.optimizer)
+weight.grad = torch.ones(2)
+adam.step()
+adam.zero_grad()
+assert weight.grad is None and (weight < 1).all()
+assert "torch._dynamo" not in sys.modules and MuonWithAuxAdam, "for training"
 """
     subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
 

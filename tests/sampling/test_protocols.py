@@ -82,6 +82,7 @@ def test_images_are_those_of_the_projects_own_code(name: str, tmp_path: Path) ->
     torch.testing.assert_close(drawn(name, imported(name, tmp_path)) / scale, theirs / scale, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_part_of_a_preset_matters(tmp_path: Path) -> None:
     """The comparison above would notice another one."""
     with np.load(GOLDEN) as golden:

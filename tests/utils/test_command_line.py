@@ -45,6 +45,7 @@ def start(*command: object, **variables: str) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "rank", "errors"),
     [(signal.SIGINT, 130, "0", LINE), (signal.SIGTERM, 85, "0", LINE), (signal.SIGINT, 130, "1", "")],
@@ -61,6 +62,7 @@ def test_a_stop_and_the_copy_that_a_launcher_passes_on(
     assert process.returncode == code
 
 
+@pytest.mark.slow
 def test_a_library_may_make_another_error_of_the_interrupt() -> None:
     """As torch does in `get_tensor`; or one of ours around it, which would call a file damaged."""
     body = textwrap.dedent("""
@@ -84,6 +86,7 @@ def test_a_library_may_make_another_error_of_the_interrupt() -> None:
         assert process.communicate(timeout=PATIENCE) == ("", LINE) and process.returncode == 130
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_gets_lost_comes_again() -> None:
     """Python only prints what a finalizer raises, and goes on. What clears up is not interrupted, however long."""
     process = start(
@@ -126,6 +129,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_sampling_scoring_and_encoding(tmp_path: Path) -> None:
     """While libraries load there is nothing to say: the process dies of the signal, as shells expect."""
     images, labels = digits_images()

@@ -100,6 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_folder(trained: Path) -> None:
     names = {p.name for p in trained.rglob("*")}
     assert {"state-00000-of-00001.safetensors", "manifest.json", "experts.png", "top_steps_1_to_2.txt"} <= names
@@ -127,6 +128,7 @@ def commands(run: Path, inputs: Path, out: Path) -> None:
     analyze.analyze(["--run", str(run), *small, "--out", str(out / "report")])
 
 
+@pytest.mark.slow
 @MASKS
 def test_every_tree_that_a_command_writes(trained: Path, tmp_path: Path, umask: int) -> None:
     write_tree(tmp_path / "tree", 3, 20)

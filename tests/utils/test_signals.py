@@ -11,9 +11,13 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.processes import PATIENCE, wait_until
 from promoe_ds.utils import signals
 from tests.launch import ENVIRONMENT, ROOT
+
+pytestmark = pytest.mark.slow  # starts processes, and waits
 
 
 def start(body: str) -> subprocess.Popen[str]:
