@@ -148,16 +148,17 @@ def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tenso
 
 
 def join(
-    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, both: bool
+    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, seen: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`residual_adaln` -> (the stream, the next part's input, with `both` that input in fp32 unless it is fp32)."""
+    """`residual_adaln` -> (the stream, the next part's input, that of the first `seen` images in fp32 or None: take it
+    from the input)."""
     if fused.fusible(x_BSD):
         dtype = _product_dtype(x_BSD)
         # in a model of bf16 weights, routers take bf16
-        both = both and torch.is_autocast_enabled(x_BSD.device.type) and dtype != torch.float32
-        inputs = x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D, dtype, both
-        x_BSD, h_BSD, fp32_BSD = recomputed(fused.residual_adaln, *inputs)
-        return x_BSD, h_BSD, fp32_BSD if both else None
+        seen = seen if torch.is_autocast_enabled(x_BSD.device.type) and dtype != torch.float32 else 0
+        inputs = x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D, dtype, seen
+        x_BSD, h_BSD, fp32_ISD = recomputed(fused.residual_adaln, *inputs)
+        return x_BSD, h_BSD, fp32_ISD if seen else None
     if _is_narrow(x_BSD):
         x_BSD = leave(x_BSD, gate_B1D, out_BSD)
         return *modulate(x_BSD, shift_B1D, scale_B1D), None

@@ -48,7 +48,8 @@ def _normalised(x, live, D: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no
 
 @jit
 def _forward(  # type: ignore[no-untyped-def]
-    x_ptr, gate_ptr, out_ptr, shift_ptr, scale_ptr, y_ptr, h_ptr, h32_ptr, S, gate_step, shift_step, scale_step,
+    x_ptr, gate_ptr, out_ptr, shift_ptr, scale_ptr, y_ptr, h_ptr, h32_ptr,
+    S, rows32, gate_step, shift_step, scale_step,
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
@@ -64,14 +65,15 @@ def _forward(  # type: ignore[no-untyped-def]
         h += _load(shift_ptr, image * shift_step + column, live)
         tl.store(h_ptr + at, h, mask=live)
         if BOTH:
-            tl.store(h32_ptr + at, h, mask=live)
+            tl.store(h32_ptr + at, h, mask=live & (row < rows32))
 
 
 @jit
 def _backward(  # type: ignore[no-untyped-def]
-    dy_ptr, dh_ptr, x_ptr, gate_ptr, out_ptr, scale_ptr, dx_ptr, dout_ptr, sums_ptr, S, gate_step, scale_step, C, BC,
+    dy_ptr, dh_ptr, dh32_ptr, x_ptr, gate_ptr, out_ptr, scale_ptr, dx_ptr, dout_ptr, sums_ptr,
+    S, rows32, gate_step, scale_step, C, BC,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     image, part, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     live = column < D
@@ -93,6 +95,8 @@ def _backward(  # type: ignore[no-untyped-def]
                 x += gate * out
             normal, rstd = _normalised(x, live, D, EPS)
             dh = _load(dh_ptr, at, live)
+            if BOTH:
+                dh += _load(dh32_ptr, at, live & (image * S + row < rows32))
             dshift += dh
             dscale += dh * normal
             dn = dh * scale
@@ -124,22 +128,22 @@ def forward(
     x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     y: Tensor, h: Tensor, h32: Tensor,
 ) -> None:  # fmt: skip
-    """Fill y = x + gate * out if there is an `out`, and h = norm(y) * (1 + scale) + shift if there is a `scale`; also
-    in fp32 if h32 has elements. Shapes as in `fused.residual_adaln`; x, out contiguous; gate, shift, scale rows."""
+    """Fill y = x + gate * out if there is an `out`, and h = norm(y) * (1 + scale) + shift if there is a `scale`; in
+    fp32 as much of it as h32 holds. Shapes as in `fused.residual_adaln`; x, out contiguous; gate, shift, scale rows."""
     B, S, D = x.shape
     _forward[(B * S,)](
-        x, gate, out, shift, scale, y, h, h32, S, _step(gate), _step(shift), _step(scale), EPS=EPS, **_widths(D),
-        RESIDUAL=out is not None, NORM=scale is not None, BOTH=h32.numel() > 0,
+        x, gate, out, shift, scale, y, h, h32, S, h32.numel() // D, _step(gate), _step(shift), _step(scale), EPS=EPS,
+        **_widths(D), RESIDUAL=out is not None, NORM=scale is not None, BOTH=h32.numel() > 0,
     )  # fmt: skip
 
 
 def backward(
-    dy: Tensor, dh: Tensor | None, x: Tensor | None, gate: Tensor | None, out: Tensor | None,
+    dy: Tensor, dh: Tensor | None, dh32: Tensor | None, x: Tensor | None, gate: Tensor | None, out: Tensor | None,
     scale: Tensor | None, dx: Tensor, dout: Tensor, sums: Tensor,
 ) -> None:  # fmt: skip
     """Fill the gradients of x and out, and the sums [1 to 3, B, C, D] that make those of shift, scale and gate."""
-    (B, S, D), C = dy.shape, sums.shape[2]
+    (B, S, D), C, rows32 = dy.shape, sums.shape[2], 0 if dh32 is None else dh32.shape[0] * dh32.shape[1]
     _backward[(B, C)](
-        dy, dh, x, gate, out, scale, dx, dout, sums, S, _step(gate), _step(scale), C, B * C, ROWS=ROWS, EPS=EPS,
-        **_widths(D), RESIDUAL=out is not None, NORM=scale is not None,
+        dy, dh, dh32, x, gate, out, scale, dx, dout, sums, S, rows32, _step(gate), _step(scale), C, B * C,
+        ROWS=ROWS, EPS=EPS, **_widths(D), RESIDUAL=out is not None, NORM=scale is not None, BOTH=dh32 is not None,
     )  # fmt: skip

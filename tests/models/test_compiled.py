@@ -286,6 +286,7 @@ def test_the_operators_of_the_kernels_give_the_plain_gradients(backend: str, mon
     """Residual and adaLN as on CUDA, by the operators' plain version: without a compiler, and in its graphs."""
     plain, other = model_of(), model_of()
     wanted = [step(plain, labels) for labels in BATCHES[:2]]
+    mixed = step(plain, BATCHES[1], mixed=True)[0].prediction
     monkeypatch.setattr(fused, "fusible", lambda _: True)
     if backend != "eager":
         compile_model(other, backend)
@@ -296,3 +297,5 @@ def test_the_operators_of_the_kernels_give_the_plain_gradients(backend: str, mon
         assert grads.keys() == want_grads.keys()
         for name, grad in want_grads.items():
             assert float((grads[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7 * scale, name
+    found = step(other, BATCHES[1], mixed=True)[0]  # the router sees the norm in fp32, of images with a label
+    torch.testing.assert_close(found.prediction, mixed, rtol=0.05, atol=0.01)
