@@ -61,7 +61,7 @@ class DiTBlock(nn.Module):
         """-> (x_BSD, what its MoE layer tells); c_BD is the conditioning, time_BD its part of the timestep."""
         if not isinstance(self.mlp, MoELayer):
             x_BSD, h_BSD, gate_B1D, _ = self.attend(x_BSD, c_BD)
-            return leave(x_BSD, gate_B1D, self.mlp(h_BSD)), None
+            return leave(x_BSD, gate_B1D, *self.mlp.beside_bias(h_BSD)), None
         modulated, images = self.router_input == "modulated", self.mlp.images_seen(split)
         x_BSD, h_BSD, gate_B1D, fp32_ISD = self.attend(x_BSD, c_BD, images if modulated else 0)
         seen = fp32_ISD if modulated else self.looked_at(x_BSD, time_BD)
@@ -77,7 +77,8 @@ class DiTBlock(nn.Module):
         `seen` images in fp32 where it is made beside the input)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
         x_BSD, h_BSD = modulate(x_BSD, shift_a, scale_a)
-        x_BSD, h_BSD, fp32_ISD = join(x_BSD, gate_a, self.attn(h_BSD), shift_m, scale_m, seen)
+        out_BSD, bias_D = self.attn(h_BSD)
+        x_BSD, h_BSD, fp32_ISD = join(x_BSD, gate_a, out_BSD, shift_m, scale_m, seen, bias_D)
         return x_BSD, h_BSD, gate_m, fp32_ISD
 
 

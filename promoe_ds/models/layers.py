@@ -58,12 +58,14 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> [B, S, D], and what `Linear.beside_bias` gives of it."""
         B, S, D = x_BSD.shape
         # Taken apart side by side, so that the gradient is put together in one pass, as the product takes it.
         q, k, v = (x.transpose(1, 2) for x in self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).unbind(2))
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, D))
+        out_BSD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, D)
+        return self.proj.beside_bias(out_BSD)
 
 
 class Modulation(nn.Module):

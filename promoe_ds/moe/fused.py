@@ -67,14 +67,14 @@ def _results(
 @torch.library.custom_op("promoe_ds_fused::residual_adaln_backward", mutates_args=())
 def backward(
     dy: Tensor, dh: Tensor | None, dh32: Tensor | None, x: Tensor | None, gate: Tensor | None, out: Tensor | None,
-    scale: Tensor | None,
+    scale: Tensor | None, of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> the gradients of x (none without a norm: it is dy) and out, and of shift and scale, gate, or all three the
-    parts [1 to 3, B, C, D], whose sum over C they are. Without a norm x is not needed. dh32 is of
-    the h in fp32, of as many images as there are in it."""
-    results = dx, dout, sums = _gradients(dy, dh, dh32, x, gate, out, scale)
+    """-> the gradients of x (none without a norm: it is dy) and out, and of shift and scale, gate, and if wanted of the
+    bias in out the parts [1 to 4, B, C, D], whose sum over C, and for the bias over B, they are. Without a norm x is
+    not needed. dh32 is of the h in fp32, of as many images as there are in it."""
+    results = dx, dout, sums = _gradients(dy, dh, dh32, x, gate, out, scale, of_bias)
     if dx.is_cuda:
-        triton_kernels.backward(dy, dh, dh32, x, gate, out, scale, *results)
+        triton_kernels.backward(dy, dh, dh32, x, gate, out, scale, of_bias, *results)
         return results
     total, columns = dy.float(), []
     if x is not None and scale is not None and dh is not None:
@@ -87,7 +87,7 @@ def backward(
         total = total + dn
         dx.copy_(total)
     if gate is not None and out is not None:
-        columns.append(total * out)
+        columns += [total * out] + [total * gate] * of_bias
         dout.copy_(total * gate)
     for part, column in zip(sums.zero_(), columns, strict=True):
         part[:, 0] = column.sum(1)
@@ -96,9 +96,9 @@ def backward(
 
 @backward.register_fake
 def _gradients(
-    dy: Tensor, dh: Any, dh32: Any, x: Any, gate: Any, out: Any, scale: Any
+    dy: Tensor, dh: Any, dh32: Any, x: Any, gate: Any, out: Any, scale: Any, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (B, S, D), sums = dy.shape, 2 * (scale is not None) + (out is not None)
+    (B, S, D), sums = dy.shape, 2 * (scale is not None) + (out is not None) + of_bias
     return (
         dy.new_empty(dy.shape if scale is not None else 0),
         dy.new_empty(dy.shape if out is not None else 0, dtype=None if out is None else out.dtype),
@@ -114,9 +114,10 @@ def _of_all(part: Tensor, whole: Tensor) -> Tensor:
 class _ResidualAdaln(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Any, out: Any, shift: Any, scale: Any, dtype: torch.dtype, seen: int
+        ctx: Any, x: Tensor, gate: Any, out: Any, shift: Any, scale: Any, dtype: torch.dtype, seen: int, bias: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         keep(ctx, x if scale is not None else None, gate, out, scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         if scale is None and torch.compiler.is_compiling():  # pointwise: a compiler joins it with what comes before
             return x + gate.to(x.dtype) * out.to(x.dtype), x.new_empty(0), x.new_empty(0)
         y, h, h32 = forward(x, gate, out, shift, scale, dtype, seen)
@@ -130,17 +131,19 @@ class _ResidualAdaln(torch.autograd.Function):
         dh, dh32 = dh if scale is not None else None, dh32 if dh32.numel() else None
         if dh is not None and dh32 is not None and torch.compiler.is_compiling():  # joined with what makes dh
             dh, dh32 = (dh + _of_all(dh32, dh)).to(dh.dtype), None
-        dx, dout, sums = backward(dy, dh, dh32, x, gate, out, scale)
+        dx, dout, sums = backward(dy, dh, dh32, x, gate, out, scale, ctx.bias_dtype is not None)
         columns = iter(sums.sum(2)[:, :, None])
         dshift, dscale = (None, None) if scale is None else (next(columns).to(scale.dtype) for _ in range(2))
         if out is None:
-            return dx, None, None, dshift, dscale, None, None
-        return dy if scale is None else dx, next(columns).to(gate.dtype), dout, dshift, dscale, None, None
+            return dx, None, None, dshift, dscale, None, None, None
+        dgate = next(columns).to(gate.dtype)
+        dbias = None if ctx.bias_dtype is None else next(columns).sum((0, 1)).to(ctx.bias_dtype)
+        return dy if scale is None else dx, dgate, dout, dshift, dscale, None, None, dbias
 
 
 def residual_adaln(
     x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    dtype: torch.dtype = torch.float32, seen: int = 0,
+    dtype: torch.dtype = torch.float32, seen: int = 0, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As above; differentiable once.
 
@@ -150,9 +153,10 @@ def residual_adaln(
         shift, scale: [B, 1, D], or None.
         dtype: of h.
         seen: number of images, the first, whose h is wanted in float32 too.
+        bias: [D], contained in `out` already but without its gradient, which is the sum of out's; or None.
 
     Returns:
         y as x and h, both [B, S, D], and h in float32, [seen, S, D]; what was not asked for has no elements. Without
         an `out` y is x: who goes on with y has its gradient added in the same pass.
     """
-    return _ResidualAdaln.apply(x, gate, out, shift, scale, dtype, seen)  # type: ignore[no-any-return]
+    return _ResidualAdaln.apply(x, gate, out, shift, scale, dtype, seen, bias)  # type: ignore[no-any-return]

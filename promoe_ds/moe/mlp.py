@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.moe import fused
 from promoe_ds.moe.recompute import linear
 
 
@@ -20,11 +21,23 @@ def gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))  # 2 sqrt(2/pi), and 0.044715 of it
 
 
+def _in_graph_on_cuda(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and fused.fusible(x)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that keeps no input that can be computed again."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return linear(x, self.weight, self.bias)
+
+    def beside_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> (the result, its bias or None). A bias is to be given to `residual_adaln`, whose kernel makes its gradient
+        beside that of the result, for which there would be one more reading of it. In graphs on CUDA alone: elsewhere
+        ZeRO-3 may hold the bias inside this module's forward."""
+        if not _in_graph_on_cuda(x):
+            return self(x), None
+        return F.linear(x, self.weight, self.bias.detach()), self.bias
 
 
 class Mlp(nn.Module):
@@ -37,3 +50,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
+
+    def beside_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As of its last layer."""
+        if not _in_graph_on_cuda(x):
+            return self(x), None
+        return self.fc2.beside_bias(self.activation(self.fc1(x)))

@@ -73,12 +73,12 @@ def _backward(  # type: ignore[no-untyped-def]
     dy_ptr, dh_ptr, dh32_ptr, x_ptr, gate_ptr, out_ptr, scale_ptr, dx_ptr, dout_ptr, sums_ptr,
     S, rows32, gate_step, scale_step, C, BC,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr, BOTH: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, BOTH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     image, part, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     live = column < D
     gate, scale = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    dgate, dshift, dscale = gate, gate, gate
+    dgate, dshift, dscale, total = gate, gate, gate, gate
     if RESIDUAL:
         gate = _load(gate_ptr, image * gate_step + column, live)
     if NORM:
@@ -106,12 +106,15 @@ def _backward(  # type: ignore[no-untyped-def]
         if RESIDUAL:
             tl.store(dout_ptr + at, dx * gate, mask=live)
             dgate += dx * out
+            total += dx
     to, live = (image * C + part) * D + column, column < D
     if NORM:
         tl.store(sums_ptr + to, dshift, mask=live)
         tl.store(sums_ptr + BC * D + to, dscale, mask=live)
     if RESIDUAL:
         tl.store(sums_ptr + (2 * BC if NORM else 0) * D + to, dgate, mask=live)
+    if BIAS:
+        tl.store(sums_ptr + (3 * BC if NORM else BC) * D + to, total * gate, mask=live)
 
 
 def _widths(D: int) -> dict[str, int]:
@@ -139,11 +142,12 @@ def forward(
 
 def backward(
     dy: Tensor, dh: Tensor | None, dh32: Tensor | None, x: Tensor | None, gate: Tensor | None, out: Tensor | None,
-    scale: Tensor | None, dx: Tensor, dout: Tensor, sums: Tensor,
+    scale: Tensor | None, of_bias: bool, dx: Tensor, dout: Tensor, sums: Tensor,
 ) -> None:  # fmt: skip
-    """Fill the gradients of x and out, and the sums [1 to 3, B, C, D] that make those of shift, scale and gate."""
+    """Fill the gradients of x and out, and the sums [1 to 4, B, C, D] that make those of shift, scale, gate, bias."""
     (B, S, D), C, rows32 = dy.shape, sums.shape[2], 0 if dh32 is None else dh32.shape[0] * dh32.shape[1]
     _backward[(B, C)](
         dy, dh, dh32, x, gate, out, scale, dx, dout, sums, S, rows32, _step(gate), _step(scale), C, B * C,
         ROWS=ROWS, EPS=EPS, **_widths(D), RESIDUAL=out is not None, NORM=scale is not None, BOTH=dh32 is not None,
+        BIAS=of_bias,
     )  # fmt: skip
