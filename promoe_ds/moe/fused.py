@@ -3,6 +3,8 @@
     y = x + gate * out                      if there is an `out`, else x
     h = norm(y) * (1 + scale) + shift       if there is a `scale`
 
+And the gradient of GELU with its column sums, which are that of the bias added before.
+
 `models/adaln.py` computes it plainly where the kernels cannot run. The operators have a plain version beside the
 kernels, for tests and to count bytes without a GPU.
 
@@ -20,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from promoe_ds.moe import triton_kernels
 from promoe_ds.moe.recompute import keep, kept
-from promoe_ds.moe.triton_kernels import EPS, ROWS
+from promoe_ds.moe.triton_kernels import EPS, GELU_ROWS, ROWS
 
 
 def fusible(x: Tensor) -> bool:
@@ -160,3 +162,23 @@ def residual_adaln(
         an `out` y is x: who goes on with y has its gradient added in the same pass.
     """
     return _ResidualAdaln.apply(x, gate, out, shift, scale, dtype, seen, bias)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("promoe_ds_fused::gelu_backward", mutates_args=())
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of GELU in its tanh form, contiguous [N, F] both -> that of x, and [C, F], whose sum over C is that of
+    its columns, in fp32."""
+    results = dx, sums = _gelu_gradients(grad, x)
+    if x.is_cuda:
+        triton_kernels.gelu_backward(grad, x, dx, sums)
+        return results
+    exact = torch.ops.aten.gelu_backward(grad.float(), x.float(), approximate="tanh")
+    dx.copy_(exact)
+    sums.zero_()[:1] = exact.sum(0)
+    return results
+
+
+@gelu_backward.register_fake
+def _gelu_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    N, F = x.shape
+    return torch.empty_like(x), x.new_empty(-(-N // GELU_ROWS), F, dtype=torch.float32)

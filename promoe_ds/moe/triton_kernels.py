@@ -5,7 +5,9 @@ plain version reads it up to nine times. The backward pass needs sums along a ro
 shift, scale and gate) at once, for which the compiler makes kernels of their own: a program here walks down some rows
 of one image, one row in registers at a time, and adds up its columns.
 
-Legend: B images, S tokens per image, D width, C programs per image in the backward pass.
+GELU backward, whose columns are summed beside it: a program walks down some rows of some columns.
+
+Legend: B images, S tokens per image, D width, C programs per image in the backward pass, N rows, F hidden.
 """
 
 # pyright: reportInvalidTypeForm=false, reportOptionalMemberAccess=false
@@ -26,6 +28,8 @@ READY = triton is not None and "__file__" in globals()
 """whether kernels can be made: Triton reads their source, which an exported pipeline has not as a file"""
 ROWS = 16
 """of a program of the backward pass: sums down the columns cost 4 / ROWS of a tensor in the tokens' fp32 each"""
+GELU_ROWS = 64
+"""of a program of GELU's backward pass: the sums are 1 / GELU_ROWS of the columns, in fp32"""
 EPS = 1e-6
 
 
@@ -117,6 +121,24 @@ def _backward(  # type: ignore[no-untyped-def]
         tl.store(sums_ptr + (3 * BC if NORM else BC) * D + to, total * gate, mask=live)
 
 
+@jit
+def _gelu_backward(  # type: ignore[no-untyped-def]
+    grad_ptr, x_ptr, dx_ptr, sums_ptr, N, F, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    part, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(ROWS):
+        row = part * ROWS + i
+        live, at = (column < F) & (row < N), row * F + column
+        x = _load(x_ptr, at, live)
+        sigmoid = 1 / (1 + tl.exp(-x * (1.5957691216057308 + 0.07135481627260025 * x * x)))  # as in `mlp.gelu`
+        slope = 1.5957691216057308 + 0.21406444881780075 * x * x
+        dx = _load(grad_ptr, at, live) * sigmoid * (1 + x * (1 - sigmoid) * slope)
+        tl.store(dx_ptr + at, dx, mask=live)
+        total += dx
+    tl.store(sums_ptr + part * F + column, total, mask=column < F)
+
+
 def _widths(D: int) -> dict[str, int]:
     block = triton.next_power_of_2(D)
     return {"D": D, "BLOCK": block, "num_warps": max(1, min(16, block // 256))}
@@ -151,3 +173,12 @@ def backward(
         ROWS=ROWS, EPS=EPS, **_widths(D), RESIDUAL=out is not None, NORM=scale is not None, BOTH=dh32 is not None,
         BIAS=of_bias,
     )  # fmt: skip
+
+
+def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor, sums: Tensor) -> None:
+    """Fill the gradient of x, all contiguous [N, F], and the parts [C, F] of its column sums."""
+    parts, F = sums.shape
+    if parts:
+        block = 512
+        grid = parts, -(-F // block)
+        _gelu_backward[grid](grad, x, dx, sums, len(x), F, BLOCK=block, ROWS=GELU_ROWS, num_warps=2)

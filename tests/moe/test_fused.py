@@ -131,3 +131,25 @@ def test_kernels_against_float64(dtype: torch.dtype, residual: bool, norm: bool)
     for name, found_B1D in zip(names, grads[2].sum(2)[:, :, None], strict=True):
         found = found_B1D.sum((0, 1)) if name == "bias" else found_B1D
         assert float((found.double() - exact_grads[name]).norm()) <= 1e-6 * float(exact_grads[name].norm()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_triton)])
+@pytest.mark.parametrize("rows", [0, 1, 130])
+def test_gelu_backward_against_float64(dtype: torch.dtype, kernel: bool, rows: int) -> None:
+    """Rows that do not fill a program, more columns than one has, and values where exp overflows."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(rows, 600, generator=generator).to(dtype) for _ in range(2))
+    if rows:
+        x[0, :4] = torch.tensor([-30.0, 30.0, 0.0, -5.0])
+    if kernel:
+        dx, sums = fused._gelu_gradients(grad, x)
+        triton_kernels.gelu_backward(grad, x, dx, sums)
+    else:
+        dx, sums = fused.gelu_backward(grad, x)
+    exact = x.double().requires_grad_()
+    torch.nn.functional.gelu(exact, approximate="tanh").backward(grad.double())
+    assert exact.grad is not None and dx.dtype == dtype and sums.dtype == torch.float32
+    scale = float(exact.grad.norm())
+    assert float((dx.double() - exact.grad).norm()) <= (1e-6 if dtype == torch.float32 else 4e-3) * scale
+    assert float((sums.double().sum(0) - exact.grad.sum(0)).norm()) <= 1e-6 * scale
