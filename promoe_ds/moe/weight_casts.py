@@ -80,7 +80,7 @@ def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tens
     contiguous = torch.contiguous_format
     copies = [torch.empty_like(x, dtype=d, memory_format=contiguous) for x, d in zip(tensors, dtypes, strict=True)]
     if copies:
-        torch._foreach_copy_(copies, tensors)
+        torch._foreach_copy_(copies, list(tensors))
     return copies
 
 
