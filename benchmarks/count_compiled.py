@@ -5,8 +5,9 @@
 
 A block is traced on the CPU, and its graphs are lowered as for CUDA of compute capability 9.0, up to the choice of
 kernels: nothing is generated or run. Attention stays the CPU's operator, one kernel with the same inputs and outputs. A
-kernel's bytes are those of the buffers it reads and writes. This reaches into the compiler, and needs a torch with
-Triton, which the CPU builds lack; it was written for torch 2.11.0, the CUDA build, which also runs without a GPU.
+kernel's bytes are those of the buffers it reads and writes. Outside the graphs weights are cast, once per optimizer
+step, and their gradients, in each micro-batch: `moe/weight_casts.py`. This reaches into the compiler, and needs Triton,
+which torch's CPU builds lack: its package is enough. It was written for torch 2.11.0 and 2.13.0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from benchmarks.common import table
 from benchmarks.throughput import split_of
 from promoe_ds.config.errors import reject
-from promoe_ds.models.compiled import compile_whole
+from promoe_ds.models.compiled import compile_whole, products
 from promoe_ds.models.dit import DiTBlock
 from promoe_ds.moe import fused
 from promoe_ds.recipes.load import load_config
@@ -43,6 +44,11 @@ H100 = types.SimpleNamespace(
     shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 * 2**20, gcnArchName="", uuid="",
 )  # fmt: skip
+PARTS = {
+    "forward and backward": ("forward", "backward", "their gradients"),
+    "weights, once per optimizer step": ("weights, per step",),
+}
+"""what is printed of all blocks, and the passes in it"""
 
 
 class Kernels:
@@ -52,6 +58,13 @@ class Kernels:
         self.number: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.each: list[tuple[int, str, str, str]] = []
+
+    def add_casts(self, block: torch.nn.Module) -> None:
+        """Of weights and their gradients, outside the graphs; torch casts this many elements in one launch."""
+        elements = sum(p.numel() for layer in products(block) for p in layer.parameters(recurse=False))
+        for where in ("weights, per step", "their gradients"):
+            self.number[where, "memory-bound"] = -(-elements // (320 * 65536))
+            self.bytes[where, "memory-bound"] = 6 * elements
 
     def add(self, scheduled: Any, where: str) -> None:
         kind = type(scheduled).__name__
@@ -80,9 +93,12 @@ def pretend() -> None:
     cuda.current_device, cuda.device_count = lambda: 0, lambda: 1
     fused.fusible = lambda _: True
     import torch._inductor.config as inductor  # not before: it keeps the functions it finds
+    import torch._inductor.fx_passes.reinplace as reinplace
     import torch._inductor.scheduler as scheduler
 
     scheduler.has_triton = lambda *_, **__: True  # type: ignore[attr-defined]
+    # what it returns is its first argument; on the way it copies, which a torch for CPUs does not do on CUDA
+    reinplace._inplace_generalized_scatter = lambda whole, part, views: whole
     inductor.compile_threads, inductor.fx_graph_cache = 1, False
 
 
@@ -187,6 +203,7 @@ def count(size: str, images: int, is_moe: bool) -> Kernels:
     if stats is not None:
         total = total + sum(term.sum() for term in stats.terms.values()) + stats.weight_N.sum()
     total.backward()
+    kernels.add_casts(block)
     return kernels
 
 
@@ -209,10 +226,10 @@ def run(words: list[str]) -> None:
         for (where, group), number in kernels.number.items():
             rows.append([name, where, group, number, f"{kernels.bytes[where, group] / 1e9:.3f}"])
     print(table(["block", "pass", "kernels", "number", "GB"], rows))
-    each = {name: sum(b for (_, group), b in k.bytes.items() if group == "memory-bound") / 1e9
-            for name, k in (("dense", dense), ("moe", moe))}  # fmt: skip
-    whole = (depth - layers) * each["dense"] + layers * each["moe"]
-    print(f"\nmemory-bound GB of all blocks: ProMoE {whole:.0f}, Dense {depth * each['dense']:.0f}")
+    print("\nmemory-bound GB of all blocks:")
+    for name, of in PARTS.items():
+        each, other = (sum(k.bytes[where, "memory-bound"] for where in of) / 1e9 for k in (dense, moe))
+        print(f"{name}: ProMoE {(depth - layers) * each + layers * other:.1f}, Dense {depth * each:.1f}")
     if args.largest:
         largest = sorted(moe.each, reverse=True)[: args.largest]
         print("\n" + table(["GB", "pass", "kernel", "results"], ((f"{b / 1e9:.3f}", *of) for b, *of in largest)))

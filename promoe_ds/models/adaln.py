@@ -148,26 +148,30 @@ def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tenso
 
 
 def join(
-    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, both: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`residual_adaln` -> (the stream, the next part's input, with `both` that input in fp32 unless it is fp32)."""
+    x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, seen: int,
+    bias_D: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`residual_adaln` -> (the stream, the next part's input, that of the first `seen` images in fp32 or None: take it
+    from the input). bias_D is that of `Linear.beside_bias`."""
     if fused.fusible(x_BSD):
         dtype = _product_dtype(x_BSD)
         # in a model of bf16 weights, routers take bf16
-        both = both and torch.is_autocast_enabled(x_BSD.device.type) and dtype != torch.float32
-        inputs = x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D, dtype, both
-        x_BSD, h_BSD, fp32_BSD = recomputed(fused.residual_adaln, *inputs)
-        return x_BSD, h_BSD, fp32_BSD if both else None
+        seen = seen if torch.is_autocast_enabled(x_BSD.device.type) and dtype != torch.float32 else 0
+        inputs = x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D, dtype, seen, bias_D
+        x_BSD, h_BSD, fp32_ISD = recomputed(fused.residual_adaln, *inputs)
+        return x_BSD, h_BSD, fp32_ISD if seen else None
+    assert bias_D is None, "it would get no gradient"
     if _is_narrow(x_BSD):
         x_BSD = leave(x_BSD, gate_B1D, out_BSD)
         return *modulate(x_BSD, shift_B1D, scale_B1D), None
     return *recomputed(residual_adaln, x_BSD, gate_B1D, out_BSD, shift_B1D, scale_B1D), None
 
 
-def leave(x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor) -> Tensor:
-    """The stream, joined by the last part of a block."""
+def leave(x_BSD: Tensor, gate_B1D: Tensor, out_BSD: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """The stream, joined by the last part of a block. bias_D is that of `Linear.beside_bias`."""
     if fused.fusible(x_BSD):
-        return fused.residual_adaln(x_BSD, gate_B1D, out_BSD, None, None)[0]
+        return fused.residual_adaln(x_BSD, gate_B1D, out_BSD, None, None, bias=bias_D)[0]
+    assert bias_D is None, "it would get no gradient"
     joined_BSD = x_BSD + recomputed(gated, gate_B1D, out_BSD)
     return joined_BSD.to(x_BSD.dtype) if _is_narrow(x_BSD) else joined_BSD
 

@@ -3,7 +3,8 @@
 A block is one graph wherever it can be: a dense block, and an MoE block whose experts are all here and whose router
 can be one (`Router.one_graph`). Of another MoE block (rows travel, or counts are read on the host) adaLN, norms and
 attention are one graph and the experts' GELUs another; the rest stays eager. `fullgraph=True` makes a graph break an
-error, so there are none. Parameters, names and results are those of the plain model, but for rounding.
+error, so there are none. Parameters, names and results are those of the plain model, but for rounding. Weights of
+products are cast before a graph is called (`moe/weight_casts.py`).
 
 No other file replaces a function of a module. Whoever looks on uses hooks, which a graph does not call: one who looks
 for a while has the model run eagerly (`moe.observe.hooked`), and the meter refuses experts inside a graph.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from promoe_ds.models.dit import DiT
 from promoe_ds.moe.experts import BACKENDS, StackedExperts, grouped
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
 from promoe_ds.moe.mlp import Mlp, gelu
+from promoe_ds.moe.router import Router
 from promoe_ds.moe.split import Split
+from promoe_ds.moe.weight_casts import copies_in_place
 
 BY_DEFAULT: tuple[str, ...] = ()
 """kinds of device on which `train.compile=null` compiles. "cuda" comes in once the smoke stage of `make bench-gpu` has
@@ -57,7 +60,8 @@ def compile_model(
         if not isinstance(compiled.mlp, MoELayer) or (whole and one_graph(compiled.mlp)):
             compile_whole(compiled, backend)
         else:
-            compiled.attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
+            attend = torch.compile(compiled.attend, fullgraph=True, backend=backend)
+            compiled.attend = _on_copies(attend, compiled.attn, compiled.adaLN)
             compile_gelus(compiled.mlp, backend)
     return model
 
@@ -109,8 +113,29 @@ def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "induct
         split = next(x for x in args if isinstance(x, Split))
         return (compiled if split.num_conditional else traced)(*args)
 
-    module.forward = forward if stacks else compiled
+    module.forward = _on_copies(forward if stacks else compiled, module)
     return module
+
+
+def _on_copies(graph: Callable[..., Any], *modules: nn.Module) -> Callable[..., Any]:
+    """`graph`, called while the weights of products in `modules` are their copies."""
+    layers = [layer for module in modules for layer in products(module)]
+    places = [(layer, name) for layer in layers for name, _ in layer.named_parameters(recurse=False)]
+
+    def call(*args: Any) -> Any:
+        with copies_in_place(places):
+            return graph(*args)
+
+    return call
+
+
+def products(module: nn.Module) -> Iterator[nn.Module]:
+    """Layers that cast under autocast; a router's see to their precision themselves."""
+    if isinstance(module, nn.Linear | StackedExperts):
+        yield module
+    elif not isinstance(module, Router):
+        for child in module.children():
+            yield from products(child)
 
 
 def _settings() -> None:

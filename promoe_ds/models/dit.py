@@ -59,25 +59,27 @@ class DiTBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor, time_BD: Tensor, split: Split) -> tuple[Tensor, LayerStats | None]:
         """-> (x_BSD, what its MoE layer tells); c_BD is the conditioning, time_BD its part of the timestep."""
-        x_BSD, h_BSD, gate_B1D, fp32_BSD = self.attend(x_BSD, c_BD)
         if not isinstance(self.mlp, MoELayer):
-            return leave(x_BSD, gate_B1D, self.mlp(h_BSD)), None
-        seen_BSR = fp32_BSD if self.router_input == "modulated" else self.looked_at(x_BSD, time_BD)
-        out_BSD, stats = self.mlp(h_BSD, split, seen_BSR)
+            x_BSD, h_BSD, gate_B1D, _ = self.attend(x_BSD, c_BD)
+            return leave(x_BSD, gate_B1D, *self.mlp.beside_bias(h_BSD)), None
+        modulated, images = self.router_input == "modulated", self.mlp.images_seen(split)
+        x_BSD, h_BSD, gate_B1D, fp32_ISD = self.attend(x_BSD, c_BD, images if modulated else 0)
+        seen = fp32_ISD if modulated else self.looked_at(x_BSD, time_BD)
+        out_BSD, stats = self.mlp(h_BSD, split, seen)
         return leave(x_BSD, gate_B1D, out_BSD), stats
 
     def looked_at(self, x_BSD: Tensor, time_BD: Tensor) -> Tensor:
         """What the router is given instead of the experts' input: [B, S, D or 2D], `moe.router_input`."""
         return recomputed(norm_beside, widened(x_BSD), *([time_BD] if self.router_input == "plain+t" else []))
 
-    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate, that input in fp32 if a
-        router is to see it so and it is not)."""
+    def attend(self, x_BSD: Tensor, c_BD: Tensor, seen: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Attention with its residual -> (x_BSD, input of the feed-forward part, its gate, that input of the first
+        `seen` images in fp32 where it is made beside the input)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c_BD)
         x_BSD, h_BSD = modulate(x_BSD, shift_a, scale_a)
-        both = isinstance(self.mlp, MoELayer) and self.router_input == "modulated"
-        x_BSD, h_BSD, fp32_BSD = join(x_BSD, gate_a, self.attn(h_BSD), shift_m, scale_m, both)
-        return x_BSD, h_BSD, gate_m, fp32_BSD
+        out_BSD, bias_D = self.attn(h_BSD)
+        x_BSD, h_BSD, fp32_ISD = join(x_BSD, gate_a, out_BSD, shift_m, scale_m, seen, bias_D)
+        return x_BSD, h_BSD, gate_m, fp32_ISD
 
 
 class FinalLayer(nn.Module):

@@ -7,13 +7,29 @@ published DiT and ProMoE checkpoints where the part is the same.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.moe import fused
 from promoe_ds.moe.mlp import Linear
 from promoe_ds.moe.recompute import linear
+
+
+class _KeyHeld(torch.autograd.Function):
+    """The bias [3D] of queries, keys and values as it is; the keys' gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor) -> Tensor:
+        return bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        grad.chunk(3)[1].zero_()
+        return grad
 
 
 class QKV(nn.Linear):
@@ -29,11 +45,7 @@ class QKV(nn.Linear):
         self.train_key_bias = train_key_bias
 
     def forward(self, x_BSD: Tensor) -> Tensor:  # type: ignore[override]
-        bias = self.bias
-        if not self.train_key_bias:
-            q, k, v = bias.chunk(3)
-            bias = torch.cat([q, k.detach(), v])
-        return linear(x_BSD, self.weight, bias)
+        return linear(x_BSD, self.weight, self.bias if self.train_key_bias else _KeyHeld.apply(self.bias))
 
 
 class Attention(nn.Module):
@@ -46,12 +58,14 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> [B, S, D], and what `Linear.beside_bias` gives of it."""
         B, S, D = x_BSD.shape
         # Taken apart side by side, so that the gradient is put together in one pass, as the product takes it.
         q, k, v = (x.transpose(1, 2) for x in self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).unbind(2))
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, D))
+        out_BSD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, D)
+        return self.proj.beside_bias(out_BSD)
 
 
 class Modulation(nn.Module):
@@ -63,7 +77,10 @@ class Modulation(nn.Module):
         self.linear = Linear(width, parts * width)
 
     def forward(self, c_BD: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(c_BD))[:, None].chunk(self.parts, dim=-1)
+        out = self.linear(F.silu(c_BD))
+        if fused.fusible(c_BD):  # the kernels' gradients of them are in fp32: cast together, not each
+            out = out.float()
+        return out[:, None].chunk(self.parts, dim=-1)
 
 
 class TimestepEmbedder(nn.Module):

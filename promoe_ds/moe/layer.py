@@ -87,20 +87,26 @@ class MoELayer(nn.Module):
         unconditional = moe.num_unconditional if moe.conditional else 0
         self.unconditional = nn.ModuleList(Mlp(width, hidden) for _ in range(unconditional))
 
+    def images_seen(self, split: Split) -> int:
+        """How many images the router is given, the first of the model's order."""
+        return split.num_conditional if self.conditional else len(split.label_B)
+
     def forward(self, x_BSD: Tensor, split: Split, r_BSR: Tensor | None = None) -> tuple[Tensor, LayerStats]:
         """Images in the model's order, conditional ones first.
 
         Args:
             x_BSD: [B, S, D], what the experts compute from.
-            r_BSR: [B, S, R], what the router looks at, R = `moe.router_width`; None: x.
+            r_BSR: [B, S, R], what the router looks at, R = `moe.router_width`, or of its images alone; None: x.
 
         Returns:
             Output [B, S, D] in x's dtype, stats.
         """
         B, S, D = x_BSD.shape
-        x_TD, images = x_BSD.reshape(-1, D), split.num_conditional if self.conditional else B
+        x_TD, images = x_BSD.reshape(-1, D), self.images_seen(split)
         known_TD, null_TD = x_TD.split([images * S, (B - images) * S])
-        seen_TR = known_TD if r_BSR is None else r_BSR[:images].flatten(0, 1)
+        if r_BSR is not None and len(r_BSR) != images:  # a slice of all would cost a gradient of zeros
+            r_BSR = r_BSR[:images]
+        seen_TR = known_TD if r_BSR is None else r_BSR.flatten(0, 1)
         routing = self.router(seen_TR, S, split)
         out_TD, offsets_E, shared, nulls = self.routed(
             known_TD, routing, lambda: _each(self.shared, x_TD), lambda: _each(self.unconditional, null_TD)

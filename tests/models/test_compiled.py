@@ -30,6 +30,7 @@ from promoe_ds.moe.mlp import Mlp
 from promoe_ds.moe.observe import watching
 from promoe_ds.moe.router import Routing
 from promoe_ds.moe.routers import ROUTERS
+from promoe_ds.moe.weight_casts import cast_once
 from promoe_ds.recipes.load import load_config
 from tests.launch import CXX, ROOT
 from tests.models.test_dit import awake
@@ -164,6 +165,57 @@ def test_lowered_graphs_compute_the_same() -> None:
     same(plain, compile_model(model_of("train.activation_checkpointing=block"), Counting(lowered=True)), BATCHES[1])
 
 
+class Inputs:
+    """A backend that runs a graph as a compiler would get it, and keeps which floats each one with attention got."""
+
+    def __init__(self) -> None:
+        self.given: list[list[Tensor]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
+        run = aot_eager(graph, example)
+        if not any(node.name.startswith("scaled_dot_product") for node in graph.graph.nodes):
+            return run
+
+        def call(*args: Any) -> Any:
+            self.given.append([x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.dim()])
+            return run(*args)
+
+        return call
+
+
+def accumulated(model: DiT, labels: list[int], times: int) -> dict[str, Tensor]:
+    """Gradients of several micro-batches under autocast."""
+    with cast_once():
+        for seed in range(times):
+            x = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x, torch.full((len(labels),), 500.0), torch.tensor(labels))
+            (out.prediction.float().square().mean() + sum(v.sum() for v in out.aux_losses.values())).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("override", ["moe.router.name=promoe", "moe.router.name=kmeans", "moe=null"])
+def test_graphs_get_weights_that_are_cast_once(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks and parts; losses and gradients are those of graphs that cast by themselves, to the bit."""
+    backend, model, other = Inputs(), model_of(override), model_of(override)
+    found = accumulated(compile_model(model, backend), BATCHES[1], 3)
+    casts = [call for call in backend.given if any(x.dtype == torch.bfloat16 for x in call)]
+    assert len(casts) == len(backend.given) == 3 * len(model.blocks), "no graph has all weights in fp32"
+    addresses = [sorted(x.data_ptr() for x in call if x.dtype == torch.bfloat16 and x.requires_grad) for call in casts]
+    assert addresses[: len(model.blocks)] == addresses[-len(model.blocks) :], "one copy for all micro-batches"
+    wide = {tuple(x.shape) for call in casts for x in call if x.dtype == torch.float32 and x.requires_grad}
+    matrices = {tuple(p.shape) for n, p in model.blocks.named_parameters() if n.endswith(("weight", "w1", "w2"))}
+    assert not wide & matrices, "no product is given fp32 weights"
+    assert all(isinstance(p, torch.nn.Parameter) and p.dtype == torch.float32 for p in model.parameters())
+
+    monkeypatch.setattr(compiled, "products", lambda module: [])
+    torch._dynamo.reset()
+    wanted = accumulated(compile_model(other, Inputs()), BATCHES[1], 3)
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert torch.equal(found[name], grad), name
+
+
 def test_whoever_watches_sees_the_routers_of_a_compiled_model() -> None:
     model = compile_model(model_of(), Counting())
     step(model, BATCHES[1])
@@ -235,6 +287,7 @@ def test_the_operators_of_the_kernels_give_the_plain_gradients(backend: str, mon
     """Residual and adaLN as on CUDA, by the operators' plain version: without a compiler, and in its graphs."""
     plain, other = model_of(), model_of()
     wanted = [step(plain, labels) for labels in BATCHES[:2]]
+    mixed = step(plain, BATCHES[1], mixed=True)[0].prediction
     monkeypatch.setattr(fused, "fusible", lambda _: True)
     if backend != "eager":
         compile_model(other, backend)
@@ -245,3 +298,5 @@ def test_the_operators_of_the_kernels_give_the_plain_gradients(backend: str, mon
         assert grads.keys() == want_grads.keys()
         for name, grad in want_grads.items():
             assert float((grads[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7 * scale, name
+    found = step(other, BATCHES[1], mixed=True)[0]  # the router sees the norm in fp32, of images with a label
+    torch.testing.assert_close(found.prediction, mixed, rtol=0.05, atol=0.01)

@@ -36,18 +36,18 @@ def test_position_table_has_columns_first_then_rows() -> None:
 def test_key_bias_changes_nothing_and_is_not_trained() -> None:
     attention = Attention(16, 4, qk_norm=False).double()
     x = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    before = attention(x)
+    before = attention(x)[0]
     with torch.no_grad():
         attention.qkv.bias[16:32] += 3.0
-    torch.testing.assert_close(attention(x), before)
-    attention(x).square().sum().backward()
+    torch.testing.assert_close(attention(x)[0], before)
+    attention(x)[0].square().sum().backward()
     assert attention.qkv.bias.grad is not None
     assert (attention.qkv.bias.grad[16:32] == 0).all() and (attention.qkv.bias.grad[:16] != 0).any()
 
 
 def test_key_bias_is_trained_under_qk_norm() -> None:
     attention = Attention(16, 4, qk_norm=True)
-    attention(torch.randn(2, 5, 16)).square().sum().backward()
+    attention(torch.randn(2, 5, 16))[0].square().sum().backward()
     assert attention.qkv.bias.grad is not None and (attention.qkv.bias.grad[16:32] != 0).any()
 
 
