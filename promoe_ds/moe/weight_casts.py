@@ -5,7 +5,7 @@ one in the thread of the backward pass. So our layers (`recompute.linear`, `Stac
 copies live as long as the context.
 
 A copy has one place in the graph, which the gradients of every micro-batch pass, so each reaches the fp32 parameter and
-the hooks on it, as ever. Weights must not change while the context is open.
+the hooks on it, as ever; `renew` gives it another. Weights must not change while the context is open.
 
 A compiled graph finds the copies in the place of the weights (`copies_in_place`): a cast inside it is made in each
 forward pass, and by the compiler's choice in the backward pass once more.
@@ -40,6 +40,14 @@ def cast_once() -> Iterator[None]:
         _copies = None
 
 
+def renew() -> None:
+    """Before a micro-batch whose gradients are sent while it runs backward: its copies get places of their own in the
+    graph. Autograd runs younger nodes first, so a gradient that passes an earlier micro-batch's node comes at the end.
+    """
+    for key, (weight, copy) in (_copies or {}).items():
+        _copies[key] = weight, copy.detach()  # type: ignore[index]
+
+
 def casting() -> bool:
     """Whether `cast_once` is open, and this is not being compiled."""
     return _copies is not None and not torch.compiler.is_compiling()
@@ -54,6 +62,8 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     key = id(weight), dtype, False
     if key not in _copies:
         _copies[key] = weight, weight.to(dtype)
+    elif _copies[key][1].grad_fn is None:
+        _copies[key] = weight, _Copied.apply([_copies[key][1]], weight)[0]
     return _copies[key][1]
 
 

@@ -42,7 +42,7 @@ from torch import Tensor
 from promoe_ds.config.schema import Config
 from promoe_ds.models.compiled import wanted
 from promoe_ds.models.dit import DiT, DiTOutput
-from promoe_ds.moe.weight_casts import cast_once
+from promoe_ds.moe.weight_casts import cast_once, renew
 from promoe_ds.parallel import one_pass
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.collectives import sum_in_place
@@ -85,6 +85,8 @@ class Engine:
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
+        if self.stage == 2 or (self.stage == 1 and self.engine.is_gradient_accumulation_boundary()):
+            renew()  # gradients are reduced while this micro-batch runs backward
         return self.engine(x_BCHW, t_B, y_B, row_B)
 
     def accumulation(self) -> AbstractContextManager[None]:

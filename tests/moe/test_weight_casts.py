@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
-from promoe_ds.moe.weight_casts import cast_once, cast_weight
+from promoe_ds.moe.weight_casts import cast_once, cast_weight, renew
 from promoe_ds.recipes.load import load_config
 
 
@@ -102,3 +102,37 @@ def test_another_threads_autocast_costs_no_cast() -> None:
             thread.join()
     products = {name: number for name, number in casts.count.items() if "blocks" in name and name.endswith("weight")}
     assert products and set(products.values()) == {1}
+
+
+def arrivals(model: DiT, micro_batches: int, renewed: bool) -> tuple[list[str], list[Tensor]]:
+    """Names of weights in the order in which the last micro-batch's gradients arrive, and the gradients of all."""
+    order: list[str] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    x, t, y = torch.linspace(-1, 1, 4 * 64).view(4, 1, 8, 8), torch.full((4,), 500.0), torch.arange(4)
+    with Casts(model) as casts, cast_once():
+        for _ in range(micro_batches):
+            order.clear()
+            if renewed:
+                renew()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x, t, y)
+            out.prediction.float().square().mean().backward()
+    large = [n for n in casts.count if "blocks" in n and n.endswith("mlp.fc1.weight")]
+    assert large and all(casts.count[n] == 1 for n in large), "renewed copies are not made again"
+    return order, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_renewed_copies_do_not_hold_up_gradients() -> None:
+    """What is to be reduced beside the backward pass must arrive in it, as without copies, from the last layer on."""
+    config = load_config("tiny", ["moe=null"])
+    (first, _), (late, theirs), (again, ours) = (
+        arrivals(drawn(config), *how) for how in ((1, False), (2, False), (2, True))
+    )
+    blocks = [name for name in first if "blocks" in name and name.endswith("qkv.weight")]
+    embedder = "x_embedder.proj.weight"
+    assert late.index(embedder) < late.index(blocks[0]), "what this is about"
+    assert again.index(embedder) > again.index(blocks[-1])
+    assert [name for name in again if name in blocks] == blocks
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
