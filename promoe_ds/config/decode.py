@@ -50,7 +50,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def read_yaml(text: str) -> Any:
     """Plain values alone; raises one of `BAD_YAML`."""
-    return yaml.load(text, _UniqueKeys)
+    return _UniqueKeys(text).get_single_data()
 
 
 class Override(str):

@@ -66,7 +66,7 @@ def inverse_of(order: Tensor, places: Tensor | None = None) -> Tensor:
     """Of a permutation, int64 [N]. `places` are 0 to N-1, if they are there already."""
     if places is None:  # not kept for the next time: N is another
         places = torch.arange(len(order), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, places)
+    return order.scatter(0, order, places)
 
 
 def expert_offsets(sorted_N: Tensor, segments: int) -> Tensor:

@@ -31,6 +31,9 @@ from promoe_ds.moe.weight_casts import cast_weight
 
 grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
+OPERATORS = f"{__name__.split('.')[0]}_experts"
+"""the namespace of operators: an exported copy of this module in the same process has its own, or it would replace ours"""
+
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [N, K], weights [E, M, K], biases [E, M]) -> [N, M]: to each row the linear layer of its expert"""
 
@@ -159,7 +162,7 @@ def check_backend(config: Config, device: str) -> None:
 # index, not multiplied, so that their sum is fused into what comes next; their gradient is the same small GEMM.
 
 
-@torch.library.custom_op("promoe_ds_experts::grouped_mm", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::grouped_mm", mutates_args=())
 def opaque_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """`grouped_mm`: [N, K] and [E, K, M] -> [N, M], or [K, N] and [N, M] -> [E, K, M]; groups of N end at `offs`."""
     return grouped_mm(a, b, offs=offs)

@@ -24,6 +24,9 @@ from promoe_ds.moe import triton_kernels
 from promoe_ds.moe.recompute import keep, kept
 from promoe_ds.moe.triton_kernels import EPS, GELU_ROWS, ROWS
 
+OPERATORS = f"{__name__.split('.')[0]}_fused"
+"""their namespace: an exported copy of this module in the same process has one of its own, or it would replace ours"""
+
 
 def fusible(x: Tensor) -> bool:
     """Whether the kernels can take these tokens."""
@@ -40,7 +43,7 @@ def plain(
     return y, F.layer_norm(y, y.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()
 
 
-@torch.library.custom_op("promoe_ds_fused::residual_adaln", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::residual_adaln", mutates_args=())
 def forward(
     x: Tensor, gate: Tensor | None, out: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     dtype: torch.dtype, seen: int,
@@ -66,7 +69,7 @@ def _results(
     return y, h, x.new_empty((seen, *x.shape[1:]) if seen else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("promoe_ds_fused::residual_adaln_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::residual_adaln_backward", mutates_args=())
 def backward(
     dy: Tensor, dh: Tensor | None, dh32: Tensor | None, x: Tensor | None, gate: Tensor | None, out: Tensor | None,
     scale: Tensor | None, of_bias: bool,
@@ -164,7 +167,7 @@ def residual_adaln(
     return _ResidualAdaln.apply(x, gate, out, shift, scale, dtype, seen, bias)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("promoe_ds_fused::gelu_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::gelu_backward", mutates_args=())
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of GELU in its tanh form, contiguous [N, F] both -> that of x, and [C, F], whose sum over C is that of
     its columns, in fp32."""

@@ -23,6 +23,7 @@ from promoe_ds.formats.diffusers_export import model_code, write_diffusers
 from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe import experts, fused
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import image_noise, to_pixels
@@ -193,3 +194,12 @@ def test_modules_are_in_an_order_in_which_they_can_be_made() -> None:
     assert len(order) > 8 and order[-1] == "promoe_ds.formats.diffusers_model"
     for i, module in enumerate(order):
         assert set(imported(module)) <= set(order[:i]), module
+
+
+def test_a_copy_of_the_sources_has_operators_of_its_own() -> None:
+    """torch lets the last operator of a name win, and calls of the earlier one fail at some time from then on."""
+    exec(bundle("a model", "promoe_ds.models.dit", "DiT"), {})
+    for ours in (fused, experts):
+        name = ours.__name__.removeprefix("promoe_ds")
+        copies = [module for key, module in sys.modules.items() if key.startswith("exported_") and key.endswith(name)]
+        assert copies and all(copy.OPERATORS != ours.OPERATORS for copy in copies)
