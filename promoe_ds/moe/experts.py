@@ -32,7 +32,7 @@ from promoe_ds.moe.weight_casts import cast_weight
 grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 OPERATORS = f"{__name__.split('.')[0]}_experts"
-"""the namespace of operators: an exported copy of this module in the same process has its own, or it would replace ours"""
+"""the namespace of operators: an exported copy of this module has its own, or it would replace ours"""
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [N, K], weights [E, M, K], biases [E, M]) -> [N, M]: to each row the linear layer of its expert"""
