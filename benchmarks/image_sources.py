@@ -17,8 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -127,10 +129,9 @@ def measure(paths: dict[str, Path], size: int, rounds: int, reads: int) -> str:
 
     No row group is kept: in a data set of ImageNet's size, a picture drawn at random is in none that was read before.
     """
-    parquet_images.HELD, parquet_images.LEAST = 0, 0
     first, again, whole, cpu = ({name: [] for name in paths} for _ in range(4))
-    for number in range(rounds):
-        for name, path in paths.items():
+    with mock.patch.multiple(parquet_images, HELD=0, LEAST=0):
+        for number, (name, path) in product(range(rounds), paths.items()):
             data = opened(path, size)
             order = np.random.default_rng(number).permutation(len(data))[:reads]
             for seconds in (first, again):
