@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/digits
 BIN := $(VENV)/bin
-# Four, also on two cores: tests that start jobs often wait for them, and fast ones do not. By file: pytest 9.2 no longer
+# Three, also on two cores: tests that start jobs often wait for them, and fast ones do not. By file: pytest 9.2 no longer
 # reads the attribute in which xdist 3.8.0 notes groups, so that --dist loadgroup puts every test anywhere, and each
 # process makes its fixtures
 SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder --numprocesses
@@ -36,7 +36,7 @@ demo: setup
 	@echo "what the experts learned: $(RUN)/analysis/report.html"
 
 test: setup
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) 4
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) 3
 
 test-fast: setup
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) logical -m "not slow and not slurm"
