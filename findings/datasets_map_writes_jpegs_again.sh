@@ -15,12 +15,11 @@
 #   levels by which the first changed in map(whole_row): up to 48
 # Exits with 1 if that changes.
 set -euo pipefail
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q datasets==5.2.0 pillow==13.0.0 numpy
-cd "$work"
-HF_HUB_OFFLINE=1 HF_HOME="$work/home" HF_DATASETS_DISABLE_PROGRESS_BARS=1 "$work/venv/bin/python" - <<'PYTHON'
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install datasets==5.2.0 pillow==13.0.0 numpy
+cd "$folder"
+HF_HUB_OFFLINE=1 HF_HOME="$folder/home" HF_DATASETS_DISABLE_PROGRESS_BARS=1 "$folder/venv/bin/python" - <<'PYTHON'
 import io
 import sys
 

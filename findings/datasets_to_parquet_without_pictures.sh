@@ -14,12 +14,11 @@
 #   save_to_disk: 40 of 40 rows have bytes
 # Exits with 1 if that changes.
 set -euo pipefail
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q datasets==5.2.0 pyarrow==26.0.1 pillow==13.0.0 numpy
-cd "$work"
-HF_HUB_OFFLINE=1 HF_HOME="$work/home" HF_DATASETS_DISABLE_PROGRESS_BARS=1 "$work/venv/bin/python" - <<'PYTHON'
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install datasets==5.2.0 pyarrow==26.0.1 pillow==13.0.0 numpy
+cd "$folder"
+HF_HUB_OFFLINE=1 HF_HOME="$folder/home" HF_DATASETS_DISABLE_PROGRESS_BARS=1 "$folder/venv/bin/python" - <<'PYTHON'
 import os
 import sys
 

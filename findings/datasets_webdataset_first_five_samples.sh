@@ -12,12 +12,11 @@
 #   sample 5 has no .cls:                   ValueError
 # Exits with 1 if that changes.
 set -euo pipefail
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q datasets==5.2.0 pillow==13.0.0
-cd "$work"
-HF_HUB_OFFLINE=1 HF_HOME="$work/home" HF_DATASETS_DISABLE_PROGRESS_BARS=1 "$work/venv/bin/python" - <<'PYTHON'
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install datasets==5.2.0 pillow==13.0.0
+cd "$folder"
+HF_HUB_OFFLINE=1 HF_HOME="$folder/home" HF_DATASETS_DISABLE_PROGRESS_BARS=1 "$folder/venv/bin/python" - <<'PYTHON'
 import io
 import sys
 import tarfile

@@ -7,11 +7,11 @@
 #     launch.py got KILL: deepspeed ended with 0, ranks running: 2
 # Exit code of this script: 0 while that is so.
 set -euo pipefail
-folder=$(mktemp -d)
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
 ranks=()
 trap 'kill "${ranks[@]}" 2>/dev/null || true; rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-DS_BUILD_OPS=0 "$folder/venv/bin/pip" install --quiet torch==2.13.0 deepspeed==0.19.8
+install torch==2.13.0 deepspeed==0.19.8
 cat >"$folder/rank.py" <<'PY'
 import os
 import pathlib

@@ -9,11 +9,10 @@
 #   expert_mlp: 4 of 11 in no file: coefficient.bias, coefficient.weight, mlp.bias, mlp.weight; RuntimeError
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy setuptools wheel
-DS_BUILD_OPS=0 "$folder/venv/bin/pip" install -q deepspeed==0.19.8
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 numpy setuptools wheel
+install deepspeed==0.19.8
 cat >"$folder/save.py" <<'PYTHON'
 import sys
 import tempfile

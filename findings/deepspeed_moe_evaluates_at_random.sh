@@ -18,11 +18,10 @@
 #   3 tokens taken by experts with half of 256 masked, k = 1, 2, 3: 128 512 768
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy setuptools wheel
-DS_BUILD_OPS=0 "$folder/venv/bin/pip" install -q deepspeed==0.19.8
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 numpy setuptools wheel
+install deepspeed==0.19.8
 DS_ACCELERATOR=cpu "$folder/venv/bin/python" - <<'PYTHON'
 import sys
 

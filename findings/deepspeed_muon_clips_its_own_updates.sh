@@ -15,11 +15,10 @@
 #   ZeRO 0, width 256, loss x 1, default: norm told none, change over lr 16
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy setuptools wheel
-DS_BUILD_OPS=0 "$folder/venv/bin/pip" install -q deepspeed==0.19.8
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 numpy setuptools wheel
+install deepspeed==0.19.8
 cat >"$folder/step.py" <<'PYTHON'
 import sys
 

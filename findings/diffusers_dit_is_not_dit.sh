@@ -16,11 +16,10 @@
 #   3 null label of 10 classes: IndexError
 #   4 eps: norm1 1e-06, norm3 1e-05, norm_out 1e-06
 set -eu
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.13.0 diffusers==0.42.1
-cat > "$work/run.py" <<'PY'
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 diffusers==0.42.1
+cat > "$folder/run.py" <<'PY'
 import math
 
 import torch
@@ -60,4 +59,4 @@ eps = [block.norm1.norm.eps, block.norm3.eps, model.norm_out.eps]
 print("4 eps: norm1 {:g}, norm3 {:g}, norm_out {:g}".format(*eps))
 assert eps == [1e-6, 1e-5, 1e-6]
 PY
-"$work/venv/bin/python" "$work/run.py"
+"$folder/venv/bin/python" "$folder/run.py"

@@ -14,10 +14,9 @@
 #   3 average of a weight that went from 1 to 2, 20,000 steps later: fp32 1.865, bf16 1.0
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 diffusers==0.42.1 numpy
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 diffusers==0.42.1 numpy
 HF_HUB_OFFLINE=1 "$folder/venv/bin/python" - <<'PYTHON'
 import sys
 import tempfile

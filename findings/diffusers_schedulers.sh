@@ -19,11 +19,10 @@
 #   4 inverse: first level 0.9990, last 0.0050 after 200 steps
 #   5 unipc lists 2 for level 0.00267
 set -eu
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.13.0 diffusers==0.42.1
-cat > "$work/run.py" <<'PY'
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 diffusers==0.42.1
+cat > "$folder/run.py" <<'PY'
 import tempfile
 
 import torch
@@ -96,4 +95,4 @@ level, listed = float(unipc.sigmas[-2]), int(unipc.timesteps[-1])
 print(f"5 unipc lists {listed} for level {level:.5f}")
 assert abs(listed / 1000 - level) > 0.0005
 PY
-"$work/venv/bin/python" "$work/run.py"
+"$folder/venv/bin/python" "$folder/run.py"

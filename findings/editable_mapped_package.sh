@@ -8,14 +8,12 @@
 #   editable, with __init__.py:  outer.inner.tool imported
 # Exits 1 if it is otherwise.
 set -euo pipefail
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/env"
-python="$work/env/bin/python"
-"$python" -m pip install --quiet setuptools==84.2.1
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install setuptools==84.2.1
 
-mkdir -p "$work/project/outer" "$work/project/elsewhere"
-cd "$work/project"
+mkdir -p "$folder/project/outer" "$folder/project/elsewhere"
+cd "$folder/project"
 touch outer/__init__.py
 echo 'print("outer.inner.tool imported")' >elsewhere/tool.py
 cat >pyproject.toml <<'TOML'
@@ -34,8 +32,8 @@ TOML
 try() { # try TITLE EXPECTED PIP-OPTION...: install the project so, import the mapped module from another folder
     local title=$1 expected=$2 seen
     shift 2
-    "$python" -m pip install --quiet --no-build-isolation --force-reinstall "$@" .
-    seen=$(cd / && "$python" -c 'import outer.inner.tool' 2>&1 | tail -n 1) || true
+    install --no-build-isolation --force-reinstall "$@" .
+    seen=$(cd / && "$folder/venv/bin/python" -c 'import outer.inner.tool' 2>&1 | tail -n 1) || true
     echo "$title: $seen"
     [ "$seen" = "$expected" ] || { echo "expected: $expected"; exit 1; }
 }

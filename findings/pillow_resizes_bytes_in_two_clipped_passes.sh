@@ -13,10 +13,9 @@
 # Downloads torch's CUDA build from PyPI: 530 MB and its libraries, 5 GB on the disk, removed at the end. No GPU needed.
 # Exits with 1 if the behaviour is another.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-"${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 pillow==13.0.0 numpy==2.4.6
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 pillow==13.0.0 numpy==2.4.6
 cat > "$folder/run.py" <<'PY'
 import numpy as np
 import torch

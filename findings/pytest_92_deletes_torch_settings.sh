@@ -9,10 +9,9 @@
 #   pytest 9.2.0: 2 failed, 1 passed
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 numpy
 cat >"$folder/test_settings.py" <<'PYTHON'
 import torch
 import torch._dynamo.config as settings
@@ -37,7 +36,7 @@ def test_compiles_after():
 PYTHON
 changed=0
 while read -r version expected; do
-    "$folder/venv/bin/pip" install -q "pytest==$version"
+    install "pytest==$version"
     seen=$("$folder/venv/bin/python" -m pytest -q "$folder/test_settings.py" | tail -n 1 | sed 's/ in .*//') || true
     echo "pytest $version: $seen"
     [[ $seen == "$expected" ]] || changed=1

@@ -8,9 +8,8 @@
 #   pytest 9.2.0: 12 tests of one group on 3 of 3 workers
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
 cat >"$folder/test_group.py" <<'PYTHON'
 import os
 
@@ -26,7 +25,7 @@ PYTHON
 export WORKERS="$folder/workers"
 changed=0
 while read -r version expected; do
-    "$folder/venv/bin/pip" install -q "pytest==$version" pytest-xdist==3.8.0
+    install "pytest==$version" pytest-xdist==3.8.0
     rm -f "$WORKERS"
     "$folder/venv/bin/python" -m pytest -q --numprocesses 3 --dist loadgroup "$folder/test_group.py" >/dev/null
     workers=$(sort -u "$WORKERS" | wc -l)

@@ -15,8 +15,8 @@
 #
 # Exits with 0 if all of this still holds.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
 umask 022
 cat >"$folder/check.py" <<'PYTHON'
 import os
@@ -50,9 +50,8 @@ except Exception as error:
 print(safetensors.__version__, *modes, "same" if same else "another", f"open: {said}; safe_open: {heard}", flush=True)
 sys.exit([*modes, same, heard] != [*sys.argv[2:4], sys.argv[4] == "same", "FileNotFoundError"])
 PYTHON
-python3 -m venv "$folder/venv"
 while read -r version new over same; do
-    "$folder/venv/bin/pip" install --quiet "safetensors==$version" "numpy==2.2.6"
+    install "safetensors==$version" "numpy==2.2.6"
     "$folder/venv/bin/python" "$folder/check.py" "$folder" "$new" "$over" "$same"
 done <<'TABLE'
 0.6.2 0644 0644 same

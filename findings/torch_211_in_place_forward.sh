@@ -25,10 +25,9 @@
 # compiler needed. Exits with 1 if the behaviour is another.
 set -euo pipefail
 version=${1:-2.11.0}
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-"${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet "torch==$version" numpy==2.4.6
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install "torch==$version" numpy==2.4.6
 "$folder/venv/bin/python" - <<'PYTHON'
 import sys
 

@@ -12,10 +12,9 @@
 #   inductor, off: gradients of x and w apart by 0e+00 and 0e+00 of their largest
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 numpy
 "$folder/venv/bin/python" - <<'PYTHON'
 import sys
 

@@ -16,10 +16,9 @@
 #   softmax(-1), topk(32, 1), permute(2, 0, 1), inductor: values apart by 1e-07, gradients by 2e-07
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy setuptools
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 numpy setuptools
 "$folder/venv/bin/python" - <<'PYTHON'
 import sys
 

@@ -9,10 +9,9 @@
 #   eager: mm bfloat16, output torch.float32, counted 100 % of the FLOPs
 # Exits with 1 if that changes.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0 numpy
+# shellcheck source=findings/environment.sh
+. "$(dirname "$0")/environment.sh"
+install torch==2.13.0 transformers==5.24.0 numpy
 HF_HUB_OFFLINE=1 "$folder/venv/bin/python" - <<'PYTHON'
 import sys
 

@@ -175,7 +175,7 @@ def run(script: str) -> NoReturn:
         if not isinstance(code, int):
             print(code, file=sys.stderr)
             code = 1
-    except Exception:
+    except Exception:  # told as Python tells it, and the exit code is its
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]

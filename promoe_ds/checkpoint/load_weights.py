@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from promoe_ds.checkpoint.layout import (
@@ -29,7 +28,7 @@ from promoe_ds.checkpoint.layout import (
     newest,
     unreadable,
 )
-from promoe_ds.config.decode import BAD_YAML
+from promoe_ds.config.decode import BAD_YAML, read_yaml
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
@@ -156,7 +155,7 @@ def _decode_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Config, i
         conflict = f"has format {metadata.get('format')!r}, expected {FORMAT!r}"
         reject("weights", file, conflict, "name an ema.safetensors written by launchers/train.py")
     try:
-        return load_tree(yaml.safe_load(metadata["config"])), int(metadata["step"])
+        return load_tree(read_yaml(metadata["config"])), int(metadata["step"])
     except (ConfigError, KeyError, *BAD_YAML) as error:
         conflict = f"its metadata cannot be used ({' '.join(str(error).split())})"
         reject("weights", file, conflict, "restore it or name another checkpoint")

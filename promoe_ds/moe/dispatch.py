@@ -97,23 +97,17 @@ class _Rows(Explicit):
     """One row per edge, in the order of the experts."""
 
     def __call__(self, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, token_N: Tensor, top_k: int) -> Tensor:
-        return permute(self._unsorted(x_TD, token_N, top_k), order_N, inverse_N)
+        return permute(_to_edges(x_TD, token_N, top_k), order_N, inverse_N)
 
     def again(
         self, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, token_N: Tensor, top_k: int
     ) -> tuple[tuple[Tensor, ...], None]:
-        return (self._unsorted(x_TD, token_N, top_k).index_select(0, order_N),), None
+        return (_to_edges(x_TD, token_N, top_k).index_select(0, order_N),), None
 
     def gradient(self, inputs: list[Any], rest: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         (x_TD, _, inverse_N, token_N, top_k), grad_ND = inputs, grads[0]
         assert grad_ND is not None
         return _over_edges(grad_ND.index_select(0, inverse_N), token_N, top_k, len(x_TD)), None, None, None, None
-
-    @staticmethod
-    def _unsorted(x_TD: Tensor, token_N: Tensor, top_k: int) -> Tensor:
-        if top_k > 1:
-            x_TD = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])
-        return x_TD if top_k else x_TD.index_select(0, token_N)
 
 
 class _WeightedSum(Explicit):
@@ -131,12 +125,17 @@ class _WeightedSum(Explicit):
     def gradient(self, inputs: list[Any], rest: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         (y_ND, order_N, inverse_N, weight_N, token_N, top_k, _), grad_TD = inputs, grads[0]
         assert grad_TD is not None
-        if top_k > 1:
-            grad_TD = grad_TD[:, None].expand(-1, top_k, -1).reshape(-1, grad_TD.shape[1])
-        grad_ND = grad_TD if top_k else grad_TD.index_select(0, token_N)
+        grad_ND = _to_edges(grad_TD, token_N, top_k)
         grad_weight_N = (grad_ND * y_ND.index_select(0, inverse_N)).sum(1)
         grad_y_ND = (grad_ND * weight_N[:, None]).to(y_ND.dtype).index_select(0, order_N)
         return grad_y_ND, None, None, grad_weight_N, None, None, None
+
+
+def _to_edges(x_TD: Tensor, token_N: Tensor, top_k: int) -> Tensor:
+    """Each token's row for each of its edges; `_over_edges` of gradients is its own gradient."""
+    if top_k > 1:
+        x_TD = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])
+    return x_TD if top_k else x_TD.index_select(0, token_N)
 
 
 def _over_edges(x_ND: Tensor, token_N: Tensor, top_k: int, num_tokens: int) -> Tensor:

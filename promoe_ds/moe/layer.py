@@ -123,16 +123,15 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known_TD: Tensor, dtype: torch.dtype, nulls: int, *parts_TD: Tensor) -> Tensor:
-        ctx.known, ctx.nulls = (len(known_TD), known_TD.dtype), nulls
-        ctx.dtypes = [part_TD.dtype for part_TD in parts_TD]
+        ctx.known, ctx.nulls = len(known_TD), nulls
+        ctx.dtypes = [part_TD.dtype for part_TD in (known_TD, *parts_TD)]
         return _sum(known_TD, dtype, nulls, parts_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (known, dtype), (grad_TD,) = ctx.known, grads
-        parts_TD = [grad_TD[known:] if i < ctx.nulls else grad_TD for i in range(len(ctx.dtypes))]
-        cast_TD = (part_TD.to(dtype) for part_TD, dtype in zip(parts_TD, ctx.dtypes, strict=True))
-        return grad_TD[:known].to(dtype), None, None, *cast_TD
+        known, *of_parts = _taken_apart(grads[0], ctx.known, ctx.nulls, len(ctx.dtypes) - 1)
+        dtype, *dtypes = ctx.dtypes
+        return known.to(dtype), None, None, *(part.to(dtype) for part, dtype in zip(of_parts, dtypes, strict=True))
 
 
 class _Join(Explicit):
@@ -152,9 +151,13 @@ class _Join(Explicit):
     def gradient(self, inputs: list[Any], rest: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         (known_TD, _, nulls, *parts_TD), grad_TD = inputs, grads[0]
         assert grad_TD is not None
-        known = len(known_TD)
-        of_parts = (grad_TD[known:] if i < nulls else grad_TD for i in range(len(parts_TD)))
-        return grad_TD[:known], None, None, *of_parts
+        known, *of_parts = _taken_apart(grad_TD, len(known_TD), nulls, len(parts_TD))
+        return known, None, None, *of_parts
+
+
+def _taken_apart(grad_TD: Tensor, known: int, nulls: int, parts: int) -> list[Tensor]:
+    """The gradients of the routed experts' sums and of the parts, from that of `_sum`."""
+    return [grad_TD[:known], *(grad_TD[known:] if i < nulls else grad_TD for i in range(parts))]
 
 
 _join = _Join()

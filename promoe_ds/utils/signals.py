@@ -67,8 +67,9 @@ def _hear(read_end: int, leave: Callable[[signal.Signals], None], terminals: Seq
             continue  # another handler's
         now, number = time.monotonic(), signal.Signals(data[0])
         if number == signal.SIGHUP:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
             for terminal in terminals:  # a line printed there is an error now, before anything is saved
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+                os.dup2(nowhere, terminal)
         if _request is None:
             first, _request = now, number
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
