@@ -5,9 +5,13 @@
 
 A block is traced on the CPU, and its graphs are lowered as for CUDA of compute capability 9.0, up to the choice of
 kernels: nothing is generated or run. Attention stays the CPU's operator, one kernel with the same inputs and outputs. A
-kernel's bytes are those of the buffers it reads and writes. Outside the graphs weights are cast, once per optimizer
-step, and their gradients, in each micro-batch: `moe/weight_casts.py`. This reaches into the compiler, and needs Triton,
-which torch's CPU builds lack: its package is enough. It was written for torch 2.11.0 and 2.13.0.
+kernel's bytes are those of the buffers it reads and writes.
+
+Outside the graphs weights are cast, once per optimizer step, and their gradients in each micro-batch, but not where
+DeepSpeed's buckets take them as they are: at ZeRO 2, and at ZeRO 1 with one micro-batch per step.
+
+This reaches into the compiler, and needs Triton, which torch's CPU builds lack: its package is enough. It was written
+for torch 2.11.0 and 2.13.0.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ H100 = types.SimpleNamespace(
     L2_cache_size=50 * 2**20, gcnArchName="", uuid="",
 )  # fmt: skip
 PARTS = {
-    "forward and backward": ("forward", "backward", "their gradients"),
+    "forward and backward": ("forward", "backward"),
+    "gradients of weights to fp32, where they are cast": ("their gradients",),
     "weights, once per optimizer step": ("weights, per step",),
 }
 """what is printed of all blocks, and the passes in it"""

@@ -33,6 +33,8 @@ from promoe_ds.train.trainer import Trainer  # noqa: E402
 from promoe_ds.utils.command_line import Parser, guarded  # noqa: E402
 from promoe_ds.utils.ranks import Ranks  # noqa: E402
 
+OURS = "_leave_out_copies", "_norm_in_one_pass", "_take_gradients_as_they_are"
+"""what the engine does to spare copies"""
 UPDATE = ("_foreach", "_fused")
 """what clipping, AdamW and EMA are made of"""
 
@@ -56,18 +58,23 @@ def count(recipe: str, stage: int, overrides: list[str]) -> tuple[Counter[str], 
         losses, found = [], Counter[str]()
         for _ in range(2):
             it.engine.train()
-            total = it(x, t, y, row).prediction.sub(goal).square().mean()
-            losses.append(float(total))
-            with Traffic() as through:
-                it.backward(total)
+            with it.accumulation():
+                total = it(x, t, y, row).prediction.sub(goal).square().mean()
+                losses.append(float(total))
+                with Traffic() as backward:
+                    it.backward(total)
+            with Traffic() as update:
                 norm = it.clip()
                 it.step(None if norm is None else float(norm), 1e-4)
             module = it.engine.module
-            total = type(module).forward(module, x, t, y, row).prediction.sub(goal).square().mean()
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16_autocast"):
+                total = type(module).forward(module, x, t, y, row).prediction.sub(goal).square().mean()
             with Traffic() as alone:
                 torch.autograd.grad(total, [p for p in it.params.values()], allow_unused=True)
-            found = Counter({name: size for (_, name), size in through.bytes.items()})
-            found.subtract({name: size for (_, name), size in alone.bytes.items()})
+            found = Counter[str]()
+            for traffic, sign in ((backward, 1), (update, 1), (alone, -1)):
+                for (_, name), size in traffic.bytes.items():
+                    found[name] += sign * size
         trainer.close()
     return found, parameters, losses
 
@@ -83,7 +90,7 @@ def run(words: list[str]) -> None:
     rows = []
     for stage in args.stage:
         with ExitStack() as stack:
-            for name in ("_leave_out_copies", "_norm_in_one_pass") if args.own else ():
+            for name in OURS if args.own else ():
                 stack.enter_context(mock.patch.object(engine, name, lambda *_: None))
             found, parameters, losses = count(args.recipe, stage, args.overrides)
         copies = {name: size / parameters for name, size in found.items() if not name.startswith(UPDATE)}

@@ -139,7 +139,7 @@ def products(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _settings() -> None:
-    """Of the compiler, for the whole process. All but the first keep gradients right (torch 2.13.0)."""
+    """Of the compiler, for the whole process. All but the first and the last keep gradients right (torch 2.13.0)."""
     import torch._dynamo.config as dynamo  # half a second, for those who compile
     import torch._functorch.config as autograd
     import torch._inductor.config as inductor
@@ -152,6 +152,8 @@ def _settings() -> None:
     # Loses gradients of adaLN's chunks on CUDA: https://github.com/pytorch/pytorch/pull/193103
     if hasattr(inductor.triton, "mix_order_reduction"):
         inductor.triton.mix_order_reduction = False
+    # Else what products of experts return is kept with its bias added, in a tensor of its own that is written for it.
+    autograd.ban_recompute_used_far_apart = False
 
 
 def one_graph(layer: MoELayer) -> bool:

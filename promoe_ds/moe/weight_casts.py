@@ -9,6 +9,9 @@ the hooks on it, as ever; `renew` gives it another. Weights must not change whil
 
 A compiled graph finds the copies in the place of the weights (`copies_in_place`): a cast inside it is made in each
 forward pass, and by the compiler's choice in the backward pass once more.
+
+Gradients of copies are cast to fp32, but for weights whose `grad_dtype` is None: these get them as they are. Who sets
+it must not add to them in `.grad`.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     key = id(weight), dtype, False
     if key not in _copies:
-        _copies[key] = weight, weight.to(dtype)
-    elif _copies[key][1].grad_fn is None:
+        _copies[key] = weight, weight.to(dtype) if weight.grad_dtype else weight.detach().to(dtype)
+    if _copies[key][1].grad_fn is None:
         _copies[key] = weight, _Copied.apply([_copies[key][1]], weight)[0]
     return _copies[key][1]
 
@@ -73,16 +76,18 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, copies: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [weight.dtype for weight in weights]
+        ctx.dtypes = [weight.grad_dtype for weight in weights]
         ctx.set_materialize_grads(False)
         return tuple(copy.detach() for copy in copies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True) if grad is not None]
-        found = iter(_cast([grad for grad, _ in given], [dtype for _, dtype in given]))
-        return None, *(None if grad is None else next(found) for grad in grads)
+        results = list(grads)
+        wide = {i: grad for i, grad in enumerate(grads) if grad is not None and ctx.dtypes[i] is not None}
+        for i, grad in zip(wide, _cast([*wide.values()], [ctx.dtypes[i] for i in wide]), strict=True):
+            results[i] = grad
+        return None, *results
 
 
 def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -10,6 +10,7 @@ DeepSpeed 0.19.8 facts worked around here:
   * stages 1 and 2 wait for the device before each reduction of gradients to their owner: `_reduce_beside_work`
   * each start imports Muon, and its decorator the whole of torch's compiler, seconds on every rank: `_import_muon`
   * stages 1 and 2 copy gradients to float64 for their norm: `_norm_in_one_pass`
+  * stages 1 and 2 copy gradients into fp32 buckets, and would take them in bf16: `_take_gradients_as_they_are`
   * on one rank gradients are flattened and copied as if there were others: `_leave_out_copies`
   * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
 """
@@ -77,6 +78,8 @@ class Engine:
         if self.stage in (1, 2):
             _reduce_beside_work(self.engine.optimizer)
             _norm_in_one_pass(self.engine.optimizer)
+            if self.stage == 2 or self.engine.gradient_accumulation_steps() == 1:
+                _take_gradients_as_they_are(self.engine.optimizer, self.engine.module)
         if topology.world == 1:
             _leave_out_copies(self.engine, self.stage)
         if update:
@@ -92,11 +95,9 @@ class Engine:
     def accumulation(self) -> AbstractContextManager[None]:
         """Around the micro-batches of a step, the update left out: weights are cast once for all of them.
 
-        Not where each is used once, and not at stage 3, which lets go of whole weights between their uses.
+        Not at stage 3, which lets go of whole weights between their uses.
         """
-        several = self.engine.gradient_accumulation_steps() > 1
-        again = several or self.config.train.activation_checkpointing != "none"
-        return cast_once() if again and self.stage < 3 else nullcontext()
+        return cast_once() if self.stage < 3 else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""
@@ -339,6 +340,16 @@ def _norm_in_one_pass(zero: Any) -> None:
         return total
 
     zero.get_grad_norm_direct = norm
+
+
+def _take_gradients_as_they_are(zero: Any, model: torch.nn.Module) -> None:
+    """Each goes straight into a bucket of fp32, which casts it; before that it would be written and read once more.
+
+    Not where micro-batches add up in `.grad`, nor one that is larger than a bucket and is reduced where it lies.
+    """
+    for p in model.parameters():
+        if zero.contiguous_gradients and p.dtype == torch.float32 and p.numel() <= zero.reduce_bucket_size:
+            p.grad_dtype = None
 
 
 def _compiles_update(config: Config, ds: ResolvedDS, topology: Topology) -> bool:

@@ -125,6 +125,24 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
         assert results[name] != results["fp32"], name
 
 
+def test_gradients_that_buckets_cast_are_those_cast_before(tmp_path: Path) -> None:
+    """Losses and EMA to the bit. With several micro-batches at ZeRO 1 they add up before, in fp32 as ever."""
+    two = "train.micro_batch_size=4"
+    cases = {
+        "zero1": ("zero1",),
+        "zero1, two": ("zero1", two),
+        "zero2, two": ("zero2", two, "parallel.expert_parallel=2"),
+        "offload": ("zero2_offload",),
+        "checkpointing": ("zero2", "train.activation_checkpointing=selective"),
+    }
+    work = json.dumps([(name, *case, "train.precision=bf16_autocast") for name, case in cases.items()])
+    for how in ([], ["cast first"]):
+        folder = tmp_path / " ".join(how)
+        run(torchrun(2, "tests/distributed/train_worker.py", str(folder), *how, work))
+    for name in cases:
+        assert losses(tmp_path / name) == losses(tmp_path / "cast first" / name), name
+
+
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 def test_compiled_models_train_alike(tmp_path: Path) -> None:
     """In parts (ep 2) and as whole blocks, whose graph depends on how many of a rank's images have a label."""

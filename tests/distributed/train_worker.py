@@ -113,6 +113,8 @@ def main() -> None:
         compiled.TESTED_TORCH = ("1.13",)  # type: ignore[assignment]
         make(folder, "zero1", "train.compile=true").close()
     else:
+        if work == "cast first":
+            work, engine._take_gradients_as_they_are = sys.argv[3], lambda *_: None
         if work == "one pass":  # for every run, and not compiled
             work, one_pass.compiled = sys.argv[3], lambda: one_pass.update
             engine._compiles_update = lambda *_: True

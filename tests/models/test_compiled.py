@@ -216,6 +216,22 @@ def test_graphs_get_weights_that_are_cast_once(override: str, monkeypatch: pytes
         assert torch.equal(found[name], grad), name
 
 
+def test_weights_that_take_any_gradient_get_what_graphs_return() -> None:
+    """Of products, in bf16."""
+    gradients = []
+    for any_dtype in (False, True):
+        torch._dynamo.reset()
+        model = compile_model(model_of("moe.router.name=promoe"), aot_eager)
+        for p in model.parameters() if any_dtype else ():
+            p.grad_dtype = None
+        gradients.append(accumulated(model, BATCHES[1], 1))
+    wide, given = gradients
+    half = [name for name, grad in given.items() if grad.dtype == torch.bfloat16]
+    assert {name for name in wide if "blocks" in name and name.endswith(("fc1.weight", "qkv.weight", ".w1"))} <= {*half}
+    for name, grad in wide.items():
+        assert grad.dtype == torch.float32 and torch.equal(grad, given[name].float()), name
+
+
 def test_whoever_watches_sees_the_routers_of_a_compiled_model() -> None:
     model = compile_model(model_of(), Counting())
     step(model, BATCHES[1])

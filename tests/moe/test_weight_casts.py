@@ -69,6 +69,24 @@ def test_once_per_step_and_gradients_equal_to_the_bit(checkpointing: str, micro_
         assert torch.equal(a, b)
 
 
+def test_a_weight_that_takes_any_gradient_gets_that_of_its_copy() -> None:
+    """The same gradients before they are cast, so half the bytes, where a product has no other."""
+    found = []
+    for narrow in (False, True):
+        model = drawn(load_config("tiny"))
+        for p in model.parameters() if narrow else ():
+            p.grad_dtype = None
+        step(model, 1, once=True)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    wide, narrow = found
+    assert wide.keys() == narrow.keys()
+    half = {name for name, grad in narrow.items() if grad.dtype == torch.bfloat16}
+    assert {f"blocks.1.mlp.routed.experts.w{i}" for i in (1, 2)} | {"blocks.0.attn.proj.weight"} <= half
+    assert not {name for name in half if "router" in name or "y_embedder" in name}
+    for name, grad in wide.items():
+        assert grad.dtype == torch.float32 and torch.equal(grad, narrow[name].float()), name
+
+
 def test_outside_the_context_and_after_it_weights_are_cast_anew() -> None:
     w = torch.nn.Parameter(torch.ones(2))
     assert cast_weight(w, torch.float32) is w and cast_weight(w, torch.bfloat16) is not cast_weight(w, torch.bfloat16)
