@@ -7,6 +7,7 @@ Python wait for the main thread, which may be inside a collective that never end
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -38,8 +39,9 @@ def requested() -> str | None:
 def listen() -> None:
     """Take `STOP_SIGNALS` as requests to stop from now on; a second request ends the process at once.
 
-    Where SIGHUP is ignored already, as under `nohup`, it stays so. Forked children (data workers) ignore them all: they
-    end with their parent, and must not take it down.
+    Where SIGHUP is ignored already, as under `nohup`, it stays so. Children do not hear of requests to their group:
+    data workers end with their parent, and must not take it down; a C++ compiler that is killed leaves an empty library
+    in the compiler's cache, on which every later start fails.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -49,7 +51,9 @@ def listen() -> None:
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: None)  # a handler in Python makes the interpreter write to the pipe
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # of this thread, and of programs that it starts
     os.register_at_fork(after_in_child=_ignore)
+    atexit.register(_ignore)  # a late repeat would kill a process that has saved: Python puts handlers back at its end
 
 
 def _ignore() -> None:
@@ -61,6 +65,7 @@ def _ignore() -> None:
 def _hear(read_end: int, leave: Callable[[signal.Signals], None], terminals: Sequence[int]) -> None:
     """Body of the thread: the first signal is a request, a later one calls `leave`."""
     global _request
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     first = 0.0
     while data := os.read(read_end, 1):
         if data[0] not in STOP_SIGNALS:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.launch import ENVIRONMENT, ROOT
 pytestmark = pytest.mark.slow  # starts processes, and waits
 
 
-def start(body: str) -> subprocess.Popen[str]:
+def start(body: str, **how: Any) -> subprocess.Popen[str]:
     code = "import os, signal, sys, time\nfrom promoe_ds.utils import signals\n" + textwrap.dedent(body)
     return subprocess.Popen(
         [sys.executable, "-uc", code],
@@ -30,6 +31,7 @@ def start(body: str) -> subprocess.Popen[str]:
         text=True,
         env=ENVIRONMENT,
         cwd=ROOT,
+        **how,
     )
 
 
@@ -60,6 +62,43 @@ def test_first_repeated_and_second_signals() -> None:
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     assert errors == "SIGTERM again: leaving at once; the last checkpoint is unharmed\n"
+
+
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+def test_programs_that_are_started_outlive_a_request_to_the_group(number: signal.Signals) -> None:
+    """As Slurm and launchers send it; g++ is one."""
+    process = start(
+        """
+        import subprocess
+        signals.listen()
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        print("ready")
+        while signals.requested() is None:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        print(signals.requested(), child.poll())
+        child.stdin.close()
+        print(child.wait())
+        """,
+        start_new_session=True,
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, number)
+    assert process.communicate(timeout=PATIENCE)[0] == f"{number.name} None\n0\n"
+
+
+def test_a_repeat_at_the_very_end_does_not_change_the_exit_code() -> None:
+    """Python takes back its handlers before modules are cleared."""
+    process = start("""
+        class Late:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+        signals.listen()
+        late = Late()
+        sys.exit(85)
+    """)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 85
 
 
 def test_ctrl_c_is_known_behind_its_copy() -> None:
