@@ -117,7 +117,8 @@ def copies_in_place(places: list[Place]) -> Iterator[None]:
     constants.
     """
     found = [(module, name, module._parameters[name]) for module, name in places]
-    trained = [(m, name, w) for m, name, w in found if w is not None and w.requires_grad and w.dtype == torch.float32]
+    leaves = [(m, name, w) for m, name, w in found if w is not None and w.is_leaf and w.requires_grad]
+    trained = [(m, name, w) for m, name, w in leaves if w.dtype == torch.float32]
     device = trained[0][2].device.type if trained else ""
     if not (trained and torch.is_grad_enabled() and torch.is_autocast_enabled(device)):
         yield
