@@ -28,6 +28,7 @@ from promoe_ds.utils.command_line import (
     own_words,
     versions,
 )
+from promoe_ds.utils.outputs import check_place
 from promoe_ds.utils.pictures import IMAGE_MODES
 from promoe_ds.utils.ranks import Ranks
 
@@ -73,6 +74,7 @@ def check(args: argparse.Namespace) -> None:
     check_positive(args, "size", "batch", "shard_size")
     if args.out is None:
         raise ConfigError("--out is required; see --help")
+    check_place(args.out)
     if args.images is not None and args.vae is None:
         raise ConfigError("--vae is required with --images; see --help")
     for key in ("vae", "split", "size", "batch", "precision", "device"):

@@ -83,6 +83,15 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would look for one, and warn
 
 
+def run_folder(args: argparse.Namespace, config: Config) -> Path:
+    """Where the run lies. Raises ConfigError if that is among the checkpoints of another."""
+    from promoe_ds.utils.outputs import check_place
+
+    run = args.run or Path("runs") / config.name
+    check_place(run, "--run")
+    return run
+
+
 def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.costs.dry_run import render, report
     from promoe_ds.parallel import ds_config
@@ -105,13 +114,13 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     from promoe_ds.train.scores import Scores
     from promoe_ds.utils.ranks import ALONE
 
+    run = run_folder(args, config)
     validate_data(config)
     dataset = build_dataset(config)
     for note in notes(dataset):
         print(f"data.path={config.data.path}: {note}", file=sys.stderr)
     if config.train.score_every:
         Scores(config, ALONE, dataset.codec, make_evaluator)
-    run = args.run or Path("runs") / config.name
     saved = resume.saved_config(run)
     if saved is not None:
         resume.check_same_run(saved, config, run)
@@ -143,12 +152,13 @@ def train(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.train.trainer import RankFailed, StoppedEarly, Trainer, TrainingStopped
     from promoe_ds.utils.ranks import Ranks
 
+    run = run_folder(args, config)
     validate_data(config)
     here = topology.Topology.of(Ranks.from_environment(), config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
     trainer = None
     try:
-        trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here, make_evaluator)
+        trainer = Trainer(config, ds, run, here, make_evaluator)
         code = trainer.run()
     except StoppedEarly:
         code = STOPPED

@@ -76,7 +76,7 @@ def test_sample_sets_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_errors_leave_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     good, out = save(tmp_path / "a", 10, 1.0), tmp_path / "metrics.json"
-    out.write_text("before")
+    out.write_text(before := '{"sets": []}')
     bad = tmp_path / "bad.npz"
     bad.write_bytes(good.read_bytes()[:200])
     assert "no readable .npz" in failure(capsys, good, bad, "--out", out)
@@ -85,7 +85,7 @@ def test_errors_leave_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFix
     np.savez(bad, arr_0=np.zeros((3, 9, 9, 1), np.uint8), arr_1=np.zeros(3, np.int64))
     assert "digits-cnn takes [8, 8, 1]" in failure(capsys, good, bad, "--out", out)
     assert "ends in .json" in failure(capsys, good, "--out", good)
-    assert out.read_text() == "before"
+    assert out.read_text() == before
 
 
 def test_bad_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -129,14 +129,15 @@ def test_references_and_features_on_a_network_of_ones_own(tmp_path: Path, capsys
     assert images[fd] == pytest.approx(stream[fd], rel=1e-9) and images[fd] > 0 and "FID" not in images
     assert images["samples_sha256"] == stream["samples_sha256"]
     capsys.readouterr()
-    assert "is a features file already" in failure(capsys, "features", features, "--out", ref, *own)
+    new = tmp_path / "new.safetensors"
+    assert "is a features file already" in failure(capsys, "features", features, "--out", new, *own)
     assert "ends in .safetensors" in failure(capsys, *photos, "--out", tmp_path / "ref.npz")
-    assert "--keep=0: must be positive" in failure(capsys, *photos, "--keep", "0", "--out", ref)
+    assert "--keep=0: must be positive" in failure(capsys, *photos, "--keep", "0", "--out", new)
     assert "--device=tpu" in failure(capsys, features, "--ref", ref, "--features", network, "--device", "tpu")
-    assert "arguments are required: IMAGES; see --help" in failure(capsys, "ref", "--out", ref)
+    assert "arguments are required: IMAGES; see --help" in failure(capsys, "ref", "--out", new)
     for scale in ("1", "2"):
         save(tmp_path / "run" / f"cfg{scale}", 5, 1.0)
-    assert "holds 2 sample sets" in failure(capsys, "features", tmp_path / "run", "--out", ref, *own)
+    assert "holds 2 sample sets" in failure(capsys, "features", tmp_path / "run", "--out", new, *own)
 
 
 def test_table_of_fids_warns_of_small_sets():
