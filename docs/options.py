@@ -21,6 +21,9 @@ HEAD = """# Options
 Every option of a recipe: `section: {key: value}` in its YAML, or `section.key=value` on the command line. The tables
 are written by `python docs/options.py` from the fields in `promoe_ds/config/schema.py` and in the routers' `Config`.
 
+A mapping on the command line changes the keys that it names and keeps the others: `'model={depth: 4}'` is the same as
+`model.depth=4`. A router of another name, as in `'moe.router={name: kmeans}'`, starts from its own defaults.
+
 The last column says who may change an option once there are weights: *resume*, the same run when it goes on, and a
 fine-tune too; *fine-tune*, only a new run that starts from the weights (`train.init`); *never*, nobody: the
 weights mean something else with it. A change that is not allowed is refused with the key and both values.

@@ -21,6 +21,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from promoe_ds.config.errors import reject
+from promoe_ds.evaluation.extractors import EXTRACTORS
 from promoe_ds.evaluation.features import Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments
@@ -190,6 +191,19 @@ def load_features(path: Path, option: str) -> FeatureSet:
         reject(option, path, f"cannot be read ({error.strerror or error})", "look at its permissions")
     except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         reject(option, path, f"is no readable features file ({type(error).__name__})", way_out)
+
+
+def check_network(found: FeatureSet, network: str, option: str) -> None:
+    """As `check_extractor`, before the network's weights are looked for, which may be of no use.
+
+    Args:
+        network: one of `EXTRACTORS`; that a file of the user's is another is only known once it is read.
+    """
+    made_by = found.extractor.partition(":")[0]
+    if network in EXTRACTORS and made_by != network:
+        fault = f"holds features of {found.extractor}, --features is {network}"
+        way_out = f"add --features {made_by}" if made_by in EXTRACTORS else "name that network's file with --features"
+        reject(option, found.name, fault, way_out)
 
 
 def check_extractor(found: FeatureSet, extractor: str, option: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from promoe_ds.config.errors import reject
-from promoe_ds.evaluation.collect import Collector, FeatureSet, check_extractor, collect
+from promoe_ds.evaluation.collect import Collector, FeatureSet, check_extractor, check_network, collect
 from promoe_ds.evaluation.digits import noise_images
 from promoe_ds.evaluation.extractors import BATCH, load_extractor
 from promoe_ds.evaluation.features import FeatureExtractor
@@ -56,6 +56,8 @@ class Evaluator:
         Raises `ConfigError` for unknown names, absent or unfit files, and features of another extractor.
         """
         source = find_reference(reference)
+        if source.features is not None:
+            check_network(source.features, features, "--ref")
         self.extractor: FeatureExtractor = load_extractor(
             features, weights=weights, dinov2_weights=dinov2_weights, device=device, batch=batch
         )

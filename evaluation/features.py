@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.evaluation.digits import Digits, digits_split
+from promoe_ds.evaluation.digits import Digits, digits_split, noise_images
 from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import label_agreement
 
@@ -59,6 +59,13 @@ class FeatureExtractor(ABC):
         if all(side in (None, size) for side, size in zip(self.image_shape, shape, strict=True)):
             return None
         return f"[{', '.join(str(side or 'any') for side in self.image_shape)}]"
+
+    def try_out(self, shape: tuple[int, int, int]) -> None:
+        """Extract from one image of noise of this shape (H, W, C), before hours are spent on drawing others.
+
+        Raises `ConfigError` if a network of the user's makes no features of it.
+        """
+        self.extract(noise_images(1, shape, 0))
 
 
 class DigitsNet(nn.Module):

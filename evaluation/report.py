@@ -10,6 +10,7 @@ from typing import Any
 from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.images import brief
 from promoe_ds.utils.files import write_text
+from promoe_ds.utils.outputs import check_new, check_place
 
 METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "KID": ".3g",
            "KD": ".3g", "IS": ".2f", "precision": ".4f", "recall": ".4f", "density": ".4f", "coverage": ".4f",
@@ -78,7 +79,10 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are JSON") -> None:
-    """Raises `ConfigError` if a file cannot be written at `path`; to be called before any work is done."""
+    """Raises `ConfigError` if a file cannot be written at `path`; to be called before any work is done.
+
+    Earlier scores are replaced; nothing else that exists is.
+    """
     if path.is_dir():
         reject("--out", path, "is a folder", f"name a file, for example metrics{suffix} in it")
     if path.suffix != suffix:  # a slip of the hand must not overwrite an .npz
@@ -87,6 +91,19 @@ def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are
         reject("--out", path, f"folder {path.parent} does not exist", "create it or choose another file")
     if not os.access(path.parent, os.W_OK):
         reject("--out", path, f"folder {path.parent} is not writable", "choose another file")
+    if suffix == ".json" and _holds_scores(path):
+        check_place(path)
+    else:
+        check_new(path, "name another file, or remove this one")
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether it is what `write_metrics` writes."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(tree, dict) and isinstance(tree.get("sets"), list)
 
 
 def write_metrics(path: Path, scores: list[dict[str, Any]]) -> None:

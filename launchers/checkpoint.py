@@ -22,6 +22,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, launcher
 from promoe_ds.utils.files import is_dir
+from promoe_ds.utils.outputs import check_new
 
 EXAMPLES = """examples:
   python launchers/checkpoint.py inspect --run runs/digits              step, model, topology, sizes of the newest
@@ -188,6 +189,7 @@ def convert(args: argparse.Namespace) -> int:
     from promoe_ds.formats import weights
 
     path = chosen(args)
+    check_new(args.out, "name another folder")  # before every byte is read
     if args.files is not None:
         if args.dtype:
             reject("--dtype", args.dtype, "belongs to --weights; a state is always fp32", "leave it out")

@@ -28,6 +28,7 @@ from promoe_ds.utils.command_line import (
     own_words,
     versions,
 )
+from promoe_ds.utils.outputs import check_place
 from promoe_ds.utils.pictures import IMAGE_MODES
 from promoe_ds.utils.ranks import Ranks
 
@@ -69,10 +70,16 @@ def parser() -> Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises `ConfigError` for options that are missing or out of range."""
+    """Raises `ConfigError` for options that are missing, out of range, or would not be looked at."""
+    if args.verify is not None:
+        for key, value in vars(args).items():
+            if key not in ("verify", "local_rank") and value != parser().get_default(key):
+                reject(f"--{key.replace('_', '-')}", value, "--verify reads shards and writes nothing", "remove it")
+        return
     check_positive(args, "size", "batch", "shard_size")
     if args.out is None:
         raise ConfigError("--out is required; see --help")
+    check_place(args.out)
     if args.images is not None and args.vae is None:
         raise ConfigError("--vae is required with --images; see --help")
     for key in ("vae", "split", "size", "batch", "precision", "device"):
@@ -118,11 +125,11 @@ def describe(source: EncodedImages | ConvertedLatents, args: argparse.Namespace)
 def encode(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     ranks = Ranks.from_environment(srun=True)
+    check(args)
     if args.verify is not None:
         index = verify(args.verify)
         print(f"{index.items} items in {len(index.shards)} shards match their checksums")
         return
-    check(args)
     source = open_source(args, ranks)
     if ranks.rank == 0:
         print(describe(source, args), flush=True)

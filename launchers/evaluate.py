@@ -14,7 +14,7 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.config.errors import reject
-from promoe_ds.evaluation.collect import FeatureSet, collect, save_features
+from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_network, collect, load_features, save_features
 from promoe_ds.evaluation.dinov2 import find_dinov2
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
 from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor, usual_features
@@ -93,11 +93,18 @@ def _tool_parser(command: str) -> Parser:
     return parser
 
 
-def _features(args: argparse.Namespace, reference: str) -> str:
-    """The extractor's name, having made sure that reference and weights are there before anything is read."""
+def _features(args: argparse.Namespace, reference: str, found: Sequence[tuple[str, Path]] = ()) -> str:
+    """The extractor's name, having made sure that reference and weights are there before images are read.
+
+    Args:
+        found: (option, path); features files among them must be the extractor's.
+    """
     if not Path(reference).exists():
         find_reference(reference)
     name = args.features or usual_features(reference)
+    for option, path in found:
+        if path.suffix == SUFFIX and path.is_file():
+            check_network(load_features(path, option), name, option)
     if name == "inception":
         find_weights(args.inception_weights)
     if name == "dinov2":
@@ -127,7 +134,8 @@ def score(argv: Sequence[str], ranks: Ranks) -> None:
     """Parse, check everything, score, print, write. Raises `ConfigError` before the output file is touched."""
     args = _parser().parse_args(argv)
     check_positive(args, "batch")
-    features, device = _features(args, args.ref), ranks.pick_device(args.device)
+    files = [("--ref", Path(args.ref)), *(("SAMPLES", path) for path in args.samples)]
+    features, device = _features(args, args.ref, files), ranks.pick_device(args.device)
     sets = _read_sets(args)
     if args.run is not None and ranks.rank == 0 and (begun := unfinished(args.run)):
         folders = ", ".join(map(str, begun))
@@ -140,8 +148,8 @@ def score(argv: Sequence[str], ranks: Ranks) -> None:
     if args.dry_run:
         return
     run_by: dict[str, Any] = {"device": device, "batch": args.batch, "ranks": ranks, "progress": True}
-    files: dict[str, Any] = {"weights": args.inception_weights, "dinov2_weights": args.dinov2_weights}
-    evaluator = Evaluator(features, args.ref, **files, distances=args.distances, **run_by)
+    weights: dict[str, Any] = {"weights": args.inception_weights, "dinov2_weights": args.dinov2_weights}
+    evaluator = Evaluator(features, args.ref, **weights, distances=args.distances, **run_by)
     with joined(ranks):
         scores = score_all(evaluator, sets)
     if not scores:
@@ -158,7 +166,8 @@ def make_features(command: str, argv: Sequence[str], ranks: Ranks) -> None:
     """`ref` and `features`: extract, write one features file. Raises `ConfigError` before it is touched."""
     args, is_reference = _tool_parser(command).parse_args(argv), command == "ref"
     check_positive(args, "batch", *(("keep", "size") if is_reference else ()))
-    name, device = _features(args, args.images), ranks.pick_device(args.device)
+    files = [("IMAGES", Path(args.images))] if is_reference else []
+    name, device = _features(args, args.images, files), ranks.pick_device(args.device)
     check_output(args.out, ".safetensors", "features are safetensors")
     source: Source | SampleSet
     if is_reference:
@@ -166,8 +175,8 @@ def make_features(command: str, argv: Sequence[str], ranks: Ranks) -> None:
         images = source.images
     else:
         source = images = _one_set(args.images)
-    files: dict[str, Any] = {"weights": args.inception_weights, "dinov2_weights": args.dinov2_weights}
-    extractor = load_extractor(name, **files, device=device, batch=args.batch)
+    weights: dict[str, Any] = {"weights": args.inception_weights, "dinov2_weights": args.dinov2_weights}
+    extractor = load_extractor(name, **weights, device=device, batch=args.batch)
     if images is not None:
         check_shape(images, extractor, READS[command])
     if ranks.rank == 0:

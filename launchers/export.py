@@ -24,6 +24,7 @@ from promoe_ds.formats import diffusers_export, official, weights
 from promoe_ds.formats.card import score_rows
 from promoe_ds.sampling.job import codec_of_run, run_of
 from promoe_ds.utils.command_line import Parser, launcher
+from promoe_ds.utils.outputs import check_new
 
 EXAMPLES = """examples:
   python launchers/export.py --run runs/digits --out digits_ema                 model.safetensors, config.json, card
@@ -58,8 +59,7 @@ def parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be said before a tensor is read; raises ConfigError."""
-    if args.out.exists():
-        reject("--out", args.out, "exists; nothing is overwritten", "name another one")
+    check_new(args.out)
     if args.vae and args.format != "diffusers":
         reject("--vae", args.vae, "belongs to --format diffusers", "leave it out")
     if args.vae:

@@ -13,12 +13,12 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.checkpoint.layout import bytes_of, size
-from promoe_ds.config.errors import reject
 from promoe_ds.costs.flops import count_parameters
 from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.official import CONVENTIONS, FAMILIES
 from promoe_ds.formats.weights import write
 from promoe_ds.utils.command_line import Parser, launcher
+from promoe_ds.utils.outputs import check_new
 
 EXAMPLES = """examples:
   python launchers/import_weights.py ckpt_step_500000.pth --out promoe_b          ProMoE, Dense, TC-, EC-DiT or DiffMoE
@@ -57,8 +57,7 @@ def parser() -> Parser:
 
 def bring(argv: list[str]) -> None:
     args = parser().parse_intermixed_args(argv)
-    if args.out.exists():
-        reject("--out", args.out, "exists; nothing is overwritten", "name another folder")
+    check_new(args.out, "name another folder")
     made = import_checkpoint(
         args.checkpoint, args.weights, args.family, args.convention, args.overrides, args.drop, args.ema_std
     )

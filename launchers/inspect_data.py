@@ -34,6 +34,7 @@ from promoe_ds.data.latents import Latents
 from promoe_ds.data.zips import StoredZip
 from promoe_ds.sampling.generate import to_pixels
 from promoe_ds.utils.command_line import Parser, add_cache_options, cache_options, check_positive, launcher
+from promoe_ds.utils.outputs import check_place
 from promoe_ds.utils.pictures import SUFFIXES, grid, write_png
 
 EXAMPLES = """examples:
@@ -181,6 +182,10 @@ def inspect(argv: list[str]) -> int:
         reject("--sheet", args.sheet, f"there is no folder {args.sheet.parent}", "make it, or name another file")
     if args.sheet and args.sheet.is_dir():
         reject("--sheet", args.sheet, "is a folder", "name a file in it")
+    if args.sheet and args.sheet.suffix.lower() != ".png":  # a slip of the hand must not overwrite the data
+        reject("--sheet", args.sheet, "the sheet is a PNG", "choose a name that ends in .png")
+    if args.sheet:
+        check_place(args.sheet, "--sheet")
     try:
         data = opened(args)
     except ConfigError as error:

@@ -21,7 +21,7 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.checkpoint.layout import newest, step_of, trained
-from promoe_ds.checkpoint.resume import changed_lr, check_same_run, saved_config
+from promoe_ds.checkpoint.resume import changed_lr, check_run
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import find_codec, open_codec
@@ -190,9 +190,8 @@ def check_size(size: int, cells: int, vae: str) -> None:
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """The same for files; a dry run does without. Raises `ConfigError`."""
     run = args.run or Path("runs") / config.name
-    if saved := saved_config(run):
-        check_same_run(saved, config, run)  # its stages are not those of this command, whatever is there
-        changed_lr(newest(run), config)
+    check_run(run, config)  # its stages are not those of this command, whatever is there
+    changed_lr(newest(run), config)
     if config.data.name == "latents":
         find_codec(args.vae)
         shards = args.latents or config.data.path

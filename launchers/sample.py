@@ -243,6 +243,7 @@ def choose_pack(
     if wanted := extractor.wants(shape):
         conflict = f"takes images of {wanted} (H, W, C), the model makes {list(shape)}"
         reject("--features", extractor.name, conflict, "choose another network, or --format npz")
+    extractor.try_out(shape)
     return extractor.name, lambda out: FeatureStore(out, extractor)
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -83,6 +84,15 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would look for one, and warn
 
 
+def run_folder(args: argparse.Namespace, config: Config) -> Path:
+    """Where the run lies. Raises ConfigError if that is among the checkpoints of another."""
+    from promoe_ds.utils.outputs import check_place
+
+    run = args.run or Path("runs") / config.name
+    check_place(run, "--run")
+    return run
+
+
 def dry_run(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.costs.dry_run import render, report
     from promoe_ds.parallel import ds_config
@@ -98,27 +108,38 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
 
 
 def check_files(args: argparse.Namespace, config: Config) -> None:
-    """What a start would meet in the data and the run folder; writes nothing. Raises ConfigError."""
-    from promoe_ds.checkpoint import resume
+    """What a start would meet in the files it reads; writes nothing. Raises ConfigError."""
+    from promoe_ds.checkpoint.init_from import InitialWeights
+    from promoe_ds.checkpoint.layout import candidates
+    from promoe_ds.checkpoint.resume import check_run
     from promoe_ds.data import build_dataset, notes
     from promoe_ds.recipes.validate import validate_data
     from promoe_ds.train.scores import Scores
     from promoe_ds.utils.ranks import ALONE
 
+    run = run_folder(args, config)
     validate_data(config)
     dataset = build_dataset(config)
     for note in notes(dataset):
         print(f"data.path={config.data.path}: {note}", file=sys.stderr)
+    check_run(run, config)
+    check_guide(config)
+    if config.train.init and not candidates(run):
+        InitialWeights(config)
     if config.train.score_every:
         Scores(config, ALONE, dataset.codec, make_evaluator)
-    run = args.run or Path("runs") / config.name
-    saved = resume.saved_config(run)
-    if saved is not None:
-        resume.check_same_run(saved, config, run)
+
+
+def check_guide(config: Config) -> None:
+    """Raises ConfigError if there is no such model as `guidance.model`, which is not read before the first samples."""
+    from promoe_ds.sampling.weak import find_weak
+
+    if config.guidance.model:
+        find_weak(config.guidance.model, config, "guidance.model")
 
 
 def make_evaluator(config: Config, ranks: Ranks, shape: tuple[int, int, int]) -> Evaluator:
-    """What scores images [H, W, C] while training. Raises ConfigError, in the words of launchers/evaluate.py, too."""
+    """What scores images [H, W, C] while training. Raises ConfigError, in the words of a recipe."""
     import numpy as np
 
     from promoe_ds.evaluation.evaluate import Evaluator
@@ -131,10 +152,23 @@ def make_evaluator(config: Config, ranks: Ranks, shape: tuple[int, int, int]) ->
     try:
         evaluator = Evaluator(features, ref, device=ranks.device, ranks=ranks)
         evaluator.check(SampleSet("the model's", np.zeros((1, *shape), np.uint8), classes))
+        evaluator.extractor.try_out(shape)
     except ConfigError as error:
-        text = str(error).replace("--ref=", "train.score_ref=").replace("--features=", "train.score_features=")
-        raise ConfigError(text.replace("--inception-weights or ", "").replace("--dinov2-weights or ", "")) from error
+        raise ConfigError(in_keys(str(error), features)) from error
     return evaluator
+
+
+def in_keys(text: str, features: str) -> str:
+    """What launchers/evaluate.py says of its options, said of the keys of a recipe and of environment variables."""
+    key = f"train.score_features={features}"
+    if text.startswith("SAMPLES="):  # nobody can choose other images here
+        conflict = text.partition(": ")[2].rpartition("; ")[0]
+        return f"{key}: the model's {conflict}; choose another network"
+    text = re.sub(r"--(inception|dinov2)-weights or ", "", text)
+    text = re.sub(r"^--(inception|dinov2)-weights=\(none\)", key, text)
+    text = re.sub(r"--(inception|dinov2)-weights", lambda match: f"{match[1].upper()}_WEIGHTS", text)
+    text = text.replace("add --features ", "set train.score_features=")
+    return text.replace("--features", "train.score_features").replace("--ref", "train.score_ref")
 
 
 def train(args: argparse.Namespace, config: Config) -> int:
@@ -143,12 +177,14 @@ def train(args: argparse.Namespace, config: Config) -> int:
     from promoe_ds.train.trainer import RankFailed, StoppedEarly, Trainer, TrainingStopped
     from promoe_ds.utils.ranks import Ranks
 
+    run = run_folder(args, config)
     validate_data(config)
+    check_guide(config)
     here = topology.Topology.of(Ranks.from_environment(), config.parallel.expert_parallel)
     ds = ds_config.resolve(args.ds_config, config, here.world)
     trainer = None
     try:
-        trainer = Trainer(config, ds, args.run or Path("runs") / config.name, here, make_evaluator)
+        trainer = Trainer(config, ds, run, here, make_evaluator)
         code = trainer.run()
     except StoppedEarly:
         code = STOPPED

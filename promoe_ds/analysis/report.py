@@ -20,6 +20,7 @@ from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, tabl
 from promoe_ds.config.errors import reject
 from promoe_ds.costs import flops
 from promoe_ds.utils.files import atomic, making, write_text
+from promoe_ds.utils.outputs import check_place
 
 REPORT = "report.html"
 FILES = "files.json"
@@ -33,6 +34,7 @@ MOST_SCORED = 20
 
 def check_folder(out: Path) -> None:
     """An earlier analysis may be replaced, anything else not. Raises `ConfigError`."""
+    check_place(out)
     if out.exists() and not out.is_dir():
         reject("--out", out, "is not a folder", "name another one")
     if out.exists() and any(out.iterdir()) and not ((out / REPORT).exists() or _listed(out)):

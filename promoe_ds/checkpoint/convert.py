@@ -21,6 +21,7 @@ from promoe_ds.config.decode import dump
 from promoe_ds.config.errors import reject
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import atomic, making, write_text
+from promoe_ds.utils.outputs import check_new
 
 
 def checked(path: Path) -> dict[str, Any]:
@@ -36,8 +37,7 @@ def checked(path: Path) -> dict[str, Any]:
 @contextmanager
 def made(final: Path, need: int) -> Iterator[Path]:
     """A temporary folder to become `final`; raises ConfigError if that exists, or on a full disk."""
-    if final.exists():
-        reject("--out", final, "exists; nothing is overwritten", "name another folder")
+    check_new(final, "name another folder")
     temporary = final.with_name(f"tmp_{final.name}")
     try:
         with making(final.parent):
@@ -65,8 +65,7 @@ def resplit(path: Path, run: Path, count: int) -> Path:
     Raises:
         ConfigError: the source is damaged; the target exists or cannot be written; fewer tensors than files.
     """
-    if run.exists():
-        reject("--out", run, "exists", "name a folder that does not exist yet")
+    check_new(run, "name another folder")
     tree, final = checked(path), folder(run, manifest(path)["step"])
     reader = Reader(path)
     averages = tuple(f"{state}/" for state in reader.averages)

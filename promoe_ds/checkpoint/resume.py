@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from promoe_ds.checkpoint.init_from import InitialWeights
-from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, manifest, step_of, unreadable
+from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, candidates, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
 from promoe_ds.config.decode import BAD_YAML, read_yaml
 from promoe_ds.config.errors import ConfigError, reject
@@ -33,6 +33,24 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
     for path, old, new in differences(known, config, free=("resume",)):
         way_out = "name its recipe" if "a section" in (old, new) else f"set {path}={old}"
         reject(path, new, f"{where} was made with {path}={old}", f"{way_out} or choose another --run")
+
+
+def check_run(run: Path, config: Config) -> None:
+    """`check_same_run` of RUN/config.yaml, if there is one, which somebody may have edited since the checkpoints."""
+    saved = saved_config(run)
+    if saved is None:
+        return
+    for path, old, new in _edits(saved, run):
+        conflict = f"{run / 'config.yaml'} was edited, its checkpoints were made with {path}={old}"
+        reject(path, new, conflict, "put the old value back into that file, or start a new run with another --run")
+    check_same_run(saved, config, run)
+
+
+def _edits(saved: dict[str, Any], run: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Option, value in the newest checkpoint and in RUN/config.yaml, where they differ and no resume may change it."""
+    with contextlib.suppress(ConfigError, IndexError, KeyError):  # damage is told by who reads it, none is none
+        made = load_tree(manifest(candidates(run)[-1])["config"])
+        yield from differences(made, load_tree(saved), free=("resume",))
 
 
 def changed_lr(found: Path | None, config: Config) -> tuple[float, float] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -18,7 +19,9 @@ import yaml
 from promoe_ds.config.errors import ConfigError, did_you_mean, reject
 from promoe_ds.config.schema import Config, RouterConfig, router_config_class
 
-BAD_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the others for 2024-02-30 or 0x_, no dates or numbers
+BAD_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+"""what `read_yaml` raises; the last three for no dates or numbers, such as 2024-02-30 or 0x_, and for deep nesting"""
+WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 
 def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str, example: str) -> dict[str, Any]:
@@ -28,16 +31,17 @@ def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str
     except (OSError, UnicodeDecodeError) as error:
         reject(option, path, f"cannot be read ({error})", f"name another {kind} file")
     except BAD_YAML as error:
-        reject(option, path, f"is not {kind} ({' '.join(str(error).split())})", "fix the file")
+        reject(option, path, f"cannot be read as {kind} ({' '.join(str(error).split())})", "fix the file")
     if not isinstance(tree, dict):
         reject(option, path, "is not a mapping", example)
     return tree
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML has the second of two equal keys win silently."""
+class _AsWritten(yaml.SafeLoader):
+    """Refuses what YAML would read as something else than what is written, without a word."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
+        """Of two equal keys the second would win."""
         node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
         for key, _ in node.value:
@@ -47,10 +51,21 @@ class _UniqueKeys(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """YAML 1.1 has octal, binary and sexagesimal numbers, which people write without meaning them."""
+        value, text = self.construct_yaml_int(node), node.value
+        if not WHOLE_NUMBER.fullmatch(text):
+            way_out = "write the number you mean, or quotes if it is text"
+            raise ValueError(f"line {node.start_mark.line + 1} has {text}, which YAML reads as {value}: {way_out}")
+        return value
+
+
+_AsWritten.add_constructor("tag:yaml.org,2002:int", _AsWritten.construct_whole_number)
+
 
 def read_yaml(text: str) -> Any:
     """Plain values alone; raises one of `BAD_YAML`."""
-    return _UniqueKeys(text).get_single_data()
+    return _AsWritten(text).get_single_data()
 
 
 class Override(str):
@@ -61,6 +76,15 @@ class Override(str):
             if (read := read_yaml(self)) is not None or self.strip().lower() in ("", "~", "null"):
                 return read
         return str(self)  # YAML reads comments and anchors as null, too
+
+    def structure(self, path: str) -> Any:
+        """As `yaml`, for a section or a list, which no bare text is. Raises ConfigError if YAML cannot read it."""
+        try:
+            read_yaml(self)
+        except BAD_YAML as error:
+            conflict = f"cannot be read as YAML ({' '.join(str(error).split())})"
+            reject(path, self, conflict, "write [a, b] or {key: value}")
+        return self.yaml()
 
 
 def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
@@ -112,11 +136,11 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         return _decode_union(kind, value, path)
     read = value
     if isinstance(value, Override):
-        read = value.yaml()
+        read = value.structure(path) if origin is tuple else value.yaml()
         text = read if value[:1] in ("'", '"') and isinstance(read, str) else str(value)  # quotes are YAML's
         if text and (kind is str or (origin is Literal and text in typing.get_args(kind))):
             return text
-        value = text if kind in (int, float) and type(read) in (int, float) else read  # YAML reads 0500 as 320
+        value = text if kind in (int, float) and type(read) in (int, float) else read  # 2**53 + 1 as a float
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(typing.cast(type, kind), value, path)
     if origin is Literal:
@@ -133,7 +157,8 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         return value
     number = _number(str(value)) if kind in (int, float) else None
     if number is not None and (kind is float or number == int(number)):
-        return kind(number)
+        with contextlib.suppress(OverflowError):  # a whole number that no float holds
+            return kind(number)
     if kind in (int, float) and isinstance(read, float) and (number is not None or not math.isfinite(read)):
         expected, got = "int" if kind is int else "a finite float", "float" if math.isfinite(read) else str(read)
         reject(path, value, f"expected {expected}, got {got}", "change the value")  # as it was written
@@ -143,10 +168,11 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
 
 def _number(text: str) -> float | None:
     """A finite number, whole ones exactly (YAML 1.1 reads 1e-4 and 1e5 as text); None if it is not one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError, OverflowError):
-            if math.isfinite(number := kind(text)):
-                return number
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
     return None
 
 

@@ -81,6 +81,8 @@ def _check_options(config: Config) -> None:
     for key in ("format", "scale", "shift"):
         if (value := getattr(data, key)) is not None and data.name != "latents":
             reject(f"data.{key}", value, f"data.name={data.name} reads no latents", "remove it")
+    if data.split != "train" and data.name != "images":
+        reject("data.split", data.split, f"data.name={data.name} has no splits", "remove it")
     if data.workers and data.name != "images":
         reject("data.workers", data.workers, f"data.name={data.name} decodes no pictures", "remove it")
     if data.vae_precision != "fp32" and (data.name != "images" or data.vae is None):

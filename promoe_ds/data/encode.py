@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
@@ -43,6 +44,7 @@ def renamed(error: ConfigError, option: str) -> str:
     """An error about a data set, in the words of a launcher that names it otherwise."""
     text = str(error).replace("data.path=", f"{option}=", 1).replace("data.split=", "--split=", 1)
     for key in ("format", "scale", "shift"):
+        text = re.sub(rf"^data\.{key}=", f"--{key}=", text)  # what is wrong; what to do is written as it is typed
         text = text.replace(f"data.{key}=", f"--{key} ").replace(f"data.{key}", f"--{key}")
     return text
 

@@ -20,6 +20,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.formats.weights import Weights
 from promoe_ds.moe.routers.diffmoe import DiffMoEConfig
 from promoe_ds.utils.files import atomic, making
+from promoe_ds.utils.outputs import check_new
 
 State = dict[str, Tensor]
 
@@ -198,8 +199,7 @@ def write_official(ema: Weights, raw: Weights, out: Path) -> Path:
         ConfigError: the target exists or cannot be written; the official code has no such model.
     """
     check_layout(ema.config)
-    if out.exists():
-        reject("--out", out, "exists; nothing is overwritten", "name another file")
+    check_new(out, "name another file")
     tree: dict[str, object] = {"step": ema.step}
     for key, weights in (("model_state_dict", raw), ("ema_model_state_dict", ema)):
         state = to_official(weights.tensors, weights.config)

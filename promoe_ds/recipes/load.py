@@ -1,29 +1,38 @@
 """A recipe and the command line to a `Config`.
 
 Order of precedence: dataclass default < recipe YAML < `section.key=value` from the command line. A recipe may start
-from another one with the key `base: NAME`. Unknown keys, wrong types and impossible combinations raise `ConfigError`.
+from another one with the key `base: NAME`. A section changes what it names and keeps the rest, in a recipe with a base
+and in `section={key: value}` alike. Unknown keys, wrong types and impossible combinations raise `ConfigError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from promoe_ds.config.decode import Override, decode, read_mapping, read_yaml
 from promoe_ds.config.errors import did_you_mean, reject
+from promoe_ds.config.option import options
 from promoe_ds.config.schema import Config
 from promoe_ds.moe import routers as routers  # their classes make them known to `decode`
 from promoe_ds.recipes.validate import validate
 
 RECIPES = Path(__file__).parent
+SECTIONS = frozenset(path for path, _, value in options(Config()) if is_dataclass(value))
+"""`model`, ..., `moe.router`"""
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], top: dict[str, Any], router_anew: bool = False) -> dict[str, Any]:
+    """`top` over `base`, section by section; `router_anew`: one of another name keeps no options of the one before."""
     out = dict(base)
     for key, value in top.items():
-        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merge(out[key], value) if nested else value
+        old = out.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            other = key == "router" and value.get("name") not in (None, old.get("name", "promoe"))
+            value = value if other and router_anew else _merge(old, value, router_anew)
+        out[key] = value
     return out
 
 
@@ -57,14 +66,15 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     node = tree
     for parent in parents:
         inner = node.setdefault(parent, {})
-        node[parent] = inner = inner.yaml() if isinstance(inner, Override) else inner
         if inner is None:
             way_out = f"override `{parent}` as a whole or choose another recipe"
             reject(key, raw, f"`{parent}` is null in this recipe", way_out)
         if not isinstance(inner, dict):
             reject(key, raw, f"`{parent}` is not a section", "remove the last part of the key")
         node = inner
-    node[leaf] = Override(raw)
+    value = Override(raw)
+    top = {leaf: value.structure(key) if key in SECTIONS else value}
+    node.update(_merge({leaf: node.get(leaf)}, top, router_anew=True))
 
 
 def load_tree(tree: dict[str, Any]) -> Config:

@@ -154,6 +154,9 @@ def validate(config: Config) -> None:
     """Check everything that depends on the config alone; changes nothing. Raises `ConfigError`."""
     for path, known, value in options(config):
         for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and known.below is None and abs(number) >= 2**63:
+                shown = f"{str(number)[:9]}... ({len(str(abs(number)))} digits)"
+                reject(path, shown, "does not fit into 64 bits", "choose a smaller number")
             if isinstance(number, int | float) and not known.allows(number):
                 reject(path, number, f"must {known.range()}", "choose such a value")
     _validate_name(config.name)

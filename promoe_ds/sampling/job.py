@@ -39,6 +39,7 @@ from promoe_ds.sampling.generate import (
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, whole, write_npz
 from promoe_ds.utils.command_line import versions
 from promoe_ds.utils.files import NOT_FOUND, making, write_text
+from promoe_ds.utils.outputs import check_place
 from promoe_ds.utils.pictures import grid, write_png
 from promoe_ds.utils.ranks import ALONE, Ranks
 
@@ -146,8 +147,10 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
     """Refuse a folder that holds other samples. Changes nothing; a missing folder is fine.
 
     Raises:
-        ConfigError: the folder's record differs, is unreadable, or is missing beside files that would be overwritten.
+        ConfigError: the folder's record differs, is unreadable, or is missing beside files that would be overwritten;
+            the folder lies among a run's checkpoints.
     """
+    check_place(out)
     if out.exists() and not out.is_dir():
         reject("--out", out, "is not a folder", "name another one")
     try:

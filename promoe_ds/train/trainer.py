@@ -107,8 +107,7 @@ class Trainer:
         problem = None
         try:
             self.dataset = build_dataset(self.config)
-            if (saved := resume.saved_config(self.run_folder)) is not None:
-                resume.check_same_run(saved, self.config, self.run_folder)
+            resume.check_run(self.run_folder, self.config)
             new = self.config.train.init and not layout.candidates(self.run_folder)
             self.started = InitialWeights(self.config) if new else None
             scored = self.config, self.topology, self.dataset.codec, self.judge

@@ -48,6 +48,29 @@ def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
         resume.check_same_run(saved, load_config("tiny", ["moe=null"]), found)
 
 
+def test_an_edited_configuration_is_told_from_another_one(tmp_path: Path) -> None:
+    """Whichever of the two values the command has: no command is to be followed into a loop."""
+    resume.check_run(tmp_path, CONFIG)
+    other = load_config("tiny", ["model.width=64"])
+    (tmp_path / "config.yaml").write_text(dump(other))
+    resume.check_run(tmp_path, other)
+    with pytest.raises(ConfigError, match="model.width=32: .* was made with model.width=64; set model.width=64 or"):
+        resume.check_run(tmp_path, CONFIG)
+    save(tmp_path, 5)
+    told = (
+        rf"^model.width=64: {tmp_path}/config.yaml was edited, its checkpoints were made with model.width=32; put the"
+    )
+    for config in (CONFIG, other):
+        with pytest.raises(ConfigError, match=told):
+            resume.check_run(tmp_path, config)
+    (tmp_path / "config.yaml").write_text(dump(load_config("tiny", ["train.steps=99"])))
+    resume.check_run(tmp_path, CONFIG)
+    (layout.folder(tmp_path, 5) / "manifest.json").write_text("{")
+    (tmp_path / "config.yaml").write_text(dump(other))
+    with pytest.raises(ConfigError, match="set model.width=64 or choose another --run"):
+        resume.check_run(tmp_path, CONFIG)
+
+
 def test_another_learning_rate_needs_a_step_to_make_with_it(tmp_path: Path) -> None:
     save(tmp_path, 5)
     found, other = layout.folder(tmp_path, 5), ["optimizer.lr=0.5"]

@@ -321,6 +321,10 @@ def test_launcher(
         (["--from-latents", cache, "--out", "x"], "neither's; set --format repa (of pictures in [-1, 1]) or --format"),
         (["--images", tree, "--vae", vae, "--out", "x", "--scale", 2], "--scale=[2.0]: belongs to --from-latents"),
         (["--verify", tmp_path], "has no index.json"),
+        (["--verify", out, "--vae", vae], f"--vae={vae}: --verify reads shards and writes nothing; remove it"),
+        (["--verify", out, "--out", "x"], "--out=x: --verify reads shards and writes nothing; remove it"),
+        (["--from-latents", out, "--scale", 2, "--out", "x"], f"--scale=2.0: index.json of {out} says its own; remove"),
+        (["--from-latents", out, "--format", "npz", "--out", "x"], f"--format=npz: {out} holds shards of launchers/"),
         (["--verify", lost], f"--verify={lost}/items.safetensors: cannot be read (No such file or directory); copy"),
         (["--vae", vae], "one of the arguments --images --from-latents --verify is required"),
     ):

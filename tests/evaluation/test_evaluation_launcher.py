@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from launchers.evaluate import main
+from promoe_ds.config.errors import ConfigError
+from promoe_ds.evaluation.collect import load_features, save_features
 from promoe_ds.evaluation.digits import digits_images
+from promoe_ds.evaluation.evaluate import Evaluator
 from promoe_ds.evaluation.report import format_table, notes
 from tests.evaluation.random_inception import pictures
 from tests.launch import run
@@ -76,7 +80,7 @@ def test_sample_sets_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_errors_leave_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     good, out = save(tmp_path / "a", 10, 1.0), tmp_path / "metrics.json"
-    out.write_text("before")
+    out.write_text(before := '{"sets": []}')
     bad = tmp_path / "bad.npz"
     bad.write_bytes(good.read_bytes()[:200])
     assert "no readable .npz" in failure(capsys, good, bad, "--out", out)
@@ -85,7 +89,7 @@ def test_errors_leave_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFix
     np.savez(bad, arr_0=np.zeros((3, 9, 9, 1), np.uint8), arr_1=np.zeros(3, np.int64))
     assert "digits-cnn takes [8, 8, 1]" in failure(capsys, good, bad, "--out", out)
     assert "ends in .json" in failure(capsys, good, "--out", good)
-    assert out.read_text() == "before"
+    assert out.read_text() == before
 
 
 def test_bad_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -129,14 +133,35 @@ def test_references_and_features_on_a_network_of_ones_own(tmp_path: Path, capsys
     assert images[fd] == pytest.approx(stream[fd], rel=1e-9) and images[fd] > 0 and "FID" not in images
     assert images["samples_sha256"] == stream["samples_sha256"]
     capsys.readouterr()
-    assert "is a features file already" in failure(capsys, "features", features, "--out", ref, *own)
+    new = tmp_path / "new.safetensors"
+    assert "is a features file already" in failure(capsys, "features", features, "--out", new, *own)
     assert "ends in .safetensors" in failure(capsys, *photos, "--out", tmp_path / "ref.npz")
-    assert "--keep=0: must be positive" in failure(capsys, *photos, "--keep", "0", "--out", ref)
+    assert "--keep=0: must be positive" in failure(capsys, *photos, "--keep", "0", "--out", new)
     assert "--device=tpu" in failure(capsys, features, "--ref", ref, "--features", network, "--device", "tpu")
-    assert "arguments are required: IMAGES; see --help" in failure(capsys, "ref", "--out", ref)
+    assert "arguments are required: IMAGES; see --help" in failure(capsys, "ref", "--out", new)
     for scale in ("1", "2"):
         save(tmp_path / "run" / f"cfg{scale}", 5, 1.0)
-    assert "holds 2 sample sets" in failure(capsys, "features", tmp_path / "run", "--out", ref, *own)
+    assert "holds 2 sample sets" in failure(capsys, "features", tmp_path / "run", "--out", new, *own)
+
+
+def test_features_of_another_network_are_told_before_its_weights_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
+    samples, features, ours = save(tmp_path / "a", 100, 1.0), tmp_path / "f.safetensors", tmp_path / "own.safetensors"
+    assert main(["features", str(samples), "--features", "digits-cnn", "--out", str(features)]) == 0
+    save_features(ours, replace(load_features(features, "SAMPLES"), extractor="mean:01234567"))
+    np.savez(tmp_path / "r.npz", mu=np.zeros(3), sigma=np.eye(3))
+    capsys.readouterr()
+    fault = "holds features of digits-cnn, --features is inception; add --features digits-cnn"
+    assert f"--ref={features}: {fault}\n" in failure(capsys, samples, "--ref", features)
+    assert f"SAMPLES={features}: {fault}\n" in failure(capsys, features, "--ref", tmp_path / "r.npz")
+    assert f"IMAGES={features}: {fault}\n" in failure(capsys, "ref", features, "--out", tmp_path / "new.safetensors")
+    assert "mean:01234567, --features is inception; name that network's file" in failure(capsys, samples, "--ref", ours)
+    with pytest.raises(ConfigError, match=f"--ref={features}: {fault}"):
+        Evaluator("inception", str(features))
+    assert main([str(samples), "--ref", str(features), "--features", "digits-cnn", "--dry-run"]) == 0
 
 
 def test_table_of_fids_warns_of_small_sets():

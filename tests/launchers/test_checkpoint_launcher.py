@@ -242,7 +242,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "there").mkdir()
     convert = ["convert", "--run", run, "--out"]
     assert "exists; nothing is overwritten" in mistake(capsys, *convert, tmp_path / "there", "--weights", "ema")
-    assert "exists; name a folder that does not exist yet" in mistake(capsys, *convert, run, "--files", 2)
+    assert "exists; nothing is overwritten; name another folder" in mistake(capsys, *convert, run, "--files", 2)
     assert "choose 1 to " in mistake(capsys, *convert, tmp_path / "new", "--files", 0)
     assert "--dtype=bf16: belongs to --weights" in mistake(
         capsys, *convert, tmp_path / "new", "--files", 2, "--dtype", "bf16"

@@ -59,6 +59,9 @@ def test_damaged_items_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_sheet_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for sheet in (tmp_path, "."):
         assert "is a folder; name a file in it" in said(capsys, tmp_path, "--sheet", sheet, code=2)
+    (data := tmp_path / "data.npz").write_bytes(b"precious")
+    text = f"error: --sheet={data}: the sheet is a PNG; choose a name that ends in .png\n"
+    assert said(capsys, tmp_path, "--sheet", data, code=2) == text and data.read_bytes() == b"precious"
 
 
 def test_a_sheet_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

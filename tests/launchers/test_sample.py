@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch._inductor.config as inductor
 
 from promoe_ds.data.codecs import open_codec
@@ -310,6 +311,25 @@ def test_formats_are_checked(command: Command, tmp_path: Path, capsys: pytest.Ca
     )
     assert command("--run", str(run), "--format", "features", "--features", "resnet") == 2
     assert "--features=resnet: no such feature extractor" in capsys.readouterr().err
+
+
+class Whole(torch.nn.Module):
+    """A network that gives no floats."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)).long()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_network_is_tried_before_anything_is_drawn(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.jit.save(torch.jit.script(Whole()), tmp_path / "net.pt")
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    words = ["--model", run, "--format", "features", "--features", tmp_path / "net.pt", "--out", out]
+    assert command(*words) == command(*words, "--dry-run") == 2
+    error = f"error: --features={tmp_path}/net.pt: gives int64 [1, 1] for 1 images; its first output must be float"
+    assert capsys.readouterr().err.count(error) == 2 and not out.exists()
 
 
 def test_latent_models_need_their_codec(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

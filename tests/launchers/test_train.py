@@ -89,6 +89,27 @@ BAD = {
         "error: train.score_features=net.onnx: no such file",
         "name an existing",
     ),
+    "no guide": (["guidance.model=nowhere"], "guidance.model=nowhere: no such file or folder", "name a run folder"),
+    "no guide in a dry run": (
+        ["guidance.model=nowhere", "--dry-run", "--check-files"],
+        "guidance.model=nowhere: no such file or folder",
+        "name a run folder",
+    ),
+    "nothing to start from in a dry run": (
+        ["train.init=nowhere", "--dry-run", "--check-files"],
+        "train.init=nowhere: no such file or folder",
+        "name a run folder",
+    ),
+    "a split of digits": (
+        ["data.split=foo", "--dry-run", "--check-files"],
+        "data.split=foo: data.name=digits has no splits",
+        "remove it",
+    ),
+    "no weights of a network": (
+        ["train.score_every=5", "train.score_features=inception"],
+        "error: train.score_features=inception: no Inception weights in ",
+        "then name it with $INCEPTION_WEIGHTS, or put it into ",
+    ),
     "scores in a dry run": (
         ["train.score_every=5", "train.score_features=fid", "--dry-run", "--check-files"],
         "train.score_features=fid: no such feature extractor",
@@ -102,10 +123,27 @@ def test_mistakes(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
     arguments, message, way_out = BAD[name]
     line = mistake(capsys, *arguments)
     assert message in line and way_out in line
     assert not list(tmp_path.iterdir()), "a rejected command leaves nothing behind"
+
+
+def test_scores_are_spoken_of_in_keys_of_a_recipe() -> None:
+    for text, expected in (
+        ("--ref=a.npz: no such file; name it", "train.score_ref=a.npz: no such file; name it"),
+        (
+            "--ref=a.safetensors: holds features of digits-cnn, --features is inception; add --features digits-cnn",
+            "train.score_ref=a.safetensors: holds features of digits-cnn, train.score_features is inception; "
+            "set train.score_features=digits-cnn",
+        ),
+        ("--inception-weights=x.pth: is none; name y", "INCEPTION_WEIGHTS=x.pth: is none; name y"),
+        ("--dinov2-weights=(none): none; name it, with --dinov2-weights or $DINOV2_WEIGHTS",
+         "train.score_features=inception: none; name it, with $DINOV2_WEIGHTS"),
+    ):  # fmt: skip
+        assert launcher.in_keys(text, "inception") == expected
 
 
 @pytest.mark.parametrize(("name", "text"), [("LOCAL_WORLD_SIZE", "two"), ("LOCAL_SIZE", "0")])

@@ -35,7 +35,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("superclasses: {a: [true]}", "does not map names"),
         ("superclasses: [0, 1]", "does not map names"),
         ("[0, 1]", "is not a mapping; write `superclasses: {"),
-        ("a: [", "is not YAML or JSON"),
+        ("a: [", "cannot be read as YAML or JSON"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:

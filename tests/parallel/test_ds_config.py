@@ -228,7 +228,7 @@ def test_bf16_weights_need_zero(folder: Folder) -> None:
 
 
 def test_unreadable_files(folder: Folder, tmp_path: Path) -> None:
-    assert "is not JSON" in folder.error("{")
+    assert "cannot be read as JSON" in folder.error("{")
     assert "the key 'bf16' is written twice" in folder.error('{"bf16": "auto", "bf16": "auto"}')
     assert "is not a mapping; write {" in folder.error("[]")
     with pytest.raises(ConfigError, match="cannot be read"):

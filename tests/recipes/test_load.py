@@ -288,7 +288,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     error("no such recipe (known: ", base="imagenet256_promoe_x")
     error("did you mean 'imagenet256_promoe_xl'?", base="imagenet256_promoe_x")
     error("cannot be read", base=str(tmp_path / "absent.yaml"))
-    error("is not YAML", base=write(tmp_path / "broken.yaml", "a: [1,\nb: 2"))
+    error("cannot be read as YAML", base=write(tmp_path / "broken.yaml", "a: [1,\nb: 2"))
     twice = "train: {steps: 5}\nmodel:\n  width: 8\n  depth: 2\n  width: 16\n"
     error("the key 'width' is written twice, again in line 5", base=write(tmp_path / "twice.yaml", twice))
     error("is not a mapping", base=write(tmp_path / "list.yaml", "- 1"))

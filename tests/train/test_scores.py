@@ -83,9 +83,10 @@ def test_what_cannot_be_scored_is_refused_at_the_start(tmp_path: Path) -> None:
     config = scored()
     with pytest.raises(ConfigError, match=r"^train.score_every=1: this program has nothing that scores; start with"):
         Scores(config, ALONE, None, None)
-    with pytest.raises(ConfigError, match=r"SAMPLES=the model's: images are \[32, 32, 3\] .* digits-cnn takes \[8, 8"):
+    told = r"^train.score_features=digits-cnn: the model's images are \[32, 32, 3\] .* takes \[8, 8, 1\]; choose an"
+    with pytest.raises(ConfigError, match=told):
         make_evaluator(config, ALONE, (32, 32, 3))
-    with pytest.raises(ConfigError, match="labels span 0..11, digits-cnn knows classes 0..9"):
+    with pytest.raises(ConfigError, match="cnn: the model's labels span 0..11, digits-cnn knows classes 0..9; choose"):
         make_evaluator(replace(config, model=replace(config.model, num_classes=12)), ALONE, (8, 8, 1))
     with pytest.raises(ConfigError, match=r"the model makes latents, not pixels; name the codec .* data.vae=DIR"):
         Scores(replace(config, data=DataConfig(name="latents", path="x")), ALONE, None, make_evaluator)

@@ -79,7 +79,9 @@ def open_latents(path: str | Path, said: DataConfig | None = None, num_classes: 
         reject("data.path", path, "does not exist", way_out)
     if not (place.is_file() or place.is_dir()):
         reject("data.path", path, "is neither a file nor a folder", "name what can be read at any place")
-    found = _kinds(place) if said.format is None else []
+    found = _kinds(place)
+    if said.format not in (None, "shards") and found == [LatentShards]:
+        reject("data.format", said.format, f"{path} holds shards of launchers/encode_latents.py", "remove it")
     if said.format == "shards" or found == [LatentShards]:
         for key in ("scale", "shift"):
             if getattr(said, key) is not None:
