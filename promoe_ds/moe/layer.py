@@ -165,7 +165,8 @@ _join = _Join()
 
 def _sum(known_TD: Tensor, dtype: torch.dtype, nulls: int, parts_TD: tuple[Tensor, ...]) -> Tensor:
     out_TD = torch.cat([known_TD, reduce(torch.add, parts_TD[:nulls])]) if nulls else known_TD
-    return reduce(torch.add, parts_TD[nulls:], out_TD).to(dtype)
+    out_TD = reduce(torch.add, parts_TD[nulls:], out_TD)
+    return out_TD if out_TD.dtype == dtype else out_TD.to(dtype)  # torch 2.11 compiles gradients of 0 for an idle `to`
 
 
 def _each(experts: Iterable[nn.Module], x_TD: Tensor) -> list[Tensor]:
