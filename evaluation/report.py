@@ -98,9 +98,10 @@ def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are
 
 
 def _holds_scores(path: Path) -> bool:
-    """Whether it is what `write_metrics` writes."""
+    """Whether it is what `write_metrics` writes, or nothing yet."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text or '{"sets": []}')
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(tree, dict) and isinstance(tree.get("sets"), list)

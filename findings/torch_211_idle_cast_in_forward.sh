@@ -6,7 +6,7 @@
 #
 # A view as the result is right, and so is an idle cast before the last operation. Torch 2.13.0 is right in all cases.
 #
-# Seen with Python 3.12 on a CPU, backend aot_eager, gradients of x and y over those without compilation:
+# Seen with Python 3.11 on a CPU, backend aot_eager, gradients of x and y over those without compilation:
 #   torch 2.11.0: to the same dtype 0 0, contiguous 0 0, to bf16 1 1, a view 1 1, cast before the sum 1 1
 #   torch 2.13.0: to the same dtype 1 1, contiguous 1 1, to bf16 1 1, a view 1 1, cast before the sum 1 1
 # Exits with 1 if that changes. Downloads torch 2.11's CUDA build from PyPI, 5 GB on the disk, removed at the end. No GPU.

@@ -182,10 +182,12 @@ def inspect(argv: list[str]) -> int:
         reject("--sheet", args.sheet, f"there is no folder {args.sheet.parent}", "make it, or name another file")
     if args.sheet and args.sheet.is_dir():
         reject("--sheet", args.sheet, "is a folder", "name a file in it")
-    if args.sheet and args.sheet.suffix.lower() != ".png":  # a slip of the hand must not overwrite the data
+    if args.sheet and args.sheet.suffix.lower() != ".png":
         reject("--sheet", args.sheet, "the sheet is a PNG", "choose a name that ends in .png")
     if args.sheet:
         check_place(args.sheet, "--sheet")
+        if args.sheet.exists() and args.sheet.resolve().is_relative_to(Path(args.path).resolve()):
+            reject("--sheet", args.sheet, f"exists in {args.path}, where nothing is overwritten", "name another place")
     try:
         data = opened(args)
     except ConfigError as error:

@@ -53,7 +53,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ds_config", metavar="PATH|NAME", help="DeepSpeed JSON (ds_configs/zero2.json, or zero2)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/RECIPE)")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory, groups and the DeepSpeed JSON")
-    parser.add_argument("--check-files", action="store_true", help="with --dry-run: read data and run folder too")
+    parser.add_argument(
+        "--check-files",
+        action="store_true",
+        help="with --dry-run: look into the data, the run folder and other files that a start reads, too",
+    )
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
     text = "end with 0, not 85 or 130, when a signal stopped the run (for batch scripts, which test RUN/requeue)"
     parser.add_argument("--exit-zero-on-signal", action="store_true", help=text)
@@ -134,7 +138,7 @@ def check_guide(config: Config) -> None:
     """Raises ConfigError if there is no such model as `guidance.model`, which is not read before the first samples."""
     from promoe_ds.sampling.weak import find_weak
 
-    if config.guidance.model:
+    if config.guidance.model and (config.train.sample_every or config.train.score_every):
         find_weak(config.guidance.model, config, "guidance.model")
 
 

@@ -36,10 +36,16 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
 
 
 def check_run(run: Path, config: Config) -> None:
-    """`check_same_run` of RUN/config.yaml, if there is one, which somebody may have edited since the checkpoints."""
+    """`check_same_run` of RUN/config.yaml, if there is one, which somebody may have edited since the checkpoints.
+
+    Raises ConfigError, also if the folder is no run's, but one of weights, which has a config.yaml, too.
+    """
     saved = saved_config(run)
     if saved is None:
         return
+    if (run / "manifest.json").exists():  # those of a run lie in its checkpoints
+        way_out = f"name another folder; train.init={run} starts from them"
+        reject("--run", run, "holds weights that were exported or imported", way_out)
     for path, old, new in _edits(saved, run):
         conflict = f"{run / 'config.yaml'} was edited, its checkpoints were made with {path}={old}"
         reject(path, new, conflict, "put the old value back into that file, or start a new run with another --run")

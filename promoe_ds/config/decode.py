@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import types
 import typing
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from promoe_ds.config.schema import Config, RouterConfig, router_config_class
 
 BAD_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 """what `read_yaml` raises; the last three for no dates or numbers, such as 2024-02-30 or 0x_, and for deep nesting"""
-WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 
 def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str, example: str) -> dict[str, Any]:
@@ -31,14 +29,24 @@ def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str
     except (OSError, UnicodeDecodeError) as error:
         reject(option, path, f"cannot be read ({error})", f"name another {kind} file")
     except BAD_YAML as error:
-        reject(option, path, f"cannot be read as {kind} ({' '.join(str(error).split())})", "fix the file")
+        way_out = getattr(error, "way_out", "fix the file")
+        reject(option, path, f"cannot be read as {kind} ({' '.join(str(error).split())})", way_out)
     if not isinstance(tree, dict):
         reject(option, path, "is not a mapping", example)
     return tree
 
 
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+class Misread(ValueError):
+    """YAML would read a number as another one."""
+
+    way_out = "write the number you mean, or quotes if it is text"
+
+
 class _AsWritten(yaml.SafeLoader):
-    """Refuses what YAML would read as something else than what is written, without a word."""
+    """Refuses what YAML would read as other than what is written, without a word."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         """Of two equal keys the second would win."""
@@ -51,16 +59,21 @@ class _AsWritten(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
-    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """YAML 1.1 has octal, binary and sexagesimal numbers, which people write without meaning them."""
-        value, text = self.construct_yaml_int(node), node.value
-        if not WHOLE_NUMBER.fullmatch(text):
-            way_out = "write the number you mean, or quotes if it is text"
-            raise ValueError(f"line {node.start_mark.line + 1} has {text}, which YAML reads as {value}: {way_out}")
+        whole = node.tag == INT
+        value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        try:
+            plain = type(value)(node.value.replace("_", "")) == value
+        except ValueError:
+            plain = not whole and ":" not in node.value  # .inf
+        if not plain:
+            raise Misread(f"line {node.start_mark.line + 1} has {node.value}, which YAML reads as {value}")
         return value
 
 
-_AsWritten.add_constructor("tag:yaml.org,2002:int", _AsWritten.construct_whole_number)
+for _tag in (INT, FLOAT):
+    _AsWritten.add_constructor(_tag, _AsWritten.construct_number)
 
 
 def read_yaml(text: str) -> Any:
@@ -83,7 +96,7 @@ class Override(str):
             read_yaml(self)
         except BAD_YAML as error:
             conflict = f"cannot be read as YAML ({' '.join(str(error).split())})"
-            reject(path, self, conflict, "write [a, b] or {key: value}")
+            reject(path, self, conflict, getattr(error, "way_out", "write [a, b] or {key: value}"))
         return self.yaml()
 
 

@@ -10,8 +10,8 @@ the hooks on it, as ever; `renew` gives it another. Weights must not change whil
 A compiled graph finds the copies in the place of the weights (`copies_in_place`): a cast inside it is made in each
 forward pass, and by the compiler's choice in the backward pass once more.
 
-Gradients of copies are cast to fp32, but for weights whose `grad_dtype` is None: these get them as they are. Who sets
-it must not add to them in `.grad`.
+Gradients of copies are cast to fp32, but for weights whose `grad_dtype` is None when they arrive: these get them as
+they are. They must not add up there, which would be in bf16.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, copies: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [weight.grad_dtype for weight in weights]
+        ctx.weights = weights
         ctx.set_materialize_grads(False)
         return tuple(copy.detach() for copy in copies)
 
@@ -84,8 +84,9 @@ class _Copied(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         results = list(grads)
-        wide = {i: grad for i, grad in enumerate(grads) if grad is not None and ctx.dtypes[i] is not None}
-        for i, grad in zip(wide, _cast([*wide.values()], [ctx.dtypes[i] for i in wide]), strict=True):
+        dtypes = [weight.grad_dtype for weight in ctx.weights]
+        wide = {i: grad for i, grad in enumerate(grads) if grad is not None and dtypes[i] is not None}
+        for i, grad in zip(wide, _cast([*wide.values()], [dtypes[i] for i in wide]), strict=True):
             results[i] = grad
         return None, *results
 

@@ -10,7 +10,7 @@ DeepSpeed 0.19.8 facts worked around here:
   * stages 1 and 2 wait for the device before each reduction of gradients to their owner: `_reduce_beside_work`
   * each start imports Muon, and its decorator the whole of torch's compiler, seconds on every rank: `_import_muon`
   * stages 1 and 2 copy gradients to float64 for their norm: `_norm_in_one_pass`
-  * stages 1 and 2 copy gradients into fp32 buckets, and would take them in bf16: `_take_gradients_as_they_are`
+  * stages 1 and 2 copy gradients into fp32 buckets, and would take them in bf16: `_cast_by_buckets`
   * on one rank gradients are flattened and copied as if there were others: `_leave_out_copies`
   * stage 3 sets full tensors without regard to the padding of the last partition: `write` sets the local part
 """
@@ -78,18 +78,27 @@ class Engine:
         if self.stage in (1, 2):
             _reduce_beside_work(self.engine.optimizer)
             _norm_in_one_pass(self.engine.optimizer)
-            if self.stage == 2 or self.engine.gradient_accumulation_steps() == 1:
-                _take_gradients_as_they_are(self.engine.optimizer, self.engine.module)
         if topology.world == 1:
             _leave_out_copies(self.engine, self.stage)
         if update:
             self.adam.clip = self._clip_factor
             self.engine.optimizer.clip_grad = 0.0  # it is done in the pass, not before it
         self.params = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
+        self.forwards = 0
+        """since the last backward pass"""
+        at_once = self.stage == 2 or (self.stage == 1 and self.engine.gradient_accumulation_steps() == 1)
+        self.cast_later = _cast_by_buckets(self.engine.optimizer, self.params.values()) if at_once else []
+        """parameters that take gradients as they come, because each goes into a bucket at once"""
+        self._cast_gradients(False)
+
+    def _cast_gradients(self, first: bool) -> None:
+        for p in self.cast_later:
+            p.grad_dtype = torch.float32 if first else None
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, row_B: Tensor) -> DiTOutput:
         if self.stage == 2 or (self.stage == 1 and self.engine.is_gradient_accumulation_boundary()):
             renew()  # gradients are reduced while this micro-batch runs backward
+        self.forwards += 1
         return self.engine(x_BCHW, t_B, y_B, row_B)
 
     def accumulation(self) -> AbstractContextManager[None]:
@@ -101,7 +110,12 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""
+        if self.forwards > 1:  # those of one parameter add up before they are in a bucket
+            self._cast_gradients(True)
         self.engine.backward(loss)
+        if self.forwards > 1:
+            self._cast_gradients(False)
+        self.forwards = 0
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # advances DeepSpeed's micro-step counter only
 
@@ -342,14 +356,14 @@ def _norm_in_one_pass(zero: Any) -> None:
     zero.get_grad_norm_direct = norm
 
 
-def _take_gradients_as_they_are(zero: Any, model: torch.nn.Module) -> None:
-    """Each goes straight into a bucket of fp32, which casts it; before that it would be written and read once more.
-
-    Not where micro-batches add up in `.grad`, nor one that is larger than a bucket and is reduced where it lies.
-    """
-    for p in model.parameters():
-        if zero.contiguous_gradients and p.dtype == torch.float32 and p.numel() <= zero.reduce_bucket_size:
-            p.grad_dtype = None
+def _cast_by_buckets(zero: Any, params: Iterable[Any]) -> list[Any]:
+    """The parameters whose gradients are copied into a bucket of fp32, which casts them: a cast before that would write
+    and read them once more. One that is larger than a bucket is reduced where it lies."""
+    return [
+        p
+        for p in params
+        if zero.contiguous_gradients and p.dtype == torch.float32 and p.numel() <= zero.reduce_bucket_size
+    ]
 
 
 def _compiles_update(config: Config, ds: ResolvedDS, topology: Topology) -> bool:

@@ -39,9 +39,9 @@ def requested() -> str | None:
 def listen() -> None:
     """Take `STOP_SIGNALS` as requests to stop from now on; a second request ends the process at once.
 
-    Where SIGHUP is ignored already, as under `nohup`, it stays so. Children do not hear of requests to their group:
-    data workers end with their parent, and must not take it down; a C++ compiler that is killed leaves an empty library
-    in the compiler's cache, on which every later start fails.
+    Where SIGHUP is ignored already, as under `nohup`, it stays so. Children do not hear of requests to their group, and
+    `terminate` does nothing to them: data workers end with their parent, and must not take it down; a C++ compiler that
+    is killed leaves an empty library in the compiler's cache, on which every later start fails.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)

@@ -71,6 +71,14 @@ def test_an_edited_configuration_is_told_from_another_one(tmp_path: Path) -> Non
         resume.check_run(tmp_path, CONFIG)
 
 
+def test_a_folder_of_weights_is_no_run(tmp_path: Path) -> None:
+    """It has a config.yaml, too, which a run would replace."""
+    for name, text in (("config.yaml", dump(CONFIG)), ("manifest.json", "{}")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"^--run={tmp_path}: holds weights that .*; train.init={tmp_path} starts"):
+        resume.check_run(tmp_path, CONFIG)
+
+
 def test_another_learning_rate_needs_a_step_to_make_with_it(tmp_path: Path) -> None:
     save(tmp_path, 5)
     found, other = layout.folder(tmp_path, 5), ["optimizer.lr=0.5"]

@@ -159,12 +159,20 @@ def test_a_section_or_list_that_is_no_yaml_says_why() -> None:
     error("moe='#a': expected a mapping", "moe=#a")
 
 
-@pytest.mark.parametrize("text", ["010", "0x10", "0b11", "1:30"])
+@pytest.mark.parametrize("text", ["010", "0x10", "0b11", "1:30", "1:30.5"])
 def test_numbers_that_yaml_reads_as_others_are_refused_in_a_file(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "mine.yaml", f"base: tiny\ntrain:\n  steps: {text}\n")
-    way_out = "write the number you mean, or quotes if it is text); fix the file"
+    way_out = "); write the number you mean, or quotes if it is text"
     error(f"--config={path}: cannot be read as YAML (line 3 has {text}, which YAML reads as ", base=path)
     error(way_out, base=path)
+    error(way_out, f"train={{steps: {text}}}")
+
+
+@pytest.mark.parametrize(("text", "number"), [("007", 7), ("1_000", 1000), ("+5", 5)])
+def test_numbers_that_yaml_reads_as_they_are_written(tmp_path: Path, text: str, number: int) -> None:
+    path = write(tmp_path / "mine.yaml", f"base: tiny\ntrain: {{steps: {text}}}\noptimizer: {{lr: .5}}\n")
+    config = load_config(str(path), ["optimizer.beta1=0.10"])
+    assert (config.train.steps, config.optimizer.lr) == (number, 0.5)
 
 
 def test_what_is_too_large_or_too_deep_is_one_line(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_precisions_and_offload(tmp_path: Path) -> None:
 
 
 def test_gradients_that_buckets_cast_are_those_cast_before(tmp_path: Path) -> None:
-    """Losses and EMA to the bit. With several micro-batches at ZeRO 1 they add up before, in fp32 as ever."""
+    """To the bit. Where several add up before, they do so in fp32 as ever."""
     two = "train.micro_batch_size=4"
     cases = {
         "zero1": ("zero1",),
@@ -134,13 +134,18 @@ def test_gradients_that_buckets_cast_are_those_cast_before(tmp_path: Path) -> No
         "zero2, two": ("zero2", two, "parallel.expert_parallel=2"),
         "offload": ("zero2_offload",),
         "checkpointing": ("zero2", "train.activation_checkpointing=selective"),
+        "zero1, forward twice": ("zero1",),
+        "zero2, two, forward twice": ("zero2", two),
     }
     work = json.dumps([(name, *case, "train.precision=bf16_autocast") for name, case in cases.items()])
     for how in ([], ["cast first"]):
         folder = tmp_path / " ".join(how)
         run(torchrun(2, "tests/distributed/train_worker.py", str(folder), *how, work))
     for name in cases:
-        assert losses(tmp_path / name) == losses(tmp_path / "cast first" / name), name
+        late, first = (tmp_path / how / name for how in ("", "cast first"))
+        assert losses(late) == losses(first), name
+        ema = [load_file(layout.folder(run, 6) / "ema.safetensors") for run in (late, first)]
+        assert all(torch.equal(x, ema[1][key]) for key, x in ema[0].items()), name
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")

@@ -79,6 +79,17 @@ def train_badly(folder: Path, what: str, ds: str, *overrides: str) -> None:
     trainer.close()
 
 
+def forward_twice(trainer: Trainer) -> None:
+    """Before each backward pass, as an objective of somebody's own may."""
+    loss: Any = trainer.objective.loss
+
+    def twice(forward: Any, z: torch.Tensor, *more: torch.Tensor) -> Any:
+        (output, first), (_, second) = (loss(forward, x, *more) for x in (z, z.flip(0)))
+        return output, {name: first[name] + second[name] / 3 for name in first}
+
+    trainer.objective.loss = twice  # type: ignore[method-assign]
+
+
 def same_buffers(trainer: Trainer) -> None:
     """What routers learn without gradients is equal on every rank, to the bit."""
     mine = {name: buffer.cpu() for name, buffer in trainer.model.named_buffers()}
@@ -114,12 +125,14 @@ def main() -> None:
         make(folder, "zero1", "train.compile=true").close()
     else:
         if work == "cast first":
-            work, engine._take_gradients_as_they_are = sys.argv[3], lambda *_: None
+            work, engine._cast_by_buckets = sys.argv[3], lambda *_: []
         if work == "one pass":  # for every run, and not compiled
             work, one_pass.compiled = sys.argv[3], lambda: one_pass.update
             engine._compiles_update = lambda *_: True
         for name, ds, *overrides in json.loads(work):
             trainer = make(folder / name, ds, *overrides)
+            if name.endswith("forward twice"):
+                forward_twice(trainer)
             assert trainer.run() == 0
             same_buffers(trainer)
             trainer.close()

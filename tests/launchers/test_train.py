@@ -131,6 +131,16 @@ def test_mistakes(
     assert not list(tmp_path.iterdir()), "a rejected command leaves nothing behind"
 
 
+def test_a_guide_is_asked_for_where_samples_are_drawn() -> None:
+    from launchers.train import check_guide
+    from promoe_ds.config.errors import ConfigError
+    from promoe_ds.recipes.load import load_config
+
+    check_guide(load_config("tiny", ["guidance.model=nowhere", "train.sample_every=0"]))
+    with pytest.raises(ConfigError, match="guidance.model=nowhere"):
+        check_guide(load_config("tiny", ["guidance.model=nowhere", "train.sample_every=5"]))
+
+
 def test_scores_are_spoken_of_in_keys_of_a_recipe() -> None:
     for text, expected in (
         ("--ref=a.npz: no such file; name it", "train.score_ref=a.npz: no such file; name it"),

@@ -61,6 +61,8 @@ def test_other_places_are_free(step: Path, tmp_path: Path) -> None:
     check_place(tmp_path / "run" / "samples")
     check_place(tmp_path / "run" / "metrics.json")
     check_place(tmp_path / "checkpoints" / "of_nobody")
+    (tmp_path / "config.yaml").write_text("somebody's\n")
+    check_place(tmp_path / "checkpoints" / "run")  # of whoever keeps runs there
     check_new(tmp_path / "run" / "new")
     with pytest.raises(ConfigError, match=r"exists; nothing is overwritten; name another one"):
         check_new(tmp_path / "run" / "config.yaml")
