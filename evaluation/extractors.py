@@ -105,7 +105,8 @@ class TorchScript(External):
     def run(self, x_NCHW: np.ndarray) -> Any:
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             output = self._net(torch.tensor(x_NCHW).to(self._device).float())
-        return (output[0] if isinstance(output, tuple | list) else output).float().cpu().numpy()
+        output = (output[0] if isinstance(output, tuple | list) else output).cpu()
+        return (output.float() if output.is_floating_point() else output).numpy()  # numpy has no bf16
 
 
 def load_external(path: Path, batch: int, device: torch.device | str) -> External:

@@ -89,9 +89,13 @@ BAD = {
         "error: train.score_features=net.onnx: no such file",
         "name an existing",
     ),
-    "no guide": (["guidance.model=nowhere"], "guidance.model=nowhere: no such file or folder", "name a run folder"),
+    "no guide": (
+        ["guidance.model=nowhere", "train.sample_every=5"],
+        "guidance.model=nowhere: no such file or folder",
+        "name a run folder",
+    ),
     "no guide in a dry run": (
-        ["guidance.model=nowhere", "--dry-run", "--check-files"],
+        ["guidance.model=nowhere", "train.sample_every=5", "--dry-run", "--check-files"],
         "guidance.model=nowhere: no such file or folder",
         "name a run folder",
     ),
