@@ -51,6 +51,13 @@ def renew() -> None:
         _copies[key] = weight, copy.detach()  # type: ignore[index]
 
 
+def let_go() -> None:
+    """After the last forward pass, if nothing is computed again: the graph alone holds the copies then, each until its
+    product's gradients are made."""
+    if _copies is not None:
+        _copies.clear()
+
+
 def casting() -> bool:
     """Whether `cast_once` is open, and this is not being compiled."""
     return _copies is not None and not torch.compiler.is_compiling()

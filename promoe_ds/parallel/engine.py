@@ -43,7 +43,7 @@ from torch import Tensor
 from promoe_ds.config.schema import Config
 from promoe_ds.models.compiled import wanted
 from promoe_ds.models.dit import DiT, DiTOutput
-from promoe_ds.moe.weight_casts import cast_once, renew
+from promoe_ds.moe.weight_casts import cast_once, let_go, renew
 from promoe_ds.parallel import one_pass
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.parallel.collectives import sum_in_place
@@ -112,6 +112,8 @@ class Engine:
         """Accumulate gradients of this micro-batch; reduce them over the ranks at the last one."""
         if self.forwards > 1:  # those of one parameter add up before they are in a bucket
             self._cast_gradients(True)
+        if self.config.train.activation_checkpointing == "none" and self.engine.is_gradient_accumulation_boundary():
+            let_go()
         self.engine.backward(loss)
         if self.forwards > 1:
             self._cast_gradients(False)

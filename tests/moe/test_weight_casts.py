@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
-from promoe_ds.moe.weight_casts import cast_once, cast_weight, renew
+from promoe_ds.moe.weight_casts import cast_once, cast_weight, let_go, renew
 from promoe_ds.recipes.load import load_config
 
 
@@ -120,6 +121,26 @@ def test_another_threads_autocast_costs_no_cast() -> None:
             thread.join()
     products = {name: number for name, number in casts.count.items() if "blocks" in name and name.endswith("weight")}
     assert products and set(products.values()) == {1}
+
+
+@pytest.mark.parametrize("any_dtype", [False, True])
+def test_the_graph_alone_holds_copies_that_are_let_go(any_dtype: bool) -> None:
+    """Half of the weights, beside gradients that grow: a copy is gone when the gradients of its product are made."""
+    weights, left = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(3)], []
+    with cast_once():
+        x = torch.ones(2, 8, dtype=torch.bfloat16)
+        for weight in weights:
+            weight.grad_dtype = None if any_dtype else torch.float32
+            weight.register_post_accumulate_grad_hook(lambda _: left.append(sum(copy() is not None for copy in copies)))
+            x = x @ cast_weight(weight, torch.bfloat16)
+        copies = [weakref.ref(cast_weight(weight, torch.bfloat16)) for weight in weights]
+        x.sum().backward(retain_graph=True)
+        assert left == [3, 3, 3]
+        let_go()
+        x.sum().backward()
+        del x
+    assert left[3:] == sorted(left[3:], reverse=True) and left[-1] < 3
+    assert not any(copy() is not None for copy in copies)
 
 
 def arrivals(model: DiT, micro_batches: int, renewed: bool) -> tuple[list[str], list[Tensor]]:
