@@ -15,27 +15,15 @@ signals.listen()
 
 from launchers.train import main  # noqa: E402
 from promoe_ds.train import trainer  # noqa: E402
+from tests.distributed.third_batch import ThirdBatch  # noqa: E402
 
 
-class Faulty:
-    """The real data set until its third batch, which on rank 1 fails."""
-
-    def __init__(self, real: Any):
-        self.real, self.calls = real, 0
-
-    def __len__(self) -> int:
-        return len(self.real)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def draw(self, *args: Any) -> Any:
-        self.calls += 1
-        if self.calls == 3 and os.environ["RANK"] == "1":
-            raise ZeroDivisionError("a fault of the test")
-        return self.real.draw(*args)
+def fail(drawn: Any) -> Any:
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("a fault of the test")
+    return drawn
 
 
 real = trainer.build_dataset
-trainer.build_dataset = lambda config: Faulty(real(config))  # type: ignore[assignment]
+trainer.build_dataset = lambda config: ThirdBatch(real(config), fail)  # type: ignore[assignment]
 sys.exit(main(sys.argv[1:]))

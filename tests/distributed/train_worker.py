@@ -16,6 +16,7 @@ from promoe_ds.parallel.expert_parallel import local_part
 from promoe_ds.recipes.load import load_config
 from promoe_ds.train.trainer import Trainer, TrainingStopped
 from promoe_ds.utils.ranks import Ranks
+from tests.distributed.third_batch import ThirdBatch
 from tests.moe import example_router
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,22 +33,10 @@ def make(folder: Path, ds: str, *overrides: str) -> Trainer:
     return Trainer(config, ds_config.resolve(ds, config, here.world), folder, here)
 
 
-class Poisoned:
-    """A data set that is the real one until the third step, where rank 1's images turn to NaN."""
-
-    def __init__(self, real: Any, rank: int):
-        self.real, self.rank, self.calls = real, rank, 0
-
-    def __len__(self) -> int:
-        return len(self.real)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def draw(self, *args: Any) -> Any:
-        self.calls += 1
-        x, label = self.real.draw(*args)
-        return (x * float("nan") if self.calls == 3 and self.rank == 1 else x), label
+def poisoned(drawn: Any) -> Any:
+    """With images that are no numbers."""
+    x, label = drawn
+    return x * float("nan"), label
 
 
 def explode(trainer: Trainer) -> None:
@@ -68,7 +57,8 @@ def explode(trainer: Trainer) -> None:
 def train_badly(folder: Path, what: str, ds: str, *overrides: str) -> None:
     trainer = make(folder, ds, *overrides)
     if what == "data":
-        trainer.dataset = Poisoned(trainer.dataset, trainer.topology.rank)  # type: ignore[assignment]
+        if trainer.topology.rank == 1:
+            trainer.dataset = ThirdBatch(trainer.dataset, poisoned)  # type: ignore[assignment]
     elif what == "gradient":
         explode(trainer)
     try:
