@@ -200,9 +200,13 @@ def pixel_batches(
 
 
 def draw_pixels(
-    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, options: SamplingOptions,
+    model: Callable[..., Any],
+    config: Config,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    options: SamplingOptions,
     device: torch.device,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """All images of a model of pixels in one array: uint8 [N, H, W, C]; arguments and errors as of `draw_batches`."""
     images = np.empty((len(indices), *pixel_shape(config)), dtype=np.uint8)
     batches = draw_batches(model, config, labels, indices, options, device)
