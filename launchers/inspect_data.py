@@ -186,8 +186,8 @@ def inspect(argv: list[str]) -> int:
         reject("--sheet", args.sheet, "the sheet is a PNG", "choose a name that ends in .png")
     if args.sheet:
         check_place(args.sheet, "--sheet")
-        if args.sheet.exists() and args.sheet.resolve().is_relative_to(Path(args.path).resolve()):
-            reject("--sheet", args.sheet, f"exists in {args.path}, where nothing is overwritten", "name another place")
+        if args.sheet.exists():
+            reject("--sheet", args.sheet, "exists; nothing is overwritten", "name another file, or remove this one")
     try:
         data = opened(args)
     except ConfigError as error:

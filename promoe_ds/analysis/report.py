@@ -37,8 +37,9 @@ def check_folder(out: Path) -> None:
     check_place(out)
     if out.exists() and not out.is_dir():
         reject("--out", out, "is not a folder", "name another one")
-    if out.exists() and any(out.iterdir()) and not ((out / REPORT).exists() or _listed(out)):
-        reject("--out", out, f"holds files but no {REPORT}", "name an empty or a new folder")
+    whole = all((out / name).exists() for name in (REPORT, FILES))
+    if out.exists() and any(out.iterdir()) and not (whole or _listed(out)):
+        reject("--out", out, f"holds files but no {FILES} of a report", "name an empty or a new folder")
 
 
 def prepare_folder(out: Path) -> None:

@@ -47,8 +47,8 @@ def check_run(run: Path, config: Config) -> None:
         way_out = f"name another folder; train.init={run} starts from them"
         reject("--run", run, "holds weights that were exported or imported", way_out)
     for path, old, new in _edits(saved, run):
-        conflict = f"{run / 'config.yaml'} was edited, its checkpoints were made with {path}={old}"
-        reject(path, new, conflict, "put the old value back into that file, or start a new run with another --run")
+        conflict = f"{run / 'config.yaml'} was edited or damaged, its checkpoints were made with {path}={old}"
+        reject(path, new, conflict, "put the old file back, or its old value, or start a new run with another --run")
     check_same_run(saved, config, run)
 
 

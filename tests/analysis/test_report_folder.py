@@ -41,8 +41,14 @@ def test_a_list_of_files_that_is_no_reports_is_the_users(tmp_path: Path) -> None
     (tmp_path / "0001.png").write_bytes(b"mine")
     for listed in ('["0001.png"]', '{"report.html": 1}', "3"):
         (tmp_path / "files.json").write_text(listed)
-        with pytest.raises(ConfigError, match="holds files but no report.html"):
+        with pytest.raises(ConfigError, match="holds files but no files.json of a report"):
             check_folder(tmp_path)
+
+
+def test_a_page_of_somebody_elses_is_no_report(tmp_path: Path) -> None:
+    (tmp_path / REPORT).write_text("mine")
+    with pytest.raises(ConfigError, match="holds files but no files.json of a report"):
+        check_folder(tmp_path)
 
 
 def test_a_report_that_was_interrupted_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +68,7 @@ def test_a_report_that_was_interrupted_can_be_written_again(tmp_path: Path, monk
     assert held(tmp_path) == {"e.png"} and (tmp_path / REPORT).exists()
     for name in (REPORT, "files.json"):
         (tmp_path / name).unlink()
-    with pytest.raises(ConfigError, match="holds files but no report.html"):
+    with pytest.raises(ConfigError, match="holds files but no files.json of a report"):
         check_folder(tmp_path)
 
 

@@ -58,7 +58,7 @@ def test_an_edited_configuration_is_told_from_another_one(tmp_path: Path) -> Non
         resume.check_run(tmp_path, CONFIG)
     save(tmp_path, 5)
     told = (
-        rf"^model.width=64: {tmp_path}/config.yaml was edited, its checkpoints were made with model.width=32; put the"
+        rf"^model.width=64: {tmp_path}/config.yaml was edited or damaged, its .* were made with model.width=32; put the"
     )
     for config in (CONFIG, other):
         with pytest.raises(ConfigError, match=told):

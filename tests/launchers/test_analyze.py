@@ -124,7 +124,10 @@ MISTAKES = [
     (("--model", "{runs}/promoe"), "--out: --model has no run folder to write to; add --out DIR"),
     (("--run", "{runs}/promoe", "--compare", "{runs}/none"), "--compare={runs}/none: no such file or folder;"),
     (("--run", "{runs}/promoe", "--compare", "{runs}/promoe"), "--compare: a model is named twice; name each once"),
-    (("--run", "{runs}/promoe", "--out", "{runs}"), "--out={runs}: holds files but no report.html; name an empty"),
+    (
+        ("--run", "{runs}/promoe", "--out", "{runs}"),
+        "--out={runs}: holds files but no files.json of a report; name an empty",
+    ),
     (("--run", "{runs}/promoe", "--out", "{runs}/promoe/config.yaml"), "is not a folder; name another one"),
     (("--run", "{runs}/promoe", "--timesteps", "a"), "--timesteps='a': is not a list of numbers; write"),
     (("--run", "{runs}/promoe", "--timesteps", "1,2000"), "--timesteps='1,2000': leaves the range of timesteps"),

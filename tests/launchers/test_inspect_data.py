@@ -63,7 +63,7 @@ def test_a_sheet_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     text = f"error: --sheet={data}: the sheet is a PNG; choose a name that ends in .png\n"
     assert said(capsys, tmp_path, "--sheet", data, code=2) == text and data.read_bytes() == b"precious"
     (picture := tmp_path / "0.png").write_bytes(b"precious")
-    text = f"error: --sheet={picture}: exists in {tmp_path}, where nothing is overwritten; name another place\n"
+    text = f"error: --sheet={picture}: exists; nothing is overwritten; name another file, or remove this one\n"
     assert said(capsys, tmp_path, "--sheet", picture, code=2) == text and picture.read_bytes() == b"precious"
 
 
