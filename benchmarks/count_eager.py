@@ -28,7 +28,7 @@ from benchmarks.common import table
 from benchmarks.throughput import labels
 from promoe_ds.models import dit
 from promoe_ds.moe import fused
-from promoe_ds.moe.split import split_by_label
+from promoe_ds.moe.conditional_routing import split_by_label
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import Parser, check_positive, launcher
 

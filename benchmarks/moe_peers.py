@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.interleaved import Clock, Work
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.experts import grouped_mm
 from promoe_ds.moe.layer import LayerStats, MoELayer
 from promoe_ds.moe.mlp import Mlp
-from promoe_ds.moe.split import Split
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x [B, S, D] -> (output [B, S, D], auxiliary loss)"""

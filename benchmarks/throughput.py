@@ -45,11 +45,11 @@ from promoe_ds.costs import flops
 from promoe_ds.diffusion.objective import make_objective
 from promoe_ds.models.compiled import compile_model, compile_whole
 from promoe_ds.models.init import build
+from promoe_ds.moe.conditional_routing import Split, split_by_label
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.experts import StackedExperts, backend_problem
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import aux_losses_of
-from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.parallel.adamw_ema import AdamWithEMA
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import Parser, check_positive, launcher

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -76,8 +76,8 @@ class Deviation(NamedTuple):
 TOLERANCE = Deviation(1e-5, 1e-4, 1e-5)
 
 
-def train_cases(folder: Path, steps: int) -> None:
-    """Run in every process of a launch: train the cases of this world size one after the other."""
+def train_cases(folder: Path, steps: int) -> NoReturn:
+    """Run in every process of a launch: train the cases of this world size one after the other, and end."""
     from promoe_ds.parallel import ds_config, topology
     from promoe_ds.recipes.load import load_config
     from promoe_ds.train.trainer import Trainer
@@ -96,6 +96,8 @@ def train_cases(folder: Path, steps: int) -> None:
         trainer = Trainer(config, ds, folder / case.name, topology.Topology.of(ranks, case.ep))
         assert trainer.run() == 0
         trainer.close()
+    topology.disconnect()  # together: who ends alone is dead to the other ranks
+    topology.leave(0)
 
 
 def deviation(folder: Path, case: Case) -> Deviation:
@@ -139,7 +141,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.worker:
         train_cases(args.keep, args.steps)
-        return 0
     with tempfile.TemporaryDirectory() as temporary:
         found = measure(args.keep or Path(temporary), args.steps)
     columns = ["world", "ep", "ZeRO", "micro-batch", "accumulation", "loss", "grad norm", "EMA", ""]

@@ -61,7 +61,7 @@ def read_npz(path: Path, wanted: Collection[str], option: str) -> dict[str, np.n
     """Those of the `wanted` arrays that an .npz holds, without pickle; checksums are verified, large arrays mapped.
 
     Raises:
-        ConfigError: there is no such file, or it is no whole .npz.
+        ConfigError: there is no such file, it is no whole .npz, or `arr_0` is not uint8 [N, H, W, C] of two or more.
     """
     if not path.exists():
         way_out = "name an existing .npz, features file or folder of pictures"
@@ -71,16 +71,20 @@ def read_npz(path: Path, wanted: Collection[str], option: str) -> dict[str, np.n
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            return {key: _member(path, archive, members[key]) for key in wanted if key in members}
+            arrays = {key: _member(path, archive, members[key]) for key in wanted if key in members}
     except _UNREADABLE as error:
         fault = f"is no readable .npz: damaged, truncated or pickled ({type(error).__name__})"
         reject(option, path, fault, "name another file, or draw the samples again")
+    if "arr_0" in arrays:
+        _check_pixels(path, arrays["arr_0"], option)
+        _check_count(path, len(arrays["arr_0"]), option)
+    return arrays
 
 
-def npz_keys(path: Path) -> list[str]:
-    """Names of all arrays of a file that `read_npz` accepted."""
+def npz_names(path: Path) -> str:
+    """Of all arrays of a file that `read_npz` accepted, for a message."""
     with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
+        return ", ".join(name.removesuffix(".npy") for name in archive.namelist()) or "no named arrays"
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
@@ -108,9 +112,13 @@ class Folder:
 
     A grey picture among coloured ones is expanded; transparency is dropped. With `size`, pictures of any size are
     cropped to the centre as in ADM (`centre_crop`), and all are RGB.
+
+    Raises:
+        ConfigError: there are fewer than two pictures in `path`, or one that is read is no picture like the first.
     """
 
-    def __init__(self, paths: Sequence[Path], option: str, size: int | None = None) -> None:
+    def __init__(self, path: Path, paths: Sequence[Path], option: str, size: int | None = None) -> None:
+        _check_count(path, len(paths), option)
         self.paths, self._option, self._size = paths, option, size
         first = self._open(paths[0])
         self._mode = "L" if size is None and first.mode in ("1", "L") else "RGB"
@@ -178,15 +186,13 @@ def picture_folders(folder: Path, option: str) -> Iterator[tuple[Path, list[str]
         reject(option, error.filename, f"cannot be listed ({error.strerror})", "check the permissions")
 
 
-def check_pixels(path: Path, images_NHWC: np.ndarray, option: str) -> None:
-    """Raises `ConfigError` unless the array is uint8 [N, H, W, C]."""
+def _check_pixels(path: Path, images_NHWC: np.ndarray, option: str) -> None:
     if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4:
         fault = f"arr_0 is {images_NHWC.dtype} {list(images_NHWC.shape)}, needs uint8 [N, H, W, C]"
         reject(option, path, fault, "save pixels 0..255, channels last")
 
 
-def check_count(path: Path, num: int, option: str = "SAMPLES") -> None:
-    """Raises `ConfigError` for fewer than two images."""
+def _check_count(path: Path, num: int, option: str) -> None:
     if num < 2:
         way_out = "draw more samples" if option == "SAMPLES" else "name a larger set"
         reject(option, path, f"{num} image(s), a covariance needs at least 2", way_out)

@@ -12,16 +12,7 @@ from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_extractor, collect, load_features
 from promoe_ds.evaluation.digits import digits_images, digits_split
 from promoe_ds.evaluation.features import FeatureExtractor
-from promoe_ds.evaluation.images import (
-    Folder,
-    ImageSet,
-    brief,
-    check_count,
-    check_pixels,
-    npz_keys,
-    pictures_in,
-    read_npz,
-)
+from promoe_ds.evaluation.images import Folder, ImageSet, brief, npz_names, pictures_in, read_npz
 from promoe_ds.evaluation.metrics import Gaussian
 from promoe_ds.evaluation.pickled_statistics import read_pickled_statistics
 from promoe_ds.utils.files import file_digest
@@ -71,8 +62,7 @@ def find_reference(name: str, option: str = "--ref", size: int | None = None) ->
         paths = pictures_in(path, option)
         if not paths:
             reject(option, path, "holds no pictures", "name a folder of .png, .jpg or .webp files")
-        check_count(path, len(paths), option)
-        return Source(name, path, ImageSet(name, Folder(paths, option, size), None))
+        return Source(name, path, ImageSet(name, Folder(path, paths, option, size), None))
     if path.suffix == SUFFIX and path.exists():
         return Source(name, path, features=load_features(path, option))
     if path.suffix == ".npz":
@@ -89,14 +79,10 @@ def find_reference(name: str, option: str = "--ref", size: int | None = None) ->
 def _npz(path: Path, option: str) -> Source:
     arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "arr_0"), option)
     pixels = arrays.pop("arr_0", None)
-    if pixels is not None:
-        check_pixels(path, pixels, option)
-        check_count(path, len(pixels), option)
     _check_arrays(path, arrays, option)
     if pixels is None and "mu" not in arrays:
-        held = ", ".join(npz_keys(path)) or "no named arrays"
         way_out = "ImageNet-256 is compared with VIRTUAL_imagenet256_labeled.npz of ADM's evaluations"
-        reject(option, path, f"holds {held}, needs mu and sigma, or images as arr_0", way_out)
+        reject(option, path, f"holds {npz_names(path)}, needs mu and sigma, or images as arr_0", way_out)
     images = None if pixels is None else ImageSet(str(path), pixels, None)
     return Source(str(path), path, images, arrays=arrays if "mu" in arrays else None)
 

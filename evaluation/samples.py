@@ -23,9 +23,7 @@ from promoe_ds.evaluation.images import (
     Folder,
     ImageSet,
     brief,
-    check_count,
-    check_pixels,
-    npz_keys,
+    npz_names,
     picture_folders,
     pictures_in,
     read_npz,
@@ -149,24 +147,21 @@ def _load_folder(path: Path) -> SampleSet:
         reject("SAMPLES", path, fault, "run launchers/sample.py again to finish it")
     names = [SAMPLED.fullmatch(p.name) for p in paths]
     labels = np.array([int(m.group(1)) for m in names if m], np.int64)
-    images = Folder(paths, "SAMPLES")
-    check_count(path, len(images))
+    images = Folder(path, paths, "SAMPLES")
     return SampleSet(str(path), images, labels if len(labels) == len(paths) else None, sampling)
 
 
 def _load_npz(path: Path) -> SampleSet:
     arrays = read_npz(path, ("arr_0", "arr_1"), "SAMPLES")
     if "arr_0" not in arrays:
-        held = ", ".join(npz_keys(path)) or "no named arrays"
-        reject("SAMPLES", path, f"holds {held}, needs arr_0", "save uint8 NHWC images as arr_0, labels as arr_1")
+        fault = f"holds {npz_names(path)}, needs arr_0"
+        reject("SAMPLES", path, fault, "save uint8 NHWC images as arr_0, labels as arr_1")
     images_NHWC, labels_N = arrays["arr_0"], arrays.get("arr_1")
-    check_pixels(path, images_NHWC, "SAMPLES")
     if labels_N is not None and (labels_N.dtype.kind not in "iu" or labels_N.ndim != 1):
         fault = f"arr_1 is {labels_N.dtype} {list(labels_N.shape)}, needs integers [N]"
         reject("SAMPLES", path, fault, "save one class index per image")
     if labels_N is not None and len(images_NHWC) != len(labels_N):
         reject("SAMPLES", path, f"{len(images_NHWC)} images, {len(labels_N)} labels", "save one class index per image")
-    check_count(path, len(images_NHWC))
     labels_N = None if labels_N is None else labels_N.astype(np.int64)
     return SampleSet(str(path), images_NHWC, labels_N, read_sampling(path.parent))
 

@@ -16,7 +16,8 @@ import numpy as np
 from promoe_ds.config.batching import batch_plan
 from promoe_ds.config.schema import Config
 from promoe_ds.costs import flops
-from promoe_ds.data.order import Purpose, row_generator, step_indices
+from promoe_ds.data.order import step_indices
+from promoe_ds.data.step_noise import Purpose, row_generator
 
 PARTS = ("forward", "experts", "all_to_all", "router_sums", "backward", "gradients", "parameters", "optimizer", "other")
 """of a step's time; `gradients` and `parameters` are collectives, `other` is what is left (data, logging)"""

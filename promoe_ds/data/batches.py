@@ -1,7 +1,7 @@
 """The stream of micro-batches of one rank, cut out of global batches that do not depend on the topology.
 
 Row of the global batch held by rank r of W in micro-batch j of size m: j*W*m + r*m + 0..m-1, where G = a*W*m and a is
-the number of accumulation steps. All draws are made by row (`order.row_generator`), so the union of the rows over
+the number of accumulation steps. All draws are made by row (`step_noise`), so the union of the rows over
 ranks and micro-batches is bit for bit the same global batch for every W and m.
 
 Shape suffixes: B images of a micro-batch, C channels, H rows, W columns (as a plain letter, W is the world size).
@@ -26,8 +26,9 @@ from promoe_ds.config.schema import Config
 from promoe_ds.data.batch import Batch
 from promoe_ds.data.coded_images import CodedImages
 from promoe_ds.data.dataset import ImageDataset
-from promoe_ds.data.order import Purpose, row_generator, step_indices
+from promoe_ds.data.order import step_indices
 from promoe_ds.data.step_encoder import StepEncoder
+from promoe_ds.data.step_noise import Purpose, coins, normal
 from promoe_ds.data.workers import Workers
 from promoe_ds.utils.ranks import ALONE, Ranks, cores_per_rank
 
@@ -70,8 +71,8 @@ class BatchMaker:
         step, micro_step = divmod(number, self.accumulation)
         rows = self.rows(micro_step)
         index_B = step_indices(train.seed, step, train.global_batch_size, len(data))[rows]
-        flip_B = self._coin(step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
-        draw, posterior = partial(self._normal, step, rows, Purpose.POSTERIOR), None
+        flip_B = coins(train.seed, step, rows, Purpose.FLIP, 0.5 if self.config.data.hflip else 0.0)
+        draw, posterior = partial(normal, train.seed, step, rows, Purpose.POSTERIOR), None
         if isinstance(data, CodedImages):  # its latents are made by `StepEncoder`
             x_BCHW, label_B = data.pixels(index_B, flip_B), torch.from_numpy(data.label_B[index_B])
             posterior = torch.from_numpy(draw(data.latent)) if data.encoder.stochastic else None
@@ -79,12 +80,12 @@ class BatchMaker:
         else:
             x_BCHW, label_B = data.draw(index_B, flip_B, draw)
             shape = tuple(x_BCHW.shape[1:])
-        drop_B = torch.from_numpy(self._coin(step, rows, Purpose.DROP, self.config.diffusion.label_drop))
+        drop_B = torch.from_numpy(coins(train.seed, step, rows, Purpose.DROP, self.config.diffusion.label_drop))
         return Batch(
             x_BCHW=x_BCHW,
             label_B=label_B.masked_fill(drop_B, self.config.model.num_classes),
-            noise_BCHW=torch.from_numpy(self._normal(step, rows, Purpose.NOISE, shape)),
-            gauss_B=torch.from_numpy(self._normal(step, rows, Purpose.TIME, ())),
+            noise_BCHW=torch.from_numpy(normal(train.seed, step, rows, Purpose.NOISE, shape)),
+            gauss_B=torch.from_numpy(normal(train.seed, step, rows, Purpose.TIME, ())),
             rows=torch.from_numpy(rows),
             posterior_BCHW=posterior,
         )
@@ -100,20 +101,6 @@ class BatchMaker:
         latent = 4 * data.channels * data.image_size**2
         pixels = math.prod((3, data.images.image_size, data.images.image_size)) if isinstance(data, CodedImages) else 0
         return self.micro * (pixels + 3 * latent + 3 * 8)
-
-    def _generators(self, step: int, rows: np.ndarray, purpose: Purpose) -> Iterator[np.random.Generator]:
-        return (row_generator(self.config.train.seed, step, int(row), purpose) for row in rows)
-
-    def _coin(self, step: int, rows: np.ndarray, purpose: Purpose, probability: float) -> np.ndarray:
-        """bool [B], true with `probability`."""
-        return np.array([rng.random() < probability for rng in self._generators(step, rows, purpose)])
-
-    def _normal(self, step: int, rows: np.ndarray, purpose: Purpose, shape: tuple[int, ...]) -> np.ndarray:
-        """float32 [B, *shape], standard normal."""
-        out = np.empty((len(rows), *shape), dtype=np.float32)
-        for i, rng in enumerate(self._generators(step, rows, purpose)):
-            rng.standard_normal(dtype=np.float32, out=out[i, ...])  # in place: a stack of rows would be copied
-        return out
 
 
 def worker_count(config: Config, dataset: ImageDataset, device: torch.device) -> int:

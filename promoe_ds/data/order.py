@@ -1,53 +1,18 @@
-"""Data order and random streams as pure functions: the ground of topology-invariant and resumable training.
+"""Data order as a pure function: the epochs that all ranks walk through, whatever the topology.
 
-Nothing here knows the rank, the world size or the micro-batch. Every draw belongs to a row of the *global* batch, so
-ranks cut slices out of one and the same batch, and a resumed run draws what the interrupted one would have drawn.
-
-Random bits come from Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a block
-cipher of a counter: the key is (seed, step), the two high counter words are (row, purpose), and the two low words are
-left to the stream itself, which may therefore draw 2^128 blocks before it meets a neighbour.
+Nothing here knows the rank, the world size or the micro-batch: ranks cut slices out of one and the same global batch,
+and a resumed run goes on where the interrupted one would have.
 
 Shape suffix: G images of a global batch.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 
-
-class Purpose(IntEnum):
-    """What a stream is for. Resumed runs rely on these numbers: add new ones, never renumber."""
-
-    NOISE = 0
-    TIME = 1
-    DROP = 2
-    FLIP = 3
-    ORDER = 4
-    POSTERIOR = 5
-
-
-def philox(seed: int, number: int, third: int, fourth: int) -> np.random.Generator:
-    """The stream of key (seed, number), whose counter starts at the high words (third, fourth); each in [0, 2^64)."""
-    key, counter = np.array([seed, number], dtype=np.uint64), np.array([0, 0, third, fourth], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def row_generator(seed: int, step: int, row: int, purpose: Purpose) -> np.random.Generator:
-    """The private stream of one image of one global batch, for one purpose.
-
-    Args:
-        seed: `train.seed`, in [0, 2^64).
-        step: optimizer step, 0-based.
-        row: position in the global batch, 0-based, whichever rank holds it.
-        purpose: streams of different purposes are independent, so switching one off leaves the others as they were.
-
-    Raises:
-        OverflowError: an argument is negative or needs more than 64 bits.
-    """
-    return philox(seed, step, row, purpose)
+from promoe_ds.data.step_noise import Purpose, row_generator
 
 
 @lru_cache(maxsize=2)  # a batch straddles two epochs; shuffling 1.28 M indices takes 30 ms, too long for every step

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.experts import BACKENDS, StackedExperts, grouped
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
 from promoe_ds.moe.mlp import Mlp, gelu
 from promoe_ds.moe.router import Router
-from promoe_ds.moe.split import Split
 from promoe_ds.moe.weight_casts import copies_in_place
 
 BY_DEFAULT: tuple[str, ...] = ()

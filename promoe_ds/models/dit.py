@@ -16,12 +16,12 @@ from promoe_ds.config.schema import Config
 from promoe_ds.models.activation_checkpoint import checkpointed
 from promoe_ds.models.adaln import join, leave, modulate, norm_beside, widened
 from promoe_ds.models.layers import Attention, Modulation, TimestepEmbedder
+from promoe_ds.moe.conditional_routing import Split, split_by_label
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import LayerStats, MoELayer
 from promoe_ds.moe.mlp import Linear, Mlp
 from promoe_ds.moe.recompute import recomputed
 from promoe_ds.moe.router import aux_losses_of
-from promoe_ds.moe.split import Split, split_by_label
 
 
 class DiTOutput(NamedTuple):

@@ -184,7 +184,7 @@ class AllToAllDispatcher(LocalDispatcher):
         num_local: e.
         all_to_all_counts: [ep, e] int64 -> [ep, e]: row r goes to rank r, row s of the result came from rank s.
         all_to_all: (x, send, receive), rows per rank, -> a handle whose `wait()` returns the rows received;
-            differentiable (`parallel.collectives.AllToAllHandle`).
+            differentiable (`parallel.all_to_all.AllToAllHandle`).
     """
 
     def __init__(

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.schema import Config
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.dispatch import LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.mlp import Mlp
 from promoe_ds.moe.recompute import Explicit, cast, recomputed
 from promoe_ds.moe.router import ROUTERS, Routing, Tensors
-from promoe_ds.moe.split import Split
 
 Work = Callable[[], list[Tensor]]
 """what can be computed while rows travel"""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import ROUTER_CONFIGS, RouterConfig
-from promoe_ds.moe.split import Split
+from promoe_ds.moe.conditional_routing import Split
 
 Tensors = dict[str, Tensor]
 """by name"""

@@ -45,7 +45,8 @@ from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.layer import MoELayer, RoutedExperts
 from promoe_ds.moe.router import Router
-from promoe_ds.parallel.collectives import AllToAllHandle, all_gather_rows, all_reduce_sum, all_to_all_counts
+from promoe_ds.parallel.all_to_all import AllToAllHandle, all_to_all_counts
+from promoe_ds.parallel.collectives import all_gather_rows, all_reduce_sum
 from promoe_ds.parallel.topology import Topology, connect, disconnect
 from promoe_ds.utils.ranks import Ranks
 

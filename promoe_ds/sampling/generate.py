@@ -22,11 +22,11 @@ import torch
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.schema import Channels, Config, Interval
 from promoe_ds.data.codecs import Codec
-from promoe_ds.data.order import philox
 from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.diffusion.guidance import guided_prediction, guides
 from promoe_ds.diffusion.objective import Solver, make_objective
 from promoe_ds.sampling.noise import image_noise
+from promoe_ds.utils.philox import philox
 from promoe_ds.utils.pictures import IMAGE_MODES
 
 Precision = Literal["fp32", "bf16"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from promoe_ds.data.order import philox
+from promoe_ds.utils.philox import philox
 
 
 def image_noise(seed: int, indices: np.ndarray, shape: tuple[int, int, int], step: int | None = None) -> torch.Tensor:

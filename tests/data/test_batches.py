@@ -18,7 +18,7 @@ from promoe_ds.data import build_dataset
 from promoe_ds.data.batches import Batch, BatchMaker, BatchStream
 from promoe_ds.data.digits import Digits
 from promoe_ds.data.images import FolderImages
-from promoe_ds.data.order import Purpose, step_indices
+from promoe_ds.data.order import step_indices
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 from promoe_ds.utils.ranks import Ranks
 
@@ -200,22 +200,6 @@ def test_the_queue_is_bounded():
         wait_until(lambda: stream._ready.qsize() == 3)
         time.sleep(0.2)
         assert stream._ready.qsize() == 3
-
-
-def test_speed_of_the_noise():
-    """64 images of latent size cost a few times what NumPy's own generator takes, which is not keyed by image."""
-    config = replace(make_config(64), model=ModelConfig(image_size=32, channels=4))
-    maker, generator = BatchMaker(config, DIGITS), np.random.default_rng(0)
-    ours, numpys = [], []
-    for step in range(20):
-        start = time.perf_counter()
-        maker._normal(step, np.arange(64), Purpose.NOISE, (4, 32, 32))
-        between = time.perf_counter()
-        generator.standard_normal((64, 4, 32, 32))
-        ours.append(between - start)
-        numpys.append(time.perf_counter() - between)
-    print(f"noise of 64 x 4x32x32: {1e3 * min(ours):.2f} ms, NumPy's: {1e3 * min(numpys):.2f} ms")
-    assert min(ours) < 10 * min(numpys)
 
 
 def test_a_pack_streams(tmp_path: Path):

@@ -20,7 +20,7 @@ from promoe_ds.data.digits import Digits
 from promoe_ds.data.encode import ConvertedLatents, EncodedImages, EncodeJob, Encoder, run_encoding
 from promoe_ds.data.images import FolderImages
 from promoe_ds.data.latents import LatentShards
-from promoe_ds.data.order import Purpose, row_generator
+from promoe_ds.data.step_noise import Purpose, row_generator
 from promoe_ds.moe import routers as routers  # a Config holds the one of a router
 from promoe_ds.utils.ranks import ALONE, Ranks
 from tests.disk import loop

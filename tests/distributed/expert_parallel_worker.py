@@ -13,10 +13,10 @@ from torch import Tensor
 from promoe_ds.models.activation_checkpoint import checkpointed
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
+from promoe_ds.moe.conditional_routing import split_by_label
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import aux_losses_of
-from promoe_ds.moe.split import split_by_label
 from promoe_ds.parallel.expert_parallel import parallelize
 from promoe_ds.parallel.topology import Topology, connect, disconnect, leave
 from promoe_ds.recipes.load import load_tree

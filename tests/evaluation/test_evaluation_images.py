@@ -58,7 +58,7 @@ def test_other_pictures_have_no_labels_and_grey_stays_grey(tmp_path: Path):
 def test_grey_among_colour_is_expanded_and_faults_are_named(tmp_path: Path):
     write(tmp_path)
     Image.fromarray(PIXELS[1, ..., 0]).save(tmp_path / "000001_class1.png")
-    folder = Folder(pictures_in(tmp_path), "SAMPLES")
+    folder = Folder(tmp_path, pictures_in(tmp_path), "SAMPLES")
     assert (folder[1:2][0] == PIXELS[1, ..., :1]).all()
     Image.fromarray(PIXELS[0][:3]).save(tmp_path / "000002_class2.png")
     assert "000002_class2.png: is [3, 4, 3] (H, W, C), 000000_class0.png is [6, 4, 3]" in message(tmp_path)
@@ -133,7 +133,7 @@ def test_runs_of_pictures_count_with_their_record(tmp_path: Path):
 def test_crop_to_any_size(tmp_path: Path):
     for i, (height, width) in enumerate([(40, 90), (7, 5), (16, 16), (33, 20)]):
         Image.fromarray(np.full((height, width, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    folder = Folder(pictures_in(tmp_path), "IMAGES", size=16)
+    folder = Folder(tmp_path, pictures_in(tmp_path), "IMAGES", size=16)
     assert folder[0:4].shape == (4, 16, 16, 3)
     assert [int(image.mean()) for image in folder[0:4]] == [0, 50, 100, 150]
     ramp = np.zeros((16, 64, 3), np.uint8)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.router import Router, Routing, register_router
-from promoe_ds.moe.split import Split
 
 
 @register_router("hash")

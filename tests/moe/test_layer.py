@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from promoe_ds.moe.conditional_routing import Split, split_by_label
 from promoe_ds.moe.dispatch import tokens_per_expert
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.router import aux_losses_of
-from promoe_ds.moe.split import Split, split_by_label
 from promoe_ds.recipes.load import load_tree
 
 D, S, NULL = 16, 5, 10

@@ -7,9 +7,9 @@ import torch
 
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import ROUTER_CONFIGS, RouterConfig
+from promoe_ds.moe.conditional_routing import Split, split_by_label
 from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.split import Split, split_by_label
 
 
 def test_conditional_images_come_first_and_order_is_restored() -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from launchers import sample
-from promoe_ds.data.order import philox
 from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.official import to_official
 from promoe_ds.models.dit import DiT
@@ -26,6 +25,7 @@ from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_config
 from promoe_ds.sampling.generate import class_labels, draw_batches, to_pixels
 from promoe_ds.sampling.protocols import PROTOCOLS
+from promoe_ds.utils.philox import philox
 from tests.sample_folder import Command, read_npz, sample_command, write_run
 
 GOLDEN = Path(__file__).with_name("golden_protocols.npz")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from promoe_ds.config.errors import reject
 from promoe_ds.config.option import option
 from promoe_ds.config.schema import RouterConfig
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
 from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
-from promoe_ds.moe.split import Split
 from promoe_ds.moe.superclasses import assignment, read_superclasses
 
 

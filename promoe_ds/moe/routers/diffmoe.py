@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.option import option
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.gates import (
     LinearGateRouter,
     TopKConfig,
@@ -31,7 +32,6 @@ from promoe_ds.moe.gates import (
 )
 from promoe_ds.moe.losses import Scope, mean_over_scope, sum_and_number
 from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
-from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.gates import LinearGateRouter, PerImageConfig, top_tokens_per_image
 from promoe_ds.moe.router import Routing, register_router
-from promoe_ds.moe.split import Split
 
 
 @register_router("expert_choice")

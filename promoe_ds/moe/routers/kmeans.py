@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import RouterConfig
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.gates import at_least_fp32
 from promoe_ds.moe.losses import centroid_sums
 from promoe_ds.moe.router import Router, Routing, register_router
-from promoe_ds.moe.split import Split
 
 PRIME = 16_777_213
 """the largest prime below 2^24: keys are exact in float32. 5 does not divide PRIME - 1, so x^5 permutes the residues"""

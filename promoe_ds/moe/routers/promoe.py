@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.option import option
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.cosine import cosine, length
 from promoe_ds.moe.gates import BiasedConfig, BiasedRouter, TopKConfig, at_least_fp32, top_experts
 from promoe_ds.moe.losses import Scope, centroid_sums, load_balance, routing_contrastive, sums_over_scope
 from promoe_ds.moe.router import Reducer, Router, Routing, Tensors, register_router
-from promoe_ds.moe.split import Split
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z_TE: z_TE,

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.cosine import cosine
 from promoe_ds.moe.gates import PerImageConfig, at_least_fp32, top_tokens_per_image
 from promoe_ds.moe.losses import mean_over_scope, routing_contrastive_per_image, sum_and_number
 from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
 from promoe_ds.moe.routers.promoe import PrototypicalConfig, PrototypicalRouter
-from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)

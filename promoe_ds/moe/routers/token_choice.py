@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from promoe_ds.config.errors import reject
 from promoe_ds.config.option import option
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.gates import BiasedConfig, BiasedRouter, LinearGateRouter, top_experts
 from promoe_ds.moe.losses import Scope, load_balance, sums_over_scope, z_terms
 from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
-from promoe_ds.moe.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.constants import cached_arange
 from promoe_ds.moe.gates import TopKConfig, at_least_fp32
 from promoe_ds.moe.router import Router, Routing, register_router
-from promoe_ds.moe.split import Split
 
 
 @register_router("uniform")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from promoe_ds.moe.conditional_routing import Split, split_by_label
 from promoe_ds.moe.router import Router, Routing, aux_losses_of
 from promoe_ds.moe.routers import ROUTERS
-from promoe_ds.moe.split import Split, split_by_label
 
 D, S, E, NULL = 8, 12, 4, 10
 LABELS = [3, 1, 9, 3, 0]
