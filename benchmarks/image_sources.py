@@ -27,16 +27,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import image_layouts as layouts  # noqa: E402
 from benchmarks.common import facts, page, spread, table  # noqa: E402
-from benchmarks.image_layouts import (  # noqa: E402
-    Item,
-    encoded,
-    write_folders,
-    write_numbered,
-    write_parquet,
-    write_tars,
-    write_zip,
-)
 from promoe_ds.data.images import DecodedImages, PackedImages, decode, open_images  # noqa: E402
 from promoe_ds.data.images import parquet as parquet_images  # noqa: E402
 from promoe_ds.utils.files import write_text  # noqa: E402
@@ -47,19 +39,19 @@ LARGE = (500, 375)
 """pixels of a usual picture of ImageNet"""
 PER_FILE = 1000
 PARTS = "pictures", "index"
-Write = Callable[[Path, Sequence[Item]], Path]
+Write = Callable[[Path, Sequence[layouts.Item]], Path]
 
 
 def parquet(**how: object) -> Write:
-    return lambda root, items: write_parquet(root, items, files=1, **how)  # type: ignore[arg-type]
+    return lambda root, items: layouts.write_parquet(root, items, files=1, **how)  # type: ignore[arg-type]
 
 
 SNAPPY = {"use_dictionary": True, "compression": "snappy"}
 SOURCES: dict[str, Write] = {
-    "folder per class": write_folders,
-    "dataset.json, folder": write_numbered,
-    "dataset.json, zip": write_zip,
-    "tars (WebDataset)": lambda root, items: write_tars(root, items, files=4),
+    "folder per class": layouts.write_folders,
+    "dataset.json, folder": layouts.write_numbered,
+    "dataset.json, zip": layouts.write_zip,
+    "tars (WebDataset)": lambda root, items: layouts.write_tars(root, items, files=4),
     "Parquet of datasets 5, groups of 1,000": parquet(row_group_size=1000),
     "Parquet, Snappy, groups of 10": parquet(row_group_size=10, **SNAPPY),
     "Parquet, Snappy, groups of 100": parquet(row_group_size=100, **SNAPPY),
@@ -78,24 +70,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def real_items(pack: PackedImages, count: int) -> list[Item]:
+def real_items(pack: PackedImages, count: int) -> list[layouts.Item]:
     """Files spread over a pack, sorted by class."""
     chosen = np.linspace(0, len(pack) - 1, count).astype(int)
     chosen = chosen[np.argsort(pack.label_B[chosen], kind="stable")]
     return [(f"{number:05d}.jpeg", pack.read(i), int(pack.label_B[i])) for number, i in enumerate(chosen.tolist())]
 
 
-def enlarged(items: Sequence[Item]) -> list[Item]:
+def enlarged(items: Sequence[layouts.Item]) -> list[layouts.Item]:
     """The same pictures at the pixels of ImageNet's. They are blurred, so their files have a quarter of its bytes."""
     out, noise = [], np.random.default_rng(0).normal(0, 9, (*LARGE[::-1], 3))
     for name, data, label in items:
         picture = to_image(decode(data, name, 3, 512)).crop((6, 68, 6 + LARGE[0], 68 + LARGE[1]))
         pixels = (np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)
-        out.append((name, encoded(to_image(pixels)), label))
+        out.append((name, layouts.encoded(to_image(pixels)), label))
     return out
 
 
-def write_all(folder: Path, items: Sequence[Item]) -> dict[str, Path]:
+def write_all(folder: Path, items: Sequence[layouts.Item]) -> dict[str, Path]:
     return {name: write(folder / str(number), items) for number, (name, write) in enumerate(SOURCES.items())}
 
 
@@ -186,7 +178,7 @@ def linked(file: Path, items: int) -> Path:
 
 
 def many_tars(folder: Path, items: int) -> Path:
-    return linked(next(write_tars(folder, few(PER_FILE), files=1).iterdir()), items)
+    return linked(next(layouts.write_tars(folder, few(PER_FILE), files=1).iterdir()), items)
 
 
 def many_parquet(folder: Path, items: int, **how: object) -> Path:
@@ -194,10 +186,10 @@ def many_parquet(folder: Path, items: int, **how: object) -> Path:
 
 
 def many_numbered(folder: Path, items: int) -> Path:
-    return write_zip(folder, few(items))
+    return layouts.write_zip(folder, few(items))
 
 
-def few(count: int) -> list[Item]:
+def few(count: int) -> list[layouts.Item]:
     """Files of a few bytes, with names as long as ImageNet's."""
     return [(f"n01440764_{number:08d}.JPEG", b"data", number * 50 // count) for number in range(count)]
 

@@ -145,6 +145,7 @@ def train_ours(work: Path, steps: int, ep: int, stage: int) -> None:
         assert trainer.run() == 0
         trainer.close()
     topology.disconnect()
+    topology.leave(0)
 
 
 def launch(work: Path, steps: int, world: int, ep: int, stage: int) -> None:

@@ -29,7 +29,14 @@ from promoe_ds.evaluation.images import Images
 from promoe_ds.evaluation.metrics import frechet_distance, gaussian_statistics, inception_score, label_agreement
 from promoe_ds.models.dit import DiT
 from promoe_ds.moe.observe import max_over_mean
-from promoe_ds.sampling.generate import SamplingOptions, class_labels, draw_pixels, image_noise, to_pixels
+from promoe_ds.sampling.generate import (
+    SamplingOptions,
+    class_labels,
+    draw_batches,
+    image_noise,
+    pixel_batches,
+    to_pixels,
+)
 from promoe_ds.utils.files import atomic
 
 SCORE_SEED = 1234
@@ -178,7 +185,8 @@ def score_run(run: Path, standard: Standard, scales: list[float], num: int, step
     out["experts"] = specialisation(model, replace(config, data=standard.where), step)
     for scale in scales:
         options = SamplingOptions(scale, steps, SCORE_SEED, batch)
-        images_NHWC = draw_pixels(model, config, labels_N, np.arange(num), options, device)
+        drawn = draw_batches(model, config, labels_N, np.arange(num), options, device)
+        images_NHWC = np.concatenate([made for _, made in pixel_batches(drawn)])
         logits_NK = judge.logits(images_NHWC)
         out[f"cfg{scale}"] = {
             "fd": frechet_distance(*gaussian_statistics(judge.features(images_NHWC)), *standard.reference),

@@ -231,7 +231,11 @@ def layer_systems(
 
 def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, Work]:
     """A few Euler steps with guidance 1.5, both halves in one forward."""
-    from promoe_ds.sampling.generate import SamplingOptions, draw_pixels  # needs pillow, the rest does not
+    from promoe_ds.sampling.generate import (  # needs pillow, the rest does not
+        SamplingOptions,
+        draw_batches,
+        pixel_batches,
+    )
 
     def sampling(name: str) -> Work:
         model = make_model(f"{name}_{size}", device).eval()
@@ -239,7 +243,8 @@ def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, 
 
         def work(clock: Clock) -> None:
             clock.mark()
-            draw_pixels(model, model.config, np.arange(images) % 1000, np.arange(images), options, device)
+            indices = np.arange(images)
+            list(pixel_batches(draw_batches(model, model.config, indices % 1000, indices, options, device)))
             clock.mark()
 
         return work

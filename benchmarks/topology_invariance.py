@@ -96,7 +96,7 @@ def train_cases(folder: Path, steps: int) -> NoReturn:
         trainer = Trainer(config, ds, folder / case.name, topology.Topology.of(ranks, case.ep))
         assert trainer.run() == 0
         trainer.close()
-    topology.disconnect()  # together: who ends alone is dead to the other ranks
+    topology.disconnect()  # together: the other ranks take one that ends alone for dead
     topology.leave(0)
 
 

@@ -82,7 +82,7 @@ def read_npz(path: Path, wanted: Collection[str], option: str) -> dict[str, np.n
 
 
 def npz_names(path: Path) -> str:
-    """Of all arrays of a file that `read_npz` accepted, for a message."""
+    """The names of all arrays in a file that `read_npz` accepted, joined for a message."""
     with zipfile.ZipFile(path) as archive:
         return ", ".join(name.removesuffix(".npy") for name in archive.namelist()) or "no named arrays"
 
@@ -113,12 +113,18 @@ class Folder:
     A grey picture among coloured ones is expanded; transparency is dropped. With `size`, pictures of any size are
     cropped to the centre as in ADM (`centre_crop`), and all are RGB.
 
+    Args:
+        folder: where they lie, for messages.
+        paths: of the pictures.
+        option: what the user named the folder by, for messages.
+        size: side of the crop.
+
     Raises:
-        ConfigError: there are fewer than two pictures in `path`, or one that is read is no picture like the first.
+        ConfigError: `paths` are fewer than two, or a picture that is read is damaged or unlike the first.
     """
 
-    def __init__(self, path: Path, paths: Sequence[Path], option: str, size: int | None = None) -> None:
-        _check_count(path, len(paths), option)
+    def __init__(self, folder: Path, paths: Sequence[Path], option: str, size: int | None = None) -> None:
+        _check_count(folder, len(paths), option)
         self.paths, self._option, self._size = paths, option, size
         first = self._open(paths[0])
         self._mode = "L" if size is None and first.mode in ("1", "L") else "RGB"

@@ -28,6 +28,7 @@ from promoe_ds.evaluation.images import (
     pictures_in,
     read_npz,
 )
+from promoe_ds.utils.outputs import RECORD, SAMPLES
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,6 @@ class SampleSet(ImageSet):
 
 
 Samples = SampleSet | FeatureSet
-RECORD = "sampling.json"
 
 
 def cfg_of(samples: Samples) -> float | None:
@@ -57,7 +57,7 @@ def _folder_scale(path: Path) -> float | None:
 
 def _in_folder(folder: Path) -> Path | None:
     """The one set of a folder: its samples.npz, else its features file, else its pictures."""
-    for path in (folder / "samples.npz", folder / f"features{SUFFIX}"):
+    for path in (folder / SAMPLES, folder / f"features{SUFFIX}"):
         if path.exists():
             return path
     return folder if _pictures(folder) else None

@@ -29,8 +29,8 @@ from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.recipes.load import load_config
-from promoe_ds.sampling.job import RECORD, SAMPLES
 from promoe_ds.utils.command_line import DONE, Parser, check_positive, launcher, parse_scales, parse_steps
+from promoe_ds.utils.outputs import RECORD, SAMPLES
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"

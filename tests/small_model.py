@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -13,6 +15,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
 from promoe_ds.recipes.load import load_tree
+from promoe_ds.sampling.generate import SamplingOptions, draw_batches, pixel_batches
 
 CPU = torch.device("cpu")
 MODEL = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 10}
@@ -35,6 +38,14 @@ def tiny(diffusion: dict[str, Any] | None = None, **model: Any) -> tuple[DiT, Co
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return dit.eval(), config
+
+
+def draw_pixels(
+    model: Callable[..., Any], config: Config, labels: np.ndarray, indices: np.ndarray, options: SamplingOptions
+) -> np.ndarray:
+    """All images of a model of pixels in one array, at least one: uint8 [N, H, W, C]."""
+    batches = draw_batches(model, config, labels, indices, options, CPU)
+    return np.concatenate([images for _, images in pixel_batches(batches, pixels=options.pixels)])
 
 
 def save(file: Path, dit: DiT, config: Config, metadata: dict[str, str] | None = None) -> Path:

@@ -12,9 +12,10 @@ import torch
 
 import promoe_ds
 from promoe_ds.formats.weights import write
-from promoe_ds.sampling.generate import SamplingOptions, draw_pixels, to_pixels
+from promoe_ds.sampling.generate import SamplingOptions, to_pixels
 from tests.formats.test_diffusers import model, weights
 from tests.launch import run
+from tests.small_model import draw_pixels
 
 LIGHT = """
 import sys
@@ -32,7 +33,7 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
     labels = np.array([3, 10, 0])
     made = promoe_ds.generate(loaded, labels.tolist(), 2.0, 3, 5)
     assert made.dtype == torch.float32
-    known = draw_pixels(loaded, loaded.config, labels, np.arange(3), SamplingOptions(2.0, 3, 5), torch.device("cpu"))
+    known = draw_pixels(loaded, loaded.config, labels, np.arange(3), SamplingOptions(2.0, 3, 5))
     assert np.array_equal(to_pixels(made), known)
     one_by_one = promoe_ds.generate(loaded, torch.from_numpy(labels), 2.0, 3, 5, batch=1)
     torch.testing.assert_close(one_by_one, made, rtol=1e-4, atol=1e-4)
@@ -42,7 +43,7 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
     sde = promoe_ds.SDE("constant", 0.5)
     more = {"sampler": "sde", "shift": 2.0, "sde": sde, "interval": (300.0, 900.0)}
     options = SamplingOptions(2.0, 3, 5, sampler="sde", shift=2.0, sde=sde, interval=(300.0, 900.0))
-    known = draw_pixels(loaded, loaded.config, labels, np.arange(3), options, torch.device("cpu"))
+    known = draw_pixels(loaded, loaded.config, labels, np.arange(3), options)
     assert np.array_equal(to_pixels(promoe_ds.generate(loaded, labels, 2.0, 3, 5, **more)), known)  # type: ignore[arg-type]
     itself = promoe_ds.generate(loaded, labels, 2.0, 3, 5, guidance_model=loaded)
     torch.testing.assert_close(itself, promoe_ds.generate(loaded, labels, 1.0, 3, 5), rtol=1e-4, atol=1e-4)

@@ -16,10 +16,7 @@ from benchmarks.gpu.figures import Figure, Stage
 
 GOLDEN = ROOT / "tests/golden/tiny_losses.json"
 RUNS = {
-    "zero0": ("zero0", "fp32"),
-    "zero1": ("zero1", "fp32"),
-    "zero2": ("zero2", "fp32"),
-    "zero3": ("zero3", "fp32"),
+    **{zero: (zero, "fp32") for zero in ("zero0", "zero1", "zero2", "zero3")},
     "autocast": ("zero0", "bf16_autocast"),
     "bf16 weights": ("zero1", "bf16"),
 }

@@ -20,7 +20,7 @@ from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, tabl
 from promoe_ds.config.errors import reject
 from promoe_ds.costs import flops
 from promoe_ds.utils.files import atomic, making, write_text
-from promoe_ds.utils.outputs import check_place
+from promoe_ds.utils.outputs import SAMPLES, check_place
 
 REPORT = "report.html"
 FILES = "files.json"
@@ -184,7 +184,7 @@ def _scores(run: Path, trained: list[dict[str, Any]]) -> tuple[list[str], list[l
 
     def short(samples: str) -> str:  # runs/digits/samples/cfg1.0/samples.npz is cfg1.0
         path = Path(samples)
-        return path.parent.name if path.name == "samples.npz" else path.name
+        return path.parent.name if path.name == SAMPLES else path.name
 
     sets = [trained[i] for i in draw.spread(len(trained), MOST_SCORED)] if trained else []
     if (path := run / "metrics.json").is_file():

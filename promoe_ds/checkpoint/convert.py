@@ -21,7 +21,7 @@ from promoe_ds.config.decode import dump
 from promoe_ds.config.errors import reject
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import atomic, making, write_text
-from promoe_ds.utils.outputs import check_new
+from promoe_ds.utils.outputs import CONFIG, check_new
 
 
 def checked(path: Path) -> dict[str, Any]:
@@ -83,5 +83,5 @@ def resplit(path: Path, run: Path, count: int) -> Path:
             part = {f"{n}/{s}": reader(n, s) for n in names[i::count] for s in RESUMED_STATES}
             files |= write_tensors(temporary / f"state-{i:05d}-of-{count:05d}.safetensors", part, metadata)
         complete(temporary, final, tree | {"files": files})
-        write_text(run / "config.yaml", config)
+        write_text(run / CONFIG, config)
     return final

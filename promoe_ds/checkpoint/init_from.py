@@ -27,6 +27,7 @@ from promoe_ds.config.option import differences
 from promoe_ds.config.schema import Config
 from promoe_ds.models.init import build, draw_labels
 from promoe_ds.models.layers import grid_sinusoids
+from promoe_ds.utils.outputs import CONFIG
 
 KINDS = ("kept", "resized", "split", "drawn")
 LABELS = "y_embedder.weight"
@@ -103,7 +104,7 @@ class InitialWeights:
             if part == "" or part in reset:
                 continue
             conflict = f"the weights in train.init={self.path} have {path}={before}"
-            way_out = f"set it so, or start from {self.path / 'config.yaml'}"
+            way_out = f"set it so, or start from {self.path / CONFIG}"
             reject(path, now, conflict, f"{way_out}, or add train.init_reset=[{part}]" if part else way_out)
 
     def _part_of(self, path: str) -> str | None:

@@ -22,6 +22,7 @@ from promoe_ds.config.schedule import end_of, learning_rate
 from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND
+from promoe_ds.utils.outputs import CONFIG
 
 
 def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
@@ -47,7 +48,7 @@ def check_run(run: Path, config: Config) -> None:
         way_out = f"name another folder; train.init={run} starts from them"
         reject("--run", run, "holds weights that were exported or imported", way_out)
     for path, old, new in _edits(saved, run):
-        conflict = f"{run / 'config.yaml'} was edited or damaged, its checkpoints were made with {path}={old}"
+        conflict = f"{run / CONFIG} was edited or damaged, its checkpoints were made with {path}={old}"
         reject(path, new, conflict, "put the old file back, or its old value, or start a new run with another --run")
     check_same_run(saved, config, run)
 
@@ -153,7 +154,7 @@ def restore(reader: Reader, engine: StateAccess, step: int, quiet: bool = True) 
 
 def saved_config(run: Path) -> dict[str, Any] | None:
     """The plain configuration tree in RUN/config.yaml, or None; raises ConfigError if it cannot be read."""
-    path = run / "config.yaml"
+    path = run / CONFIG
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except NOT_FOUND:

@@ -17,7 +17,7 @@ from promoe_ds.config.batching import batch_plan
 from promoe_ds.config.schema import Config
 from promoe_ds.costs import flops
 from promoe_ds.data.order import step_indices
-from promoe_ds.data.step_noise import Purpose, row_generator
+from promoe_ds.data.step_noise import Purpose, coins
 
 PARTS = ("forward", "experts", "all_to_all", "router_sums", "backward", "gradients", "parameters", "optimizer", "other")
 """of a step's time; `gradients` and `parameters` are collectives, `other` is what is left (data, logging)"""
@@ -136,8 +136,10 @@ def all_to_all_uniform(config: Config, world: int, ep: int, step: int, label_N: 
     micro, _ = batch_plan(config, world)
     edges = config.model.tokens * flops.experts_per_token(config)
     local, remote = moe.num_experts // ep, 0
-    for row, label in enumerate(label_N[step_indices(train.seed, step, train.global_batch_size, len(label_N))]):
-        if row_generator(train.seed, step, row, Purpose.DROP).random() < config.diffusion.label_drop:
+    label_G = label_N[step_indices(train.seed, step, train.global_batch_size, len(label_N))]
+    drop_G = coins(train.seed, step, np.arange(len(label_G)), Purpose.DROP, config.diffusion.label_drop)
+    for row, (label, drop) in enumerate(zip(label_G, drop_G, strict=True)):
+        if drop:
             if moe.conditional:
                 continue  # null-label images do not travel
             label = config.model.num_classes

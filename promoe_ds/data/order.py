@@ -12,13 +12,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from promoe_ds.data.step_noise import Purpose, row_generator
+from promoe_ds.data.step_noise import Purpose
+from promoe_ds.utils.philox import philox
 
 
 @lru_cache(maxsize=2)  # a batch straddles two epochs; shuffling 1.28 M indices takes 30 ms, too long for every step
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order in which epoch `epoch` visits `n` images: int64 [n], read-only because it is shared by the cache."""
-    order = row_generator(seed, epoch, 0, Purpose.ORDER).permutation(n)
+    order = philox(seed, epoch, 0, Purpose.ORDER).permutation(n)
     order.flags.writeable = False
     return order
 

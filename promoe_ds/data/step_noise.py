@@ -4,7 +4,8 @@ Nothing here knows the rank, the world size or the micro-batch. Every draw belon
 ranks cut slices out of one and the same batch, and a resumed run draws what the interrupted one would have drawn.
 
 The key of a stream is (seed, step) and the two high words of its counter are (row, purpose). The two low words are left
-to the stream itself, which may therefore draw 2^128 blocks before it meets a neighbour.
+to the stream itself, which may therefore draw 2^128 blocks before it meets a neighbour. The order of the images
+(`order.py`) has a purpose here too, and the number of the epoch in place of the step.
 
 Shape suffix: B rows.
 """

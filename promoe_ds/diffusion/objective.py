@@ -18,7 +18,7 @@ from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.config.schema import Config, DiffusionConfig
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
-from promoe_ds.diffusion.ddpm_samplers import Noise, Predict, ancestral, ddim, spaced_timesteps
+from promoe_ds.diffusion.ddpm_samplers import Predict, ancestral, ddim, spaced_timesteps
 from promoe_ds.diffusion.flow_sde import SDE, euler_maruyama
 from promoe_ds.diffusion.rectified_flow import Callback, euler, heun, sigma_schedule
 
@@ -26,6 +26,8 @@ Forward = Callable[[Tensor, Tensor], Any]
 """(x [B, C, H, W], t float32 [B] in 0..1000) -> an output whose `prediction` is [B, C or 2C, H, W]"""
 Losses = dict[str, Tensor]
 """float32 scalars by name"""
+AllNoise = Callable[[int | None], Tensor]
+"""step (from 0), or None for what sampling starts from -> standard normal noise [B, C, H, W]"""
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,12 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def sample(
-        self,
-        predict: Predict,
-        x_BCHW: Tensor,
-        noise: Noise,
-        solver: Solver,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Images [B, C, H, W] from noise x.
+    def sample(self, predict: Predict, noise: AllNoise, solver: Solver, callback: Callback | None = None) -> Tensor:
+        """Images [B, C, H, W] from noise.
 
         Args:
             predict: the guided model, with its variance channels where it has them.
-            noise: for samplers that draw more noise than x.
+            noise: `noise(None)` is what sampling starts from; samplers that add noise ask for that of each step.
         """
 
 
@@ -144,21 +139,14 @@ class RectifiedFlow(Objective):
     def timesteps(self, solver: Solver) -> list[float]:
         return [flow.TIME_SCALE * sigma for sigma in self._sigmas(solver)[:-1]]
 
-    def sample(
-        self,
-        predict: Predict,
-        x_BCHW: Tensor,
-        noise: Noise,
-        solver: Solver,
-        callback: Callback | None = None,
-    ) -> Tensor:
+    def sample(self, predict: Predict, noise: AllNoise, solver: Solver, callback: Callback | None = None) -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return predict(x, flow.TIME_SCALE * sigma)[:, : x.shape[1]]
 
         sigmas = self._sigmas(solver)
         if solver.sampler == "sde":
-            return euler_maruyama(velocity, x_BCHW, sigmas, noise, solver.sde, callback)
-        return {"euler": euler, "heun": heun}[solver.sampler](velocity, x_BCHW, sigmas, callback)
+            return euler_maruyama(velocity, noise(None), sigmas, noise, solver.sde, callback)
+        return {"euler": euler, "heun": heun}[solver.sampler](velocity, noise(None), sigmas, callback)
 
 
 class DDPM(Objective):
@@ -189,18 +177,11 @@ class DDPM(Objective):
         kept = spaced_timesteps(self.config.num_steps, solver.steps)
         return self.schedule.respaced(kept).time_T.flip(0).tolist()
 
-    def sample(
-        self,
-        predict: Predict,
-        x_BCHW: Tensor,
-        noise: Noise,
-        solver: Solver,
-        callback: Callback | None = None,
-    ) -> Tensor:
+    def sample(self, predict: Predict, noise: AllNoise, solver: Solver, callback: Callback | None = None) -> Tensor:
         schedule = self.schedule.respaced(spaced_timesteps(self.config.num_steps, solver.steps))
         if solver.sampler == "ddim":
-            return ddim(predict, x_BCHW, schedule, noise, solver.eta, self.config.clip_denoised, callback)
-        return ancestral(predict, x_BCHW, schedule, noise, self.config.clip_denoised, callback)
+            return ddim(predict, noise(None), schedule, noise, solver.eta, self.config.clip_denoised, callback)
+        return ancestral(predict, noise(None), schedule, noise, self.config.clip_denoised, callback)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"rectified_flow": RectifiedFlow, "ddpm": DDPM}

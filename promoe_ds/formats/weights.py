@@ -34,6 +34,7 @@ from promoe_ds.formats.card import model_card
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import write_text
+from promoe_ds.utils.outputs import CONFIG
 
 Source = Literal["ema", "raw"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -171,7 +172,7 @@ def finish(
 ) -> Path:
     """What every exported folder ends with: config.yaml, the model card and the manifest. Returns `out`."""
     config, facts = encode(weights.config), weights.facts(dtype)
-    write_text(temporary / "config.yaml", dump(weights.config), durable=True)
+    write_text(temporary / CONFIG, dump(weights.config), durable=True)
     write_text(temporary / "README.md", model_card(weights.config, facts, metrics, diffusers), durable=True)
     made_at = datetime.now(UTC).isoformat(timespec="seconds")
     tree = {"format": FORMAT, "version": __version__, "made": made_at, "torch": torch.__version__} | facts

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 KEPT_OPERATORS = frozenset({"max", "topk", "sort"})
 """operators of a choice"""
 OWN_OPERATORS = "promoe_ds"
-"""namespace of the operators that communicate (`parallel/all_to_all.py`, `collectives.py`)"""
+"""namespace of the operators that communicate (`parallel/all_to_all.py`, `parallel/collectives.py`)"""
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

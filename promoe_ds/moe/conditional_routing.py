@@ -1,7 +1,7 @@
-"""The conditional split of a batch: images with a label first, those without after (paper Sec. 4.1).
+"""Conditional routing (paper Sec. 4.1): images with a label go to the router, those without to unconditional experts.
 
-The model keeps its images in that order, so that conditional routing is a slice: no mask, no copy and no device
-synchronisation in any layer.
+Here a batch is sorted, images with a label first. The model keeps its images in that order, so that in `layer.py`
+conditional routing is a slice: no mask, no copy and no device synchronisation in any layer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The all-to-all of expert parallelism: rows of tokens go to the ranks that hold their experts, and come back.
 
-Differentiable, asynchronous and uneven: each pair of ranks exchanges a number of rows of its own. The exchange is an
-operator, `promoe_ds::all_to_all_rows`, that writes to none of its arguments: selective activation checkpointing
-(`models/activation_checkpoint.py`) keeps its result and does not communicate again.
+Differentiable, asynchronous and uneven: first each pair of ranks tells how many rows it will exchange
+(`all_to_all_counts`), then the rows travel (`AllToAllHandle`). Both go through `deepspeed.comm`, so DeepSpeed's
+communication logger sees them, and both are operators of their own, `promoe_ds::...`, which write to none of their
+arguments: selective activation checkpointing (`models/activation_checkpoint.py`) keeps their results and does not
+communicate again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
-from promoe_ds.parallel.collectives import groups, name_of
+from promoe_ds.parallel.collectives import group_of, name_of
 from promoe_ds.parallel.meter import kind
 
 # The all-to-all of rows has four moments. Other work is done between 1 and 2, and between 3 and 4:
@@ -45,7 +47,7 @@ checkpointing gave back the rows it kept instead of starting one"""
 
 @torch.library.custom_op("promoe_ds::all_to_all_rows", mutates_args=())
 def _all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: str) -> Tensor:
-    out, work = _exchange(x, send, receive, groups[group])
+    out, work = _exchange(x, send, receive, group_of(group))
     _started.append(work)
     return out
 
@@ -116,7 +118,7 @@ class AllToAllHandle:
 def _swap_counts(count: Tensor, group: str) -> Tensor:
     out = torch.empty_like(count)
     with kind("counts"):
-        dist.all_to_all_single(out, count.contiguous(), group=groups[group])
+        dist.all_to_all_single(out, count.contiguous(), group=group_of(group))
     return out
 
 

@@ -1,9 +1,8 @@
-"""Sums and gathers over ranks, differentiable; the experts' exchange of tokens is in `all_to_all.py`.
+"""Sums over ranks, differentiable, and gathers, which are not; the experts' exchange of tokens is in `all_to_all.py`.
 
-They go through `deepspeed.comm`, so DeepSpeed's communication logger sees them. Those of the forward pass are operators
-of their own, `promoe_ds::...`, which write to none of their arguments:
-selective activation checkpointing (`models/activation_checkpoint.py`) keeps their results and does not communicate
-again.
+All go through `deepspeed.comm`, so DeepSpeed's communication logger sees them. Those of the forward pass are operators
+of their own, `promoe_ds::...`, which write to none of their arguments: selective activation checkpointing
+(`models/activation_checkpoint.py`) keeps their results and does not communicate again.
 """
 
 from __future__ import annotations
@@ -24,27 +23,31 @@ def sum_in_place(x: Tensor, group: Any = None, what: str = "router_sums") -> Ten
     return x
 
 
-groups: dict[str, Any] = {}
-"""by name: operators take strings"""
+_groups: dict[str, Any] = {}
 
 
 def name_of(group: Any) -> str:
-    """Under which an operator finds the group in `groups`."""
+    """Register a process group; returns the name by which an operator, which takes strings only, finds it again."""
     name = "" if group is None else group.group_name
-    groups[name] = group
+    _groups[name] = group
     return name
+
+
+def group_of(name: str) -> Any:
+    """The process group that `name_of` gave this name."""
+    return _groups[name]
 
 
 @torch.library.custom_op("promoe_ds::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
-    return sum_in_place(x.clone(), groups[group])
+    return sum_in_place(x.clone(), group_of(group))
 
 
 @torch.library.custom_op("promoe_ds::all_gather_rows", mutates_args=())
 def _all_gather_rows(x: Tensor, group: str) -> Tensor:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(groups[group]))]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group_of(group)))]
     with kind("router_sums"):
-        dist.all_gather(parts, x, group=groups[group])
+        dist.all_gather(parts, x, group=group_of(group))
     return torch.cat(parts)
 
 

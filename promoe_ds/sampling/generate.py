@@ -161,7 +161,7 @@ def draw_batches(
         label = torch.from_numpy(np.asarray(label_B, dtype=np.int64))
         predict = guided_prediction(model, label, m.num_classes, options.cfg, device, channels, interval, weak)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            return objective.sample(predict, noise(index_B), partial(noise, index_B), solver, tick)
+            return objective.sample(predict, partial(noise, index_B), solver, tick)
 
     for start in range(0, len(indices), options.batch):
         rows = slice(start, min(start + options.batch, len(indices)))
@@ -182,7 +182,7 @@ def forwards_per_image(config: Config, options: SamplingOptions) -> int:
         return torch.zeros(1, 2, 1, 1)
 
     x = torch.zeros(1, 1, 1, 1)
-    make_objective(config.diffusion).sample(predict, x, lambda step: x, options.solver(config))
+    make_objective(config.diffusion).sample(predict, lambda step: x, options.solver(config))
     return count
 
 
@@ -197,19 +197,3 @@ def pixel_batches(
     for rows, x in batches:
         x = torch.cat([codec.to_pixels(part) for part in x.split(DECODED_AT_ONCE)]) if codec else x
         yield rows, to_pixels(x, pixels)
-
-
-def draw_pixels(
-    model: Callable[..., Any],
-    config: Config,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    options: SamplingOptions,
-    device: torch.device,
-) -> np.ndarray:
-    """All images of a model of pixels in one array: uint8 [N, H, W, C]; arguments and errors as of `draw_batches`."""
-    images = np.empty((len(indices), *pixel_shape(config)), dtype=np.uint8)
-    batches = draw_batches(model, config, labels, indices, options, device)
-    for rows, made in pixel_batches(batches, pixels=options.pixels):
-        images[rows] = made
-    return images

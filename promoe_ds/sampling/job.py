@@ -39,14 +39,10 @@ from promoe_ds.sampling.generate import (
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, whole, write_npz
 from promoe_ds.utils.command_line import versions
 from promoe_ds.utils.files import NOT_FOUND, making, write_text
-from promoe_ds.utils.outputs import check_place
+from promoe_ds.utils.outputs import CODEC, CONFIG, RECORD, SAMPLES, check_place
 from promoe_ds.utils.pictures import grid, write_png
 from promoe_ds.utils.ranks import ALONE, Ranks
 
-RECORD = "sampling.json"
-CONFIG = "config.yaml"
-CODEC = "codec.json"
-SAMPLES = "samples.npz"
 FEATURES = "features.safetensors"
 OUTPUTS = re.compile(r"\d{6,}_class\d+\.png|samples\.npz|grid\.png|features\.safetensors|made-\d+\.(npy|safetensors)")
 LEFTOVERS = (".*.tmp", "made-*.npy", "made-*.safetensors")

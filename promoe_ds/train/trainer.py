@@ -50,6 +50,7 @@ from promoe_ds.train.scores import Judge, Scores
 from promoe_ds.utils import signals
 from promoe_ds.utils.command_line import DONE, STOPPED
 from promoe_ds.utils.files import write_text
+from promoe_ds.utils.outputs import CODEC, CONFIG
 from promoe_ds.utils.pictures import load_map
 
 
@@ -144,9 +145,9 @@ class Trainer:
         """Everything is checked: from here on the run folder is written."""
         run = self.run_folder
         try:
-            texts = {"config.yaml": dump(self.config), "ds_config.json": json.dumps(ds.json, indent=1)}
+            texts = {CONFIG: dump(self.config), "ds_config.json": json.dumps(ds.json, indent=1)}
             if self.dataset.codec is not None:  # what must decode the samples
-                texts["codec.json"] = json.dumps(self.dataset.codec, indent=1)
+                texts[CODEC] = json.dumps(self.dataset.codec, indent=1)
             texts |= {"init.json": json.dumps(self.started.record(), indent=1)} if self.started else {}
             for name, text in texts.items():
                 write_text(run / name, text.rstrip() + "\n")

@@ -1,4 +1,4 @@
-"""Where a command may write."""
+"""Where a command may write, and the names of files that several commands write or read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import os
 from pathlib import Path
 
 from promoe_ds.config.errors import reject
+
+CONFIG = "config.yaml"
+"""of a run, of exported weights and of samples: the whole configuration"""
+CODEC = "codec.json"
+"""of a run on latents: what decodes its samples"""
+RECORD = "sampling.json"
+"""of samples: how they were made"""
+SAMPLES = "samples.npz"
+"""of samples: all of them, packed"""
 
 
 def check_place(out: Path, option: str = "--out") -> None:
@@ -16,7 +25,7 @@ def check_place(out: Path, option: str = "--out") -> None:
     """
     for path in (Path(os.path.abspath(out)), Path(os.path.realpath(out))):
         for folder in (path, *path.parents):
-            if folder.name != "checkpoints" or not (folder.parent / "config.yaml").exists():
+            if folder.name != "checkpoints" or not (folder.parent / CONFIG).exists():
                 continue
             if next(folder.glob("step_*/manifest.json"), None) is not None:
                 conflict = f"would write among the checkpoints of {folder.parent}"

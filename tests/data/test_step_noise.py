@@ -3,7 +3,6 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import pytest
 
 from promoe_ds.data.step_noise import Purpose, coins, normal, row_generator
 
@@ -42,13 +41,6 @@ def test_moments_and_correlation_across_rows_and_purposes():
     firsts = np.array([row_generator(0, i // 50, i % 50, Purpose.DROP).random() for i in range(2000)])
     assert abs(firsts.mean() - 0.5) < 4 * np.sqrt(1 / 12 / 2000)
     assert abs(np.mean(firsts < 0.1) - 0.1) < 4 * np.sqrt(0.09 / 2000)
-
-
-def test_words_must_fit_in_64_bits():
-    with pytest.raises(OverflowError):
-        row_generator(2**64, 0, 0, Purpose.NOISE)
-    with pytest.raises(OverflowError):
-        row_generator(0, 0, -1, Purpose.NOISE)
 
 
 def test_rows_are_drawn_each_from_its_stream():

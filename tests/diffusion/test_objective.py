@@ -95,7 +95,7 @@ def test_samplers_tell_the_model_the_times_announced(config: Config, sampler: st
         ticks.append(step)
 
     solver, count = choose_sampler(config, sampler, 4, 0.5 if sampler == "ddim" else 0.0)
-    out = objective.sample(predict, x, lambda step: torch.zeros_like(x), solver, tick)
+    out = objective.sample(predict, lambda step: x if step is None else torch.zeros_like(x), solver, tick)
     assert out.shape == x.shape and out.dtype == x.dtype and ticks == [0, 1, 2, 3]
     assert heard[:: 2 if sampler == "heun" else 1] == objective.timesteps(solver)
     assert solver.sampler == sampler and count == 4
@@ -107,15 +107,22 @@ def test_flow_samplers_are_the_solvers() -> None:
     def predict(x: Tensor, time: float) -> Tensor:
         return torch.cat([x * time / 1000, torch.full_like(x, torch.nan)], 1)
 
+    asked: list[int | None] = []
+
+    def noise(step: int | None) -> Tensor:
+        asked.append(step)
+        return x
+
     for name, solver in (("euler", euler), ("heun", heun)):
         expected = solver(lambda x, sigma: x * (1000 * sigma) / 1000, x, sigma_schedule(5))
-        assert torch.equal(objective.sample(predict, x, lambda step: x, Solver(name, 5)), expected)
+        assert torch.equal(objective.sample(predict, lambda step: x, Solver(name, 5)), expected)
         shifted = solver(lambda x, sigma: x * (1000 * sigma) / 1000, x, sigma_schedule(5, 3.0))
-        assert torch.equal(objective.sample(predict, x, lambda step: x, Solver(name, 5, shift=3.0)), shifted)
+        assert torch.equal(objective.sample(predict, lambda step: x, Solver(name, 5, shift=3.0)), shifted)
     sde = SDE("constant", 0.3, "euler", 0.1)
     expected = euler_maruyama(lambda x, sigma: x * (1000 * sigma) / 1000, x, sde.sigmas(5, 2.0), lambda step: x, sde)
-    made = objective.sample(predict, x, lambda step: x, Solver("sde", 5, shift=2.0, sde=sde))
+    made = objective.sample(predict, noise, Solver("sde", 5, shift=2.0, sde=sde))
     assert torch.equal(made, expected)
+    assert asked[0] is None and asked[1:] == list(range(len(asked) - 1)) and len(asked) in (5, 6)
 
 
 def test_default_samplers() -> None:

@@ -141,6 +141,7 @@ def test_lengths_that_differ(tmp_path: Path):
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_images(tmp_path: Path, n: int):
     assert "needs at least 2" in message(save(tmp_path / "s.npz", IMAGES[:n], LABELS[:n]))
+    assert "needs at least 2" in message(save(tmp_path / "s.npz", IMAGES[:n], LABELS[:3])), "before the labels"
 
 
 def test_truncated_at_any_place(tmp_path: Path):

@@ -102,9 +102,12 @@ def ancestral_with_their_noise(made: DiT) -> Tensor:
     config, device, shape = made.config, torch.device("cpu"), (len(LABELS), 1, 8, 8)
     predict = guided_prediction(made, torch.tensor(LABELS), 10, SCALE, device, config.guidance.channels)
     generator = torch.Generator().manual_seed(9)
-    noise = image_noise(SEED, np.arange(len(LABELS)), shape[1:])
-    objective, solver = make_objective(config.diffusion, device), Solver("ddpm", STEPS)
-    return objective.sample(predict, noise, lambda step: torch.randn(shape, generator=generator), solver)
+
+    def noise(step: int | None) -> Tensor:
+        ours = image_noise(SEED, np.arange(len(LABELS)), shape[1:])
+        return ours if step is None else torch.randn(shape, generator=generator)
+
+    return make_objective(config.diffusion, device).sample(predict, noise, Solver("ddpm", STEPS))
 
 
 def test_a_stranger_draws_our_images(tmp_path: Path) -> None:

@@ -200,18 +200,18 @@ def test_the_published_number_of_keys(recipe: str, keys: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "message"),
     [
-        (["moe.router.name=kmeans"], "it has no router kmeans"),
-        (["moe.num_shared=2"], "moe.num_shared and moe.num_unconditional must be 1 and 1 there"),
-        (["moe.router.bias_rate=0.01"], "its routers do not compute moe.router.bias_rate=0.01"),
-        (["moe.router={name: token_choice, score: sigmoid}"], "its routers do not compute moe.router.score=sigmoid"),
-        (["moe.router_input=plain"], "its routers see modulated tokens, not moe.router_input=plain"),
+        ("moe.router.name=kmeans", "it has no router kmeans"),
+        ("moe.num_shared=2", "moe.num_shared and moe.num_unconditional must be 1 and 1 there"),
+        ("moe.router.bias_rate=0.01", "its routers do not compute moe.router.bias_rate=0.01"),
+        ("moe.router={name: token_choice, score: sigmoid}", "its routers do not compute moe.router.score=sigmoid"),
+        ("moe.router_input=plain", "its routers see modulated tokens, not moe.router_input=plain"),
     ],
 )
-def test_models_that_the_official_code_has_not(overrides: list[str], message: str) -> None:
+def test_models_that_the_official_code_has_not(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_layout(load_config("tiny", overrides))
+        check_layout(load_config("tiny", [override]))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

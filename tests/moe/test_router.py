@@ -1,4 +1,4 @@
-"""The split by label, and the registry."""
+"""The registry of routers, and what a router must define."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ import torch
 
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import ROUTER_CONFIGS, RouterConfig
-from promoe_ds.moe.conditional_routing import Split, split_by_label
+from promoe_ds.moe.conditional_routing import Split
 from promoe_ds.moe.router import Router, Routing, register_router
 from promoe_ds.moe.routers import ROUTERS
-
-
-def test_conditional_images_come_first_and_order_is_restored() -> None:
-    labels = torch.tensor([10, 3, 10, 1, 2])
-    split = split_by_label(labels, 10, "cpu")
-    assert split.num_conditional == 3
-    assert split.label_B.tolist() == [3, 1, 2, 10, 10]
-    assert torch.equal(split.label_B[split.restore_B], labels)
-    assert torch.equal(labels[split.order_B], split.label_B)
 
 
 def test_two_routers_cannot_share_a_name() -> None:

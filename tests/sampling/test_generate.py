@@ -21,20 +21,19 @@ from promoe_ds.sampling.generate import (
     choose_precision,
     class_labels,
     draw_batches,
-    draw_pixels,
     forwards_per_image,
     image_noise,
     pixel_batches,
     to_pixels,
 )
-from tests.small_model import CPU, MODEL, tiny
+from tests.small_model import CPU, MODEL, draw_pixels, tiny
 
 
 def draw(
     dit: DiT, config: Config, indices: np.ndarray, batch: int = 16, cfg: float = 1.5, seed: int = 5, **more: Any
 ) -> np.ndarray:
     options = SamplingOptions(cfg, 4, seed, batch, **more)
-    return draw_pixels(dit, config, class_labels(200, 10)[indices], indices, options, CPU)
+    return draw_pixels(dit, config, class_labels(200, 10)[indices], indices, options)
 
 
 def test_labels_are_balanced() -> None:
@@ -79,8 +78,8 @@ def test_label_guidance_and_seed_matter() -> None:
     first = np.arange(4)
     base = draw(dit, config, first)
     assert (draw(dit, config, first, cfg=4.0) != base).any()
-    assert (draw_pixels(dit, config, np.full(4, 3), first, SamplingOptions(1.5, 4, 5), CPU) != base).any()
-    assert (draw_pixels(dit, config, class_labels(4, 10), first, SamplingOptions(1.5, 4, 6), CPU) != base).any()
+    assert (draw_pixels(dit, config, np.full(4, 3), first, SamplingOptions(1.5, 4, 5)) != base).any()
+    assert (draw_pixels(dit, config, class_labels(4, 10), first, SamplingOptions(1.5, 4, 6)) != base).any()
 
 
 def test_the_noise_of_a_step_is_a_stream_of_its_own() -> None:
@@ -175,7 +174,7 @@ def test_forwards_are_counted_as_they_happen(more: dict[str, Any], forwards: int
         return dit(x, t, y)
 
     options = SamplingOptions(**{"cfg": 1.5, "steps": 4, "batch": 3} | more)
-    draw_pixels(counting, config, class_labels(3, 10), np.arange(3), options, CPU)
+    draw_pixels(counting, config, class_labels(3, 10), np.arange(3), options)
     assert sum(rows) == 3 * forwards == 3 * forwards_per_image(config, options)
 
 
@@ -279,7 +278,8 @@ def test_random_labels_depend_on_seed_and_index_alone() -> None:
 
 def test_no_images_are_no_work() -> None:
     dit, config = tiny()
-    assert draw(dit, config, np.arange(0)).shape == (0, 8, 8, 1)
+    nobody = np.empty(0, np.int64)
+    assert list(draw_batches(dit, config, nobody, nobody, SamplingOptions(1.5, 4), CPU)) == []
 
 
 def test_latents_are_no_pictures() -> None:

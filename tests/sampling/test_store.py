@@ -79,7 +79,7 @@ def test_latents_are_decoded(command: Command, tmp_path: Path, own: dict[str, An
     noise = image_noise(0, np.arange(5), (4, 8, 8))
     predict = guided_prediction(model, torch.from_numpy(labels), 10, 1.0, torch.device("cpu"))
     with torch.no_grad():
-        x = make_objective(config.diffusion).sample(predict, noise, lambda step: noise, Solver("euler", 2))
+        x = make_objective(config.diffusion).sample(predict, lambda step: noise, Solver("euler", 2))
         scale, shift = (
             torch.tensor(own.get(key, one)).view(-1, 1, 1) for key, one in (("scale", 0.18215), ("shift", 0))
         )

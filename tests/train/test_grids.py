@@ -11,11 +11,11 @@ from PIL import Image
 
 from promoe_ds.config.schema import DataConfig, GuidanceConfig
 from promoe_ds.data.codecs import open_codec
-from promoe_ds.sampling.generate import SamplingOptions, draw_batches, draw_pixels, to_pixels
+from promoe_ds.sampling.generate import SamplingOptions, draw_batches, to_pixels
 from promoe_ds.train.grids import draw_grid
 from promoe_ds.utils.pictures import grid
 from tests.photographs import tiny_kl
-from tests.small_model import CPU, save, tiny
+from tests.small_model import CPU, draw_pixels, save, tiny
 
 
 def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:
@@ -25,7 +25,7 @@ def test_training_grid_has_a_row_a_class_and_keeps_the_mode() -> None:
     assert isinstance(sheet, Image.Image) and sheet.size == (2 * 50 + 2, 3 * 50 + 2) and dit.training
     labels = np.repeat(np.arange(3), 2)
     options = SamplingOptions(config.sample.cfg, 3, config.sample.seed)
-    images = draw_pixels(dit.eval(), config, labels, np.arange(6), options, CPU)
+    images = draw_pixels(dit.eval(), config, labels, np.arange(6), options)
     np.testing.assert_array_equal(np.asarray(sheet), np.asarray(grid(images, 2)))
 
 
