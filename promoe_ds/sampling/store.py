@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from promoe_ds.utils.files import atomic
+from promoe_ds.utils.files import atomic, in_threads
 from promoe_ds.utils.pictures import to_image, write_png
 
 READ_AT_ONCE = 256
@@ -87,7 +87,7 @@ class BatchStore:
 
     def _load(self, path: Path) -> np.ndarray | None:
         try:
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
+            records = in_threads(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError):
             return None
         return records if records.dtype == self._dtype else None

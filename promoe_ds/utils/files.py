@@ -12,10 +12,26 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+T = TypeVar("T")
 NOT_FOUND = (FileNotFoundError, NotADirectoryError)
 """what says that a file does not exist; any other OSError leaves open what is there, and whether it is whole"""
+
+
+def in_threads(load: Callable[[], T]) -> T:
+    """What `load` returns, which reads .npy or .npz files; several threads may do so at once.
+
+    NumPy parses the header of a file as Python does a program, and Python 3.11 keeps one count of the depth for all
+    threads that parse (python/cpython#106905): now and then a valid file is a SystemError. It is read again.
+    """
+    for _ in range(100):
+        try:
+            return load()
+        except SystemError as error:
+            if "recursion depth" not in str(error):
+                raise
+    return load()
 
 
 @contextlib.contextmanager

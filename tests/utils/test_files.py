@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from PIL import Image
 from launchers import analyze, encode_latents, evaluate, export, sample
 from launchers import checkpoint as checkpoint_launcher
 from promoe_ds.formats.diffusers_export import VAE_FILES
-from promoe_ds.utils.files import atomic, making, write_text
+from promoe_ds.utils.files import atomic, in_threads, making, write_text
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import tiny_kl, write_tree
 
@@ -143,3 +146,53 @@ def test_every_tree_that_a_command_writes(trained: Path, tmp_path: Path, umask: 
         *("samples.npz", "grid.png", "features.safetensors", "f.safetensors", "metrics.json", "report.html"),
     }
     assert wrong_modes(out, umask) == {}
+
+
+@pytest.fixture
+def busy_interpreter() -> Iterator[None]:
+    """Threads take turns at every chance, also where an object is made: collecting garbage there runs Python."""
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(10, 1000, 1000)
+    yield
+    sys.setswitchinterval(interval)
+    gc.set_threshold(*threshold)
+
+
+class Garbage:
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        sum(range(20))
+
+
+def test_numpys_files_are_read_in_threads(busy_interpreter: None) -> None:
+    """`np.load` alone raises some SystemErrors here on Python 3.11.2 and 3.11.7."""
+    stream, failed = io.BytesIO(), []
+    np.save(stream, np.zeros((4, 8, 8), np.float32))
+
+    def read(depth: int) -> None:
+        if depth:
+            return read(depth - 1)
+        for _ in range(300):
+            Garbage()
+            try:
+                in_threads(lambda: np.load(io.BytesIO(stream.getvalue()), allow_pickle=False))
+            except Exception as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=read, args=(depth,)) for depth in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_other_errors_of_the_interpreter_are_told() -> None:
+    def load() -> None:
+        raise SystemError("error return without exception set")
+
+    with pytest.raises(SystemError, match="without exception"):
+        in_threads(load)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.caches.cache import BROKEN, Cache
+from promoe_ds.utils.files import in_threads
 
 IMAGENET = 1_281_167
 """pictures of ImageNet-1k's training part"""
@@ -74,7 +76,7 @@ class FastDiT(Cache):
                 data = os.read(file, 512)
                 os.close(file)
                 if data[:-8] != head:
-                    label = np.load(io.BytesIO(data), allow_pickle=False)
+                    label = in_threads(partial(_loaded, data))
                     if label.dtype != np.int64 or label.size != 1:
                         raise ValueError(f"it holds {label.dtype} {list(label.shape)}")
                     head = data[:-8]
@@ -87,5 +89,9 @@ class FastDiT(Cache):
         return f"{index}.npy"
 
     def stored(self, index: int, flip: bool) -> np.ndarray:
-        x_1Chw = np.load(self.where(index), allow_pickle=False)
+        x_1Chw = in_threads(lambda: np.load(self.where(index), allow_pickle=False))
         return x_1Chw[0] if x_1Chw.shape[:1] == (1,) else x_1Chw
+
+
+def _loaded(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
