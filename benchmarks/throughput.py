@@ -231,20 +231,18 @@ def layer_systems(
 
 def sampling_systems(size: str, images: int, device: torch.device) -> dict[str, Work]:
     """A few Euler steps with guidance 1.5, both halves in one forward."""
-    from promoe_ds.sampling.generate import (  # needs pillow, the rest does not
-        SamplingOptions,
-        draw_batches,
-        pixel_batches,
-    )
+    from promoe_ds.sampling import generate  # needs pillow, the rest does not
 
     def sampling(name: str) -> Work:
         model = make_model(f"{name}_{size}", device).eval()
-        options = SamplingOptions(1.5, TIMED_STEPS, batch=images, precision="bf16" if device.type == "cuda" else "fp32")
+        precision = "bf16" if device.type == "cuda" else "fp32"
+        options = generate.SamplingOptions(1.5, TIMED_STEPS, batch=images, precision=precision)
 
         def work(clock: Clock) -> None:
             clock.mark()
             indices = np.arange(images)
-            list(pixel_batches(draw_batches(model, model.config, indices % 1000, indices, options, device)))
+            latents = generate.draw_batches(model, model.config, indices % 1000, indices, options, device)
+            list(generate.pixel_batches(latents))
             clock.mark()
 
         return work

@@ -20,6 +20,7 @@ from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.codecs import SD_SCALE
 from promoe_ds.data.labelled import numbered_classes
 from promoe_ds.data.latents import Latents
+from promoe_ds.utils.files import in_threads
 
 SD_CODEC = {"kind": "AutoencoderKL", "channels": 4, "factor": 8, "scale": SD_SCALE, "shift": 0.0, "stochastic": True,
             "digest": ""}  # fmt: skip
@@ -98,7 +99,7 @@ class Cache(Latents):
     def read(self, index: int, flip: bool) -> np.ndarray:
         conflict = None
         try:
-            x_Mhw = self.stored(index, flip)
+            x_Mhw = in_threads(lambda: self.stored(index, flip))
         except BROKEN as error:
             reject("data.path", self.where(index), f"cannot be read ({' '.join(str(error).split())})", self.again)
         if x_Mhw.dtype.kind != "f":

@@ -89,7 +89,7 @@ class FastDiT(Cache):
         return f"{index}.npy"
 
     def stored(self, index: int, flip: bool) -> np.ndarray:
-        x_1Chw = in_threads(lambda: np.load(self.where(index), allow_pickle=False))
+        x_1Chw = np.load(self.where(index), allow_pickle=False)
         return x_1Chw[0] if x_1Chw.shape[:1] == (1,) else x_1Chw
 
 

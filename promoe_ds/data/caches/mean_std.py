@@ -12,7 +12,6 @@ from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.caches.cache import STATISTICS, Cache, unlike
 from promoe_ds.data.labelled import LABELS, LabelledFiles
-from promoe_ds.utils.files import in_threads
 
 
 class MeanStd(Cache):
@@ -48,8 +47,7 @@ class MeanStd(Cache):
         return self._files.where(index)
 
     def stored(self, index: int, flip: bool) -> np.ndarray:
-        data = self._files.read(index)
-        return in_threads(lambda: np.load(io.BytesIO(data), allow_pickle=False))
+        return np.load(io.BytesIO(self._files.read(index)), allow_pickle=False)
 
     def record(self, channels: int) -> dict[str, Any]:
         codec, kind = super().record(channels), self.said.format or self._told(channels)

@@ -11,7 +11,7 @@ from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import DataConfig
 from promoe_ds.data.caches.cache import Cache
 from promoe_ds.data.images.trees import list_tree
-from promoe_ds.utils.files import hidden, in_threads, walk
+from promoe_ds.utils.files import hidden, walk
 
 SUFFIX = ".latent.npz"
 PAIRS = (("latent", "latent_flip"), ("moments", "moments_flip"))
@@ -49,9 +49,6 @@ class LatentTree(Cache):
         return any(files for folder in classes for _, files, _ in walk(folder, (".npz",)))
 
     def stored(self, index: int, flip: bool) -> np.ndarray:
-        return in_threads(lambda: self._stored(index, flip))
-
-    def _stored(self, index: int, flip: bool) -> np.ndarray:
         with np.load(self.where(index), allow_pickle=False) as archive:
             keys = next((pair for pair in PAIRS if set(pair) <= set(archive.files)), None)
             if keys is None:
