@@ -11,7 +11,6 @@ Seeds come one after the other, so that each finished one fills the tables. With
 the budget each, so that no row has the machine for itself. A row that several tables share is trained once. Runs are
 kept in --runs, scores of finished runs in OUT/paper_tables_DATA.json; what is there is not trained again. Everything
 resumes: the same command goes on where it was, also after SIGTERM, and started twice, the two share the work.
-On a CPU, fp32 products are oneDNN's (onednn.py), twice as fast as MKL's on AMD.
 exit codes: 0 done, 2 a mistake, 85 --minutes are over, or a signal came.
 """
 
@@ -40,7 +39,7 @@ if __name__ == "__main__":
     signals.listen()
     prepare_environment()  # before torch
 
-from benchmarks import fashion, onednn  # noqa: E402
+from benchmarks import fashion  # noqa: E402
 from benchmarks.common import facts, integers, read_log  # noqa: E402
 from benchmarks.paper_report import SCALES, Row, write_report  # noqa: E402
 from benchmarks.scoring import LabelCNN, Standard, score_run  # noqa: E402
@@ -278,5 +277,4 @@ def run(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    onednn.use()
     sys.exit(guarded(run, sys.argv[1:]))
