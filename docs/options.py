@@ -67,9 +67,9 @@ def page() -> str:
             parts.append(f"## {path}\n\n{inspect.getdoc(type(value))}\n\n{table(Config(), path)}\n")
     ours = {name: kind for name, kind in ROUTER_CONFIGS.items() if kind.__module__.startswith("promoe_ds.")}
     for name, kind in sorted(ours.items()):
-        module = inspect.getdoc(sys.modules[kind.__module__]) or ""
+        summary = (inspect.getdoc(sys.modules[kind.__module__]) or "").partition("\n\n")[0].replace("\n", " ")
         config = Config(moe=MoEConfig(router=kind()))
-        parts.append(f"## moe.router.name: {name}\n\n{module.splitlines()[0]}\n\n{table(config, 'moe.router')}\n")
+        parts.append(f"## moe.router.name: {name}\n\n{summary}\n\n{table(config, 'moe.router')}\n")
     return "\n".join(parts)
 
 

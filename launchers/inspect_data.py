@@ -147,7 +147,7 @@ def describe_latents(data: Latents, args: argparse.Namespace, chosen: list[int],
             check_same(data.codec, codec, f"--vae={args.vae}", args.path)
             some = data.get(spread(np.array(chosen)))[0]
             with torch.inference_mode():
-                write_sheet(args.sheet or Path("sheet.png"), to_pixels(codec.follow(data.codec).to_pixels(some)))
+                write_sheet(args.sheet, to_pixels(codec.follow(data.codec).to_pixels(some)))
 
 
 def describe_images(data: DecodedImages, args: argparse.Namespace, chosen: list[int], whole: list[np.ndarray]) -> None:
@@ -178,6 +178,7 @@ def write_sheet(path: Path, pixels_NHWC: np.ndarray) -> None:
 def inspect(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     check_positive(args, "items")
+    args.sheet = args.sheet or (Path("sheet.png") if args.vae else None)
     if args.sheet and not args.sheet.parent.is_dir():
         reject("--sheet", args.sheet, f"there is no folder {args.sheet.parent}", "make it, or name another file")
     if args.sheet and args.sheet.is_dir():

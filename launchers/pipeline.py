@@ -28,8 +28,9 @@ from promoe_ds.data.codecs import find_codec, open_codec
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
+from promoe_ds.parallel import ds_config
 from promoe_ds.recipes.load import load_config
-from promoe_ds.utils.command_line import DONE, Parser, check_positive, launcher, parse_scales, parse_steps
+from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, check_positive, launcher, parse_scales, parse_steps
 from promoe_ds.utils.outputs import RECORD, SAMPLES
 
 HERE = Path(__file__).resolve().parent
@@ -192,6 +193,7 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     run = args.run or Path("runs") / config.name
     check_run(run, config)  # its stages are not those of this command, whatever is there
     changed_lr(newest(run), config)
+    ds_config.resolve(args.ds_config, config, args.processes)
     if config.data.name == "latents":
         find_codec(args.vae)
         shards = args.latents or config.data.path
@@ -234,7 +236,8 @@ def follow(command: list[str]) -> int:
 def run_stage(stage: Stage, command: list[str]) -> int:
     """Run a launcher to the end; returns the exit code, 0 only if its result is there."""
     if code := follow(command):
-        print(f"stopped: {stage.name} ended with exit code {code}; the same command continues", file=sys.stderr)
+        way_out = "mend what it says" if code == USER_ERROR else "the same command continues"
+        print(f"stopped: {stage.name} ended with exit code {code}; {way_out}", file=sys.stderr)
         return code if code > 0 else 128 - code
     if not stage.done():
         text = "without its result; its processes may be running still, and the same command continues after them"

@@ -135,10 +135,11 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
 
 
 def check_guide(config: Config) -> None:
-    """Raises ConfigError if there is no such model as `guidance.model`, which is not read before the first samples."""
+    """Raises ConfigError if there is no such model as `guidance.model`, which is not read before the first samples:
+    those of `train.sample_every`, or those at the end."""
     from promoe_ds.sampling.weak import find_weak
 
-    if config.guidance.model and (config.train.sample_every or config.train.score_every):
+    if config.guidance.model:
         find_weak(config.guidance.model, config, "guidance.model")
 
 

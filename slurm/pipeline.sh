@@ -27,7 +27,7 @@ set -euo pipefail
 chain=1 dry=''
 while (($#)); do
     case $1 in
-    --chain) chain=${2:-} && shift ;;
+    --chain) chain=${2:-} && shift "$(($# > 1))" ;;
     --dry-run) dry=1 ;;
     -h | --help) usage && exit ;;
     *) echo "error: $1: is no option; see --help" >&2 && exit 2 ;;

@@ -12,6 +12,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from promoe_ds._version import __version__
@@ -42,6 +43,13 @@ class Parser(argparse.ArgumentParser):
         shown = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
         way_out = did_you_mean(option, shown, "see --help", cutoff=0.75)  # the dashes of all are alike
         raise ConfigError(f"{message}; {way_out}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """An empty path is a shell variable that is not set; pathlib would take it for the current folder."""
+        if action.type is Path and not arg_string:
+            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+            reject(name, '""', "is empty", "name a file or folder")
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse has `suggest_on_error` from Python 3.14 on."""

@@ -67,6 +67,16 @@ def test_a_sheet_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert said(capsys, tmp_path, "--sheet", picture, code=2) == text and picture.read_bytes() == b"precious"
 
 
+def test_a_sheet_without_a_name_overwrites_nothing_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sheet.png").write_bytes(b"precious")
+    text = "error: --sheet=sheet.png: exists; nothing is overwritten; name another file, or remove this one\n"
+    assert said(capsys, write_tree(tmp_path / "tree"), "--vae", "identity", code=2) == text
+    assert Path("sheet.png").read_bytes() == b"precious"
+
+
 def test_a_sheet_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.png"
     said(

@@ -114,6 +114,9 @@ def test_images_that_the_step_encodes_need_no_stage(pipeline: Pipeline) -> None:
         (["digits", "--ref", "."], "the Inception weights are not there"),
         (["imagenet256_promoe_b", "--vae", "identity", "--images", "i"], "--ref=(none): imagenet256_promoe_b is not"),
         (["digit"], "did you mean 'digits'?"),
+        (["digits", "--ds_config", "no.json"], "--ds_config=no.json: cannot be read"),
+        (["digits", "--processes", "3"], "train.global_batch_size=128: "),
+        (["digits", "parallel.expert_parallel=2"], "parallel.expert_parallel=2: does not divide the world size 1"),
     ],
 )
 def test_what_is_missing_is_told_before_any_work(

@@ -90,12 +90,12 @@ BAD = {
         "name an existing",
     ),
     "no guide": (
-        ["guidance.model=nowhere", "train.sample_every=5"],
+        ["guidance.model=nowhere"],
         "guidance.model=nowhere: no such file or folder",
         "name a run folder",
     ),
     "no guide in a dry run": (
-        ["guidance.model=nowhere", "train.sample_every=5", "--dry-run", "--check-files"],
+        ["guidance.model=nowhere", "--dry-run", "--check-files"],
         "guidance.model=nowhere: no such file or folder",
         "name a run folder",
     ),
@@ -133,16 +133,6 @@ def test_mistakes(
     line = mistake(capsys, *arguments)
     assert message in line and way_out in line
     assert not list(tmp_path.iterdir()), "a rejected command leaves nothing behind"
-
-
-def test_a_guide_is_asked_for_where_samples_are_drawn() -> None:
-    from launchers.train import check_guide
-    from promoe_ds.config.errors import ConfigError
-    from promoe_ds.recipes.load import load_config
-
-    check_guide(load_config("tiny", ["guidance.model=nowhere", "train.sample_every=0"]))
-    with pytest.raises(ConfigError, match="guidance.model=nowhere"):
-        check_guide(load_config("tiny", ["guidance.model=nowhere", "train.sample_every=5"]))
 
 
 def test_scores_are_spoken_of_in_keys_of_a_recipe() -> None:

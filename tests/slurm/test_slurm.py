@@ -348,6 +348,7 @@ def test_pipeline_in_words(cluster: Cluster) -> None:
         ((), {}, "error: IMAGES=/data/train: no such file"),
         (("--dry-run",), {"VAE": ""}, "error: IMAGES=/data/train: needs VAE=DIR"),
         (("--chain", "0"), {}, "error: --chain=0: is not a number of jobs"),
+        (("--chain",), {}, "error: --chain=: is not a number of jobs"),
         (("--dryrun",), {}, "error: --dryrun: is no option"),
     ):
         wrong = cluster.run("slurm/pipeline.sh", *arguments, env={**env, **variables})

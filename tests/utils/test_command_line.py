@@ -164,6 +164,16 @@ def test_a_path_that_may_not_be_looked_at_is_one_line(tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err.endswith("xxx: File name too long; look at its permissions, or name another\n")
 
 
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    parser = Parser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("place", type=Path, metavar="PLACE", nargs="?")
+    assert parser.parse_args(["--out", "."]).out == Path()
+    for words, option in ((["--out", ""], "--out"), (["--out="], "--out"), ([""], "PLACE")):
+        with pytest.raises(ConfigError, match=f'^{option}="": is empty; name a file or folder$'):
+            parser.parse_args(words)
+
+
 def test_options_are_written_out() -> None:
     parser = Parser()
     parser.add_argument("--compile", action="store_true")
