@@ -18,8 +18,8 @@ import yaml
 from promoe_ds.config.errors import ConfigError, did_you_mean, reject
 from promoe_ds.config.schema import Config, RouterConfig, router_config_class
 
-BAD_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
-"""what `read_yaml` raises; the last three for no dates or numbers, such as 2024-02-30 or 0x_, and for deep nesting"""
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""what `read_yaml` raises; the last two for no dates or numbers, such as 2024-02-30 or 0x_, and for deep nesting"""
 
 
 def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str, example: str) -> dict[str, Any]:
@@ -58,6 +58,14 @@ class _AsWritten(yaml.SafeLoader):
                     raise ValueError(f"the key {key.value!r} is written twice, again in line {key.start_mark.line + 1}")
                 seen.add(key.value)
         return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """PyYAML stumbles in many ways over text that its tag does not fit, such as `!!bool maybe`."""
+        try:
+            return super().construct_object(node, deep=True)  # which refuses what contains itself
+        except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise ValueError(f"line {node.start_mark.line + 1} has {node.value!r}, which is no {kind}") from error
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """YAML 1.1 has octal, binary and sexagesimal numbers, which people write without meaning them."""

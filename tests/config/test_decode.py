@@ -113,11 +113,30 @@ def test_an_override_of_a_section_may_be_overridden() -> None:
     error("`moe` is null in this recipe", "moe=null", "moe.num_shared=2")
 
 
-@pytest.mark.parametrize("text", ["2024-02-30", "0x_", "!!timestamp a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024-02-30",
+        "0x_",
+        "!!timestamp a",
+        "!!bool maybe",
+        "!!int ''",
+        "!!float ''",
+        "!!timestamp {=: 1}",
+        "1" + ":1" * 400 + ".0",  # each part is worth 60 times the next
+    ],
+)
 def test_what_yaml_takes_for_a_value_and_cannot_read_is_one_line(tmp_path: Path, text: str) -> None:
-    error(f"train.steps='{text}': expected int, got str", f"train.steps={text}")
+    error(f"train.steps={text!r}: expected int, got str", f"train.steps={text}")
     path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: {text}}}\n")
     error(f"--config={path}: cannot be read as YAML (", base=path)
+
+
+def test_a_tag_that_does_not_fit_is_named_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "base: tiny\ntrain: {compile: !!bool maybe}\n")
+    error("cannot be read as YAML (line 2 has 'maybe', which is no bool)", base=path)
+    error("optimizer.ema_more=[!!float '']: cannot be read as YAML (line 1 has '', which is no float)",
+          "optimizer.ema_more=[!!float '']")  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "read"), [("2012", "2012"), ("no", "False"), ("null", "None")])
@@ -188,6 +207,12 @@ def test_what_is_too_large_or_too_deep_is_one_line(tmp_path: Path) -> None:
     error("maximum recursion depth exceeded", base=write(tmp_path / "deep.yaml", f"train: {deep}"))
     error("maximum recursion depth exceeded", f"moe={deep}")
     error("train.steps='[[[", f"train.steps={deep}")
+
+
+def test_what_contains_itself_is_refused(tmp_path: Path) -> None:
+    endless = "&a {router: *a}"
+    error("found unconstructable recursive node", f"moe={endless}", f"moe={endless}")
+    error("found unconstructable recursive node", base=write(tmp_path / "mine.yaml", f"moe: {endless}"))
 
 
 def test_overrides_win_and_the_last_one_most() -> None:
