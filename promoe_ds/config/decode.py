@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from promoe_ds.config.errors import ConfigError, did_you_mean, reject
+from promoe_ds.config.errors import ConfigError, check_text, did_you_mean, reject
 from promoe_ds.config.schema import Config, RouterConfig, router_config_class
 
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -160,7 +160,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         read = value.structure(path) if origin is tuple else value.yaml()
         text = read if value[:1] in ("'", '"') and isinstance(read, str) else str(value)  # quotes are YAML's
         if text and (kind is str or (origin is Literal and text in typing.get_args(kind))):
-            return text
+            return check_text(path, text)
         value = text if kind in (int, float) and type(read) in (int, float) else read  # 2**53 + 1 as a float
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(typing.cast(type, kind), value, path)
@@ -175,7 +175,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
             reject(path, repr(value), "expected a list", "write [a, b, c]")
         return tuple(_decode(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if type(value) is kind and kind is not float:
-        return value
+        return check_text(path, value) if kind is str else value
     number = _number(str(value)) if kind in (int, float) else None
     if number is not None and (kind is float or number == int(number)):
         with contextlib.suppress(OverflowError):  # a whole number that no float holds

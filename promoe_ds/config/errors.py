@@ -24,3 +24,21 @@ def did_you_mean(word: Any, known: Iterable[Any], otherwise: str = "choose a kno
     """
     close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else otherwise
+
+
+def unfit(text: str) -> str:
+    """Why no path and no file of ours can hold this text; empty if they can."""
+    if "\0" in text:
+        return "holds a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line, or half of a pair in YAML or JSON
+        return "is not UTF-8"
+    return ""
+
+
+def check_text(path: str, text: str) -> str:
+    """The text; raises `ConfigError`, naming `path`, if it is `unfit`."""
+    if conflict := unfit(text):
+        reject(path, repr(text), conflict, "choose another, or rename what it names")
+    return text

@@ -16,11 +16,17 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from promoe_ds.config.errors import did_you_mean, reject
+from promoe_ds.config.errors import did_you_mean, reject, unfit
 
 
 class _Timers(BaseModel):
     throughput: DeepSpeedThroughputTimerConfig = DeepSpeedThroughputTimerConfig()
+
+
+def _fit(text: str) -> str:
+    if conflict := unfit(text):
+        raise ValueError(conflict)
+    return text
 
 
 class FlopsProfiler(BaseModel, strict=True):
@@ -32,7 +38,7 @@ class FlopsProfiler(BaseModel, strict=True):
     module_depth: Annotated[int, Field(ge=-1)] = -1
     top_modules: Annotated[int, Field(ge=0)] = 1
     detailed: bool = True
-    output_file: str | None = None
+    output_file: Annotated[str, AfterValidator(_fit)] | None = None
 
 
 class Passed(BaseModel, strict=True):

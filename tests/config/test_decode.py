@@ -84,6 +84,21 @@ def test_null_is_nothing_for_optional_strings_and_a_word_for_others() -> None:
     error("data.split=None: expected str, got NoneType", "data.split=")
 
 
+@pytest.mark.parametrize(
+    ("text", "shown", "conflict"),
+    [
+        ('"a\\0b"', "'a\\x00b'", "holds a NUL character"),
+        ('"\\ud800"', "'\\ud800'", "is not UTF-8"),
+        ("\udcff\udcfe", "'\\udcff\\udcfe'", "is not UTF-8"),  # bytes of a command line
+    ],
+)
+def test_text_that_no_file_holds_is_refused(tmp_path: Path, text: str, shown: str, conflict: str) -> None:
+    for key in ("name", "train.init", "guidance.model", "data.split"):
+        error(f"{key}={shown}: {conflict}", f"{key}={text}")
+    if text[0] == '"':
+        error(f"name={shown}: {conflict}", base=write(tmp_path / "mine.yaml", f"base: tiny\nname: {text}"))
+
+
 def test_profiles_and_respacings_need_no_quotes() -> None:
     for text in ("2:5", "'2:5'"):
         assert load_config("tiny", [f"train.profile={text}"]).train.profile == "2:5"

@@ -332,6 +332,7 @@ def test_the_removed_keys_are_refused() -> None:
         ({"flops_profiler": {"top_modules": -1}}, "flops_profiler.top_modules=-1: Input should be greater than"),
         ({"flops_profiler": {"detailed": "no"}}, 'flops_profiler.detailed="no": Input should be a valid boolean'),
         ({"flops_profiler": {"recompute_fwd_factor": math.nan}}, "recompute_fwd_factor=NaN: Input should be a finite"),
+        ({"flops_profiler": {"output_file": "a\0"}}, 'output_file="a\\u0000": Value error, holds a NUL character'),
         ({"flops_profiler": {"output_file": 5}}, "flops_profiler.output_file=5: Input should be a valid string"),
     ],
 )  # fmt: skip
