@@ -32,7 +32,7 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
     except ConfigError as error:
         reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
     for path, old, new in differences(known, config, free=("resume",)):
-        way_out = "name its recipe" if "a section" in (old, new) else f"set {path}={old}"
+        way_out = "name its recipe" if old == "a section" else f"set {path}={old}"
         reject(path, new, f"{where} was made with {path}={old}", f"{way_out} or choose another --run")
 
 
@@ -53,7 +53,7 @@ def check_run(run: Path, config: Config) -> None:
     check_same_run(saved, config, run)
 
 
-def _edits(saved: dict[str, Any], run: Path) -> Iterator[tuple[str, Any, Any]]:
+def _edits(saved: dict[str, Any], run: Path) -> Iterator[tuple[str, str, str]]:
     """Option, value in the newest checkpoint and in RUN/config.yaml, where they differ and no resume may change it."""
     with contextlib.suppress(ConfigError, IndexError, KeyError):  # damage is told by who reads it, none is none
         made = load_tree(manifest(candidates(run)[-1])["config"])

@@ -110,7 +110,7 @@ class Override(str):
 
 def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
-        reject(path or "config", repr(value), "expected a mapping", "write it as `key: value` lines")
+        reject(path or "config", _quoted(value), "expected a mapping", "write it as `key: value` lines")
     prefix = f"{path}." if path else ""
     if kind is RouterConfig:
         name = _decode(str, value.get("name", "promoe"), f"{prefix}name")
@@ -136,7 +136,7 @@ def _decode_union(kind: Any, value: Any, path: str) -> Any:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    reject(path, repr(value), f"expected {' or '.join(map(_spell, members))}", "write one of these")
+    reject(path, _quoted(value), f"expected {' or '.join(map(_spell, members))}", "write one of these")
 
 
 def _spell(kind: Any) -> str:
@@ -148,6 +148,11 @@ def _spell(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return f"a list of {_spell(typing.get_args(kind)[0])}"
     return getattr(kind, "__name__", str(kind))
+
+
+def _quoted(value: Any) -> Any:
+    """Text is told from what looks alike."""
+    return repr(value) if isinstance(value, str) else value
 
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
@@ -169,10 +174,11 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is no True
             return value
         listed = ", ".join(map(str, choices))
-        reject(path, repr(value), f"must be one of {listed}", did_you_mean(value, choices))
+        way_out = did_you_mean(value, choices) if str(value) not in map(str, choices) else "write it without quotes"
+        reject(path, _quoted(value), f"must be one of {listed}", way_out)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            reject(path, repr(value), "expected a list", "write [a, b, c]")
+            reject(path, _quoted(value), "expected a list", "write [a, b, c]")
         return tuple(_decode(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if type(value) is kind and kind is not float:
         return check_text(path, value) if kind is str else value
@@ -184,7 +190,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         expected, got = "int" if kind is int else "a finite float", "float" if math.isfinite(read) else str(read)
         reject(path, value, f"expected {expected}, got {got}", "change the value")  # as it was written
     way_out = "write it in quotes" if kind is str and not isinstance(value, list | dict) else "change the value"
-    reject(path, repr(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
+    reject(path, _quoted(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
 
 
 def _number(text: str) -> float | None:

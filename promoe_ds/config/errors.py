@@ -11,9 +11,18 @@ class ConfigError(Exception):
     """A user's mistake; the message is one line and the process exits with code 2."""
 
 
+def written(value: Any) -> str:
+    """A value as it is written in a recipe and on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(written, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
 def reject(path: str, value: Any, conflict: str, way_out: str) -> NoReturn:
     """Raise `ConfigError` in the one form used everywhere: path, value, conflict, way out."""
-    raise ConfigError(" ".join(f"{path}={value}: {conflict}; {way_out}".splitlines()))
+    raise ConfigError(" ".join(f"{path}={written(value)}: {conflict}; {way_out}".splitlines()))
 
 
 def did_you_mean(word: Any, known: Iterable[Any], otherwise: str = "choose a known one", cutoff: float = 0.5) -> str:

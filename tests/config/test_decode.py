@@ -81,7 +81,7 @@ def test_null_is_nothing_for_optional_strings_and_a_word_for_others() -> None:
     assert load_config("tiny", ["data.split=null"]).data.split == "null"
     assert load_config("tiny", ["data.path='null'"]).data.path == "null", "quotes are YAML's"
     assert load_config("tiny", ['data.path="a: b"']).data.path == "a: b"
-    error("data.split=None: expected str, got NoneType", "data.split=")
+    error("data.split=null: expected str, got NoneType", "data.split=")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_tag_that_does_not_fit_is_named_with_its_line(tmp_path: Path) -> None:
           "optimizer.ema_more=[!!float '']")  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "read"), [("2012", "2012"), ("no", "False"), ("null", "None")])
+@pytest.mark.parametrize(("text", "read"), [("2012", "2012"), ("no", "false"), ("null", "null")])
 def test_a_string_that_yaml_has_changed_is_refused_in_a_file(tmp_path: Path, text: str, read: str) -> None:
     path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: {text}}}\n")
     error(f"data.split={read}: expected str, got ", base=path)
