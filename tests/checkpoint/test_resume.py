@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -200,19 +200,17 @@ def test_a_run_configuration_of_another_version_is_named(tmp_path: Path) -> None
         resume.check_same_run({"foo": 1}, CONFIG, tmp_path)
 
 
-def started_run(folder: Path, steps: int) -> None:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(load_config("tiny", ["train.checkpoint_every=5"])))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1}) + "\n" for i in range(steps)))
-
-
 def test_lost_checkpoints_are_not_a_fresh_start(tmp_path: Path) -> None:
-    config = load_config("tiny")
-    started_run(tmp_path, 10)  # killed while its first checkpoint, of step 5, was being written: may start again
-    assert resume.check_history(tmp_path, None, config) == 0
-    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 11}\n')
-    with pytest.raises(ConfigError, match=r"metrics.jsonl reaches step 11, but checkpoints/ is empty; bring the"):
-        resume.check_history(tmp_path, None, config)
+    """However short the run was; one that was killed before its first checkpoint was complete may start again."""
+    (tmp_path / "checkpoints" / "tmp_step_00000005").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(dump(CONFIG))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
+    assert resume.check_history(tmp_path, None, CONFIG) == 0
+    save(tmp_path, 5)
+    assert resume.check_history(tmp_path, layout.newest(tmp_path), CONFIG) == 5
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=rf"^--run={tmp_path}: had checkpoints, and checkpoints/ is empty; "):
+        resume.check_history(tmp_path, None, CONFIG)
 
 
 def test_a_run_past_its_end_is_refused(tmp_path: Path) -> None:
