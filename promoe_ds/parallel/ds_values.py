@@ -18,6 +18,9 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from promoe_ds.config.errors import did_you_mean, reject, unfit
 
+LEVELS = 5
+"""of modules in modules that every model has; DeepSpeed stumbles over a `module_depth` of more, and -1 means all"""
+
 
 class _Timers(BaseModel):
     throughput: DeepSpeedThroughputTimerConfig = DeepSpeedThroughputTimerConfig()
@@ -35,7 +38,7 @@ class FlopsProfiler(BaseModel, strict=True):
     enabled: bool = False
     recompute_fwd_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     profile_step: Annotated[int, Field(ge=0)] = 1
-    module_depth: Annotated[int, Field(ge=-1)] = -1
+    module_depth: Annotated[int, Field(ge=-1, le=LEVELS)] = -1
     top_modules: Annotated[int, Field(ge=0)] = 1
     detailed: bool = True
     output_file: Annotated[str, AfterValidator(_fit)] | None = None

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from promoe_ds.config.batching import batch_plan, check_topology
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import Config
+from promoe_ds.models.init import build
 from promoe_ds.parallel import ds_config
 from promoe_ds.parallel.ds_config import resolve
-from promoe_ds.parallel.ds_values import PASSED, FlopsProfiler
+from promoe_ds.parallel.ds_values import LEVELS, PASSED, FlopsProfiler
 from promoe_ds.recipes.load import load_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -329,6 +331,7 @@ def test_the_removed_keys_are_refused() -> None:
         ({"flops_profiler": {"profile_step": -1}}, "flops_profiler.profile_step=-1: Input should be greater than"),
         ({"flops_profiler": {"profile_step": True}}, "flops_profiler.profile_step=true: Input should be a valid int"),
         ({"flops_profiler": {"module_depth": "x"}}, 'flops_profiler.module_depth="x": Input should be a valid int'),
+        ({"flops_profiler": {"module_depth": 6}}, "flops_profiler.module_depth=6: Input should be less than or equal"),
         ({"flops_profiler": {"top_modules": -1}}, "flops_profiler.top_modules=-1: Input should be greater than"),
         ({"flops_profiler": {"detailed": "no"}}, 'flops_profiler.detailed="no": Input should be a valid boolean'),
         ({"flops_profiler": {"recompute_fwd_factor": math.nan}}, "recompute_fwd_factor=NaN: Input should be a finite"),
@@ -338,6 +341,13 @@ def test_the_removed_keys_are_refused() -> None:
 )  # fmt: skip
 def test_values_that_deepspeed_cannot_read_are_named(folder: Folder, tree: Any, message: str) -> None:
     assert folder.error(tree).startswith(f"{folder.file}: ") and message in folder.error(tree)
+
+
+def test_every_model_has_the_levels_that_the_profiler_may_be_asked_for() -> None:
+    def levels(module: nn.Module) -> int:
+        return 1 + max(map(levels, module.children()), default=0)
+
+    assert min(levels(build(load_config(name))) for name in ("digits", "digits_dense", "digits_ec")) == LEVELS
 
 
 def test_the_model_of_the_profiler_is_deepspeeds_section() -> None:
