@@ -12,6 +12,7 @@ from typing import Any, Literal
 PAGE = Path(__file__).with_suffix(".md")
 sys.path.insert(0, str(PAGE.parents[1]))  # as `python docs/options.py`
 
+from promoe_ds.config.errors import written  # noqa: E402
 from promoe_ds.config.option import Option, options  # noqa: E402
 from promoe_ds.config.schema import ROUTER_CONFIGS, Config, MoEConfig  # noqa: E402
 from promoe_ds.recipes import load as load  # noqa: E402  (makes the routers known)
@@ -42,9 +43,7 @@ def values(kind: Any, option: Option) -> str:
 
 
 def default(value: Any) -> str:
-    words = {None: "null", True: "true", False: "false"}
-    value = list(value) if isinstance(value, tuple) else value
-    return f"`{words[value] if value is None or isinstance(value, bool) else value}`"
+    return f"`{written(value)}`"
 
 
 def table(config: Config, path: str) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, candidates, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
+from promoe_ds.checkpoint.save import SAVED
 from promoe_ds.config.decode import BAD_YAML, read_yaml
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.option import differences
@@ -32,7 +33,7 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
     except ConfigError as error:
         reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
     for path, old, new in differences(known, config, free=("resume",)):
-        way_out = "name its recipe" if "a section" in (old, new) else f"set {path}={old}"
+        way_out = "name its recipe" if old == "a section" else f"set {path}={old}"
         reject(path, new, f"{where} was made with {path}={old}", f"{way_out} or choose another --run")
 
 
@@ -53,7 +54,7 @@ def check_run(run: Path, config: Config) -> None:
     check_same_run(saved, config, run)
 
 
-def _edits(saved: dict[str, Any], run: Path) -> Iterator[tuple[str, Any, Any]]:
+def _edits(saved: dict[str, Any], run: Path) -> Iterator[tuple[str, str, str]]:
     """Option, value in the newest checkpoint and in RUN/config.yaml, where they differ and no resume may change it."""
     with contextlib.suppress(ConfigError, IndexError, KeyError):  # damage is told by who reads it, none is none
         made = load_tree(manifest(candidates(run)[-1])["config"])
@@ -188,16 +189,14 @@ def check_history(run: Path, found: Path | None, config: Config) -> int:
     """The step to continue from, 0 for a fresh run.
 
     Raises:
-        ConfigError: the run is past `train.steps`, or its log shows that it had checkpoints and they are gone.
+        ConfigError: the run is past `train.steps`, or it had checkpoints and they are gone.
     """
     if found:
         step = step_of(found)
         if step > config.train.steps:
             reject("train.steps", config.train.steps, f"{run} is at step {step} already", "raise it")
         return step
-    last, saved = max((step for step, _ in logged(run)), default=0), saved_config(run)
-    # A save is waited for by the next one at the latest: up to there a run may have died before its first was complete.
-    if saved and last > 2 * saved.get("train", {}).get("checkpoint_every", last):
-        conflict = f"metrics.jsonl reaches step {last}, but checkpoints/ is empty"
-        reject("--run", run, conflict, "bring the checkpoints back, or remove the folder to start again")
+    if (run / SAVED).exists():
+        way_out = "bring them back, or remove the folder to start again"
+        reject("--run", run, "had checkpoints, and checkpoints/ is empty", way_out)
     return 0

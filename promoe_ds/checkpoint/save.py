@@ -11,6 +11,7 @@ the parent folder, fsynced; only then are older checkpoints deleted.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -46,6 +47,8 @@ from promoe_ds.config.schema import Config
 from promoe_ds.utils.files import atomic, fsync
 from promoe_ds.utils.ranks import Ranks
 
+SAVED = "saved"
+"""of a run, an empty file: it has had a complete checkpoint, so that one without any does not start again unasked"""
 HEADER_BYTES = 256
 """of a tensor in a safetensors header and of a file in the manifest, generously"""
 
@@ -267,6 +270,8 @@ class Saver:
         if problem:
             self._failed(job, problem, last or (self.config.train.on_save_error == "stop" and not tolerant))
         elif self.ranks.rank == 0:
+            with contextlib.suppress(OSError):  # the checkpoint is whole without it
+                (self.run / SAVED).touch()
             prune(self.run, self.config.train.keep_last)
             written = sum(entry["bytes"] for part, _ in answers for entry in part.values())
             text = f"checkpoint of step {job.step}: {size(written)}, {job.blocked:.3f} s on the step"

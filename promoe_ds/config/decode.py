@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import yaml
 
-from promoe_ds.config.errors import ConfigError, did_you_mean, reject
+from promoe_ds.config.errors import ConfigError, check_text, did_you_mean, reject
 from promoe_ds.config.schema import Config, RouterConfig, router_config_class
 
-BAD_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
-"""what `read_yaml` raises; the last three for no dates or numbers, such as 2024-02-30 or 0x_, and for deep nesting"""
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""what `read_yaml` raises; the last two for no dates or numbers, such as 2024-02-30 or 0x_, and for deep nesting"""
 
 
 def read_mapping(option: str, path: Path, parse: Callable[[str], Any], kind: str, example: str) -> dict[str, Any]:
@@ -58,6 +58,14 @@ class _AsWritten(yaml.SafeLoader):
                     raise ValueError(f"the key {key.value!r} is written twice, again in line {key.start_mark.line + 1}")
                 seen.add(key.value)
         return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """PyYAML stumbles in many ways over text that its tag does not fit, such as `!!bool maybe`."""
+        try:
+            return super().construct_object(node, deep=True)  # which refuses what contains itself
+        except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise ValueError(f"line {node.start_mark.line + 1} has {node.value!r}, which is no {kind}") from error
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """YAML 1.1 has octal, binary and sexagesimal numbers, which people write without meaning them."""
@@ -102,7 +110,7 @@ class Override(str):
 
 def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
-        reject(path or "config", repr(value), "expected a mapping", "write it as `key: value` lines")
+        reject(path or "config", _quoted(value), "expected a mapping", "write it as `key: value` lines")
     prefix = f"{path}." if path else ""
     if kind is RouterConfig:
         name = _decode(str, value.get("name", "promoe"), f"{prefix}name")
@@ -128,7 +136,7 @@ def _decode_union(kind: Any, value: Any, path: str) -> Any:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    reject(path, repr(value), f"expected {' or '.join(map(_spell, members))}", "write one of these")
+    reject(path, _quoted(value), f"expected {' or '.join(map(_spell, members))}", "write one of these")
 
 
 def _spell(kind: Any) -> str:
@@ -142,6 +150,11 @@ def _spell(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
+def _quoted(value: Any) -> Any:
+    """Text is told from what looks alike."""
+    return repr(value) if isinstance(value, str) else value
+
+
 def _decode(kind: Any, value: Any, path: str) -> Any:
     """Turn plain YAML data into `kind` or raise `ConfigError` naming `path`."""
     origin = typing.get_origin(kind)
@@ -152,7 +165,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         read = value.structure(path) if origin is tuple else value.yaml()
         text = read if value[:1] in ("'", '"') and isinstance(read, str) else str(value)  # quotes are YAML's
         if text and (kind is str or (origin is Literal and text in typing.get_args(kind))):
-            return text
+            return check_text(path, text)
         value = text if kind in (int, float) and type(read) in (int, float) else read  # 2**53 + 1 as a float
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(typing.cast(type, kind), value, path)
@@ -161,13 +174,14 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is no True
             return value
         listed = ", ".join(map(str, choices))
-        reject(path, repr(value), f"must be one of {listed}", did_you_mean(value, choices))
+        way_out = did_you_mean(value, choices) if str(value) not in map(str, choices) else "write it without quotes"
+        reject(path, _quoted(value), f"must be one of {listed}", way_out)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            reject(path, repr(value), "expected a list", "write [a, b, c]")
+            reject(path, _quoted(value), "expected a list", "write [a, b, c]")
         return tuple(_decode(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if type(value) is kind and kind is not float:
-        return value
+        return check_text(path, value) if kind is str else value
     number = _number(str(value)) if kind in (int, float) else None
     if number is not None and (kind is float or number == int(number)):
         with contextlib.suppress(OverflowError):  # a whole number that no float holds
@@ -176,7 +190,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         expected, got = "int" if kind is int else "a finite float", "float" if math.isfinite(read) else str(read)
         reject(path, value, f"expected {expected}, got {got}", "change the value")  # as it was written
     way_out = "write it in quotes" if kind is str and not isinstance(value, list | dict) else "change the value"
-    reject(path, repr(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
+    reject(path, _quoted(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
 
 
 def _number(text: str) -> float | None:

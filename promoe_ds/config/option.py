@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from promoe_ds.config.errors import written
+
 Change = Literal["never", "finetune", "resume"]
 """Who may change an option of trained weights: nobody, because the weights compute something else with it; a fine-tune
 (`train.init`), which is a new run; or the same run when it is resumed, and so a fine-tune too."""
@@ -58,10 +60,11 @@ def options(config: Any, path: str = "", change: Change = "never") -> Iterator[t
             yield from options(value, inner, allowed)
 
 
-def differences(old: Any, new: Any, free: Collection[Change]) -> Iterator[tuple[str, Any, Any]]:
-    """Options in which two configurations differ, with both values, but for those that `free` may change."""
+def differences(old: Any, new: Any, free: Collection[Change]) -> Iterator[tuple[str, str, str]]:
+    """Options in which two configurations differ, with both values as they are written, but for those that `free` may
+    change."""
     before, after = ({path: value for path, o, value in options(c) if o.change not in free} for c in (old, new))
     for path in before | after:
         a, b = before.get(path), after.get(path)
         if a != b and not (is_dataclass(a) and is_dataclass(b)):
-            yield path, "a section" if is_dataclass(a) else a, "a section" if is_dataclass(b) else b
+            yield path, "a section" if is_dataclass(a) else written(a), "a section" if is_dataclass(b) else written(b)

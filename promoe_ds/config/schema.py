@@ -113,7 +113,8 @@ class DDPMConfig:
         1000,
         "T, steps of the linear noise schedule that is trained, of which 20 would need betas of 1 or more; t is given "
         "to the model as 1000 t / T",
-        above=20,
+        at_least=21,
+        below=1e6,
     )
     clip_denoised: bool = option(
         False, "samplers clip the predicted image to [-1, 1]: for pixels, never for latents", change="resume"
@@ -164,13 +165,16 @@ class SampleConfig:
     """The sample grids drawn while training, and their scores. `launchers/sample.py` has defaults of its own."""
 
     steps: int | str = option(
-        250, 'solver steps; DDPM also takes ADM\'s notation of respacing, such as "10,15,20" or ddim50', above=0
+        250,
+        'solver steps; DDPM also takes ADM\'s notation of respacing, such as "10,15,20" or ddim50',
+        at_least=1,
+        below=1e6,
     )
     cfg: float = option(1.5, "classifier-free guidance scale; at <= 1 one conditional forward per step", at_least=0)
     shift: float | None = option(
         None, "shift of the noise levels of a flow's sampler; null: `diffusion.shift`, as it was trained", above=0
     )
-    per_class: int = option(8, "columns of the grid", above=0)
+    per_class: int = option(8, "columns of the grid", at_least=1, below=1000)
     classes: int = option(10, "rows of the grid: the first classes", above=0)
     seed: int = option(0, "seed of the noise", at_least=0, below=2**64)
 
@@ -210,6 +214,7 @@ class DataConfig:
         "images: processes per rank that decode them, 0: threads; null: with a GPU as many as the rank has CPU cores, "
         "less one, at most 16; without a GPU, 0",
         at_least=0,
+        below=1000,
         change="resume",
     )
 
@@ -263,7 +268,10 @@ class ParallelConfig:
         1, "ep: ranks over which the routed experts are sharded; must divide the experts and the world size", above=0
     )
     timeout_minutes: float = option(
-        30.0, "how long ranks wait for one that stands still; a rank that dies ends the others at once", above=0
+        30.0,
+        "how long ranks wait for one that stands still; a rank that dies ends the others at once",
+        at_least=0.01,
+        below=20_000,
     )
 
 

@@ -19,7 +19,7 @@ from promoe_ds.config.batching import batch_plan, check_topology
 from promoe_ds.config.decode import read_mapping
 from promoe_ds.config.errors import did_you_mean, reject
 from promoe_ds.config.schema import Config
-from promoe_ds.parallel.ds_values import PASSED, check_keys, check_values, read_zero, unknown
+from promoe_ds.parallel.ds_values import PASSED, check_keys, read_values, try_out, unknown
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 """the folder of ready-made files"""
@@ -231,7 +231,7 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
     _check_top_level(file, tree)
     zero = tree.get("zero_optimization", {})
     _check_zero(file, zero, config.parallel.expert_parallel)
-    read = read_zero(file, zero)
+    read = read_values(file, tree).zero_optimization
     stage, offload = int(read.stage), _check_offload(file, read, config.parallel.expert_parallel)
     if config.train.precision == "bf16" and stage == 0:
         # DeepSpeed's unfused 16-bit optimizer, taken at stage 0, leaves expert gradients out of its norm (#8613).
@@ -244,5 +244,5 @@ def resolve(path: str | None, config: Config, world: int) -> ResolvedDS:
     owned = _owned(config, world, stage)
     _check_owned(file, tree, owned, config)
     resolved = {**tree, **owned, "zero_optimization": {**zero, "stage": stage}}
-    check_values(file, resolved)
+    try_out(file, resolved)
     return ResolvedDS(resolved, stage, offload)

@@ -70,7 +70,7 @@ def _validate_moe(config: Config) -> None:
         bad = [i for i in moe.layers if not 0 <= i < config.model.depth]
         if bad or len(set(moe.layers)) != len(moe.layers):
             conflict = f"needs distinct indices below model.depth={config.model.depth}"
-            reject("moe.layers", list(moe.layers), conflict, "list block indices, or write every_other or all")
+            reject("moe.layers", moe.layers, conflict, "list block indices, or write every_other or all")
     if not config.moe_layers():
         conflict = f"selects no block of model.depth={config.model.depth}"
         reject("moe.layers", moe.layers, conflict, "write all, or moe: null for a dense model")
@@ -82,9 +82,9 @@ def _validate_start(config: Config) -> None:
     cfg = config.train
     if cfg.init_reset and cfg.init is None:
         conflict = "there are no weights to reset (train.init=null)"
-        reject("train.init_reset", list(cfg.init_reset), conflict, "add train.init=PATH or leave it out")
+        reject("train.init_reset", cfg.init_reset, conflict, "add train.init=PATH or leave it out")
     if "experts" in cfg.init_reset and config.moe is None:
-        reject("train.init_reset", list(cfg.init_reset), "the model is dense (moe: null)", "leave out experts")
+        reject("train.init_reset", cfg.init_reset, "the model is dense (moe: null)", "leave out experts")
 
 
 def _validate_speed(config: Config) -> None:
@@ -147,7 +147,7 @@ def _validate_averages(config: Config) -> None:
     decays = [config.optimizer.ema_decay, *config.optimizer.ema_more]
     if twice := [decay for decay in decays if decays.count(decay) > 1]:
         way_out = "leave it out: optimizer.ema_more are those beside optimizer.ema_decay"
-        reject("optimizer.ema_more", list(config.optimizer.ema_more), f"{twice[0]} is kept twice", way_out)
+        reject("optimizer.ema_more", config.optimizer.ema_more, f"{twice[0]} is kept twice", way_out)
 
 
 def validate(config: Config) -> None:

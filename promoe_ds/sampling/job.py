@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from promoe_ds.checkpoint.load_weights import checked_digest
 from promoe_ds.config.decode import dump
-from promoe_ds.config.errors import reject
+from promoe_ds.config.errors import reject, written
 from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import Codec
 from promoe_ds.diffusion.objective import check_steps
@@ -164,7 +164,7 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
     for key in [key for key in record if key not in INCIDENTAL]:
         old = found.get(key, ONCE.get(key)) if isinstance(found, dict) else None
         if old != record[key]:
-            conflict = f"holds samples of {key}={old}, this command has {key}={record[key]}"
+            conflict = f"holds samples of {key}={written(old)}, this command has {key}={written(record[key])}"
             reject("--out", out, conflict, "name another folder or remove this one")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from promoe_ds.checkpoint.load_weights import find_weights, header, load_ema
-from promoe_ds.config.errors import reject
+from promoe_ds.config.errors import reject, written
 from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 
@@ -23,7 +23,7 @@ def check_weak(theirs: Config, config: Config, option: str, path: str | Path = "
     for name in SAME + (OF_DDPM if ddpm else ()):
         ours, other = (attrgetter(name)(c) for c in (config, theirs))
         if ours != other:
-            conflict = f"has {name}={other}, the model that it is to guide has {ours}"
+            conflict = f"has {name}={written(other)}, the model that it is to guide has {written(ours)}"
             reject(option, path or theirs.name, conflict, "name a weaker model of the same classes and sizes")
 
 

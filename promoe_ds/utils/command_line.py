@@ -11,12 +11,12 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from promoe_ds._version import __version__
-from promoe_ds.config.errors import ConfigError, did_you_mean, reject
+from promoe_ds.config.errors import ConfigError, check_text, did_you_mean, reject
 from promoe_ds.config.schema import CacheFormat, DataConfig
 from promoe_ds.utils import signals
 
@@ -36,6 +36,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Raises `ConfigError` for text that is not UTF-8 too, before anything is written: records hold what was
+        asked for."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            for word in value if isinstance(value, list) else [value]:
+                if isinstance(word, str | Path):
+                    check_text(action.option_strings[0] if action.option_strings else action.dest, str(word))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []

@@ -210,7 +210,7 @@ def test_more_layers_become_mixtures(folder: Path) -> None:
     record = source.record()
     assert all(name.startswith("blocks.2.mlp.") for name in record["split"])
     assert "blocks.1.mlp.shared.0.fc1.weight" in record["kept"] and "blocks.1.mlp.routed.experts.w1" in record["drawn"]
-    assert "moe.layers=(2,): the weights in" in mistake(folder, "train.init_reset=[experts]", "moe.layers=[2]")
+    assert "moe.layers=[2]: the weights in" in mistake(folder, "train.init_reset=[experts]", "moe.layers=[2]")
 
 
 def test_mistakes(folder: Path, tmp_path: Path) -> None:
@@ -221,11 +221,11 @@ def test_mistakes(folder: Path, tmp_path: Path) -> None:
     for never in ("model.width=64", "model.depth=2", "model.patch=4", "moe.num_shared=2", "moe.hidden_ratio=1"):
         text = mistake(folder, never, "train.init_reset=[experts,labels]")
         assert text.startswith(f"{never}") and text.endswith("config.yaml") and "the weights in train.init" in text
-    assert "moe=None: the weights in" in mistake(folder, "moe=null")
+    assert "moe=null: the weights in" in mistake(folder, "moe=null")
     assert "must be one of labels, experts" in mistake(folder, "train.init_reset=[heads]")
     assert "expected a list" in mistake(folder, "train.init_reset=labels")
     assert "leave out experts" in mistake(folder, "train.init_reset=[experts]", "moe=null")
-    with pytest.raises(ConfigError, match=r"train.init_reset=\['labels'\]: there are no weights to reset"):
+    with pytest.raises(ConfigError, match=r"train.init_reset=\[labels\]: there are no weights to reset"):
         load_config("tiny", ["train.init_reset=[labels]"])
     dense = load_config("tiny", DENSE)
     write(Weights(random_tensors(dense), dense, 5, "ema", "test"), tmp_path / "dense")

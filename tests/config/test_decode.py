@@ -81,7 +81,22 @@ def test_null_is_nothing_for_optional_strings_and_a_word_for_others() -> None:
     assert load_config("tiny", ["data.split=null"]).data.split == "null"
     assert load_config("tiny", ["data.path='null'"]).data.path == "null", "quotes are YAML's"
     assert load_config("tiny", ['data.path="a: b"']).data.path == "a: b"
-    error("data.split=None: expected str, got NoneType", "data.split=")
+    error("data.split=null: expected str, got NoneType", "data.split=")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "conflict"),
+    [
+        ('"a\\0b"', "'a\\x00b'", "holds a NUL character"),
+        ('"\\ud800"', "'\\ud800'", "is not UTF-8"),
+        ("\udcff\udcfe", "'\\udcff\\udcfe'", "is not UTF-8"),  # bytes of a command line
+    ],
+)
+def test_text_that_no_file_holds_is_refused(tmp_path: Path, text: str, shown: str, conflict: str) -> None:
+    for key in ("name", "train.init", "guidance.model", "data.split"):
+        error(f"{key}={shown}: {conflict}", f"{key}={text}")
+    if text[0] == '"':
+        error(f"name={shown}: {conflict}", base=write(tmp_path / "mine.yaml", f"base: tiny\nname: {text}"))
 
 
 def test_profiles_and_respacings_need_no_quotes() -> None:
@@ -113,14 +128,33 @@ def test_an_override_of_a_section_may_be_overridden() -> None:
     error("`moe` is null in this recipe", "moe=null", "moe.num_shared=2")
 
 
-@pytest.mark.parametrize("text", ["2024-02-30", "0x_", "!!timestamp a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024-02-30",
+        "0x_",
+        "!!timestamp a",
+        "!!bool maybe",
+        "!!int ''",
+        "!!float ''",
+        "!!timestamp {=: 1}",
+        "1" + ":1" * 400 + ".0",  # each part is worth 60 times the next
+    ],
+)
 def test_what_yaml_takes_for_a_value_and_cannot_read_is_one_line(tmp_path: Path, text: str) -> None:
-    error(f"train.steps='{text}': expected int, got str", f"train.steps={text}")
+    error(f"train.steps={text!r}: expected int, got str", f"train.steps={text}")
     path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: {text}}}\n")
     error(f"--config={path}: cannot be read as YAML (", base=path)
 
 
-@pytest.mark.parametrize(("text", "read"), [("2012", "2012"), ("no", "False"), ("null", "None")])
+def test_a_tag_that_does_not_fit_is_named_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "base: tiny\ntrain: {compile: !!bool maybe}\n")
+    error("cannot be read as YAML (line 2 has 'maybe', which is no bool)", base=path)
+    error("optimizer.ema_more=[!!float '']: cannot be read as YAML (line 1 has '', which is no float)",
+          "optimizer.ema_more=[!!float '']")  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "read"), [("2012", "2012"), ("no", "false"), ("null", "null")])
 def test_a_string_that_yaml_has_changed_is_refused_in_a_file(tmp_path: Path, text: str, read: str) -> None:
     path = write(tmp_path / "mine.yaml", f"base: tiny\ndata: {{split: {text}}}\n")
     error(f"data.split={read}: expected str, got ", base=path)
@@ -188,6 +222,12 @@ def test_what_is_too_large_or_too_deep_is_one_line(tmp_path: Path) -> None:
     error("maximum recursion depth exceeded", base=write(tmp_path / "deep.yaml", f"train: {deep}"))
     error("maximum recursion depth exceeded", f"moe={deep}")
     error("train.steps='[[[", f"train.steps={deep}")
+
+
+def test_what_contains_itself_is_refused(tmp_path: Path) -> None:
+    endless = "&a {router: *a}"
+    error("found unconstructable recursive node", f"moe={endless}", f"moe={endless}")
+    error("found unconstructable recursive node", base=write(tmp_path / "mine.yaml", f"moe: {endless}"))
 
 
 def test_overrides_win_and_the_last_one_most() -> None:

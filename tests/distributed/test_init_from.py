@@ -65,9 +65,9 @@ def test_weights_that_compute_something_else_are_refused(folder: Path, tmp_path:
     assert table is not None and table.shape == (1, 16, 32)
     for change, text in (
         ("moe.router.top_k=2", "moe.router.top_k=2: the weights in train.init=.* have moe.router.top_k=1"),
-        ("model.qk_norm=true", "model.qk_norm=True: the weights in"),
+        ("model.qk_norm=true", "model.qk_norm=true: the weights in"),
         ("model.time=sigma", "model.time=sigma: the weights in"),
-        ("moe=null", "moe=None: the weights in .* have moe=a section"),
+        ("moe=null", "moe=null: the weights in .* have moe=a section"),
         (f"train.init={tmp_path / 'no'}", "no such file or folder"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -75,7 +75,7 @@ def test_weights_that_compute_something_else_are_refused(folder: Path, tmp_path:
     new = tmp_path / "new"
     words = ["--config", str(folder / "config.yaml"), "--run", str(new), f"train.init={folder}", "model.qk_norm=true"]
     done = train(*words, check=False, fork=True)
-    assert done.returncode == 2 and "model.qk_norm=True: the weights in" in done.stderr and not new.exists()
+    assert done.returncode == 2 and "model.qk_norm=true: the weights in" in done.stderr and not new.exists()
 
 
 def tree_of_digits(folder: Path, classes: int) -> Path:

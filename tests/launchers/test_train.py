@@ -38,6 +38,7 @@ BAD = {
     "unknown section": (["trian.steps=5"], "trian=", "did you mean 'train'?"),
     "wrong type": (["train.steps=many"], "train.steps='many': expected int, got str", ""),
     "unknown recipe": (["--config", "digit"], "--config=digit: no such recipe", "did you mean 'digits'?"),
+    "run is not UTF-8": (["--run", "x\udcff"], "--run='x\\udcff': is not UTF-8", "rename"),
     "no such file": (["--config", "nowhere.yaml"], "--config=nowhere.yaml: cannot be read", ""),
     "ep 8": (
         ["parallel.expert_parallel=8"],

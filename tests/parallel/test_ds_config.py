@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from promoe_ds.config.batching import batch_plan, check_topology
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import Config
+from promoe_ds.models.init import build
 from promoe_ds.parallel import ds_config
 from promoe_ds.parallel.ds_config import resolve
-from promoe_ds.parallel.ds_values import PASSED
+from promoe_ds.parallel.ds_values import LEVELS, PASSED, FlopsProfiler
 from promoe_ds.recipes.load import load_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -313,15 +316,44 @@ def test_the_removed_keys_are_refused() -> None:
          "zero_optimization.reduce_bucket_size=-5: Input should be greater than 0; change the value"),
         ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "many"}},
          'zero_optimization.stage3_max_live_parameters="many": Input should be a valid integer'),
-        ({"wall_clock_breakdown": "maybe"}, "DeepSpeed cannot use it: unsupported operand"),
-        ({"log_level": 5}, "DeepSpeed cannot use it: 'int' object has no attribute 'lower'"),
-        ({"log_level": "loud"}, "DeepSpeed cannot use it: loud is not one of the valid logging levels"),
+        ({"wall_clock_breakdown": "maybe"}, 'wall_clock_breakdown="maybe": Input should be a valid boolean'),
+        ({"memory_breakdown": 5}, "memory_breakdown=5: Input should be a valid boolean"),
+        ({"dump_state": {}}, "dump_state={}: Input should be a valid boolean"),
+        ({"disable_python_gc": None}, "disable_python_gc=null: Input should be a valid boolean"),
+        ({"log_level": 5}, "log_level=5: Input should be a valid string"),
+        ({"log_level": "loud"}, 'log_level="loud": Value error, loud is not one of the valid logging levels'),
         ({"comms_logger": {"verbose": "maybe"}}, 'comms_logger.verbose="maybe": Input should be a valid boolean'),
+        ({"flops_profiler": {"enabled": True}, "comms_logger": {"enabled": "maybe"}}, 'comms_logger.enabled="maybe"'),
+        ({"timers": {"throughput": {"enabled": "maybe"}}}, 'timers.throughput.enabled="maybe"'),
+        ({"timers": {"throughput": None}}, "timers.throughput=null: Input should be a valid dictionary"),
+        ({"flops_profiler": {"enabled": "auto"}}, 'flops_profiler.enabled="auto": Input should be a valid boolean'),
+        ({"flops_profiler": {"enabled": True, "profile_step": "a"}}, 'flops_profiler.profile_step="a": Input should'),
+        ({"flops_profiler": {"profile_step": -1}}, "flops_profiler.profile_step=-1: Input should be greater than"),
+        ({"flops_profiler": {"profile_step": True}}, "flops_profiler.profile_step=true: Input should be a valid int"),
+        ({"flops_profiler": {"module_depth": "x"}}, 'flops_profiler.module_depth="x": Input should be a valid int'),
+        ({"flops_profiler": {"module_depth": 6}}, "flops_profiler.module_depth=6: Input should be less than or equal"),
+        ({"flops_profiler": {"top_modules": -1}}, "flops_profiler.top_modules=-1: Input should be greater than"),
+        ({"flops_profiler": {"detailed": "no"}}, 'flops_profiler.detailed="no": Input should be a valid boolean'),
+        ({"flops_profiler": {"recompute_fwd_factor": math.nan}}, "recompute_fwd_factor=NaN: Input should be a finite"),
+        ({"flops_profiler": {"output_file": "a\0"}}, 'output_file="a\\u0000": Value error, holds a NUL character'),
+        ({"flops_profiler": {"output_file": 5}}, "flops_profiler.output_file=5: Input should be a valid string"),
     ],
 )  # fmt: skip
 def test_values_that_deepspeed_cannot_read_are_named(folder: Folder, tree: Any, message: str) -> None:
-    line = folder.error(tree)
-    assert message in line and str(folder.file) in line
+    assert folder.error(tree).startswith(f"{folder.file}: ") and message in folder.error(tree)
+
+
+def test_every_model_has_the_levels_that_the_profiler_may_be_asked_for() -> None:
+    def levels(module: nn.Module) -> int:
+        return 1 + max(map(levels, module.children()), default=0)
+
+    assert min(levels(build(load_config(name))) for name in ("digits", "digits_dense", "digits_ec")) == LEVELS
+
+
+def test_the_model_of_the_profiler_is_deepspeeds_section() -> None:
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+
+    assert FlopsProfiler().model_dump() == vars(DeepSpeedFlopsProfilerConfig({}))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

@@ -99,10 +99,10 @@ def test_unknown_keys_are_named_with_the_nearest_known_one() -> None:
     [
         ("train.steps=many", "train.steps='many': expected int, got str"),
         ("train.steps=1.5", "train.steps=1.5: expected int, got float"),
-        ("train.steps=", "train.steps=None: expected int, got NoneType"),
-        ("train.steps=true", "train.steps=True: expected int, got bool"),
+        ("train.steps=", "train.steps=null: expected int, got NoneType"),
+        ("train.steps=true", "train.steps=true: expected int, got bool"),
         ("optimizer.lr=fast", "optimizer.lr='fast': expected float, got str"),
-        ("optimizer.lr=true", "optimizer.lr=True: expected float, got bool"),
+        ("optimizer.lr=true", "optimizer.lr=true: expected float, got bool"),
         ("optimizer.lr=[1]", "optimizer.lr=[1]: expected float, got list"),
         ("optimizer.lr=.nan", "optimizer.lr=.nan: expected a finite float, got nan"),
         ("sample.cfg=.inf", "sample.cfg=.inf: expected a finite float, got inf"),
@@ -112,7 +112,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one() -> None:
         ("data.scale=large", "data.scale='large': expected float or a list of float or null"),
         ("data.hflip=1", "data.hflip=1: expected bool, got int"),
         ("model=3", "model=3: expected a mapping"),
-        ("moe=yes", "moe=True: expected a mapping"),
+        ("moe=yes", "moe=true: expected a mapping"),
         ("train.precision=fp16", "must be one of fp32, bf16_autocast, bf16; did you mean"),
         ("moe.layers=odd", "moe.layers='odd': expected every_other or all or a list of int"),
         ("moe.layers=[1, x]", "expected every_other or all or a list of int"),
@@ -150,7 +150,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ),
         ("name=../x", "name=../x: is the name of the run folder in runs/; choose one without `..`"),
         ("name=/x", "name=/x: is the name of the run folder in runs/"),
-        ("name=", "name=None: expected str, got NoneType"),
+        ("name=", "name=null: expected str, got NoneType"),
         ("name=''", "name=: is the name of the run folder in runs/"),
         ("name=.", "name=.: is the name of the run folder in runs/"),
         ("train.profile=²:³", "train.profile='²:³': is not A:B with steps"),
@@ -166,7 +166,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("moe.num_shared=-1", "moe.num_shared=-1: must not be negative"),
         ("moe.layers=[1, 12]", "moe.layers=[1, 12]: needs distinct indices below model.depth=12"),
         ("moe.layers=[1, 1]", "needs distinct indices"),
-        ("moe.layers=[]", "moe.layers=(): selects no block of model.depth=12"),
+        ("moe.layers=[]", "moe.layers=[]: selects no block of model.depth=12"),
         ("model.depth=1", "moe.layers=every_other: selects no block of model.depth=1"),
         ("moe.router.top_k=13", "moe.router.top_k=13: is not in 1..moe.num_experts=12"),
         ("train.steps=0", "train.steps=0: must be positive"),
@@ -181,7 +181,13 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("optimizer.clip_grad_norm=-1", "optimizer.clip_grad_norm=-1.0: must not be negative"),
         ("train.seed=-1", "train.seed=-1: must lie in [0, 2**64)"),
         ("train.seed=18446744073709551616", "train.seed=18446744073709551616: must lie in [0, 2**64)"),
-        ("sample.steps=0", "sample.steps=0: must be positive"),
+        ("sample.steps=0", "sample.steps=0: must lie in [1, 1e+06)"),
+        ("sample.steps=1e12", "sample.steps=1000000000000: must lie in [1, 1e+06)"),
+        ("sample.per_class=1e12", "sample.per_class=1000000000000: must lie in [1, 1000)"),
+        ("parallel.timeout_minutes=1e300", "parallel.timeout_minutes=1e+300: must lie in [0.01, 20000)"),
+        ("parallel.timeout_minutes=1e-300", "parallel.timeout_minutes=1e-300: must lie in [0.01, 20000)"),
+        ("diffusion.ddpm.num_steps=1e12", "diffusion.ddpm.num_steps=1000000000000: must lie in [21, 1e+06)"),
+        ("data.workers=1000", "data.workers=1000: must lie in [0, 1000)"),
         ("sample.cfg=-1", "sample.cfg=-1.0: must not be negative"),
         ("sample.steps=ddim50", "sample.steps=ddim50: rectified flow takes a number of steps; choose another"),
         ("sample.shift=0", "sample.shift=0.0: must be positive"),
@@ -193,6 +199,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("guidance.interval=[-1,900]", "guidance.interval=[-1,900]: is not [lo, hi]"),
         ("guidance.interval=500", "guidance.interval=500: expected a list"),
         ("guidance.channels=4", "guidance.channels=4: must be one of all, 3"),
+        ("guidance.channels='3'", "guidance.channels='3': must be one of all, 3; write it without quotes"),
         ("diffusion.name=dppm", "diffusion.name='dppm': must be one of rectified_flow, ddpm; did you mean 'ddpm'?"),
     ],
 )
@@ -211,11 +218,11 @@ def test_rows_of_grouped_products_are_whole_units() -> None:
     ("overrides", "text"),
     [
         (("model.learn_sigma=false",), "model.learn_sigma=false: diffusion.name=ddpm learns a variance range; set"),
-        (("diffusion.ddpm.num_steps=20",), "diffusion.ddpm.num_steps=20: must be above 20"),
-        (("diffusion.ddpm.num_steps=0",), "diffusion.ddpm.num_steps=0: must be above 20"),
+        (("diffusion.ddpm.num_steps=20",), "diffusion.ddpm.num_steps=20: must lie in [21, 1e+06)"),
+        (("diffusion.ddpm.num_steps=0",), "diffusion.ddpm.num_steps=0: must lie in [21, 1e+06)"),
         (("sample.shift=2",), "sample.shift=2.0: diffusion.name=ddpm has no noise levels to shift; set"),
         (("sample.steps=1001",), "sample.steps=1001: keeps 1001 of the 1000 timesteps of a section; choose another"),
-        (("sample.steps=0",), "sample.steps=0: must be positive"),
+        (("sample.steps=0",), "sample.steps=0: must lie in [1, 1e+06)"),
         (("sample.steps=ddim300",), "sample.steps=ddim300: no whole stride gives 300 of 1000 timesteps"),
     ],
 )  # fmt: skip
@@ -321,7 +328,7 @@ def test_recipes_in_subfolders_are_named_by_their_path(tmp_path: Path, monkeypat
 
 def test_a_choice_has_the_type_of_the_value_too() -> None:
     error("guidance.channels=3.0: must be one of all, 3", "guidance.channels=3.0")
-    error("train.activation_checkpointing=True: must be one of none, block", "train.activation_checkpointing=true")
+    error("train.activation_checkpointing=true: must be one of none, block", "train.activation_checkpointing=true")
 
 
 def test_a_narrow_stream_needs_autocast() -> None:

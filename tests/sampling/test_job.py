@@ -93,7 +93,7 @@ def test_unclaimable_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its sampling.json cannot be read"):
         claim_folder(tmp_path, record, Config())
     (tmp_path / "sampling.json").write_text("[]")
-    with pytest.raises(ConfigError, match="holds samples of config=None"):
+    with pytest.raises(ConfigError, match="holds samples of config=null"):
         claim_folder(tmp_path, {"config": "tiny"}, Config())
 
 

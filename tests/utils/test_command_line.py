@@ -179,3 +179,17 @@ def test_options_are_written_out() -> None:
     parser.add_argument("--compile", action="store_true")
     with pytest.raises(ConfigError, match="unrecognized arguments: --compil; did you mean '--compile'"):
         parser.parse_args(["--compil"])
+
+
+def test_words_that_are_not_utf8_are_refused() -> None:
+    parser = Parser()
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--both", nargs=2)
+    parser.add_argument("overrides", nargs="*")
+    for words, where in (
+        (["--run", "x\udcff"], "--run='x\\udcff'"),
+        (["--both", "a", "x\udcff"], "--both='x\\udcff'"),
+        (["a", "x\udcff", "--run", "b"], "overrides='x\\udcff'"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"{where}: is not UTF-8; ")):
+            parser.parse_intermixed_args(words)

@@ -116,7 +116,7 @@ class Cache(Latents):
 def spread(key: str, value: float | tuple[float, ...], channels: int) -> float | list[float]:
     if isinstance(value, tuple) and len(value) != channels:
         conflict = f"has {len(value)} numbers, the latents {channels} channels"
-        reject(f"data.{key}", list(value), conflict, "say one of each")
+        reject(f"data.{key}", value, conflict, "say one of each")
     if key == "scale" and not np.all(value):
         reject("data.scale", value, "0 leaves nothing of a latent", "say what the cache's own project multiplies by")
     return list(value) if isinstance(value, tuple) else value
