@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,17 +37,6 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Raises `ConfigError` for text that is not UTF-8 too, before anything is written: records hold what was
-        asked for."""
-        found, rest = super().parse_known_args(args, namespace)
-        for action in self._actions:
-            value = getattr(found, action.dest, None)
-            for word in value if isinstance(value, list) else [value]:
-                if isinstance(word, str | Path):
-                    check_text(action.option_strings[0] if action.option_strings else action.dest, str(word))
-        return found, rest
-
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
         option = words[0].partition("=")[0] if words and words[0].startswith("-") else ""
@@ -56,9 +45,11 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {way_out}")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """An empty path is a shell variable that is not set; pathlib would take it for the current folder."""
+        """Raises `ConfigError` for text that no record of what was asked for could hold, and for an empty path: a shell
+        variable that is not set, which pathlib would take for the current folder."""
+        name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
+        check_text(name, arg_string)
         if action.type is Path and not arg_string:
-            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
             reject(name, '""', "is empty", "name a file or folder")
         return super()._get_value(action, arg_string)
 
