@@ -9,7 +9,7 @@ from typing import Any
 
 from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.images import brief
-from promoe_ds.utils.files import write_text
+from promoe_ds.utils.files import parse_json, write_text
 from promoe_ds.utils.outputs import check_new, check_place
 
 METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "KID": ".3g",
@@ -101,8 +101,8 @@ def _holds_scores(path: Path) -> bool:
     """Whether it is what `write_metrics` writes, or nothing yet."""
     try:
         text = path.read_text(encoding="utf-8")
-        tree = json.loads(text or '{"sets": []}')
-    except (OSError, ValueError, RecursionError):
+        tree = parse_json(text or '{"sets": []}')
+    except (OSError, ValueError):
         return False
     return isinstance(tree, dict) and isinstance(tree.get("sets"), list)
 

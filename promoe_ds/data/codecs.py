@@ -14,7 +14,6 @@ h w latent cells.
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from promoe_ds.config.errors import ConfigError, did_you_mean, reject
 from promoe_ds.data import shards, taef2
-from promoe_ds.utils.files import file_digest
+from promoe_ds.utils.files import file_digest, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
@@ -237,7 +236,7 @@ def find_codec(path: str, option: str = "--vae") -> str:
         if not (folder / name).is_file():
             reject(option, path, f"has no {name}", HOW_TO_GET)
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        kind = read_json(folder / "config.json").get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         reject(option, folder / "config.json", f"cannot be read ({error})", "copy it again")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):

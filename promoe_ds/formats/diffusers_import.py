@@ -15,7 +15,6 @@ DiT's own code:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from promoe_ds.config.errors import reject
 from promoe_ds.formats.state_files import Found, State, load_plain
 from promoe_ds.models.layers import grid_sinusoids
+from promoe_ds.utils.files import read_json
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 """the second in folders that older versions wrote"""
@@ -61,7 +61,7 @@ def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
         reject("CHECKPOINT", folder, "has no config.json of a diffusers transformer", "name its transformer folder")
     file = found[0] / "config.json"
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = read_json(file)
         sizes = {key: int(tree[key]) for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")}
         if wrong := [key for key, value in sizes.items() if value < 1]:
             raise ValueError(f"{wrong[0]} is {sizes[wrong[0]]}")
@@ -81,7 +81,7 @@ def _tensors(folder: Path) -> State:
     if whole.is_file() or not index.is_file():
         return load_plain(whole if whole.is_file() else folder / f"{STEM}.bin")
     try:
-        parts = sorted({Path(part).name for part in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        parts = sorted({Path(part).name for part in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reject("CHECKPOINT", index, f"is no index of weights ({error!r})", "get the folder again")
     return {name: t for part in parts for name, t in load_plain(folder / part).items()}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import Config
-from promoe_ds.sampling.job import claim_folder, run_of
+from promoe_ds.sampling.job import claim_folder, codec_of_run, run_of
 from promoe_ds.sampling.store import PngStore
 from tests.sample_folder import Command, read_npz, sample_command, write_run
 
@@ -158,3 +158,12 @@ def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: p
     assert len(times) == 6 and not (out / "samples.npz").exists() and not list(out.glob(".*"))
     assert command("--model", file, "--out", out) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+@pytest.mark.parametrize("damage", ["5", "{}", "[]", '{"kind": "AutoencoderKL"}', "{"])
+def test_a_damaged_record_of_the_codec_is_one_line(tmp_path: Path, damage: str) -> None:
+    file = write_run(tmp_path)
+    assert codec_of_run(file) is None
+    (tmp_path / "codec.json").write_text(damage)
+    with pytest.raises(ConfigError, match=r"its codec.json cannot be read \(.*\); restore it or remove it$"):
+        codec_of_run(file)
