@@ -200,7 +200,7 @@ def is_dir(path: Path) -> bool:
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
-    except NOT_FOUND:
+    except (*NOT_FOUND, ValueError):  # ValueError: no file has a null byte in its name
         return 0
 
 
