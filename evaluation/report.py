@@ -83,6 +83,7 @@ def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are
 
     Earlier scores are replaced; nothing else that exists is.
     """
+    check_place(path)
     if path.is_dir():
         reject("--out", path, "is a folder", f"name a file, for example metrics{suffix} in it")
     if path.suffix != suffix:  # a slip of the hand must not overwrite an .npz
@@ -91,9 +92,7 @@ def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are
         reject("--out", path, f"folder {path.parent} does not exist", "create it or choose another file")
     if not os.access(path.parent, os.W_OK):
         reject("--out", path, f"folder {path.parent} is not writable", "choose another file")
-    if suffix == ".json" and _holds_scores(path):
-        check_place(path)
-    else:
+    if not (suffix == ".json" and _holds_scores(path)):
         check_new(path, "name another file, or remove this one")
 
 

@@ -84,7 +84,7 @@ def test_unclaimable_folders_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is not a folder; name another one"):
         claim_folder(tmp_path / "file", record, Config())
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="file is not a folder; name a place in one"):
         claim_folder(tmp_path / "file/below", record, Config())
     (tmp_path / "000001_class1.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="holds 000001_class1.png but no sampling.json"):
