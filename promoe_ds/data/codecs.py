@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from promoe_ds.config.errors import ConfigError, did_you_mean, reject
 from promoe_ds.data import shards, taef2
 from promoe_ds.utils.files import file_digest, read_json
+from promoe_ds.utils.tensors import load_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
@@ -146,8 +147,8 @@ class TAEF2(Codec):
         parts, files = (taef2.encoder(), taef2.decoder()), [folder / name for name in TAEF2_FILES]
         for file, module in zip(files, parts, strict=True):
             try:
-                module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
-            except Exception as error:  # unpickling garbage raises anything
+                module.load_state_dict(load_tensors(file), strict=True)
+            except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
                 conflict = f"is not TAEF2's state dict ({str(error)[:200]})"
                 reject(option, file, conflict, "copy it from madebyollin/taesd again")
         self.encoder, self.decoder = (_frozen(module, device) for module in parts)
