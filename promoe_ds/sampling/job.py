@@ -242,9 +242,13 @@ def make_share(sampler: SampleWorker, job: Job) -> None:
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
         unit="image",
     ) as bar:
+        made = 0  # steps of an image
 
         def tick(count: int) -> None:
-            bar.update(count / steps)
+            nonlocal made
+            made += count
+            bar.n = len(indices) - len(missing) + made / steps  # a sum of fractions may end above the total
+            bar.update(0)
 
         drawn = labels[missing], missing, options, sampler.device, tick, rounds, sampler.weak
         batches = draw_batches(sampler.model, sampler.config, *drawn)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import TqdmWarning
 
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import Config
@@ -167,3 +168,23 @@ def test_a_damaged_record_of_the_codec_is_one_line(tmp_path: Path, damage: str) 
     (tmp_path / "codec.json").write_text(damage)
     with pytest.raises(ConfigError, match=r"its codec.json cannot be read \(.*\); restore it or remove it$"):
         codec_of_run(file)
+
+
+@pytest.mark.parametrize(("num", "steps"), [(4, 9), (12, 5), (12, 7)])
+def test_the_bar_ends_at_the_number_of_images(
+    command: Command,
+    tmp_path: Path,
+    num: int,
+    steps: int,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Also of an interrupted folder. With so many steps, their shares of an image sum up to more than one."""
+    file = write_run(tmp_path)
+    for _ in ("new", "again"):
+        assert command("--model", file, "--out", tmp_path / "out", "--num", num, "--steps", steps) == 0
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "100%" in last and f" {num}/{num} [" in last and "<00:00, " in last
+        (tmp_path / "out/samples.npz").unlink()
+        (tmp_path / "out/000001_class1.png").unlink()
+    assert [str(found.message) for found in recwarn if found.category is TqdmWarning] == []
