@@ -25,7 +25,7 @@ from promoe_ds.evaluation.extractors import EXTRACTORS
 from promoe_ds.evaluation.features import Extracted, FeatureExtractor, Features
 from promoe_ds.evaluation.images import Images, ImageSet, Labels, digests
 from promoe_ds.evaluation.metrics import Gaussian, Moments
-from promoe_ds.utils.files import NOT_FOUND, atomic, check_readable
+from promoe_ds.utils.files import NOT_FOUND, atomic, check_readable, parse_json
 from promoe_ds.utils.ranks import ALONE, Ranks, share_of
 
 FORMAT = "evaluation features 1"
@@ -176,20 +176,20 @@ def load_features(path: Path, option: str) -> FeatureSet:
         return FeatureSet(
             name=str(path),
             extractor=described["extractor"],
-            num=json.loads(described["num"]),
+            num=parse_json(described["num"]),
             sha256=described["sha256"],
             gaussian=Gaussian(tensors["mu"], tensors["sigma"]),
             spatial=spatial,
             features_Nd=tensors.get("features"),
             logits_NK=tensors.get("logits"),
             labels_N=tensors.get("labels"),
-            sampling=json.loads(described["sampling"]),
+            sampling=parse_json(described["sampling"]),
         )
     except NOT_FOUND:
         reject(option, path, "no such file", way_out)
     except OSError as error:
         reject(option, path, f"cannot be read ({error.strerror or error})", "look at its permissions")
-    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         reject(option, path, f"is no readable features file ({type(error).__name__})", way_out)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from promoe_ds.config.errors import reject
+from promoe_ds.utils.tensors import load_tensors
 
 
 def read_weights(path: Path, option: str, way_out: str) -> dict[str, Tensor]:
@@ -17,8 +17,8 @@ def read_weights(path: Path, option: str, way_out: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise errors of many kinds, and code in them is refused by one more
+        state = load_tensors(path)
+    except Exception as error:  # safetensors raises several kinds for a damaged file
         reject(option, path, f"cannot be read as tensors ({type(error).__name__})", way_out)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         reject(option, path, "holds no plain state dict", way_out)

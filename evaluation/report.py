@@ -9,7 +9,7 @@ from typing import Any
 
 from promoe_ds.config.errors import reject
 from promoe_ds.evaluation.images import brief
-from promoe_ds.utils.files import write_text
+from promoe_ds.utils.files import parse_json, write_text
 from promoe_ds.utils.outputs import check_new, check_place
 
 METRICS = {"label_agreement": ".4f", "FID": ".3f", "FD": ".3f", "sFID": ".3f", "sFD": ".3f", "KID": ".3g",
@@ -83,6 +83,7 @@ def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are
 
     Earlier scores are replaced; nothing else that exists is.
     """
+    check_place(path)
     if path.is_dir():
         reject("--out", path, "is a folder", f"name a file, for example metrics{suffix} in it")
     if path.suffix != suffix:  # a slip of the hand must not overwrite an .npz
@@ -91,9 +92,7 @@ def check_output(path: Path, suffix: str = ".json", holds: str = "the scores are
         reject("--out", path, f"folder {path.parent} does not exist", "create it or choose another file")
     if not os.access(path.parent, os.W_OK):
         reject("--out", path, f"folder {path.parent} is not writable", "choose another file")
-    if suffix == ".json" and _holds_scores(path):
-        check_place(path)
-    else:
+    if not (suffix == ".json" and _holds_scores(path)):
         check_new(path, "name another file, or remove this one")
 
 
@@ -101,8 +100,8 @@ def _holds_scores(path: Path) -> bool:
     """Whether it is what `write_metrics` writes, or nothing yet."""
     try:
         text = path.read_text(encoding="utf-8")
-        tree = json.loads(text or '{"sets": []}')
-    except (OSError, ValueError, RecursionError):
+        tree = parse_json(text or '{"sets": []}')
+    except (OSError, ValueError):
         return False
     return isinstance(tree, dict) and isinstance(tree.get("sets"), list)
 

@@ -7,7 +7,6 @@ Every user's mistake raises `ConfigError`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from promoe_ds.evaluation.images import (
     pictures_in,
     read_npz,
 )
+from promoe_ds.utils.files import read_json
 from promoe_ds.utils.outputs import RECORD, SAMPLES
 
 
@@ -172,7 +172,7 @@ def read_sampling(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        description = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        description = read_json(path, parse_constant=_refuse_constant)
     except (OSError, ValueError) as error:
         reject("SAMPLES", path, f"cannot be read as JSON ({brief(error)})", "draw the samples again or remove it")
     if not isinstance(description, dict):

@@ -112,12 +112,14 @@ def analyze(argv: list[str]) -> None:
     if args.out is None and args.run is None:
         raise ConfigError("--out: --model has no run folder to write to; add --out DIR")
     from promoe_ds.analysis.collect import Plan  # late: --help needs no torch
-    from promoe_ds.analysis.report import REPORT, check_folder, prepare_folder, write_report
+    from promoe_ds.analysis.report import REPORT, check_folder, prepare_folder, recorded_scores, write_report
     from promoe_ds.checkpoint.load_weights import find_weights
 
     plan = Plan(args.images, timesteps, args.tokens, args.maps, args.batch, args.seed, args.precision)
     out = args.out or args.run / "analysis"
     check_folder(out)
+    if args.run:
+        recorded_scores(args.run)  # damage is told before the work
     options = ["--run" if args.run else "--model", *["--compare"] * len(args.compare)]
     weights = [find_weights(path, option) for path, option in zip(paths, options, strict=True)]
     if args.dry_run:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import signal
 import sys
@@ -24,6 +23,7 @@ from promoe_ds.formats import diffusers_export, official, weights
 from promoe_ds.formats.card import score_rows
 from promoe_ds.sampling.job import codec_of_run, run_of
 from promoe_ds.utils.command_line import Parser, launcher
+from promoe_ds.utils.files import read_json
 from promoe_ds.utils.outputs import check_new
 
 EXAMPLES = """examples:
@@ -82,7 +82,7 @@ def metrics_of(args: argparse.Namespace, file: Path, config: Config, step: int) 
     if path is None or not (args.metrics or path.is_file()):
         return None
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
         score_rows(tree, step)
         return tree
     except (OSError, ValueError, TypeError, AttributeError) as error:

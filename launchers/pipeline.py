@@ -6,7 +6,6 @@ With data.name=images and --vae nothing is encoded beforehand: the training step
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -31,6 +30,7 @@ from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.parallel import ds_config
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, check_positive, launcher, parse_scales, parse_steps
+from promoe_ds.utils.files import read_json
 from promoe_ds.utils.outputs import RECORD, SAMPLES
 
 HERE = Path(__file__).resolve().parent
@@ -134,7 +134,7 @@ def encoded(shards: Path, size: int) -> bool:
 def read(path: Path) -> dict[str, Any]:
     """A file of JSON; {} if it is absent or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

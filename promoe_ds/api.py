@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from promoe_ds.checkpoint.load_weights import load_ema
 from promoe_ds.config.errors import did_you_mean, reject
-from promoe_ds.config.schema import Interval
+from promoe_ds.config.schema import Config, Interval
 from promoe_ds.diffusion.flow_sde import SDE
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.models.dit import DiT
 from promoe_ds.recipes.validate import check_interval
 from promoe_ds.sampling.generate import Precision, SamplingOptions, choose_precision, draw_batches
 from promoe_ds.sampling.weak import check_weak, load_weak
+from promoe_ds.utils.ranks import find_device
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
@@ -28,7 +30,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
     Args:
         path: an exported or imported folder (`promoe-export`, `promoe-import`), a checkpoint folder, a run folder (the
             EMA of its newest checkpoint), or one of their .safetensors files.
-        device: where to put it.
+        device: where to put it: cpu, cuda or cuda:N.
 
     Returns:
         The transformer: float32, `eval()`, without gradients. `model.config` is its configuration: `model.config.model`
@@ -37,10 +39,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> DiT:
         noise; and of labels y, integers [B], where num_classes means "no class" (docs/formats.md).
 
     Raises:
-        promoe_ds.ConfigError: nothing there, a damaged file, another format, tensors that do not fit the configuration;
-            the message is one line. Nothing is unpickled.
+        promoe_ds.ConfigError: nothing there, a damaged file, another format, tensors that do not fit the configuration,
+            no such device; the message is one line. Nothing is unpickled.
     """
-    return load_ema(path, device)[0]
+    if not isinstance(path, str | os.PathLike):
+        reject("path", repr(path), "is no path", "name a folder or a file")
+    return load_ema(path, find_device(device, "device"))[0]
 
 
 def generate(
@@ -86,33 +90,91 @@ def generate(
         was trained on (Stable Diffusion's, times 0.18215: decode x / 0.18215).
 
     Raises:
-        promoe_ds.ConfigError: a label, scale, seed, sampler, precision, interval or number of steps that does not
-            exist; a guidance model of other classes or sizes.
+        promoe_ds.ConfigError: an argument of another type; a label, scale, seed, sampler, precision, interval or number
+            of steps that does not exist; a guidance model of other classes or sizes.
     """
-    m, config = model.config.model, model.config
-    label_N = _labels(labels, m.num_classes)
-    cfg, steps = config.sample.cfg if cfg is None else cfg, config.sample.steps if steps is None else steps
-    _check(seed, batch, cfg, steps, precision)
-    solver, _ = choose_sampler(config, sampler, steps, eta, shift, sde)
-    check_interval(config.guidance.interval if interval is None else interval, "interval")
-    device = next(model.parameters()).device
+    config = _config(model, "model")
+    m, label_N, device = config.model, _labels(labels, config.model.num_classes), next(model.parameters()).device
+    how = {"sampler": sampler, "eta": eta, "shift": shift, "sde": sde, "interval": interval}
+    options = _options(config, device, cfg, steps, seed, batch, precision, **how)
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
-    how = {"sampler": solver.sampler, "eta": eta, "interval": interval, "shift": solver.shift, "sde": sde}
-    options = SamplingOptions(cfg, steps, seed, batch, choose_precision(precision, device), **how)
     drawn = label_N, np.arange(len(label_N)), options, device
     for rows, x in draw_batches(model, config, *drawn, weak=_weak(model, guidance_model)):
         out[rows] = cast(Tensor, x)
     return out
 
 
+def _options(
+    config: Config,
+    device: torch.device,
+    cfg: Any,
+    steps: Any,
+    seed: Any,
+    batch: Any,
+    precision: Any,
+    *,
+    sampler: Any,
+    eta: Any,
+    shift: Any,
+    sde: Any,
+    interval: Any,
+) -> SamplingOptions:
+    """The options of `generate`, each looked at; raises ConfigError."""
+    cfg, eta = _number("cfg", config.sample.cfg if cfg is None else cfg), _number("eta", eta)
+    shift, interval = None if shift is None else _number("shift", shift), _interval(interval)
+    steps = config.sample.steps if steps is None else int(steps) if isinstance(steps, np.integer) else steps
+    _check(seed, batch, cfg, steps, sampler, precision)
+    solver, _ = choose_sampler(config, sampler, steps, eta, shift, _sde(sde))
+    how = {"sampler": solver.sampler, "eta": eta, "interval": interval, "shift": solver.shift, "sde": sde}
+    return SamplingOptions(cfg, steps, seed, batch, choose_precision(precision, device), **how)
+
+
 def _weak(model: DiT, given: DiT | None) -> DiT | None:
     """The model that guides: the given one, else that of the configuration, on the same device; raises ConfigError."""
     config, device = model.config, next(model.parameters()).device
     if given is not None:
-        check_weak(given.config, config, "guidance_model")
+        check_weak(_config(given, "guidance_model"), config, "guidance_model")
         return given
     path = config.guidance.model
     return load_weak(path, config, device, "guidance.model")[0] if path else None
+
+
+def _config(model: Any, name: str) -> Config:
+    """The configuration of a model; raises ConfigError for what is none."""
+    if not isinstance(config := getattr(model, "config", None), Config):
+        reject(name, type(model).__name__, "is no model", "give one of promoe_ds.load_model")
+    return config
+
+
+def _number(name: str, value: Any) -> float:
+    """Raises ConfigError for what is no number. Text is none, whatever it says."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for a tensor of several
+        pass
+    reject(name, repr(value), "is no number", "give one")
+
+
+def _interval(value: Any) -> Interval | None:
+    """Raises ConfigError for what is no interval of times; None is that of the configuration."""
+    if value is None:
+        return None
+    try:
+        interval = tuple(_number("interval", end) for end in value)
+    except TypeError:
+        reject("interval", repr(value), "is not two numbers", "give for example (100, 900)")
+    check_interval(interval, "interval")
+    return interval
+
+
+def _sde(value: Any) -> SDE | None:
+    """Raises ConfigError for what is no SDE, or one of other things than numbers."""
+    if value is not None and not isinstance(value, SDE):
+        reject("sde", repr(value), "is no promoe_ds.SDE", "give one, or leave it out")
+    for field in ("diffusion_norm", "last_step_size") if value else ():
+        _number(f"sde.{field}", getattr(value, field))
+    return value
 
 
 def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np.ndarray:
@@ -126,15 +188,18 @@ def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np
     return label_N
 
 
-def _check(seed: int, batch: int, cfg: float, steps: int | str, precision: str | None) -> None:
+def _check(seed: int, batch: int, cfg: float, steps: int | str, sampler: str | None, precision: str | None) -> None:
     """Raises ConfigError."""
     if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**64):
         reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
-    if batch < 1:
-        reject("batch", batch, "must be positive", "choose 1 or more")
+    if not (isinstance(batch, int | np.integer) and batch >= 1):
+        reject("batch", batch, "must be a positive number of images", "choose 1 or more")
     if not (math.isfinite(cfg) and cfg >= 0):
         reject("cfg", cfg, "is negative or not finite", "choose a guidance scale; 1 is none")
     if isinstance(steps, int) and steps < 1:
         reject("steps", steps, "must be positive", "choose 1 or more")
-    if precision is not None and precision not in (known := get_args(Precision)):
+    if sampler is not None and not isinstance(sampler, str):
+        reject("sampler", repr(sampler), "is no name of a sampler", "name one, or leave it out")
+    known = get_args(Precision)
+    if precision is not None and not (isinstance(precision, str) and precision in known):
         reject("precision", precision, f"must be one of {', '.join(known)}", did_you_mean(precision, known))

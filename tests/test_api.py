@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,12 +64,52 @@ def test_generate_draws_the_images_of_the_sampler(tmp_path: Path) -> None:
         ({"cfg": float("nan")}, "cfg=nan"),
         ({"cfg": -1.0}, "cfg=-1.0: is negative"),
         ({"precision": "fp8"}, "must be one of fp32, bf16"),
+        ({"model": 5}, "^model=int: is no model"),
+        ({"guidance_model": 5}, "^guidance_model=int: is no model"),
+        ({"cfg": "x"}, "^cfg='x': is no number"),
+        ({"cfg": [1, 2]}, r"^cfg=\[1, 2\]: is no number"),
+        ({"cfg": torch.ones(2)}, "^cfg=.*: is no number"),
+        ({"cfg": 10**400}, "^cfg=1000.*: is no number"),
+        ({"eta": None}, "^eta=None: is no number"),
+        ({"shift": "x"}, "^shift='x': is no number"),
+        ({"interval": 5}, "^interval=5: is not two numbers"),
+        ({"interval": (1, "b")}, "^interval='b': is no number"),
+        ({"sde": 5}, "^sde=5: is no promoe_ds.SDE"),
+        ({"sampler": "sde", "sde": promoe_ds.SDE(diffusion_norm="x")}, "^sde.diffusion_norm='x': is no number"),  # type: ignore[arg-type]
+        ({"sampler": np.array(["euler", "sde"])}, "^sampler=.*: is no name"),
+        ({"precision": 5}, "^precision=5: must be one of"),
+        ({"batch": "x"}, "^batch=x: must be a positive number"),
+        ({"batch": 1.5}, "^batch=1.5: must be a positive number"),
+        ({"seed": None}, "^seed=None"),
+        ({"labels": None}, "^labels=None: are no numbers"),
     ):
         with pytest.raises(promoe_ds.ConfigError, match=text):
-            promoe_ds.generate(loaded, **({"labels": [1]} | options))  # type: ignore[arg-type]
-    with pytest.raises(promoe_ds.ConfigError, match="no such file or folder"):
-        promoe_ds.load_model(tmp_path / "no")
+            promoe_ds.generate(**({"model": loaded, "labels": [1]} | options))  # type: ignore[arg-type]
+    numpy = promoe_ds.generate(loaded, labels, np.float32(2), np.int64(3), 5, batch=np.int64(2))  # type: ignore[arg-type]
+    torch.testing.assert_close(numpy, made, rtol=1e-4, atol=1e-4)
     run([sys.executable, "-c", LIGHT, str(tmp_path / "model")])
+
+
+@pytest.mark.parametrize(
+    ("path", "device", "message"),
+    [
+        ("no", "cpu", "no: no such file or folder"),
+        ("a\0b", "cpu", "a\0b: no such file or folder"),
+        (5, "cpu", "^path=5: is no path"),
+        (None, "cpu", "^path=None: is no path"),
+        ("model", "foo", "^device=foo: is no device; write cpu, cuda or cuda:N"),
+        ("model", None, "^device=None: is no device"),
+        ("model", "cpu:3", "^device=cpu:3: is no device"),
+        ("model", "meta", "^device=meta: is not supported"),
+        ("model", "cuda:99", "^device=cuda:99: this machine offers [0-9]+ CUDA devices; write cpu, or a lower number"),
+    ],
+)
+def test_what_is_no_path_or_no_device(tmp_path: Path, path: Any, device: Any, message: str) -> None:
+    write(weights(model()), tmp_path / "model")
+    place = tmp_path / path if isinstance(path, str) else path
+    with pytest.raises(promoe_ds.ConfigError, match=message):
+        promoe_ds.load_model(place, device)
+    assert promoe_ds.load_model(tmp_path / "model", "cpu:0").config.name
 
 
 def test_damaged_indices_are_one_line(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis import page
 from promoe_ds.analysis.collect import Observed
 from promoe_ds.analysis.summary import COLUMNS, Summary, csv_files, number, table, to_csv
+from promoe_ds.checkpoint.resume import logged
 from promoe_ds.config.errors import reject
 from promoe_ds.costs import flops
-from promoe_ds.utils.files import atomic, making, write_text
+from promoe_ds.utils.files import atomic, making, parse_json, read_json, write_text
 from promoe_ds.utils.outputs import SAMPLES, check_place
 
 REPORT = "report.html"
@@ -89,7 +90,7 @@ def _listed(out: Path) -> list[str]:
     Every report lists its page: a folder of the user's may hold a `files.json` too.
     """
     try:
-        names = json.loads((out / FILES).read_text(encoding="utf-8"))
+        names = read_json(out / FILES)
     except (OSError, ValueError):
         return []
     if not isinstance(names, list) or REPORT not in names:
@@ -161,22 +162,30 @@ def _head(s: Summary, command: str, of_run: bool) -> str:
 
 def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
     """Samples, scores and curves, of which there may be none."""
-    parts, logged = [], _records(run)
-    if len(records := [record for record in logged if "loss" in record]) > 1:
-        parts.append(writer.figure("training", draw.training(records), "Loss and busiest expert while training"))
+    parts, records = [], [parse_json(line) for _, line in logged(run)]
+    if len(losses := [record for record in records if "loss" in record]) > 1:
+        parts.append(writer.figure("training", draw.training(losses), "Loss and busiest expert while training"))
     samples = {"experts.png": ", and the expert of each token in the last step (middle layer)", "grid.png": ""}
     if name := next((name for name in samples if (run / "samples" / name).is_file()), None):
         caption = f"EMA samples, one row per class{samples[name]}"
         parts.append(writer.figure("samples", (run / "samples" / name).read_bytes(), caption, wide=True))
-    scores = _scores(run, [record["scores"] for record in logged if "scores" in record])
+    scores = _scores(run, [record["scores"] for record in records if isinstance(record.get("scores"), dict)])
     shown = page.figures(*parts) + (page.table(*scores) if scores else "")
     return [("Training", shown)] if parts or scores else []
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may still be being written
+def recorded_scores(run: Path) -> list[dict[str, Any]]:
+    """The sets of RUN/metrics.json, none if there is none. Raises `ConfigError` where it holds something else."""
+    path = run / "metrics.json"
+    if not path.is_file():
+        return []
+    try:
+        sets = read_json(path)["sets"]
+        if not (isinstance(sets, list) and all(isinstance(s["samples"], str) for s in sets)):
+            raise TypeError("its sets are none of samples")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reject("--run", path, f"holds no scores ({error!r})", "score the samples again, or remove it")
+    return sets
 
 
 def _scores(run: Path, trained: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]] | None:
@@ -187,11 +196,10 @@ def _scores(run: Path, trained: list[dict[str, Any]]) -> tuple[list[str], list[l
         return path.parent.name if path.name == SAMPLES else path.name
 
     sets = [trained[i] for i in draw.spread(len(trained), MOST_SCORED)] if trained else []
-    if (path := run / "metrics.json").is_file():
-        sets += json.loads(path.read_text(encoding="utf-8"))["sets"]
+    sets += recorded_scores(run)
     found = dict.fromkeys(key for s in sets for key, value in s.items() if value is not None)
     keys = [key for key in found if key.split("[")[0] in SCORES]
-    known = [{key: math.nan if s.get(key) is None else float(s[key]) for key in keys} for s in sets]
+    known = [{key: s[key] if isinstance(s.get(key), int | float) else math.nan for key in keys} for s in sets]
     rows = [[short(s["samples"]), *map(number, row.values())] for s, row in zip(sets, known, strict=True)]
     return (["samples", *(key.replace("_", " ") for key in keys)], rows) if sets else None
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from promoe_ds.config.errors import ConfigError, reject
-from promoe_ds.utils.files import NOT_FOUND, file_digest, making, write_text
+from promoe_ds.utils.files import NOT_FOUND, file_digest, making, read_json, write_text
 from promoe_ds.utils.ranks import Ranks
 
 FORMAT = "promoe_ds/1"
@@ -133,7 +133,7 @@ def claim(run: Path) -> IO[str]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError, saying what is wrong with it; ConfigError if it cannot be read."""
     try:
-        tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        tree = read_json(path / MANIFEST)
     except NOT_FOUND as error:
         raise ValueError(f"{MANIFEST} is missing") from error
     except OSError as error:

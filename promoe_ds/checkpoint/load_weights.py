@@ -6,7 +6,6 @@ Read are safetensors whose header holds the configuration: the EMA file of a che
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build
 from promoe_ds.recipes.load import load_tree
-from promoe_ds.utils.files import NOT_FOUND, check_readable, file_digest, is_dir, is_file
+from promoe_ds.utils.files import NOT_FOUND, check_readable, file_digest, is_dir, is_file, read_json
 
 
 def find_weights(path: Path, option: str = "--run") -> Path:
@@ -103,7 +102,7 @@ def shard_files(file: Path) -> list[Path]:
     if file.name != WEIGHTS_INDEX:
         return [file]
     try:
-        names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(file)["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names no files beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

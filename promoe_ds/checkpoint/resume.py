@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from promoe_ds.config.option import differences
 from promoe_ds.config.schedule import end_of, learning_rate
 from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
-from promoe_ds.utils.files import NOT_FOUND
+from promoe_ds.utils.files import NOT_FOUND, parse_json
 from promoe_ds.utils.outputs import CONFIG
 
 
@@ -180,8 +179,8 @@ def logged(run: Path) -> list[tuple[int, str]]:
     except OSError as error:
         unreadable(path, error, "--run")
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            out.append((int(json.loads(line)["step"]), line))
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            out.append((int(parse_json(line)["step"]), line))
     return out
 
 

@@ -14,7 +14,6 @@ h w latent cells.
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 
 from promoe_ds.config.errors import ConfigError, did_you_mean, reject
 from promoe_ds.data import shards, taef2
-from promoe_ds.utils.files import file_digest
+from promoe_ds.utils.files import file_digest, read_json
+from promoe_ds.utils.tensors import load_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
@@ -147,8 +147,8 @@ class TAEF2(Codec):
         parts, files = (taef2.encoder(), taef2.decoder()), [folder / name for name in TAEF2_FILES]
         for file, module in zip(files, parts, strict=True):
             try:
-                module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
-            except Exception as error:  # unpickling garbage raises anything
+                module.load_state_dict(load_tensors(file), strict=True)
+            except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
                 conflict = f"is not TAEF2's state dict ({str(error)[:200]})"
                 reject(option, file, conflict, "copy it from madebyollin/taesd again")
         self.encoder, self.decoder = (_frozen(module, device) for module in parts)
@@ -237,7 +237,7 @@ def find_codec(path: str, option: str = "--vae") -> str:
         if not (folder / name).is_file():
             reject(option, path, f"has no {name}", HOW_TO_GET)
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        kind = read_json(folder / "config.json").get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         reject(option, folder / "config.json", f"cannot be read ({error})", "copy it again")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):

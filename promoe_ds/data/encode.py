@@ -32,7 +32,7 @@ from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages
 from promoe_ds.data.latents import Latents
-from promoe_ds.utils.files import file_digest, making, write_text
+from promoe_ds.utils.files import file_digest, making, read_json, write_text
 from promoe_ds.utils.ranks import Ranks
 
 RECORD, PROGRESS = "encoding.json", "progress"
@@ -185,7 +185,7 @@ class Encoder:
                 # Listed before the record is looked for: a process that started earlier writes its record first.
                 foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
                 if path.exists():
-                    record = json.loads(path.read_text(encoding="utf-8"))
+                    record = read_json(path)
                     for key, value in facts.items():
                         if (old := record.get(key)) != value:
                             conflict = f"holds latents of {key}={old}, this command has {key}={value}"
@@ -201,14 +201,16 @@ class Encoder:
     def _note(self, shard: int) -> Path:
         return self.job.out / PROGRESS / f"{shard:05d}.json"
 
-    def done(self, shard: int) -> dict[str, Any] | None:
-        """What is known of a finished shard: `Shard` and `skipped`; None if it is still to be made."""
+    def done(self, shard: int) -> tuple[shards.Shard, dict[int, str]] | None:
+        """What is known of a finished shard, and of its items that were left out; None if it is still to be made."""
         try:
-            note = json.loads(self._note(shard).read_text(encoding="utf-8"))
-            whole = (self.job.out / note["shard"]["file"]).stat().st_size == note["shard"]["bytes"]
-        except (OSError, ValueError, KeyError, TypeError):
+            note = read_json(self._note(shard))
+            made = shards.Shard(**note["shard"])
+            skipped = {int(item): str(reason) for item, reason in note["skipped"].items()}
+            whole = (self.job.out / made.file).stat().st_size == made.bytes
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return note if whole else None
+        return (made, skipped) if whole else None
 
     def make(self, shard: int, tick: Callable[[int], object]) -> int:
         """Make one shard; returns how many of its items are damaged, which are told to the user.
@@ -248,12 +250,12 @@ class Encoder:
         notes = [note for shard in range(len(self.shards)) if (note := self.done(shard))]
         if len(notes) < len(self.shards):
             return None
-        made = [shards.Shard(**note["shard"]) for note in notes]
+        made = [shard for shard, _ in notes]
         with contextlib.suppress(ConfigError, OSError):
             index = shards.read_index(self.job.out, "--out")
             if index.shards == made and file_digest(self.job.out / shards.ITEMS) == index.items_blake2b:
                 return index
-        reasons = {int(item): reason for note in notes for item, reason in note["skipped"].items()}
+        reasons = {item: reason for _, skipped in notes for item, reason in skipped.items()}
         kept = [item for item in range(len(self.names)) if item not in reasons]
         if not kept:
             reject("--out", self.job.out, "every image is damaged", "replace them and start again in another folder")

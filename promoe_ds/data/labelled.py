@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from promoe_ds.config.errors import reject
 from promoe_ds.data.zips import StoredZip
-from promoe_ds.utils.files import walk
+from promoe_ds.utils.files import parse_json, walk
 
 LABELS = "dataset.json"
 
@@ -59,7 +58,7 @@ class LabelledFiles:
         where = f"{self.root} ({LABELS})" if self._zip else self.root / LABELS
         try:
             text = self._zip.read(LABELS.encode()) if self._zip else (self.root / LABELS).read_bytes()
-            pairs = json.loads(text)["labels"]
+            pairs = parse_json(text)["labels"]
             names, labels = np.array([name.encode() for name, _ in pairs]), np.array([label for _, label in pairs])
             if labels.dtype.kind not in "iu" or labels.ndim != 1:
                 raise ValueError("its labels are not integers")

@@ -20,6 +20,7 @@ from promoe_ds.config.errors import reject
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import per_channel
 from promoe_ds.data.dataset import Gauss, ImageDataset, located
+from promoe_ds.data.labelled import check_labels
 
 Content = Literal["moments", "mean_std", "sample", "scaled_sample"]
 """What is stored of an item:
@@ -123,6 +124,7 @@ class LatentShards(Latents):
         """number of the first item of each shard"""
         if not len(label_B) == self._first[-1] == self.index.items:
             reject("data.path", folder, f"{shards.INDEX} and {shards.ITEMS} disagree about items", shards.AGAIN)
+        check_labels(label_B, self.num_classes, self.where, f"restore {shards.INDEX}, or {shards.AGAIN}")
         self._mapped: dict[int, Any] = {}
 
     def name(self, index: int) -> str:
@@ -134,11 +136,5 @@ class LatentShards(Latents):
     def read(self, index: int, flip: bool) -> np.ndarray:
         number, row = located(self._first, index)
         if number not in self._mapped:  # two threads may both map a shard, which does no harm
-            shard = self.index.shards[number]
-            file, expected = self.folder / shard.file, [shard.items, *self.index.shape]
-            mapped = shards.open_tensors(file).get_slice("moments")
-            if mapped.get_shape() != expected:
-                conflict = f"holds {mapped.get_shape()}, the index says {expected}"
-                reject("data.path", file, conflict, f"remove it and {shards.AGAIN}")
-            self._mapped[number] = mapped
+            self._mapped[number] = shards.open_moments(self.folder, self.index, self.index.shards[number])
         return self._mapped[number][row, int(flip)]

@@ -12,6 +12,7 @@ Legend: N items, n items of a shard, M channels of moments, h w latent cells, H 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promoe_ds.config.errors import reject
-from promoe_ds.utils.files import atomic, check_readable, file_digest, write_text
+from promoe_ds.utils.files import atomic, check_readable, file_digest, read_json, write_text
 
 FORMAT = "promoe_ds_latents/1"
 INDEX, ITEMS = "index.json", "items.safetensors"
@@ -76,6 +77,83 @@ def write_index(folder: Path, index: Index) -> None:
     write_text(folder / INDEX, json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
 
 
+Rule = Callable[[Any], bool]
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and value >= 0  # True is an int, too
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # float32 holds it
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _all(value: Any, rule: Rule, length: int | None = None) -> bool:
+    """Whether it is a list of such items, of this length if one is said."""
+    return isinstance(value, list) and length in (None, len(value)) and all(map(rule, value))
+
+
+def _check(what: str, tree: dict[str, Any], rules: dict[str, Rule]) -> None:
+    """Raise ValueError for the first key that is absent or holds what its rule does not allow."""
+    for key, rule in rules.items():
+        if key not in tree:
+            raise ValueError(f"{what} has no {key}")
+        if not rule(tree[key]):
+            raise ValueError(f"{what} has {key}={str(tree[key])[:80]}")
+
+
+def check_codec(record: Any) -> None:
+    """Raise ValueError if something that was read is no `Codec.record`."""
+    if not isinstance(record, dict):
+        raise ValueError("its codec is no record of one")
+
+    def per_channel(value: Any) -> bool:
+        return _number(value) or _all(value, _number, record["channels"])
+
+    rules: dict[str, Rule] = {
+        "kind": _text,
+        "channels": _natural,
+        "factor": _natural,
+        "scale": per_channel,
+        "shift": per_channel,
+        "stochastic": lambda value: isinstance(value, bool),
+        "digest": _text,
+    }
+    more: dict[str, Rule] = {
+        "pixel_range": lambda value: _all(value, _number, 2),
+        "std": lambda value: _number(value) and isinstance(record["scale"], list),
+    }
+    _check("its codec", record, rules | {key: rule for key, rule in more.items() if key in record})
+
+
+def _decoded(tree: Any) -> Index:
+    """Raises ValueError, TypeError, KeyError or AttributeError for what is no index, or contradicts itself."""
+    if tree.pop("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    check_codec(codec := tree["codec"])
+    for shard in tree["shards"]:
+        here: Rule = lambda value: _text(value) and Path(value).name == value  # noqa: E731
+        _check("a shard of it", shard, {"file": here, "items": _natural, "bytes": _natural, "blake2b": _text})
+    total = sum(shard["items"] for shard in tree["shards"])
+    moments = codec["channels"] * (2 if codec["stochastic"] else 1)
+    rules: dict[str, Rule] = {
+        "classes": lambda value: _all(value, _text) and len(value) > 0,
+        "items": lambda value: _natural(value) and value == total > 0,
+        "shape": lambda value: _all(value, _natural, 4) and value[0] in (1, 2) and value[1] == moments > 0,
+        "dtype": lambda value: value in DTYPES,
+        "image_size": _natural,
+        "crop": _text,
+        "items_blake2b": _text,
+        "skipped": lambda value: _all(value, lambda item: isinstance(item, dict)),
+    }
+    _check("it", tree, rules)
+    return Index(**{**tree, "shards": [Shard(**shard) for shard in tree["shards"]]})
+
+
 def read_index(folder: Path, option: str = "data.path") -> Index:
     """The index of a complete folder.
 
@@ -84,12 +162,7 @@ def read_index(folder: Path, option: str = "data.path") -> Index:
     """
     path = folder / INDEX
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        index = Index(**{**tree, "shards": [Shard(**shard) for shard in tree["shards"]]})
-        if missing := [key for key in CODEC if key not in index.codec]:
-            raise ValueError(f"its codec has no {missing[0]}")
+        index = _decoded(read_json(path))
     except FileNotFoundError:
         reject(option, folder, f"has no {INDEX}: no latents, or not all of them are encoded", AGAIN)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -116,8 +189,18 @@ def open_tensors(path: Path, option: str = "data.path", again: str = AGAIN) -> A
         reject(option, path, f"cannot be opened ({' '.join(str(error).split())})", f"remove it and {again}")
 
 
+def open_moments(folder: Path, index: Index, shard: Shard, option: str = "data.path") -> Any:
+    """The moments of a shard, [n, F, M, h, w], mapped into memory. Raises `ConfigError` if it holds others."""
+    file, expected = folder / shard.file, [shard.items, *index.shape]
+    mapped = open_tensors(file, option).get_slice("moments")
+    if mapped.get_shape() != expected:
+        conflict = f"holds {mapped.get_shape()}, the index says {expected}"
+        reject(option, file, conflict, f"remove it and {AGAIN}")
+    return mapped
+
+
 def verify(folder: Path, option: str = "--verify") -> Index:
-    """Read every byte and compare checksums. Raises `ConfigError` naming the first file that differs."""
+    """Read every byte and compare checksums and shapes. Raises `ConfigError` naming the first file that differs."""
     index = read_index(folder, option)
     for file, expected in [(ITEMS, index.items_blake2b), *((s.file, s.blake2b) for s in index.shards)]:
         try:
@@ -126,4 +209,6 @@ def verify(folder: Path, option: str = "--verify") -> Index:
             reject(option, folder / file, f"cannot be read ({error.strerror})", f"copy it back, or {AGAIN}")
         if found != expected:
             reject(option, folder / file, "does not match its checksum", f"remove it and {AGAIN}")
+    for shard in index.shards:
+        open_moments(folder, index, shard, option)
     return index

@@ -12,7 +12,6 @@ OUT/model_index.json                          what the parts are
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from promoe_ds.config.schema import Config
 from promoe_ds.formats.bundle import bundle
 from promoe_ds.formats.weights import SHARD_BYTES, Weights, as_json, cast, finish, write_safetensors
 from promoe_ds.moe.router import ROUTERS
-from promoe_ds.utils.files import write_text
+from promoe_ds.utils.files import read_json, write_text
 
 PIPELINE = "pipeline"
 """diffusers looks for this name"""
@@ -69,7 +68,7 @@ def vae_class(path: Path) -> str:
     if missing := [name for name in VAE_FILES if not (path / name).is_file()]:
         reject("--vae", path, f"holds no {missing[0]}", "name a folder of an autoencoder in diffusers' layout")
     try:
-        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        name = read_json(path / "config.json").get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         reject("--vae", path, f"its config.json cannot be read ({error})", "restore it")
     if name not in VAE_CLASSES:

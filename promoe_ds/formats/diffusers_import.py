@@ -15,18 +15,21 @@ DiT's own code:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from promoe_ds.checkpoint.layout import FORMAT
 from promoe_ds.config.errors import reject
 from promoe_ds.formats.state_files import Found, State, load_plain
 from promoe_ds.models.layers import grid_sinusoids
+from promoe_ds.utils.files import read_json
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 """the second in folders that older versions wrote"""
+EXPORTED = "ProMoETransformer2DModel"
+"""what `diffusers_export.py` writes"""
 COMPUTED = {
     "norm_type": ("ada_norm_zero",),
     "activation_fn": ("gelu-approximate",),
@@ -61,14 +64,24 @@ def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
         reject("CHECKPOINT", folder, "has no config.json of a diffusers transformer", "name its transformer folder")
     file = found[0] / "config.json"
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = read_json(file)
+        name = tree.get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        reject("CHECKPOINT", file, f"cannot be used ({error!r})", f"name a folder of {CLASSES[0]}")
+    if name == EXPORTED:
+        way_out = "draw from it with DiffusionPipeline, or export its run with --format safetensors"
+        reject("CHECKPOINT", folder, "is a ProMoE pipeline, which launchers/export.py wrote for diffusers", way_out)
+    if tree.get("format") == FORMAT:
+        way_out = "name it as it is: --model, train.init or promoe_ds.load_model"
+        reject("CHECKPOINT", folder, "is a weights folder of this project", way_out)
+    if name not in CLASSES:
+        reject("CHECKPOINT", file, f"describes a {name}", f"name a folder of {CLASSES[0]}")
+    try:
         sizes = {key: int(tree[key]) for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")}
         if wrong := [key for key, value in sizes.items() if value < 1]:
             raise ValueError(f"{wrong[0]} is {sizes[wrong[0]]}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         reject("CHECKPOINT", file, f"cannot be used ({error!r})", f"name a folder of {CLASSES[0]}")
-    if tree.get("_class_name") not in CLASSES:
-        reject("CHECKPOINT", file, f"describes a {tree.get('_class_name')}", f"name a folder of {CLASSES[0]}")
     for key, values in COMPUTED.items():
         if (value := tree.get(key, values[0])) not in values:
             reject("CHECKPOINT", file, f"{key} is {value}, which is not built here", f"it must be {values[0]}")
@@ -81,7 +94,7 @@ def _tensors(folder: Path) -> State:
     if whole.is_file() or not index.is_file():
         return load_plain(whole if whole.is_file() else folder / f"{STEM}.bin")
     try:
-        parts = sorted({Path(part).name for part in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        parts = sorted({Path(part).name for part in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reject("CHECKPOINT", index, f"is no index of weights ({error!r})", "get the folder again")
     return {name: t for part in parts for name, t in load_plain(folder / part).items()}

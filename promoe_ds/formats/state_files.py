@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from promoe_ds.config.errors import reject
+from promoe_ds.utils.tensors import load_tensors
 
 State = dict[str, Tensor]
 Kind = Literal["ema", "raw"]
@@ -65,11 +65,10 @@ def load_plain(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         # Namespace: DiT and SiT store their command line; it holds plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
-        text = " ".join(str(error).split())[:200]
-        reject("CHECKPOINT", path, f"does not load as plain tensors ({text})", "get the file again")
+        return load_tensors(path, argparse.Namespace, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # safetensors raises several kinds for a damaged file
+        text, way_out = " ".join(str(error).split())[:200], getattr(error, "way_out", "get the file again")
+        reject("CHECKPOINT", path, f"does not load as plain tensors ({text})", way_out)
 
 
 def one_of_several(path: Path, ema: dict[str, Any], std: float | None) -> State:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from promoe_ds.parallel import rendezvous
+from promoe_ds.utils.files import parse_json
 
 BEAT_SECONDS = 5.0
 """between signs of life; less if the timeout is short"""
@@ -81,8 +82,8 @@ class Peer:
         self.heard = time.monotonic()
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         try:
-            messages = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError):
+            messages = [parse_json(line) for line in lines]
+        except ValueError:
             return None
         return messages if all(isinstance(message, list) and message for message in messages) else None
 

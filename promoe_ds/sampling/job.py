@@ -26,6 +26,7 @@ from promoe_ds.config.decode import dump
 from promoe_ds.config.errors import reject, written
 from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import Codec
+from promoe_ds.data.shards import check_codec
 from promoe_ds.diffusion.objective import check_steps
 from promoe_ds.sampling.generate import (
     Labels,
@@ -38,7 +39,7 @@ from promoe_ds.sampling.generate import (
 )
 from promoe_ds.sampling.store import BatchStore, PngStore, Store, read_all, whole, write_npz
 from promoe_ds.utils.command_line import versions
-from promoe_ds.utils.files import NOT_FOUND, making, write_text
+from promoe_ds.utils.files import NOT_FOUND, making, parse_json, read_json, write_text
 from promoe_ds.utils.outputs import CODEC, CONFIG, RECORD, SAMPLES, check_place
 from promoe_ds.utils.pictures import grid, write_png
 from promoe_ds.utils.ranks import ALONE, Ranks
@@ -77,7 +78,11 @@ def codec_of_run(file: Path) -> dict[str, Any] | None:
     """The record of the codec whose latents the run was trained on; None for pixels or where it is not known."""
     run = run_of(file)
     try:
-        return json.loads((run / CODEC).read_text(encoding="utf-8")) if run else None
+        if run is None:
+            return None
+        record = read_json(run / CODEC)
+        check_codec(record)
+        return record
     except NOT_FOUND:
         return None
     except (OSError, ValueError) as error:
@@ -153,7 +158,7 @@ def check_folder(out: Path, record: Mapping[str, Any]) -> None:
         # Listed before the record is looked for: a process that started earlier writes its record first.
         names = sorted(p.name for p in out.iterdir()) if out.exists() else []
         text = (out / RECORD).read_text(encoding="utf-8") if (out / RECORD).exists() else None
-        found = {} if text is None else json.loads(text)
+        found = {} if text is None else parse_json(text)
     except (OSError, ValueError) as error:
         reject("--out", out, f"its {RECORD} cannot be read ({error})", "name another folder or remove this one")
     if text is None:
@@ -237,9 +242,13 @@ def make_share(sampler: SampleWorker, job: Job) -> None:
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
         unit="image",
     ) as bar:
+        made = 0  # steps of an image
 
         def tick(count: int) -> None:
-            bar.update(count / steps)
+            nonlocal made
+            made += count
+            bar.n = len(indices) - len(missing) + made / steps  # a sum of fractions may end above the total
+            bar.update(0)
 
         drawn = labels[missing], missing, options, sampler.device, tick, rounds, sampler.weak
         batches = draw_batches(sampler.model, sampler.config, *drawn)

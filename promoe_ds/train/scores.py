@@ -6,7 +6,6 @@ consecutive batches of them, whole, so that neither images nor features depend o
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from promoe_ds.sampling.weak import find_weak, load_weak
 from promoe_ds.train.grids import open_decoder
 from promoe_ds.train.metrics import MetricsLog
 from promoe_ds.utils import signals
+from promoe_ds.utils.files import parse_json
 from promoe_ds.utils.ranks import Ranks, share_of
 
 
@@ -112,7 +112,7 @@ class Scores:
         if step == 0 or step % self.config.train.score_every:
             return False
         first = self.ranks.rank == 0
-        found = first and any(at == step and "scores" in json.loads(line) for at, line in resume.logged(run))
+        found = first and any(at == step and "scores" in parse_json(line) for at, line in resume.logged(run))
         return not self.ranks.gather(found)[0]
 
     def log(self, weights: dict[str, Tensor], step: int, log: MetricsLog | None) -> bool:

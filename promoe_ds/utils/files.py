@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import socket
 import stat
@@ -17,6 +18,8 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 NOT_FOUND = (FileNotFoundError, NotADirectoryError)
 """what says that a file does not exist; any other OSError leaves open what is there, and whether it is whole"""
+MOST_NESTED = 100
+"""levels of JSON from outside; what is read has a handful"""
 
 
 def in_threads(load: Callable[[], T]) -> T:
@@ -77,6 +80,29 @@ def making(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """JSON that comes from outside; `how` as of `json.loads`.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that Python would have a RecursionError for it: where it is read, or
+            later where it is compared or written.
+    """
+    with contextlib.suppress(RecursionError):
+        tree = json.loads(text, **how)
+        level = [tree]
+        for _ in range(MOST_NESTED + 1):
+            outer = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
+            if not outer:
+                return tree
+            level = [x for inner in outer for x in inner]
+    raise ValueError("it is nested too deeply")
+
+
+def read_json(path: Path, **how: Any) -> Any:
+    """As `parse_json`, of a file in UTF-8. Raises OSError, too, where it cannot be read."""
+    return parse_json(path.read_text(encoding="utf-8"), **how)
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> Path:
@@ -174,7 +200,7 @@ def is_dir(path: Path) -> bool:
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
-    except NOT_FOUND:
+    except (*NOT_FOUND, ValueError):  # ValueError: no file has a null byte in its name
         return 0
 
 

@@ -18,11 +18,13 @@ SAMPLES = "samples.npz"
 
 
 def check_place(out: Path, option: str = "--out") -> None:
-    """Raise `ConfigError` if `out` is RUN/checkpoints or lies in it, by its name or where its links lead.
+    """Raise `ConfigError` if `out` is RUN/checkpoints or lies in it, by its name or where its links lead; or in a file.
 
     Training takes what lies there for its own, and a slip of the hand must not reach it. A run is known by its
     config.yaml and a checkpoint: others have folders of that name, too.
     """
+    if file := next((path for path in Path(os.path.abspath(out)).parents if os.path.isfile(path)), None):
+        reject(option, out, f"{file} is not a folder", "name a place in one")
     for path in (Path(os.path.abspath(out)), Path(os.path.realpath(out))):
         for folder in (path, *path.parents):
             if folder.name != "checkpoints" or not (folder.parent / CONFIG).exists():

@@ -25,6 +25,24 @@ def cores_per_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, local))
 
 
+def find_device(name: torch.device | str, option: str, known: str = "cpu, cuda or cuda:N") -> torch.device:
+    """The CPU or a GPU. Raises ConfigError, naming `option`, for what is neither, and for a GPU that is not there."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        reject(option, name, "is no device", f"write {known}")
+    if device.type == "cpu":
+        if device.index:  # torch takes it, safetensors does not
+            reject(option, name, "is no device, the CPU has no numbers", f"write {known}")
+        return torch.device("cpu")
+    if device.type != "cuda":
+        reject(option, name, "is not supported", f"write {known}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count <= (device.index or 0):
+        reject(option, name, f"this machine offers {count} CUDA devices", "write cpu, or a lower number")
+    return device
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its job; by default it is alone.
@@ -81,19 +99,10 @@ class Ranks:
         """What --device names. auto and cuda: this process's GPU; processes in excess of the GPUs share them."""
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            reject("--device", name, "is no device", "write auto, cpu, cuda or cuda:N")
-        if device.type not in ("cpu", "cuda"):
-            reject("--device", name, "is not supported", "write auto, cpu, cuda or cuda:N")
-        if device.type == "cpu":
+        device = find_device(name, "--device", "auto, cpu, cuda or cuda:N")
+        if device.type == "cpu" or device.index is not None:
             return device
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count <= (device.index or 0):
-            conflict = f"this machine offers {count} CUDA devices"
-            reject("--device", name, conflict, "write cpu or auto, or a lower number")
-        return device if device.index is not None else torch.device("cuda", self.local_rank % count)
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank; also a barrier."""

@@ -130,6 +130,13 @@ def test_a_finished_folder_is_left_alone_and_a_lost_shard_made_again(tree: Path,
             damage(out / name)
             assert run_encoding(encoder(tree, "identity", out), Ranks(2, 3)) is not None
             assert files(out) == before
+    note = out / "progress/00003.json"
+    for key in ("shard", "skipped"):  # a note that says less is none
+        note.write_text(json.dumps({k: {} if k == key else v for k, v in json.loads(note.read_text()).items()}))
+        note.write_text(note.read_text().replace('"skipped": {}', '"skipped": []'))
+        assert encoder(tree, "identity", out).done(3) is None
+        run_encoding(encoder(tree, "identity", out), ALONE)
+        assert files(out) == before
 
 
 @pytest.mark.parametrize(

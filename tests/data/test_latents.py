@@ -172,10 +172,55 @@ def test_damaged_shards_are_one_line(tmp_path: Path) -> None:
     del tree["codec"]["stochastic"]
     index.write_text(json.dumps(tree))
     assert "index.json: cannot be used (its codec has no stochastic)" in rejected(out)
-    index.write_text(json.dumps(json.loads(text) | {"items": 6}))
+    tree = json.loads(text)
+    index.write_text(json.dumps(tree | {"items": 6, "shards": tree["shards"][:2]}))
     assert "index.json and items.safetensors disagree about items" in rejected(out)
+    index.write_text(json.dumps(tree | {"classes": ["cat"]}))
+    assert "(dog/1.JPEG.latent.npz): has the label 1, outside the 1 classes; restore index.json" in rejected(out)
     index.unlink()
     assert "has no index.json: no latents, or not all of them are encoded; run launchers/encode" in rejected(out)
+
+
+INDICES = [
+    ({"classes": 5}, "it has classes=5"),
+    ({"classes": []}, "it has classes=[]"),
+    ({"items": "7"}, "it has items=7"),
+    ({"items": 6}, "it has items=6"),
+    ({"shape": [3]}, "it has shape=[3]"),
+    ({"shape": None}, "it has shape=None"),
+    ({"shape": [2, 4, 4, 4]}, "it has shape=[2, 4, 4, 4]"),
+    ({"dtype": "int8"}, "it has dtype=int8"),
+    ({"image_size": True}, "it has image_size=True"),
+    ({"skipped": [1]}, "it has skipped=[1]"),
+    ({"shards": []}, "it has items=7"),
+    ({"shards": None}, "'NoneType' object is not iterable"),
+    ({"shards": [{"file": "../a", "items": 7, "bytes": 1, "blake2b": ""}]}, "a shard of it has file=../a"),
+    ({"shards": [{"file": "a", "items": 7, "blake2b": ""}]}, "a shard of it has no bytes"),
+    ({"codec": SD_CODEC | {"scale": [1.0, 2.0]}}, "its codec has scale=[1.0, 2.0]"),
+    ({"codec": SD_CODEC | {"shift": 10**400}}, "its codec has shift=1000"),
+    ({"codec": SD_CODEC | {"stochastic": 1}}, "its codec has stochastic=1"),
+    ({"codec": SD_CODEC | {"pixel_range": 2}}, "its codec has pixel_range=2"),
+    ({"codec": None}, "its codec is no record of one"),
+    ({"more": 1}, "unexpected keyword argument 'more'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), INDICES, ids=str)
+def test_a_damaged_index_is_one_line(tmp_path_factory: pytest.TempPathFactory, change: dict, message: str) -> None:
+    """Whoever reads it; also where all files match their checksums, which the index itself has not."""
+    index = write_shards(tmp_path_factory.mktemp("damaged")) / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    for read in (lambda: open_latents(str(index.parent)), lambda: shards.verify(index.parent)):
+        with pytest.raises(ConfigError, match=f"{index}: cannot be used .*; run launchers/encode") as caught:
+            read()
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shapes_are_verified_with_the_checksums(tmp_path: Path) -> None:
+    index = write_shards(tmp_path) / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"shape": [2, 8, 4, 5]}))
+    with pytest.raises(ConfigError, match=r"^--verify=.*: holds \[3, 2, 8, 4, 4\], the index says \[3, 2, 8, 4, 5\]"):
+        shards.verify(index.parent, "--verify")
 
 
 def test_items_are_found_again(tmp_path: Path) -> None:

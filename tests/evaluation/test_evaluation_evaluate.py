@@ -224,7 +224,7 @@ def test_bad_outputs(tmp_path: Path):
         (tmp_path, "is a folder"),
         (tmp_path / "a.npz", "ends in .json"),
         (tmp_path / "no" / "m.json", "does not exist"),
-        (tmp_path / "file" / "m.json", "not exist"),
+        (tmp_path / "file" / "m.json", "file is not a folder; name a place in one"),
     ):
         with pytest.raises(ConfigError, match=expected):
             check_output(path)

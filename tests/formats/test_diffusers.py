@@ -16,10 +16,12 @@ from torch import Tensor
 
 import promoe_ds
 from promoe_ds.checkpoint.layout import damage
+from promoe_ds.config.errors import ConfigError
 from promoe_ds.diffusion.guidance import guided_prediction
 from promoe_ds.diffusion.objective import Solver, make_objective
 from promoe_ds.formats.bundle import bundle, imported, needed
 from promoe_ds.formats.diffusers_export import model_code, write_diffusers
+from promoe_ds.formats.importing import import_checkpoint
 from promoe_ds.formats.weights import Weights, write
 from promoe_ds.models.dit import DiT
 from promoe_ds.models.init import build, materialize
@@ -157,6 +159,14 @@ def test_what_the_folder_says(tmp_path: Path) -> None:
     part = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     assert "transformer/diffusion_pytorch_model.safetensors does not match" in str(damage(tmp_path / "out"))
+    for path in (tmp_path / "out", tmp_path / "out/transformer"):
+        with pytest.raises(
+            ConfigError, match=f"^CHECKPOINT={path}: is a ProMoE pipeline, .*; draw from it with Diffusion"
+        ):
+            import_checkpoint(path)
+    write(weights(made), tmp_path / "weights")
+    with pytest.raises(ConfigError, match="weights: is a weights folder of this project; name it as it is: --model"):
+        import_checkpoint(tmp_path / "weights")
     card = (tmp_path / "out/README.md").read_text()
     assert "library_name: diffusers" in card and "guidance 1.5, 1,000 images: FID 3.25" in card
     assert "ema, bf16, after 7 steps" in card and "`token_choice`" in card

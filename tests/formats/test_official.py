@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,33 @@ def test_what_weights_do_not_tell(tmp_path: Path) -> None:
     config = import_checkpoint(file, overrides=["train.precision=fp32"]).config
     assert config.model.qk_norm and config.model.heads == HEADS
     assert config.model.num_classes == CLASSES and config.model.learn_sigma and config.model.image_size == SIDE
+
+
+class Unknown:
+    """A class of the project that wrote a file."""
+
+
+NAMED = f" ({Unknown.__module__}.Unknown)"
+
+
+@pytest.mark.parametrize(
+    ("write", "asks"),
+    [
+        (lambda file: torch.save({"a": Unknown()}, file), NAMED),
+        (lambda file: torch.save({"a": Unknown()}, file, _use_new_zipfile_serialization=False), NAMED),
+        (lambda file: file.write_bytes(pickle.dumps({"a": Unknown()}, 4)), ""),
+    ],
+    ids=["zip", "legacy", "pickle"],
+)
+def test_a_file_of_more_than_tensors_is_refused_without_advice_to_run_it(
+    tmp_path: Path, write: Callable[[Path], Any], asks: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = tmp_path / "ckpt.pkl"
+    write(file)
+    text = mistake(file)
+    assert f"does not load as plain tensors (it holds more than tensors{asks}, which could run code" in text
+    assert text.endswith("; get one of tensors alone") and "weights_only" not in text and "trust" not in text
+    assert not recwarn.list
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

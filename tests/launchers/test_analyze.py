@@ -148,6 +148,19 @@ def test_mistakes(runs: Path, words: tuple, message: str, capsys: pytest.Capture
     assert text.strip().splitlines()[-1].startswith("error: ") and sorted(runs.rglob("*")) == before
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"sets": 5}', '{"sets": [{}]}', '{"sets": [{"samples": null}]}'])
+def test_damaged_scores_are_told_before_the_work(
+    runs: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(runs / "promoe/checkpoints")
+    (run / "metrics.json").write_text(damage)
+    assert call("--run", run, "--dry-run") == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: --run={run}/metrics.json: holds no scores (") and text.count("\n") == 1
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         analyze.parser().parse_args(["--help"])

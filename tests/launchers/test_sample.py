@@ -222,6 +222,7 @@ def test_processes_that_share_experts_make_the_same_images(command: Command, tmp
         (["--cfg=-1"], "--cfg='-1': has a scale that is negative"),
         (["--cfg", "1,1.0"], "--cfg='1,1.0': names a scale twice"),
         (["--device", "abacus"], "--device=abacus: is no device"),
+        (["--device", "cpu:3"], "--device=cpu:3: is no device"),
         (["--device", "meta"], "--device=meta: is not supported"),
         (["--device", "cuda:99"], "--device=cuda:99: this machine offers"),
         (["--precision", "fp64"], "--precision='fp64': must be one of fp32, bf16; did you mean 'fp32'?"),

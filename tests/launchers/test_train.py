@@ -191,7 +191,7 @@ def test_mistakes_in_the_ds_config(name: str, capsys: pytest.CaptureFixture[str]
 def test_a_run_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     line = mistake(capsys, "--config", "tiny", "--run", str(tmp_path / "file" / "run"))
-    assert f"--run={tmp_path / 'file' / 'run'}: cannot be written" in line
+    assert f"--run={tmp_path}/file/run: {tmp_path}/file is not a folder; name a place in one" in line
     assert (tmp_path / "file").read_text() == "precious"
 
 

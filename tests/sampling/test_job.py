@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import TqdmWarning
 
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.schema import Config
-from promoe_ds.sampling.job import claim_folder, run_of
+from promoe_ds.sampling.job import claim_folder, codec_of_run, run_of
 from promoe_ds.sampling.store import PngStore
 from tests.sample_folder import Command, read_npz, sample_command, write_run
 
@@ -84,7 +85,7 @@ def test_unclaimable_folders_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is not a folder; name another one"):
         claim_folder(tmp_path / "file", record, Config())
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="file is not a folder; name a place in one"):
         claim_folder(tmp_path / "file/below", record, Config())
     (tmp_path / "000001_class1.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="holds 000001_class1.png but no sampling.json"):
@@ -158,3 +159,32 @@ def test_interrupt_is_resumable(command: Command, tmp_path: Path, monkeypatch: p
     assert len(times) == 6 and not (out / "samples.npz").exists() and not list(out.glob(".*"))
     assert command("--model", file, "--out", out) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+@pytest.mark.parametrize("damage", ["5", "{}", "[]", '{"kind": "AutoencoderKL"}', "{"])
+def test_a_damaged_record_of_the_codec_is_one_line(tmp_path: Path, damage: str) -> None:
+    file = write_run(tmp_path)
+    assert codec_of_run(file) is None
+    (tmp_path / "codec.json").write_text(damage)
+    with pytest.raises(ConfigError, match=r"its codec.json cannot be read \(.*\); restore it or remove it$"):
+        codec_of_run(file)
+
+
+@pytest.mark.parametrize(("num", "steps"), [(4, 9), (12, 5), (12, 7)])
+def test_the_bar_ends_at_the_number_of_images(
+    command: Command,
+    tmp_path: Path,
+    num: int,
+    steps: int,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Also of an interrupted folder. With so many steps, their shares of an image sum up to more than one."""
+    file = write_run(tmp_path)
+    for _ in ("new", "again"):
+        assert command("--model", file, "--out", tmp_path / "out", "--num", num, "--steps", steps) == 0
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "100%" in last and f" {num}/{num} [" in last and "<00:00, " in last
+        (tmp_path / "out/samples.npz").unlink()
+        (tmp_path / "out/000001_class1.png").unlink()
+    assert [str(found.message) for found in recwarn if found.category is TqdmWarning] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from PIL import Image
 from launchers import analyze, encode_latents, evaluate, export, sample
 from launchers import checkpoint as checkpoint_launcher
 from promoe_ds.formats.diffusers_export import VAE_FILES
-from promoe_ds.utils.files import atomic, in_threads, making, write_text
+from promoe_ds.utils.files import MOST_NESTED, atomic, in_threads, making, parse_json, write_text
 from tests.launch import ENVIRONMENT, ROOT
 from tests.photographs import tiny_kl, write_tree
 
@@ -33,6 +34,16 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "pillow": lambda path: Image.new("L", (2, 2)).save(path, format="PNG"),
     "text": lambda path: path.write_text("a"),
 }
+
+
+def test_json_is_nested_as_deep_as_said_and_no_deeper() -> None:
+    """Short of what Python can read: the tree is compared and written further down the stack."""
+    for deep in ("[" * MOST_NESTED + "]" * MOST_NESTED, '{"a":' * MOST_NESTED + "1" + "}" * MOST_NESTED):
+        assert parse_json(deep) == json.loads(deep)
+        for deeper in (f"[{deep}]", f'{{"a": {deep}}}', "[" * sys.getrecursionlimit()):
+            with pytest.raises(ValueError, match="nested too deeply"):
+                parse_json(deeper)
+    assert parse_json(b"[[], {}, NaN]", parse_constant=str) == [[], {}, "NaN"]
 
 
 @pytest.fixture

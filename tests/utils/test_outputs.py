@@ -68,9 +68,16 @@ def test_other_places_are_free(step: Path, tmp_path: Path) -> None:
         check_new(tmp_path / "run" / "config.yaml")
 
 
-def test_every_command_keeps_out_of_checkpoints(step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, samples, before = tmp_path / "run", tmp_path / "samples.npz", contents(tmp_path)
-    for place in (run / "checkpoints", step, step / "new"):
+def test_every_command_keeps_out_of_checkpoints_and_files(
+    step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, samples = tmp_path / "run", tmp_path / "samples.npz"
+    (tmp_path / "file").touch()
+    inside, before = tmp_path / "file/a/b", contents(tmp_path)
+    for place in (run / "checkpoints", step, step / "new", inside):
+        conflict = (
+            f"{tmp_path}/file is not a folder" if place == inside else f"would write among the checkpoints of {run}"
+        )
         for words in (
             ("sample", "--run", run, "--num", 2, "--steps", 2, "--out", place),
             ("analyze", "--run", run, "--out", place, "--dry-run"),
@@ -81,7 +88,7 @@ def test_every_command_keeps_out_of_checkpoints(step: Path, tmp_path: Path, caps
             ("train", "--config", "tiny", "--run", place),
             ("train", "--config", "tiny", "--run", place, "--dry-run", "--check-files"),
         ):
-            assert f"would write among the checkpoints of {run}" in refusal(capsys, *words), words
+            assert conflict in refusal(capsys, *words), words
     for words in (
         ("evaluate", samples, "--out", step / "scores.json"),
         ("evaluate", "ref", "digits", "--out", run / "checkpoints" / "a.safetensors"),

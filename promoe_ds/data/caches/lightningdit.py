@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import DataConfig
 from promoe_ds.data import shards
 from promoe_ds.data.caches.cache import SD_CODEC, UNKNOWN, Cache, spread
 from promoe_ds.data.dataset import located
+from promoe_ds.utils.tensors import load_tensors
 
 
 class LightningDiT(Cache):
@@ -78,14 +78,14 @@ class LightningDiT(Cache):
         if isinstance(multiplier, list):
             reject("data.scale", multiplier, "latent_multiplier is one number", "say one, or data.shift too")
         try:
-            stats = torch.load(path, map_location="cpu", weights_only=True)
+            stats = load_tensors(path)
             mean, std = (stats[key].double().reshape(channels).numpy() for key in ("mean", "std"))
             if not (np.isfinite(mean).all() and (std > 0).all()):
                 raise ValueError("its values are not finite, or a std is not above 0")
         except FileNotFoundError:
             way_out = "copy it there, or set data.scale and data.shift=0 for latent_norm: false"
             reject("data.path", path, "does not exist, and only it says mean and std per channel", way_out)
-        except Exception as error:  # unpickling garbage raises anything
+        except Exception as error:  # what is no dictionary of tensors raises anything
             conflict = f"is not mean and std of {channels} channels ({' '.join(str(error).split())[:200]})"
             reject("data.path", path, conflict, "copy it again")
         codec = SD_CODEC | UNKNOWN | {"channels": channels, "stochastic": False, "std": float(multiplier)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from promoe_ds.data.images.decoded import DecodedImages
 from promoe_ds.data.images.parquet_pages import places
 from promoe_ds.data.images.splits import files_of_split
 from promoe_ds.data.labelled import check_labels, numbered_classes
+from promoe_ds.utils.files import parse_json
 
 HELD, LEAST = 2**28, 2
 """bytes of row groups that a process keeps, and how many at least: threads read neighbours at the same time"""
@@ -187,7 +187,7 @@ class _File:
     def _named(self, schema: pa.Schema) -> dict[str, list[str]]:
         """The names of the classes by column, of columns that are a ClassLabel."""
         try:
-            described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+            described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
             features = (described.get("info") or {}).get("features") or {}
             found = {key: feature["names"] for key, feature in features.items()
                      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}  # fmt: skip
