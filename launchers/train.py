@@ -114,7 +114,7 @@ def dry_run(args: argparse.Namespace, config: Config) -> int:
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """What a start would meet in the files it reads; writes nothing. Raises ConfigError."""
     from promoe_ds.checkpoint.init_from import InitialWeights
-    from promoe_ds.checkpoint.layout import candidates
+    from promoe_ds.checkpoint.layout import find_whole
     from promoe_ds.checkpoint.resume import check_run
     from promoe_ds.data import build_dataset, notes
     from promoe_ds.recipes.validate import validate_data
@@ -128,7 +128,8 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
         print(f"data.path={config.data.path}: {note}", file=sys.stderr)
     check_run(run, config)
     check_guide(config)
-    if config.train.init and not candidates(run):
+    found = find_whole(run, ALONE, read_bytes=False)
+    if config.train.init and found is None:
         InitialWeights(config)
     if config.train.score_every:
         Scores(config, ALONE, dataset.codec, make_evaluator)

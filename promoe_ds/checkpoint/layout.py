@@ -246,8 +246,9 @@ def removal(run: Path) -> str:
     return f"python launchers/checkpoint.py prune --run {shlex.quote(str(run))} --damaged"
 
 
-def find_whole(run: Path, ranks: Ranks) -> Path | None:
-    """The newest checkpoint of a run, every byte verified (the ranks share the reading); None if there is none.
+def find_whole(run: Path, ranks: Ranks, read_bytes: bool = True) -> Path | None:
+    """The newest checkpoint of a run, every byte verified (the ranks share the reading), or the sizes of its files
+    alone; None if there is none.
 
     Raises:
         ConfigError: the newest is damaged. The message names the file and the newest whole one before it; training
@@ -270,10 +271,10 @@ def find_whole(run: Path, ranks: Ranks) -> Path | None:
     if not found:
         return None
     last, share = found[-1], slice(ranks.rank, None, ranks.world)
-    problem = next(filter(None, gathered(lambda: damage(last, share=share, quiet=ranks.rank > 0))), None)
+    problem = next(filter(None, gathered(lambda: damage(last, read_bytes, share, quiet=ranks.rank > 0))), None)
     if problem is None:
         return last
     older = found[-2::-1] if ranks.rank == 0 else []
-    whole = gathered(lambda: next((p for p in older if damage(p, quiet=False) is None), None))[0]
+    whole = gathered(lambda: next((p for p in older if damage(p, read_bytes, quiet=False) is None), None))[0]
     way_out = f"remove it to continue from {whole.name}: {removal(run)}" if whole else ""
     reject("checkpoint", last, f"is damaged: {problem}", way_out or "no whole one is left: use another --run")

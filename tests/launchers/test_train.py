@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,17 @@ def test_mistakes_in_the_ds_config(name: str, capsys: pytest.CaptureFixture[str]
     line = mistake(capsys, "--ds_config", str(path), "--run", str(tmp_path / "run"))
     assert f"{path}: {key}" in line and way_out in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_a_damaged_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By the sizes of its files: it is the start that reads every byte."""
+    save(tmp_path, 5)
+    words = ["--config", "tiny", "--run", str(tmp_path), "--dry-run", "--check-files"]
+    assert launcher.main(words) == 0
+    capsys.readouterr()
+    (layout.folder(tmp_path, 5) / "manifest.json").write_text("[" * sys.getrecursionlimit())
+    line = mistake(capsys, *words)
+    assert "step_00000005: is damaged: manifest.json is not JSON (it is nested too deeply); no whole one" in line
 
 
 def test_a_run_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
