@@ -182,7 +182,7 @@ def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np
     try:
         label_N = np.asarray(torch.as_tensor(labels).cpu()).reshape(-1)
     except (ValueError, TypeError, RuntimeError):
-        reject("labels", labels, "are no numbers", f"give integers in 0..{num_classes}")
+        reject("labels", str(labels), "are no numbers", f"give integers in 0..{num_classes}")
     if bad := [label for label in label_N.tolist() if not (isinstance(label, int) and 0 <= label <= num_classes)]:
         reject("labels", bad[0], f"is not in 0..{num_classes}", f"{num_classes} means no class")
     return label_N
@@ -191,7 +191,7 @@ def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np
 def _check(seed: int, batch: int, cfg: float, steps: int | str, sampler: str | None, precision: str | None) -> None:
     """Raises ConfigError."""
     if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**64):
-        reject("seed", seed, "must lie in [0, 2**64)", "choose such a number")
+        reject("seed", str(seed), "must lie in [0, 2**64)", "choose such a number")
     if not (isinstance(batch, int | np.integer) and batch >= 1):
         reject("batch", batch, "must be a positive number of images", "choose 1 or more")
     if not (math.isfinite(cfg) and cfg >= 0):

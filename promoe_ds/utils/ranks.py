@@ -30,7 +30,7 @@ def find_device(name: torch.device | str, option: str, known: str = "cpu, cuda o
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        reject(option, name, "is no device", f"write {known}")
+        reject(option, str(name), "is no device", f"write {known}")
     if device.type == "cpu":
         if device.index:  # torch takes it, safetensors does not
             reject(option, name, "is no device, the CPU has no numbers", f"write {known}")
