@@ -137,6 +137,16 @@ def order(rows: list[Row], kept: dict[str, Scores]) -> str:
     return "\n".join(f"- {name}: {' < '.join(row.label for row in ranked)}" for name, ranked in ranks)
 
 
+def accuracies(each: list[Scores]) -> str:
+    """Accuracy of the judge; of each with its seeds, where runs come from several folders, which train one each."""
+    seeds: dict[str, set[int]] = {}
+    for scores in each:
+        seeds.setdefault(f"{scores['judge_accuracy']:.3f}", set()).add(scores["seed"])
+    if len(seeds) == 1:
+        return next(iter(seeds))
+    return " and ".join(f"{accuracy} (seed {', '.join(map(str, sorted(of)))})" for accuracy, of in seeds.items())
+
+
 def method(rows: list[Row], kept: dict[str, Scores], args: argparse.Namespace) -> str:
     """How the figures came about, and what they cannot say."""
     train, first = rows[0].config.train, kept[rows[0].runs[0]]
@@ -147,7 +157,7 @@ def method(rows: list[Row], kept: dict[str, Scores], args: argparse.Namespace) -
 Each row: {train.steps} steps (times its budget in the paper) of {train.global_batch_size} images, {train.precision},
 seeds {", ".join(map(str, args.seeds))}, rows in turns; {hours:.1f} hours of CPU for training them all. Per guidance
 scale {args.num} images of {first["sampler_steps"]} sampler steps, scored by {first["judge"]}, whose accuracy on
-held-out reals is {first["judge_accuracy"]:.3f}. FD is the Frechet distance of its features, IS-like the Inception score
+held-out reals is {accuracies(each)}. FD is the Frechet distance of its features, IS-like the Inception score
 with its classes; neither compares with an FID50K of ImageNet, only their order does. EMA loss: the diffusion loss of
 the EMA weights, with the same noise and timesteps for all rows. Load and dead experts (over all MoE layers) are means
 over the last quarter of training. Class, timestep, position: the share of the choice of expert that each explains, I/H,

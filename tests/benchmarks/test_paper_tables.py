@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks import paper_tables, scoring
 from benchmarks.fashion import pack, read_idx
-from benchmarks.paper_report import Row, expected, orderings, sign_test
+from benchmarks.paper_report import Row, accuracies, expected, orderings, sign_test
 from benchmarks.paper_tables import TABLES, parse_args, plan, run
 from promoe_ds.data import build_dataset
 from promoe_ds.recipes.load import load_config
@@ -149,6 +149,12 @@ def test_a_signal_ends_the_study_and_loses_nothing(tmp_path, monkeypatch):
     assert paper_tables.train_until(runs[0].config, runs[0].folder, 2) == 0
     study = paper_tables.Study(args, runs)
     assert [each.turns() for each in runs] == [2, 0] and study.left()[0] is runs[1]  # the one furthest behind
+
+
+def test_a_page_names_each_judge():
+    runs = [{"judge_accuracy": 0.9243, "seed": 0}, {"judge_accuracy": 0.9233, "seed": 1}]
+    assert accuracies(runs[:1] * 2) == "0.924"
+    assert accuracies([*runs, {"judge_accuracy": 0.9233, "seed": 2}]) == "0.924 (seed 0) and 0.923 (seed 1, 2)"
 
 
 def test_signs_and_expected_orders():
