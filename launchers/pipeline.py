@@ -27,11 +27,11 @@ from promoe_ds.data.codecs import find_codec, open_codec
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
-from promoe_ds.parallel import ds_config
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, check_positive, launcher, parse_scales, parse_steps
 from promoe_ds.utils.files import read_json
 from promoe_ds.utils.outputs import RECORD, SAMPLES
+from promoe_ds.utils.ranks import check_accelerator
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"
@@ -190,6 +190,9 @@ def check_size(size: int, cells: int, vae: str) -> None:
 
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """The same for files; a dry run does without. Raises `ConfigError`."""
+    check_accelerator()
+    from promoe_ds.parallel import ds_config  # imports DeepSpeed
+
     run = args.run or Path("runs") / config.name
     check_run(run, config)  # its stages are not those of this command, whatever is there
     changed_lr(newest(run), config)

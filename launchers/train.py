@@ -217,8 +217,10 @@ def main(argv: list[str] | None = None) -> int:
         prepare_environment()
         args = parse_args(argv)
         from promoe_ds.recipes.load import load_config  # imports torch
+        from promoe_ds.utils.ranks import check_accelerator
 
         config = load_config(args.config, args.overrides)
+        check_accelerator()
         return dry_run(args, config) if args.dry_run else train(args, config)
     except ConfigError as error:
         return mistake(error)

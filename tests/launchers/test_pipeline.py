@@ -127,6 +127,12 @@ def test_what_is_missing_is_told_before_any_work(
     assert code == 2 and text == "" and message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_a_device_that_deepspeed_would_not_find_is_told(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "foo")
+    code, text, error = pipeline("digits")
+    assert code == 2 and text == "" and error.startswith("error: environment DS_ACCELERATOR='foo': is neither cpu nor")
+
+
 def test_a_run_of_another_configuration_is_not_taken_for_done(pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(load_config("tiny")))
     save(tmp_path, 20)

@@ -163,6 +163,18 @@ def test_numbers_of_a_launcher_that_are_none(
     assert f"environment {name}='{text}': is not a number of processes; unset it" in mistake(capsys, "--dry-run")
 
 
+@pytest.mark.parametrize("name", ["foo", "", "cuda"])
+def test_a_device_that_deepspeed_would_not_find(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    conflict = "cuda: this machine offers no CUDA device" if name == "cuda" else f"'{name}': is neither cpu nor cuda"
+    for words in ([], ["--dry-run"]):
+        line = mistake(capsys, "--config", "tiny", *words)
+        assert f"environment DS_ACCELERATOR={conflict}; unset it" in line
+
+
 def test_a_superclass_map_that_misses_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     groups = tmp_path / "groups.yaml"
     groups.write_text("superclasses: {a: [0, 1, 2], b: [3, 4], c: [5, 6], d: [8]}")
