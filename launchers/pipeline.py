@@ -30,7 +30,7 @@ from promoe_ds.evaluation.inception import find_weights
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, check_positive, launcher, parse_scales, parse_steps
 from promoe_ds.utils.files import read_json
-from promoe_ds.utils.outputs import RECORD, SAMPLES
+from promoe_ds.utils.outputs import RECORD, SAMPLES, check_run_place
 from promoe_ds.utils.ranks import check_accelerator
 
 HERE = Path(__file__).resolve().parent
@@ -194,6 +194,7 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     from promoe_ds.parallel import ds_config  # imports DeepSpeed
 
     run = args.run or Path("runs") / config.name
+    check_run_place(run)
     check_run(run, config)  # its stages are not those of this command, whatever is there
     changed_lr(newest(run), config)
     ds_config.resolve(args.ds_config, config, args.processes)

@@ -89,11 +89,11 @@ def prepare_environment() -> None:
 
 
 def run_folder(args: argparse.Namespace, config: Config) -> Path:
-    """Where the run lies. Raises ConfigError if that is among the checkpoints of another."""
-    from promoe_ds.utils.outputs import check_place
+    """Where the run lies. Raises ConfigError if that is in another run."""
+    from promoe_ds.utils.outputs import check_run_place
 
     run = args.run or Path("runs") / config.name
-    check_place(run, "--run")
+    check_run_place(run)
     return run
 
 
