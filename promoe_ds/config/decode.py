@@ -120,7 +120,8 @@ def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
     for key in value:
         if key not in known:
             listed = f"unknown key (known: {', '.join(known)})"
-            reject(f"{prefix}{key}", value[key], listed, did_you_mean(key, known))
+            shown = "{...}" if isinstance(value[key], dict) else value[key]
+            reject(f"{prefix}{key}", shown, listed, did_you_mean(key, known))
     return kind(**{key: _decode(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
 
 

@@ -88,6 +88,7 @@ def test_configurations_cannot_be_changed() -> None:
 def test_unknown_keys_are_named_with_the_nearest_known_one() -> None:
     error("train.stpes=5: unknown key", "train.stpes=5")
     error("did you mean 'steps'?", "train.stpes=5")
+    error("trian={...}: unknown key", "trian.steps=5")
     error("did you mean 'train'?", "trian.steps=5")
     error("did you mean 'top_k'?", "moe.router.topk=2")
     error("moe.router.zzz=1: unknown key", "moe.router.zzz=1")
@@ -291,6 +292,12 @@ def test_the_data_path_is_needed_by_training_only() -> None:
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def test_a_misspelt_section_of_a_file_is_named_without_what_it_holds(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "base: tiny\noptimiser: {lr: 1.0e-3, beta1: 0.5, beta2: 0.9}\n")
+    error("optimiser={...}: unknown key (known: name, model, ", base=path)
+    error("; did you mean 'optimizer'?", base=path)
 
 
 def test_a_file_may_start_from_a_recipe(tmp_path: Path) -> None:
