@@ -152,6 +152,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("name=../x", "name=../x: is the name of the run folder in runs/; choose one without `..`"),
         ("name=/x", "name=/x: is the name of the run folder in runs/"),
         ("name=", "name=null: expected str, got NoneType"),
+        ("name=null", "name=null: expected str, got NoneType; write it in quotes"),
         ("name=''", "name=: is the name of the run folder in runs/"),
         ("name=.", "name=.: is the name of the run folder in runs/"),
         ("train.profile=²:³", "train.profile='²:³': is not A:B with steps"),
