@@ -201,7 +201,7 @@ def check_images(option: str, path: str) -> None:
 
 def check_files(args: argparse.Namespace, config: Config) -> None:
     """The same for files; a dry run does without, unless it is asked to. Raises `ConfigError`."""
-    check_accelerator()
+    check_accelerator(present=not args.dry_run)
     from promoe_ds.parallel import ds_config  # imports DeepSpeed
 
     run = args.run or Path("runs") / config.name

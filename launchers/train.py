@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         from promoe_ds.utils.ranks import check_accelerator
 
         config = load_config(args.config, args.overrides)
-        check_accelerator()
+        check_accelerator(present=not args.dry_run)
         return dry_run(args, config) if args.dry_run else train(args, config)
     except ConfigError as error:
         return mistake(error)

@@ -170,7 +170,7 @@ def test_a_device_that_deepspeed_would_not_find(
     monkeypatch.setenv("DS_ACCELERATOR", name)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     conflict = "cuda: this machine offers no CUDA device" if name == "cuda" else f"'{name}': is neither cpu nor cuda"
-    for words in ([], ["--dry-run"]):
+    for words in ([], ["--dry-run"] * (name != "cuda")):  # a dry run may plan for a machine that has one
         line = mistake(capsys, "--config", "tiny", *words)
         assert f"environment DS_ACCELERATOR={conflict}; unset it" in line
 
