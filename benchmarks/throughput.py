@@ -176,11 +176,8 @@ def step_systems(
     for name, model in (("dense", dense), ("promoe", promoe)):
         systems[f"{name} compiled"] = train_step(compile_model(twin(model)), adams[name], images, device, precision)
     if official:
-        theirs, batch, rates = (
-            official_twin(official.resolve(), promoe),
-            images_of(promoe, images, device),
-            promoe.config.optimizer,
-        )
+        theirs, rates = official_twin(official.resolve(), promoe), promoe.config.optimizer
+        batch = images_of(promoe, images, device)
         systems["official code"] = official_step(theirs, batch, precision, rates.lr, rates.ema_decay)
     return systems | {"promoe paper loop": variant("loop", True)}
 

@@ -24,6 +24,7 @@ are written by `python docs/options.py` from the fields in `promoe_ds/config/sch
 
 A mapping on the command line changes the keys that it names and keeps the others: `'model={depth: 4}'` is the same as
 `model.depth=4`. A router of another name, as in `'moe.router={name: kmeans}'`, starts from its own defaults.
+`null` is nothing, where an option may be that, and never a name: `"name='null'"` is.
 
 The last column says who may change an option once there are weights: *resume*, the same run when it goes on, and a
 fine-tune too; *fine-tune*, only a new run that starts from the weights (`train.init`); *never*, nobody: the

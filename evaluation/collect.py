@@ -8,9 +8,10 @@ Shape suffixes: N images, d features, s spatial features, K classes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -162,29 +163,17 @@ def save_features(path: Path, features: FeatureSet) -> None:
         safetensors.numpy.save_file(tensors, temporary, described)
 
 
-def load_features(path: Path, option: str) -> FeatureSet:
-    """Read what `save_features` wrote. Raises `ConfigError` otherwise, naming `option`."""
+@contextlib.contextmanager
+def _opened(path: Path, option: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file of `save_features` and its description. Raises `ConfigError`, naming `option`, for what is none."""
     way_out = "name a file that launchers/evaluate.py features or ref has written"
     try:
         check_readable(path)
         with safetensors.safe_open(path, "numpy") as file:
             described = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if described.get("format") != FORMAT:
-            reject(option, path, "is no features file", way_out)
-        spatial = Gaussian(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None
-        return FeatureSet(
-            name=str(path),
-            extractor=described["extractor"],
-            num=parse_json(described["num"]),
-            sha256=described["sha256"],
-            gaussian=Gaussian(tensors["mu"], tensors["sigma"]),
-            spatial=spatial,
-            features_Nd=tensors.get("features"),
-            logits_NK=tensors.get("logits"),
-            labels_N=tensors.get("labels"),
-            sampling=parse_json(described["sampling"]),
-        )
+            if described.get("format") != FORMAT:
+                reject(option, path, "is no features file", way_out)
+            yield file, described
     except NOT_FOUND:
         reject(option, path, "no such file", way_out)
     except OSError as error:
@@ -193,17 +182,37 @@ def load_features(path: Path, option: str) -> FeatureSet:
         reject(option, path, f"is no readable features file ({type(error).__name__})", way_out)
 
 
-def check_network(found: FeatureSet, network: str, option: str) -> None:
-    """As `check_extractor`, before the network's weights are looked for, which may be of no use.
+def load_features(path: Path, option: str) -> FeatureSet:
+    """Read what `save_features` wrote. Raises `ConfigError` otherwise, naming `option`."""
+    with _opened(path, option) as (file, described):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return FeatureSet(
+            name=str(path),
+            extractor=described["extractor"],
+            num=parse_json(described["num"]),
+            sha256=described["sha256"],
+            gaussian=Gaussian(tensors["mu"], tensors["sigma"]),
+            spatial=Gaussian(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None,
+            features_Nd=tensors.get("features"),
+            logits_NK=tensors.get("logits"),
+            labels_N=tensors.get("labels"),
+            sampling=parse_json(described["sampling"]),
+        )
+
+
+def check_network(path: Path, network: str, option: str) -> None:
+    """As `check_extractor` of a file, before the network's weights are looked for, which may be of no use.
 
     Args:
         network: one of `EXTRACTORS`; that a file of the user's is another is only known once it is read.
     """
-    made_by = found.extractor.partition(":")[0]
+    with _opened(path, option) as (_, described):  # its arrays may be large, and are read later
+        found = described["extractor"]
+    made_by = found.partition(":")[0]
     if network in EXTRACTORS and made_by != network:
-        fault = f"holds features of {found.extractor}, --features is {network}"
+        fault = f"holds features of {found}, --features is {network}"
         way_out = f"add --features {made_by}" if made_by in EXTRACTORS else "name that network's file with --features"
-        reject(option, found.name, fault, way_out)
+        reject(option, path, fault, way_out)
 
 
 def check_extractor(found: FeatureSet, extractor: str, option: str) -> None:

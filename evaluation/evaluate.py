@@ -57,7 +57,7 @@ class Evaluator:
         """
         source = find_reference(reference)
         if source.features is not None:
-            check_network(source.features, features, "--ref")
+            check_network(Path(reference), features, "--ref")
         self.extractor: FeatureExtractor = load_extractor(
             features, weights=weights, dinov2_weights=dinov2_weights, device=device, batch=batch
         )

@@ -14,7 +14,7 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.config.errors import reject
-from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_network, collect, load_features, save_features
+from promoe_ds.evaluation.collect import SUFFIX, FeatureSet, check_network, collect, save_features
 from promoe_ds.evaluation.dinov2 import find_dinov2
 from promoe_ds.evaluation.evaluate import Evaluator, check_shape, score_all
 from promoe_ds.evaluation.extractors import BATCH, EXTRACTORS, load_extractor, usual_features
@@ -104,7 +104,7 @@ def _features(args: argparse.Namespace, reference: str, found: Sequence[tuple[st
     name = args.features or usual_features(reference)
     for option, path in found:
         if path.suffix == SUFFIX and path.is_file():
-            check_network(load_features(path, option), name, option)
+            check_network(path, name, option)
     if name == "inception":
         find_weights(args.inception_weights)
     if name == "dinov2":

@@ -19,19 +19,22 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
+from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.layout import newest, step_of, trained
 from promoe_ds.checkpoint.resume import changed_lr, check_run
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import find_codec, open_codec
+from promoe_ds.data.images import LOOKED_FOR
 from promoe_ds.data.shards import ITEMS, read_index
 from promoe_ds.diffusion.objective import choose_sampler
 from promoe_ds.evaluation.inception import find_weights
-from promoe_ds.parallel import ds_config
 from promoe_ds.recipes.load import load_config
+from promoe_ds.sampling.weak import find_weak
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, check_positive, launcher, parse_scales, parse_steps
 from promoe_ds.utils.files import read_json
-from promoe_ds.utils.outputs import RECORD, SAMPLES
+from promoe_ds.utils.outputs import RECORD, SAMPLES, check_run_place
+from promoe_ds.utils.ranks import check_accelerator
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"
@@ -47,7 +50,8 @@ EXAMPLES = """examples:
   python launchers/pipeline.py imagenet256_promoe_b data.name=images --images imagenet/train --vae sd-vae-ft-mse ...
 
 The same command again continues where it stopped. --dry-run prints the commands, which can also be run one by one (on
-several nodes, through srun). Exit codes: 0 done, 2 user error, otherwise that of the launcher that stopped.
+several nodes, through srun); --check-files looks at files before. Exit codes: 0 done, 2 user error, otherwise that of
+the launcher that stopped.
 """
 
 
@@ -88,6 +92,7 @@ def parser() -> Parser:
     p.add_argument("--inception-weights", metavar="PATH", help="of launchers/evaluate.py")
     p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     p.add_argument("--dry-run", action="store_true", help="print the commands, and which are done")
+    p.add_argument("--check-files", action="store_true", help="with --dry-run: look at files, as a start does, too")
     return p
 
 
@@ -188,21 +193,38 @@ def check_size(size: int, cells: int, vae: str) -> None:
         reject("--size", size, conflict, f"set model.image_size={size // codec.factor}, or leave it out")
 
 
+def check_images(option: str, path: str) -> None:
+    """Raise `ConfigError`, as the reader of images would, if nothing is there."""
+    if not Path(path).expanduser().exists():
+        reject(option, path, "does not exist", f"name {LOOKED_FOR}")
+
+
 def check_files(args: argparse.Namespace, config: Config) -> None:
-    """The same for files; a dry run does without. Raises `ConfigError`."""
+    """The same for files; a dry run does without, unless it is asked to. Raises `ConfigError`."""
+    check_accelerator(present=not args.dry_run)
+    from promoe_ds.parallel import ds_config  # imports DeepSpeed
+
     run = args.run or Path("runs") / config.name
+    check_run_place(run)
     check_run(run, config)  # its stages are not those of this command, whatever is there
     changed_lr(newest(run), config)
     ds_config.resolve(args.ds_config, config, args.processes)
-    if config.data.name == "latents":
+    if config.train.init and newest(run) is None:
+        InitialWeights(config)
+    if config.guidance.model:
+        find_weak(config.guidance.model, config, "guidance.model")
+    latents = config.data.name == "latents"
+    shards = Path(args.latents or config.data.path or run / "latents")
+    if args.vae:
         find_codec(args.vae)
-        shards = args.latents or config.data.path
-        if shards and not args.images and not Path(shards).exists():
-            reject("--latents", shards, "does not exist, and no images are named", "add --images DIR")
-    elif args.vae:
-        find_codec(args.vae)
-        if args.size:
-            check_size(args.size, config.model.image_size, args.vae)
+    if args.vae and args.size and not latents:
+        check_size(args.size, config.model.image_size, args.vae)
+    if latents and not args.images and not shards.exists():
+        reject("--latents", shards, "does not exist, and no images are named", "add --images DIR")
+    if args.images and not (latents and encoded(shards, args.size or SIZE)):
+        check_images("--images", args.images)
+    elif config.data.name == "images" and config.data.path:
+        check_images("data.path", config.data.path)
     features = args.features or ("digits-cnn" if args.ref in (None, DIGITS) else "inception")
     named = {"--ref": args.ref, "--features": features, "--inception-weights": args.inception_weights}
     for option, path in named.items():
@@ -247,10 +269,13 @@ def run_stage(stage: Stage, command: list[str]) -> int:
 
 
 def pipeline(argv: list[str]) -> int:
-    args = parser().parse_intermixed_args(argv)
+    p = parser()
+    args = p.parse_intermixed_args(argv)
+    if args.check_files and not args.dry_run:
+        p.error("--check-files is for --dry-run; a start does it anyway")
     config = load_config(args.recipe, args.overrides)
     check(args, config)
-    if not args.dry_run:
+    if args.check_files or not args.dry_run:
         check_files(args, config)
     for number, stage in enumerate(stages_of(args, config), start=1):
         command, done = stage.command(args.processes), stage.done()

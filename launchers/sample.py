@@ -31,7 +31,7 @@ from promoe_ds.sampling.generate import Pixels, SamplingOptions, check_channels,
 from promoe_ds.sampling.protocols import NAMES, Protocol, find_protocol, protocol_record
 from promoe_ds.sampling.weak import load_weak
 from promoe_ds.utils.command_line import Parser, check_positive, launcher, own_words, parse_scales, parse_steps
-from promoe_ds.utils.ranks import Ranks
+from promoe_ds.utils.ranks import Ranks, check_accelerator
 
 EXAMPLES = """examples:
   python launchers/sample.py --run runs/digits --num 100
@@ -114,6 +114,8 @@ def parse_formats(text: str) -> tuple[str, ...]:
 def check(args: argparse.Namespace) -> None:
     """Raises `ConfigError` for numbers out of range, and for options of --format features without it."""
     check_positive(args, "num", "steps", "batch", "expert_parallel")
+    if args.expert_parallel > 1:
+        check_accelerator()
     if not 0 <= args.seed < 2**64:
         reject("--seed", args.seed, "must lie in [0, 2**64)", "choose such a number")
     unused = {"--features": args.features, "--inception-weights": args.inception_weights}

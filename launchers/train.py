@@ -89,11 +89,11 @@ def prepare_environment() -> None:
 
 
 def run_folder(args: argparse.Namespace, config: Config) -> Path:
-    """Where the run lies. Raises ConfigError if that is among the checkpoints of another."""
-    from promoe_ds.utils.outputs import check_place
+    """Where the run lies. Raises ConfigError if that is in another run."""
+    from promoe_ds.utils.outputs import check_run_place
 
     run = args.run or Path("runs") / config.name
-    check_place(run, "--run")
+    check_run_place(run)
     return run
 
 
@@ -217,8 +217,10 @@ def main(argv: list[str] | None = None) -> int:
         prepare_environment()
         args = parse_args(argv)
         from promoe_ds.recipes.load import load_config  # imports torch
+        from promoe_ds.utils.ranks import check_accelerator
 
         config = load_config(args.config, args.overrides)
+        check_accelerator(present=not args.dry_run)
         return dry_run(args, config) if args.dry_run else train(args, config)
     except ConfigError as error:
         return mistake(error)

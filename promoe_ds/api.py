@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -95,8 +96,10 @@ def generate(
     """
     config = _config(model, "model")
     m, label_N, device = config.model, _labels(labels, config.model.num_classes), next(model.parameters()).device
+    cfg, steps = config.sample.cfg if cfg is None else cfg, config.sample.steps if steps is None else steps
     how = {"sampler": sampler, "eta": eta, "shift": shift, "sde": sde, "interval": interval}
-    options = _options(config, device, cfg, steps, seed, batch, precision, **how)
+    options = SamplingOptions(cfg, steps, seed, batch, choose_precision(precision, device), **how)
+    options = _checked(options, config)
     out = torch.empty(len(label_N), m.channels, m.image_size, m.image_size, device=device)
     drawn = label_N, np.arange(len(label_N)), options, device
     for rows, x in draw_batches(model, config, *drawn, weak=_weak(model, guidance_model)):
@@ -104,29 +107,32 @@ def generate(
     return out
 
 
-def _options(
-    config: Config,
-    device: torch.device,
-    cfg: Any,
-    steps: Any,
-    seed: Any,
-    batch: Any,
-    precision: Any,
-    *,
-    sampler: Any,
-    eta: Any,
-    shift: Any,
-    sde: Any,
-    interval: Any,
-) -> SamplingOptions:
-    """The options of `generate`, each looked at; raises ConfigError."""
-    cfg, eta = _number("cfg", config.sample.cfg if cfg is None else cfg), _number("eta", eta)
-    shift, interval = None if shift is None else _number("shift", shift), _interval(interval)
-    steps = config.sample.steps if steps is None else int(steps) if isinstance(steps, np.integer) else steps
-    _check(seed, batch, cfg, steps, sampler, precision)
-    solver, _ = choose_sampler(config, sampler, steps, eta, shift, _sde(sde))
-    how = {"sampler": solver.sampler, "eta": eta, "interval": interval, "shift": solver.shift, "sde": sde}
-    return SamplingOptions(cfg, steps, seed, batch, choose_precision(precision, device), **how)
+def _checked(asked: SamplingOptions, config: Config) -> SamplingOptions:
+    """The options of `generate`, each looked at, whatever it was given; raises ConfigError."""
+    o = replace(
+        asked,
+        cfg=_number("cfg", asked.cfg),
+        steps=int(asked.steps) if isinstance(asked.steps, np.integer) else asked.steps,
+        eta=_number("eta", asked.eta),
+        interval=_interval(asked.interval),
+        shift=None if asked.shift is None else _number("shift", asked.shift),
+        sde=_sde(asked.sde),
+    )
+    if not (isinstance(o.seed, int | np.integer) and 0 <= o.seed < 2**64):
+        reject("seed", str(o.seed), "must lie in [0, 2**64)", "choose such a number")
+    if not (isinstance(o.batch, int | np.integer) and o.batch >= 1):
+        reject("batch", o.batch, "must be a positive number of images", "choose 1 or more")
+    if not (math.isfinite(o.cfg) and o.cfg >= 0):
+        reject("cfg", o.cfg, "is negative or not finite", "choose a guidance scale; 1 is none")
+    if isinstance(o.steps, int) and o.steps < 1:
+        reject("steps", o.steps, "must be positive", "choose 1 or more")
+    if o.sampler is not None and not isinstance(o.sampler, str):
+        reject("sampler", repr(o.sampler), "is no name of a sampler", "name one, or leave it out")
+    known = get_args(Precision)
+    if not (isinstance(o.precision, str) and o.precision in known):
+        reject("precision", o.precision, f"must be one of {', '.join(known)}", did_you_mean(o.precision, known))
+    solver, _ = choose_sampler(config, o.sampler, o.steps, o.eta, o.shift, o.sde)
+    return replace(o, sampler=solver.sampler, shift=solver.shift)
 
 
 def _weak(model: DiT, given: DiT | None) -> DiT | None:
@@ -186,20 +192,3 @@ def _labels(labels: Sequence[int] | np.ndarray | Tensor, num_classes: int) -> np
     if bad := [label for label in label_N.tolist() if not (isinstance(label, int) and 0 <= label <= num_classes)]:
         reject("labels", bad[0], f"is not in 0..{num_classes}", f"{num_classes} means no class")
     return label_N
-
-
-def _check(seed: int, batch: int, cfg: float, steps: int | str, sampler: str | None, precision: str | None) -> None:
-    """Raises ConfigError."""
-    if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**64):
-        reject("seed", str(seed), "must lie in [0, 2**64)", "choose such a number")
-    if not (isinstance(batch, int | np.integer) and batch >= 1):
-        reject("batch", batch, "must be a positive number of images", "choose 1 or more")
-    if not (math.isfinite(cfg) and cfg >= 0):
-        reject("cfg", cfg, "is negative or not finite", "choose a guidance scale; 1 is none")
-    if isinstance(steps, int) and steps < 1:
-        reject("steps", steps, "must be positive", "choose 1 or more")
-    if sampler is not None and not isinstance(sampler, str):
-        reject("sampler", repr(sampler), "is no name of a sampler", "name one, or leave it out")
-    known = get_args(Precision)
-    if precision is not None and not (isinstance(precision, str) and precision in known):
-        reject("precision", precision, f"must be one of {', '.join(known)}", did_you_mean(precision, known))

@@ -120,7 +120,8 @@ def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
     for key in value:
         if key not in known:
             listed = f"unknown key (known: {', '.join(known)})"
-            reject(f"{prefix}{key}", value[key], listed, did_you_mean(key, known))
+            shown = "{...}" if isinstance(value[key], dict) else value[key]
+            reject(f"{prefix}{key}", shown, listed, did_you_mean(key, known))
     return kind(**{key: _decode(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
 
 
@@ -164,7 +165,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
     if isinstance(value, Override):
         read = value.structure(path) if origin is tuple else value.yaml()
         text = read if value[:1] in ("'", '"') and isinstance(read, str) else str(value)  # quotes are YAML's
-        if text and (kind is str or (origin is Literal and text in typing.get_args(kind))):
+        if text and read is not None and (kind is str or (origin is Literal and text in typing.get_args(kind))):
             return check_text(path, text)
         value = text if kind in (int, float) and type(read) in (int, float) else read  # 2**53 + 1 as a float
     if dataclasses.is_dataclass(kind):

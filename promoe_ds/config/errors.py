@@ -17,6 +17,8 @@ def written(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {written(item)}' for key, item in value.items())}}}"
     return f"[{', '.join(map(written, value))}]" if isinstance(value, list | tuple) else str(value)
 
 

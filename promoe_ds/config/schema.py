@@ -22,6 +22,8 @@ CacheFormat = Literal["shards", "npz", "lightningdit", "repa", "edm2", "fast-dit
 """who wrote latents: `promoe_ds/data/caches`"""
 Reset = Literal["labels", "experts"]
 """parts of weights that start anew: `promoe_ds/checkpoint/init_from.py`"""
+SHIFTS = (1e-3, 1e3)
+"""shifts of noise levels: below and above, all levels would be data or noise, and then no numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ class DiffusionConfig:
     uniform_share: float = option(0.1, "mix: the share of uniform levels", at_least=0, below=1)
     logit_mean: float = option(0.0, "mean of the logit of the noise level; above 0 is more noise")
     logit_std: float = option(1.0, "its standard deviation", above=0)
-    shift: float = option(1.0, "sigma = shift * u / (1 + (shift - 1) * u)", above=0)
+    shift: float = option(1.0, "sigma = shift * u / (1 + (shift - 1) * u)", at_least=SHIFTS[0], below=SHIFTS[1])
     label_drop: float = option(0.1, "probability that an image is trained with the null label", at_least=0, below=1)
     ddpm: DDPMConfig = section(DDPMConfig, "finetune")
 
@@ -172,7 +174,10 @@ class SampleConfig:
     )
     cfg: float = option(1.5, "classifier-free guidance scale; at <= 1 one conditional forward per step", at_least=0)
     shift: float | None = option(
-        None, "shift of the noise levels of a flow's sampler; null: `diffusion.shift`, as it was trained", above=0
+        None,
+        "shift of the noise levels of a flow's sampler; null: `diffusion.shift`, as it was trained",
+        at_least=SHIFTS[0],
+        below=SHIFTS[1],
     )
     per_class: int = option(8, "columns of the grid", at_least=1, below=1000)
     classes: int = option(10, "rows of the grid: the first classes", above=0)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from promoe_ds.config.errors import ConfigError, reject
+from promoe_ds.config.errors import ConfigError, reject, written
 from promoe_ds.data import shards
 from promoe_ds.data.codecs import Codec
 from promoe_ds.data.images import DecodedImages
@@ -188,7 +188,7 @@ class Encoder:
                     record = read_json(path)
                     for key, value in facts.items():
                         if (old := record.get(key)) != value:
-                            conflict = f"holds latents of {key}={old}, this command has {key}={value}"
+                            conflict = f"holds latents of {key}={written(old)}, this command has {key}={written(value)}"
                             reject("--out", out, conflict, "name another folder or remove this one")
                 elif foreign:
                     reject("--out", out, f"holds {foreign[0]} but no {RECORD}", "name another folder")

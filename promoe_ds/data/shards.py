@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from promoe_ds.config.errors import reject
+from promoe_ds.config.errors import reject, written
 from promoe_ds.utils.files import atomic, check_readable, file_digest, read_json, write_text
 
 FORMAT = "promoe_ds_latents/1"
@@ -103,7 +103,7 @@ def _check(what: str, tree: dict[str, Any], rules: dict[str, Rule]) -> None:
         if key not in tree:
             raise ValueError(f"{what} has no {key}")
         if not rule(tree[key]):
-            raise ValueError(f"{what} has {key}={str(tree[key])[:80]}")
+            raise ValueError(f"{what} has {key}={written(tree[key])[:80]}")
 
 
 def check_codec(record: Any) -> None:

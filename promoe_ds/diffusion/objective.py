@@ -5,7 +5,6 @@ Legend: B images, C channels, H W side. An objective is stateless but for its ta
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.errors import did_you_mean, reject
-from promoe_ds.config.schema import Config, DiffusionConfig
+from promoe_ds.config.schema import SHIFTS, Config, DiffusionConfig
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
 from promoe_ds.diffusion.ddpm_samplers import Predict, ancestral, ddim, spaced_timesteps
@@ -229,8 +228,8 @@ def choose_sampler(
         reject("--eta", eta, f"the sampler {chosen} has no eta", "remove it, or add --sampler ddim")
     if shift is not None and config.diffusion.name != "rectified_flow":
         reject("--shift", shift, f"the sampler {chosen} has no noise levels to shift", "remove it")
-    if shift is not None and not (math.isfinite(shift) and shift > 0):
-        reject("--shift", shift, "must be positive", "choose such a value; 1 is none")
+    if shift is not None and not SHIFTS[0] <= shift < SHIFTS[1]:
+        reject("--shift", shift, f"must lie in [{SHIFTS[0]:g}, {SHIFTS[1]:g})", "choose such a value; 1 is none")
     if sde is not None and chosen != "sde":
         conflict = "has no diffusion and no last step, which belong to the sampler sde"
         reject("--sampler", chosen, conflict, "remove them" + (", or add --sampler sde" if "sde" in samplers else ""))

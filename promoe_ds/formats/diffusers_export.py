@@ -28,6 +28,8 @@ from promoe_ds.utils.files import read_json, write_text
 
 PIPELINE = "pipeline"
 """diffusers looks for this name"""
+TRANSFORMER = "ProMoETransformer2DModel"
+"""the class of `diffusers_model.py`, by which an exported folder is known"""
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
@@ -36,7 +38,7 @@ def model_code(config: Config) -> str:
     """The source of the transformer: the model, with its own router and no other."""
     router = (ROUTERS[config.moe.router.name].__module__,) if config.moe else ()
     title = f"The transformer of {config.name}, as a diffusers model."
-    return bundle(title, "promoe_ds.formats.diffusers_model", "ProMoETransformer2DModel", router)
+    return bundle(title, "promoe_ds.formats.diffusers_model", TRANSFORMER, router)
 
 
 def pipeline_code() -> str:
@@ -119,13 +121,13 @@ def write_diffusers(
         index: dict[str, Any] = {
             "_class_name": [PIPELINE, "ProMoEPipeline"],
             "_diffusers_version": diffusers.__version__,
-            "transformer": [module, "ProMoETransformer2DModel"],
+            "transformer": [module, TRANSFORMER],
             "scheduler": ["diffusers", type(scheduler).__name__],
             "vae": ["diffusers", kind] if kind else [None, None],
         } | _decoding(codec)
         tree, d = encode(config), config.diffusion
         arguments = {
-            "_class_name": "ProMoETransformer2DModel",
+            "_class_name": TRANSFORMER,
             "_diffusers_version": diffusers.__version__,
             "model": tree["model"],
             "moe": tree["moe"],

@@ -21,15 +21,14 @@ from typing import Any
 import torch
 
 from promoe_ds.checkpoint.layout import FORMAT
-from promoe_ds.config.errors import reject
+from promoe_ds.config.errors import reject, written
+from promoe_ds.formats.diffusers_export import TRANSFORMER
 from promoe_ds.formats.state_files import Found, State, load_plain
 from promoe_ds.models.layers import grid_sinusoids
 from promoe_ds.utils.files import read_json
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 """the second in folders that older versions wrote"""
-EXPORTED = "ProMoETransformer2DModel"
-"""what `diffusers_export.py` writes"""
 COMPUTED = {
     "norm_type": ("ada_norm_zero",),
     "activation_fn": ("gelu-approximate",),
@@ -68,7 +67,7 @@ def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
         name = tree.get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         reject("CHECKPOINT", file, f"cannot be used ({error!r})", f"name a folder of {CLASSES[0]}")
-    if name == EXPORTED:
+    if name == TRANSFORMER:
         way_out = "draw from it with DiffusionPipeline, or export its run with --format safetensors"
         reject("CHECKPOINT", folder, "is a ProMoE pipeline, which launchers/export.py wrote for diffusers", way_out)
     if tree.get("format") == FORMAT:
@@ -84,7 +83,8 @@ def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
         reject("CHECKPOINT", file, f"cannot be used ({error!r})", f"name a folder of {CLASSES[0]}")
     for key, values in COMPUTED.items():
         if (value := tree.get(key, values[0])) not in values:
-            reject("CHECKPOINT", file, f"{key} is {value}, which is not built here", f"it must be {values[0]}")
+            conflict = f"{key} is {written(value)}, which is not built here"
+            reject("CHECKPOINT", file, conflict, f"it must be {written(values[0])}")
     return found[0], sizes
 
 

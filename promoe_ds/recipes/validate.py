@@ -159,6 +159,8 @@ def validate(config: Config) -> None:
                 reject(path, shown, "does not fit into 64 bits", "choose a smaller number")
             if isinstance(number, int | float) and not known.allows(number):
                 reject(path, number, f"must {known.range()}", "choose such a value")
+            if isinstance(number, float) and number and not 2**-126 <= abs(number) < 2**128:
+                reject(path, number, "does not fit into float32", "choose a number nearer to 1")
     _validate_name(config.name)
     _validate_model(config)
     _validate_moe(config)

@@ -43,7 +43,7 @@ def choose_precision(wanted: Precision | None, device: torch.device) -> Precisio
 
     In fp32 CUDA has no grouped product: torch multiplies expert by expert and waits for the device twice per MoE layer.
     """
-    return wanted or ("bf16" if device.type == "cuda" else "fp32")
+    return ("bf16" if device.type == "cuda" else "fp32") if wanted is None else wanted
 
 
 @dataclass(frozen=True)

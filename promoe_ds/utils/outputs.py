@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from promoe_ds.config.errors import reject
@@ -20,18 +21,34 @@ SAMPLES = "samples.npz"
 def check_place(out: Path, option: str = "--out") -> None:
     """Raise `ConfigError` if `out` is RUN/checkpoints or lies in it, by its name or where its links lead; or in a file.
 
-    Training takes what lies there for its own, and a slip of the hand must not reach it. A run is known by its
-    config.yaml and a checkpoint: others have folders of that name, too.
+    Training takes what lies there for its own, and a slip of the hand must not reach it.
     """
     if file := next((path for path in Path(os.path.abspath(out)).parents if os.path.isfile(path)), None):
         reject(option, out, f"{file} is not a folder", "name a place in one")
+    for folder in _around(out):
+        if folder.name == "checkpoints" and _is_run(folder.parent):
+            conflict = f"would write among the checkpoints of {folder.parent}"
+            reject(option, out, conflict, "name a place outside of that folder")
+
+
+def check_run_place(run: Path) -> None:
+    """As `check_place`, and raise `ConfigError` if a run lies in another one, such as in its samples."""
+    check_place(run, "--run")
+    for folder in _around(run / ".."):
+        if _is_run(folder):
+            reject("--run", run, f"lies in the run {folder}", "name another folder")
+
+
+def _around(out: Path) -> Iterator[Path]:
+    """A place and the folders it lies in, by its name and where its links lead."""
     for path in (Path(os.path.abspath(out)), Path(os.path.realpath(out))):
-        for folder in (path, *path.parents):
-            if folder.name != "checkpoints" or not (folder.parent / CONFIG).exists():
-                continue
-            if next(folder.glob("step_*/manifest.json"), None) is not None:
-                conflict = f"would write among the checkpoints of {folder.parent}"
-                reject(option, out, conflict, "name a place outside of that folder")
+        yield from (path, *path.parents)
+
+
+def _is_run(folder: Path) -> bool:
+    """A run is known by its config.yaml and a checkpoint: others have folders of that name, too."""
+    manifests = (folder / "checkpoints").glob("step_*/manifest.json")
+    return os.path.exists(folder / CONFIG) and next(manifests, None) is not None
 
 
 def check_new(out: Path, way_out: str = "name another one") -> None:

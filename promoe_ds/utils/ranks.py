@@ -19,6 +19,19 @@ def number(name: str, default: int) -> int:
     return int(text)
 
 
+def check_accelerator(present: bool = True) -> None:
+    """Raises ConfigError for a device that DeepSpeed, which asks for its name when it is imported, would not find.
+
+    Args:
+        present: the device must be there; not for a dry run, which may plan for another machine.
+    """
+    option, name = "environment DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR", "cpu")
+    if name not in ("cpu", "cuda"):
+        reject(option, repr(name), "is neither cpu nor cuda", "unset it")
+    if present and name == "cuda" and not torch.cuda.is_available():
+        reject(option, name, "this machine offers no CUDA device", "unset it")
+
+
 def cores_per_rank() -> int:
     """CPU cores of this machine that this process may use, shared with the other ranks on it."""
     local = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1))

@@ -75,13 +75,14 @@ def test_text_for_string_fields_is_taken_as_written(word: str) -> None:
     error(f"moe.router.name={word}: no such router", f"moe.router.name={word}")
 
 
-def test_null_is_nothing_for_optional_strings_and_a_word_for_others() -> None:
+def test_null_is_nothing_for_optional_strings_and_for_others_a_word_in_quotes() -> None:
     for null in ("null", "~", ""):
         assert load_config("cifar10_promoe_s", ["data.path=x", f"data.path={null}"]).data.path is None
-    assert load_config("tiny", ["data.split=null"]).data.split == "null"
+    assert load_config("tiny", ["data.split='null'"]).data.split == load_config("tiny", ["name='null'"]).name == "null"
     assert load_config("tiny", ["data.path='null'"]).data.path == "null", "quotes are YAML's"
     assert load_config("tiny", ['data.path="a: b"']).data.path == "a: b"
-    error("data.split=null: expected str, got NoneType", "data.split=")
+    for null in ("null", "~", ""):
+        error("data.split=null: expected str, got NoneType; write it in quotes", f"data.split={null}")
 
 
 @pytest.mark.parametrize(

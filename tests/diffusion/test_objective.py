@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.errors import ConfigError
-from promoe_ds.config.schema import Config
+from promoe_ds.config.schema import SHIFTS, Config
 from promoe_ds.diffusion import ddpm
 from promoe_ds.diffusion import rectified_flow as flow
 from promoe_ds.diffusion.flow_sde import SDE, euler_maruyama
-from promoe_ds.diffusion.objective import OBJECTIVES, Solver, choose_sampler, make_objective
+from promoe_ds.diffusion.objective import OBJECTIVES, RectifiedFlow, Solver, choose_sampler, make_objective
 from promoe_ds.diffusion.rectified_flow import euler, heun, sigma_schedule
 from promoe_ds.recipes.load import load_config
 
@@ -147,6 +148,20 @@ def test_the_shift_of_sampling_is_apart_from_that_of_training() -> None:
         assert make_objective(known.diffusion).timesteps(solver) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("shift", [SHIFTS[0], math.nextafter(SHIFTS[1], 0)])
+@pytest.mark.parametrize("timesteps", ["logit_normal", "uniform", "mix"])
+def test_levels_are_numbers_at_the_ends_of_what_may_be_chosen(shift: float, timesteps: str) -> None:
+    words = [f"diffusion.shift={shift}", f"diffusion.timesteps={timesteps}"]
+    for more in ("logit_mean=3e38", "logit_mean=-3e38", "logit_std=3e38", "logit_std=2e-38", "uniform_share=2e-38"):
+        config = load_config("tiny", [*words, f"diffusion.{more}"])
+        objective = make_objective(config.diffusion)
+        assert isinstance(objective, RectifiedFlow)
+        levels = objective.levels(torch.linspace(-9, 9, 1000))
+        assert levels.isfinite().all() and 0 <= levels.min() and levels.max() <= 1 + 1e-4
+        times = objective.timesteps(Solver("euler", 7))
+        assert times == sorted(times, reverse=True) and times[0] == pytest.approx(1000)
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
@@ -160,8 +175,9 @@ def test_the_shift_of_sampling_is_apart_from_that_of_training() -> None:
         (FLOW, (None, "ddim50", 0.0), "--steps=ddim50: rectified flow takes a number of steps"),
         (DDPM, ("sde", 10, 0.0), "--sampler=sde: the model was trained with diffusion.name=ddpm; choose ddpm or ddim"),
         (DDPM, (None, 10, 0.0, 3.0), "--shift=3.0: the sampler ddpm has no noise levels to shift; remove it"),
-        (FLOW, (None, 10, 0.0, 0.0), "--shift=0.0: must be positive; choose such a value"),
-        (FLOW, (None, 10, 0.0, float("nan")), "--shift=nan: must be positive"),
+        (FLOW, (None, 10, 0.0, 0.0), "--shift=0.0: must lie in [0.001, 1000); choose such a value"),
+        (FLOW, (None, 10, 0.0, 1e-300), "--shift=1e-300: must lie in [0.001, 1000)"),
+        (FLOW, (None, 10, 0.0, float("nan")), "--shift=nan: must lie in [0.001, 1000)"),
         (FLOW, ("heun", 10, 0.0, None, SDE()), "--sampler=heun: has no diffusion and no last step, which belong to"),
         (DDPM, (None, 10, 0.0, None, SDE()), "which belong to the sampler sde; remove them"),
         (FLOW, ("sde", 10, 0.0, None, SDE(diffusion_norm=-1)), "--diffusion-norm=-1: is negative or not finite"),

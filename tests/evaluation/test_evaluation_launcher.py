@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -162,6 +163,33 @@ def test_features_of_another_network_are_told_before_its_weights_are_asked_for(
     with pytest.raises(ConfigError, match=f"--ref={features}: {fault}"):
         Evaluator("inception", str(features))
     assert main([str(samples), "--ref", str(features), "--features", "digits-cnn", "--dry-run"]) == 0
+
+
+def test_the_arrays_of_a_features_file_are_read_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, ref, features = save(tmp_path / "a", 100, 1.0), tmp_path / "r.safetensors", tmp_path / "f.safetensors"
+    for command, path, out in (("ref", "digits", ref), ("features", str(samples), features)):
+        assert main([command, path, "--features", "digits-cnn", "--out", str(out)]) == 0
+    real, read = safetensors.safe_open, []
+
+    class Watched:
+        def __init__(self, path: Path, framework: str):
+            self.path, self.file = path, real(path, framework)
+
+        def __enter__(self) -> Watched:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """As a file that is read to its end."""
+
+        def __getattr__(self, name: str) -> object:
+            read.extend([self.path] if name == "keys" else [])
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Watched)
+    assert main([str(features), "--ref", str(ref), "--features", "digits-cnn"]) == 0
+    assert sorted(read) == [features, ref]
 
 
 def test_table_of_fids_warns_of_small_sets():

@@ -170,6 +170,7 @@ def test_folders_of_diffusers_that_are_refused(folder: Path, tmp_path: Path) -> 
     config = json.loads((inner / "config.json").read_text())
     for change, text in (
         ({"_class_name": "PixArtTransformer2DModel"}, "describes a PixArtTransformer2DModel; name a folder of DiT"),
+        ({"attention_bias": False}, "attention_bias is false, which is not built here; it must be true"),
         ({"activation_fn": "geglu"}, "activation_fn is geglu, which is not built here; it must be gelu-approximate"),
         ({"norm_eps": 1e-3}, "norm_eps is 0.001"),
         ({"num_layers": "many"}, "cannot be used (ValueError"),

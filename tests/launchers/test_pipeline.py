@@ -112,7 +112,14 @@ def test_images_that_the_step_encodes_need_no_stage(pipeline: Pipeline) -> None:
         (["digits", "--steps", "many"], "--steps=many: "),
         (["digits", "--features", "my.onnx"], "--features=my.onnx: no such file"),
         (["digits", "--ref", "."], "the Inception weights are not there"),
-        (["imagenet256_promoe_b", "--vae", "identity", "--images", "i"], "--ref=(none): imagenet256_promoe_b is not"),
+        (["imagenet256_promoe_b", "--vae", "identity", "--images", "."], "--ref=(none): imagenet256_promoe_b is not"),
+        (
+            ["imagenet256_promoe_b", "--vae", "identity", "--images", "i"],
+            "--images=i: does not exist; name a folder per",
+        ),
+        (IN_STEP, "data.path=i: does not exist; name a folder per class"),
+        (["digits", "train.init=nowhere"], "train.init=nowhere: no such file or folder; name a run folder"),
+        (["digits", "guidance.model=nowhere"], "guidance.model=nowhere: no such file or folder; name a run folder"),
         (["digit"], "did you mean 'digits'?"),
         (["digits", "--ds_config", "no.json"], "--ds_config=no.json: cannot be read"),
         (["digits", "--processes", "3"], "train.global_batch_size=128: "),
@@ -123,8 +130,22 @@ def test_what_is_missing_is_told_before_any_work(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.setenv("INCEPTION_WEIGHTS", "none.pth")
-    code, text, error = pipeline(*words)
-    assert code == 2 and text == "" and message in error and error.startswith("error: ") and error.count("\n") == 1
+    for more in ([], ["--dry-run", "--check-files"]):
+        code, text, error = pipeline(*words, *more)
+        assert code == 2 and text == "" and message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_files_are_looked_at_by_a_start_or_where_it_is_asked_for(pipeline: Pipeline) -> None:
+    code, text, error = pipeline("digits", "--check-files")
+    assert code == 2 and text == "" and "--check-files is for --dry-run" in error and error.count("\n") == 1
+    code, text, _ = pipeline("digits", "--dry-run", "--check-files", "--run", "nowhere")
+    assert code == 0 and text.count("\n") == 3
+
+
+def test_a_device_that_deepspeed_would_not_find_is_told(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "foo")
+    code, text, error = pipeline("digits")
+    assert code == 2 and text == "" and error.startswith("error: environment DS_ACCELERATOR='foo': is neither cpu nor")
 
 
 def test_a_run_of_another_configuration_is_not_taken_for_done(pipeline: Pipeline, tmp_path: Path) -> None:

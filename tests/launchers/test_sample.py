@@ -197,7 +197,7 @@ def test_processes_that_share_experts_make_the_same_images(command: Command, tmp
         (["--guidance-interval", "1,9", "--cfg", "1"], "--guidance-interval=1,9: guides nothing at scale 1; add --cfg"),
         (["--guidance-model", "weak", "--cfg", "1"], "--guidance-model=weak: guides nothing at scale 1; add --cfg"),
         (["--guidance-model", "nowhere"], "--guidance-model=nowhere: no such file or folder"),
-        (["--shift", "0"], "--shift=0.0: must be positive"),
+        (["--shift", "0"], "--shift=0.0: must lie in [0.001, 1000)"),
         (
             ["--last-step", "mean"],
             "--sampler=euler: has no diffusion and no last step, which belong to the sampler sde",

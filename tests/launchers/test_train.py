@@ -14,6 +14,8 @@ import pytest
 
 from launchers import train as launcher
 from promoe_ds.checkpoint import layout
+from promoe_ds.config.option import options
+from promoe_ds.recipes.load import load_config
 from tests.checkpoint.state import save
 from tests.disk import loop, resize, tmpfs
 from tests.launch import ROOT, deepspeed, run, train
@@ -161,6 +163,18 @@ def test_numbers_of_a_launcher_that_are_none(
     assert f"environment {name}='{text}': is not a number of processes; unset it" in mistake(capsys, "--dry-run")
 
 
+@pytest.mark.parametrize("name", ["foo", "", "cuda"])
+def test_a_device_that_deepspeed_would_not_find(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    conflict = "cuda: this machine offers no CUDA device" if name == "cuda" else f"'{name}': is neither cpu nor cuda"
+    for words in ([], ["--dry-run"] * (name != "cuda")):  # a dry run may plan for a machine that has one
+        line = mistake(capsys, "--config", "tiny", *words)
+        assert f"environment DS_ACCELERATOR={conflict}; unset it" in line
+
+
 def test_a_superclass_map_that_misses_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     groups = tmp_path / "groups.yaml"
     groups.write_text("superclasses: {a: [0, 1, 2], b: [3, 4], c: [5, 6], d: [8]}")
@@ -268,6 +282,14 @@ def test_dry_run_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main([*arguments, "--ds_config", str(ROOT / "ds_configs/zero1.json")]) == 0
     out = capsys.readouterr().out
     assert "1,567,733,792" in out and "reduce_bucket_size" in out
+
+
+def test_no_number_that_may_be_chosen_breaks_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    floats = [path for path, _, value in options(load_config("tiny")) if isinstance(value, float)]
+    for path in (*floats, "sample.shift"):
+        for number in ("2e-38", "3e38"):
+            assert launcher.main(["--config", "tiny", "--dry-run", f"{path}={number}"]) in (0, 2)
+            assert "nan" not in capsys.readouterr().out
 
 
 def test_one_process_by_the_deepspeed_launcher_with_nothing_else(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_configurations_cannot_be_changed() -> None:
 def test_unknown_keys_are_named_with_the_nearest_known_one() -> None:
     error("train.stpes=5: unknown key", "train.stpes=5")
     error("did you mean 'steps'?", "train.stpes=5")
+    error("trian={...}: unknown key", "trian.steps=5")
     error("did you mean 'train'?", "trian.steps=5")
     error("did you mean 'top_k'?", "moe.router.topk=2")
     error("moe.router.zzz=1: unknown key", "moe.router.zzz=1")
@@ -151,6 +152,7 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("name=../x", "name=../x: is the name of the run folder in runs/; choose one without `..`"),
         ("name=/x", "name=/x: is the name of the run folder in runs/"),
         ("name=", "name=null: expected str, got NoneType"),
+        ("name=null", "name=null: expected str, got NoneType; write it in quotes"),
         ("name=''", "name=: is the name of the run folder in runs/"),
         ("name=.", "name=.: is the name of the run folder in runs/"),
         ("train.profile=²:³", "train.profile='²:³': is not A:B with steps"),
@@ -188,9 +190,18 @@ def test_an_error_is_one_line_whatever_the_value() -> None:
         ("parallel.timeout_minutes=1e-300", "parallel.timeout_minutes=1e-300: must lie in [0.01, 20000)"),
         ("diffusion.ddpm.num_steps=1e12", "diffusion.ddpm.num_steps=1000000000000: must lie in [21, 1e+06)"),
         ("data.workers=1000", "data.workers=1000: must lie in [0, 1000)"),
+        (
+            "moe.router.temperature=1e-300",
+            "moe.router.temperature=1e-300: does not fit into float32; choose a number near",
+        ),
+        ("sample.cfg=1e300", "sample.cfg=1e+300: does not fit into float32"),
+        ("optimizer.ema_more=[1e-300]", "optimizer.ema_more=1e-300: does not fit into float32"),
         ("sample.cfg=-1", "sample.cfg=-1.0: must not be negative"),
         ("sample.steps=ddim50", "sample.steps=ddim50: rectified flow takes a number of steps; choose another"),
-        ("sample.shift=0", "sample.shift=0.0: must be positive"),
+        ("sample.shift=0", "sample.shift=0.0: must lie in [0.001, 1000)"),
+        ("sample.shift=1e-300", "sample.shift=1e-300: must lie in [0.001, 1000)"),
+        ("diffusion.shift=1e-300", "diffusion.shift=1e-300: must lie in [0.001, 1000)"),
+        ("diffusion.shift=1e39", "diffusion.shift=1e+39: must lie in [0.001, 1000)"),
         (
             "guidance.interval=[900,100]",
             "guidance.interval=[900,100]: is not [lo, hi] with 0 <= lo <= hi <= 1000; write",
@@ -282,6 +293,12 @@ def test_the_data_path_is_needed_by_training_only() -> None:
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def test_a_misspelt_section_of_a_file_is_named_without_what_it_holds(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "base: tiny\noptimiser: {lr: 1.0e-3, beta1: 0.5, beta2: 0.9}\n")
+    error("optimiser={...}: unknown key (known: name, model, ", base=path)
+    error("; did you mean 'optimizer'?", base=path)
 
 
 def test_a_file_may_start_from_a_recipe(tmp_path: Path) -> None:

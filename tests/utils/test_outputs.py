@@ -11,7 +11,7 @@ import pytest
 
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.evaluation.digits import digits_images
-from promoe_ds.utils.outputs import check_new, check_place
+from promoe_ds.utils.outputs import check_new, check_place, check_run_place
 from tests.sample_folder import write_run
 
 
@@ -66,6 +66,22 @@ def test_other_places_are_free(step: Path, tmp_path: Path) -> None:
     check_new(tmp_path / "run" / "new")
     with pytest.raises(ConfigError, match=r"exists; nothing is overwritten; name another one"):
         check_new(tmp_path / "run" / "config.yaml")
+
+
+def test_a_run_lies_in_no_other_run(step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "link").symlink_to(run / "samples")
+    for place in (run / "samples", run / "new" / "er", run / "samples" / ".." / "more", tmp_path / "link" / "x"):
+        with pytest.raises(ConfigError, match=f"--run=.*: lies in the run {run}; name another folder"):
+            check_run_place(place)
+        assert f"lies in the run {run}" in refusal(capsys, "train", "--config", "tiny", "--run", place)
+        assert f"lies in the run {run}" in refusal(capsys, "pipeline", "tiny", "--run", place)
+    for place in (run, tmp_path / "run" / ".", tmp_path / "other", tmp_path):
+        check_run_place(place)
+    (tmp_path / "elsewhere").mkdir()
+    run.rename(tmp_path / "elsewhere" / "run")
+    run.symlink_to(tmp_path / "elsewhere" / "run")
+    check_run_place(run)
 
 
 def test_every_command_keeps_out_of_checkpoints_and_files(
