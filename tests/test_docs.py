@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.config.option import options
-from promoe_ds.config.schema import Config
+from promoe_ds.config.schema import ROUTER_CONFIGS, Config, MoEConfig
+from promoe_ds.recipes import load as load  # makes the routers known
 from tests.launch import ROOT
 
 FOLDERS = ("docs", "benchmarks", "promoe_ds", "ds_configs", "slurm")
@@ -80,14 +81,18 @@ def test_the_tables_of_options_are_those_of_the_schema() -> None:
     assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "run python docs/options.py"
 
 
-@pytest.mark.parametrize("section", ["optimizer", "diffusion"])
+@pytest.mark.parametrize("section", ["optimizer", "diffusion", "moe"])
 def test_every_option_of_training_is_named_once_with_when_to_use_it(section: str) -> None:
-    """As the head of a row or a point; several rows, one for each value, stand together."""
+    """As the head of a row or a point; several rows, one for each value, stand together. Routers share options."""
     lines = (ROOT / "docs/training.md").read_text(encoding="utf-8").splitlines()
-    heads = [m[1] for line in lines if (m := re.match(rf"(?:\| |- \*\*)`({section}\.[\w.]+)", line))]
+    cells = [m[1] for line in lines if (m := re.match(rf"(?:\| |- \*\*)(`{section}\..*?)(?: \||\*\*)", line))]
+    heads = [name for cell in cells for name in re.findall(rf"`({section}\.[\w.]+)", cell)]
     named = [head for i, head in enumerate(heads) if i == 0 or heads[i - 1] != head]
-    known = {path for path, _, value in options(Config()) if path.startswith(f"{section}.") and not is_dataclass(value)}
-    assert sorted(named) == sorted(known)
+    ours = [kind for kind in ROUTER_CONFIGS.values() if kind.__module__.startswith("promoe_ds.")]
+    configs = [Config(moe=MoEConfig(router=kind())) for kind in ours]
+    found = [entry for config in configs for entry in options(config)]
+    known = {path for path, _, value in found if path.startswith(f"{section}.") and not is_dataclass(value)}
+    assert sorted(named) == sorted(known | ({"moe.router.name"} if section == "moe" else set()))
 
 
 def test_every_command_and_make_target_that_is_named_exists() -> None:
