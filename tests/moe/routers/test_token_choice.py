@@ -13,7 +13,7 @@ from promoe_ds.config.errors import ConfigError
 from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
-from tests.moe.routers.loops import D, E, check, losses_of, make, route, same_gradients, split_of, tokens
+from tests.moe.routers.loops import D, E, check, edges, losses_of, make, route, same_gradients, split_of, tokens
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -58,6 +58,24 @@ def test_load_balance_of_prototypes(activation: str, top_k: int) -> None:
     plain = losses_of(other, route(other, x, split_of()))
     assert plain.keys() == {"routing_contrastive"}
     assert torch.equal(plain["routing_contrastive"], aux["routing_contrastive"])
+
+
+@pytest.mark.parametrize(("activation", "top_k"), [("identity", 1), ("identity", 3), ("sigmoid", 1), ("softmax", 2)])
+def test_a_bias_of_prototypes_chooses_and_does_not_weigh(activation: str, top_k: int) -> None:
+    router: Any = make("promoe", activation=activation, top_k=top_k, bias_rate=0.5)
+    x, bias, expected, moved = tokens(), [0.3, -0.4, 0.0, 0.2], {}, 0
+    router.bias.copy_(torch.tensor(bias))
+    for t, token in enumerate(x.reshape(-1, D)):
+        z = torch.stack([token @ p / (token.norm() * p.norm()) for p in router.prototypes])
+        s = {"identity": z, "sigmoid": z.sigmoid(), "softmax": z.softmax(0)}[activation]
+        chosen = sorted(range(E), key=lambda i: -(s[i].item() + bias[i]))[:top_k]  # noqa: B023
+        moved += set(chosen) != set(s.topk(top_k).indices.tolist())
+        expected |= {(t, i): s[i] for i in chosen}
+    routing = route(router, x, split_of())
+    check(routing, expected)
+    assert moved, "the bias matters"
+    slow = torch.stack([expected[edge] for edge in edges(routing)]).square().sum()
+    same_gradients(routing.weight_N.square().sum(), slow, [x, router.prototypes])
 
 
 @pytest.mark.parametrize("scope", ["global", "rank"])
