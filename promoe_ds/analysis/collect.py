@@ -91,9 +91,9 @@ class Observed:
         self.map_LMTS = np.full((L, min(self.plan.maps, images), T, S), -1, np.int64)
         """heaviest expert of each token of the first images, -1 for none"""
         self.first_LIS = np.full((L, images, S), -1, np.int16)
-        """heaviest expert of each token at the first timestep"""
+        """heaviest expert of each token at the first timestep, -1 for none"""
         self.kept_LIS = np.ones((L, images, S), bool)
-        """whether it is the same at every timestep since"""
+        """whether each token has had one, and the same, at every timestep so far"""
         rng, number = np.random.default_rng(self.plan.seed + 1), min(self.plan.tokens, images * S)
         self.place_N = np.sort(rng.choice(images * S, number, replace=False))
         """of the sampled tokens, among those of all images"""
@@ -128,12 +128,12 @@ class Observed:
             np.add.at(self.count_LSE[layer], (token_N % S, expert_N), 1)
             self.weight_L[layer] += float(routing.weight_N.double().sum())
             self.nobody_L[layer] += B * S - len(np.unique(token_N))
-        shown = layer, slice(self.first, self.first + B)
+        shown, expert_BS = (layer, slice(self.first, self.first + B)), expert_T.reshape(B, S)
         if self.time == 0:
-            self.first_LIS[shown] = expert_T.reshape(B, S)
-        self.kept_LIS[shown] &= self.first_LIS[shown] == expert_T.reshape(B, S)
+            self.first_LIS[shown] = expert_BS
+        self.kept_LIS[shown] &= (expert_BS >= 0) & (expert_BS == self.first_LIS[shown])
         here = max(0, min(B, self.map_LMTS.shape[1] - self.first))
-        self.map_LMTS[layer, self.first : self.first + here, self.time] = expert_T.reshape(B, S)[:here]
+        self.map_LMTS[layer, self.first : self.first + here, self.time] = expert_BS[:here]
         if self.time == self.plan.middle:
             place_N = self.place_N - self.first * S
             mine = np.flatnonzero((place_N >= 0) & (place_N < B * S))

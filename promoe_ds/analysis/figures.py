@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -63,6 +64,18 @@ def training(records: Sequence[Mapping[str, Any]]) -> bytes:
     loads = [r.get("load_max_over_mean", np.nan) for r in records]
     bottom.plot([r["step"] for r in records], loads, color="#d62728")
     bottom.set(xlabel="step", ylabel="load max/mean")
+    return _png(figure)
+
+
+def router_gradients(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """`router_grad_norm` over the steps of metrics.jsonl: a line per MoE layer, the first dark, the last bright."""
+    figure, (ax,) = _figure(5, 3.4)
+    blocks, steps = records[-1]["layers"]["block"], [r["step"] for r in records]
+    norm_LR = np.array([r["layers"]["router_grad_norm"] for r in records], float).T  # None is a gap
+    for block, norm_R, shade in zip(blocks, norm_LR, np.linspace(0, 0.9, len(blocks)), strict=True):
+        ax.plot(steps, norm_R, color=colormaps["viridis"](shade), label=str(block))
+    ax.set(xlabel="step", ylabel="router gradient norm", yscale="log")
+    ax.legend(title="block", frameon=False, fontsize=8, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1))
     return _png(figure)
 
 

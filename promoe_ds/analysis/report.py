@@ -165,6 +165,9 @@ def _training(writer: Writer, run: Path) -> list[tuple[str, str]]:
     parts, records = [], [parse_json(line) for _, line in logged(run)]
     if len(losses := [record for record in records if "loss" in record]) > 1:
         parts.append(writer.figure("training", draw.training(losses), "Loss and busiest expert while training"))
+    if len(watched := [record for record in losses if "router_grad_norm" in record.get("layers", {})]) > 1:
+        caption = "Mean gradient of each router while training; far below the others, a layer has stopped learning"
+        parts.append(writer.figure("router_gradients", draw.router_gradients(watched), caption))
     samples = {"experts.png": ", and the expert of each token in the last step (middle layer)", "grid.png": ""}
     if name := next((name for name in samples if (run / "samples" / name).is_file()), None):
         caption = f"EMA samples, one row per class{samples[name]}"

@@ -40,7 +40,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "gate": ("gate", "mean gate weight of an edge"),
     "by_class": ("class", "share of the choice of expert that the class of the image explains, I/H; 0 to 1"),
     "by_time": ("timestep", "the same for the timestep"),
-    "kept": ("same expert", "share of tokens that keep one expert at all timesteps shown; near 1, the layer is stuck"),
+    "kept": ("same expert", "share of tokens with an expert, always the same, at all timesteps shown; near 1 is stuck"),
     "by_position": ("position", "the same for the token's place in the image"),
     "class_chance": ("class by chance", "what the class explains with the classes of the images shuffled"),
     "ratio_expert": ("inter/intra expert", "distance between experts' tokens over their spread; high is specialised"),

@@ -104,6 +104,12 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else cast(x, torch.float32)
 
 
+def of_their_sum(score: Tensor) -> Tensor:
+    """Scores, none negative, over their sum in the last dimension. Sums below DeepSeek-V3's 1e-20 count as that:
+    in fp32 sigmoids may all be 0, and stay so."""
+    return score / score.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+
 def top_experts(score_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> Routing:
     """Token choice: each token goes to the K experts of highest score, which is the gate weight.
 

@@ -39,14 +39,15 @@ def test_observe_in_bfloat16_sees_nearly_the_same() -> None:
     assert (rough.count_LTCE.sum() == exact.count_LTCE.sum()) and (rough.first_LIS == exact.first_LIS).mean() > 0.95
 
 
-@pytest.mark.parametrize("router", ["promoe", "diffmoe"])
+@pytest.mark.parametrize("router", ["promoe", "diffmoe", "promoe_ec"])
 def test_observe_counts_every_edge(router: str) -> None:
-    """One image, one timestep at a time: both routers choose for each token alone."""
+    """One image, one timestep at a time: these routers look at no other image."""
     model = model_of(f"moe.router={{name: {router}}}")
     config = model.config
     o = observe(model, config, 7, "x", PLAN)
     count, position, nobody = np.zeros_like(o.count_LTCE), np.zeros_like(o.count_LSE), np.zeros(2, int)
     maps, weight = np.zeros_like(o.map_LMTS), np.zeros(2)
+    heaviest: dict[tuple[int, int, int], list[int | None]] = {}  # layer, image, token -> an expert for each timestep
     dataset, objective = build_dataset(config), make_objective(config.diffusion)
     for i, index in enumerate(choose_images(dataset, PLAN)):
         z, label = dataset.get(np.array([index]))
@@ -56,9 +57,13 @@ def test_observe_counts_every_edge(router: str) -> None:
             with watching(model, lambda block, r, x, routing, seen=seen: seen.append(routing)), torch.no_grad():
                 model(*noisy, label)
             for layer, routing in enumerate(seen):
-                for token, expert in zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True):
+                best: dict[int, tuple[float, int]] = {}
+                for token, expert, w in zip(*(x.tolist() for x in routing[:3]), strict=True):
                     count[layer, t, int(label), expert] += 1
                     position[layer, token, expert] += 1
+                    best[token] = max(best.get(token, (w, expert)), (w, expert))
+                for token in range(16):
+                    heaviest.setdefault((layer, i, token), []).append(best[token][1] if token in best else None)
                 nobody[layer] += 16 - len(set(routing.token_N.tolist()))
                 weight[layer] += float(routing.weight_N.sum())
                 if i < 3:
@@ -66,8 +71,11 @@ def test_observe_counts_every_edge(router: str) -> None:
     assert (o.count_LTCE == count).all() and (o.count_LSE == position).all() and (o.nobody_L == nobody).all()
     by_class = np.stack([o.count_LIE[:, o.label_I == c].sum(1) for c in range(10)], axis=1)
     assert (by_class == count.sum(1)).all() and o.count_LIE.shape[1] == 10
-    kept = (maps == maps[:, :, :1]).all(2)  # of the first images
-    assert (o.kept_LIS[:, :3] == kept).all() and 0 < o.kept_LIS.mean() < 1
+    kept = {place: len(set(experts)) == 1 and None not in experts for place, experts in heaviest.items()}
+    assert {place: bool(o.kept_LIS[place]) for place in np.ndindex(2, 10, 16)} == kept
+    share = [sum(kept[place] for place in kept if place[0] == layer) / 160 for layer in range(2)]
+    assert [row["kept"] for row in summarise(o).rows] == pytest.approx(share) and 0 < sum(share) < 0.9
+    assert (router == "promoe_ec") == any(set(experts) == {None} for experts in heaviest.values())
     assert (o.map_LMTS == maps).all() and np.allclose(o.weight_L, weight, rtol=1e-4)
     assert o.token_LND.shape == (2, 50, 32) and o.class_N.shape == (50,) and o.images == 10
     assert o.pictures is not None and o.pictures.shape == (3, 8, 8, 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from promoe_ds.analysis import figures as draw
 from promoe_ds.analysis.report import REPORT, Writer, _training, check_folder, prepare_folder, slugs
 from promoe_ds.config.errors import ConfigError
 
@@ -93,6 +96,26 @@ def test_scores_while_training_stand_before_those_of_samples(tmp_path: Path) -> 
     assert rows == [["samples", "FID", "recall", "IS"], ["step 1", "8", "0", "–"], ["step 2", "7", "0", "–"],
                     ["cfg1.5", "2.5", "–", "3"]]  # fmt: skip
     assert list(writer.files) == ["training.png"]
+
+
+def test_the_log_shows_the_gradient_of_every_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line per layer; a gap where a number is none. Steps logged before the norm was are left out."""
+    log = [{"step": i, "loss": 1.0, "loss/diffusion": 1.0} for i in (1, 2, 3, 4)]
+    for record, norms in zip(log[1:], ([0.5, 1e-9], [None, 0.0], [0.25, 1e-9]), strict=True):
+        record["layers"] = {"block": [1, 3], "router_grad_norm": norms}
+    figures: dict[str, Any] = {}
+    monkeypatch.setattr(Writer, "figure", lambda self, name, png, caption: figures.setdefault(name, png) and "")
+    monkeypatch.setattr(draw, "_png", lambda figure: figure)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    _training(Writer(), tmp_path)
+    assert list(figures) == ["training", "router_gradients"]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures["router_gradients"].axes[0].lines}
+    assert lines == {"1": [[2, 0.5], [3, pytest.approx(math.nan, nan_ok=True)], [4, 0.25]],
+                     "3": [[2, 1e-9], [3, 0], [4, 1e-9]]}  # fmt: skip
+    figures.clear()
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, log[:2])))
+    _training(Writer(), tmp_path)
+    assert list(figures) == ["training"], "one point is no line"
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:

@@ -146,13 +146,14 @@ def test_uniform_levels_are_uniform_and_keep_the_order_of_the_draws() -> None:
     assert scipy.stats.kstest(logit_normal, "uniform").pvalue < 1e-6, "the test tells them apart"
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_a_mix_has_the_density_of_both(share: float) -> None:
-    """P(sigma <= s) = share * s + (1 - share) Phi((logit(s) - mean) / std)."""
-    sigma = levels(timesteps="mix", uniform_share=share, logit_mean=0.7, logit_std=0.8)
+def test_a_mix_has_the_density_of_both(share: float, shift: float) -> None:
+    """P(sigma <= s) = share * u + (1 - share) Phi((logit(u) - mean) / std) at the u that the shift moves to s."""
+    sigma = levels(timesteps="mix", uniform_share=share, logit_mean=0.7, logit_std=0.8, shift=shift)
     s = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    found = (sigma[None] <= s[:, None]).double().mean(1)
-    expected = share * s + (1 - share) * torch.special.ndtr((torch.logit(s) - 0.7) / 0.8)
+    found, u = (sigma[None] <= s[:, None]).double().mean(1), s / (shift - (shift - 1) * s)
+    expected = share * u + (1 - share) * torch.special.ndtr((torch.logit(u) - 0.7) / 0.8)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

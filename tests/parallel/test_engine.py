@@ -12,7 +12,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from promoe_ds.parallel.engine import _leave_out_copies, _reduce_beside_work
+from promoe_ds.parallel.adamw_ema import AdamWithEMA
+from promoe_ds.parallel.engine import Engine, _leave_out_copies, _reduce_beside_work
+from promoe_ds.recipes.load import load_config
 from tests.launch import ENVIRONMENT
 
 
@@ -44,6 +46,27 @@ def test_a_reduction_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatc
             zero.allreduce_and_copy([gradient], torch.float32)
             assert torch.equal(gradient, reduced)
         assert zero.overlap_comm
+
+
+def test_mean_gradients_are_means_from_the_first_step_on() -> None:
+    """Of all gradients so far, with the weights beta1 ** age."""
+    config = load_config("tiny", ["optimizer.beta1=0.8"])
+    engine: Any = Engine.__new__(Engine)
+    engine.stage, engine.config, engine.topology = 0, config, SimpleNamespace(ep=1)
+    engine.params = {name: torch.nn.Parameter(torch.ones(2, 3)) for name in ("a", "b")}
+    engine.adam = AdamWithEMA(list(engine.params.values()), config.optimizer)
+    seen: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        for name, p in engine.params.items():
+            p.grad = torch.randn(2, 3, generator=generator)
+            seen[name].append(p.grad.double())
+        engine.adam.step()
+        weight = [0.8 ** (step - i) for i in range(step + 1)]
+        found = engine.mean_gradients(["a", "b"])
+        for name, gradients in seen.items():
+            mean = sum(w * g for w, g in zip(weight, gradients, strict=True)) / sum(weight)
+            torch.testing.assert_close(found[name].double(), mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

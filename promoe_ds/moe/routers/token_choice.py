@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from promoe_ds.config.errors import reject
 from promoe_ds.config.option import option
 from promoe_ds.moe.conditional_routing import Split
-from promoe_ds.moe.gates import BiasedConfig, BiasedRouter, LinearGateRouter, top_experts
+from promoe_ds.moe.gates import BiasedConfig, BiasedRouter, LinearGateRouter, of_their_sum, top_experts
 from promoe_ds.moe.losses import Scope, load_balance, sums_over_scope, z_terms
 from promoe_ds.moe.router import Reducer, Routing, Tensors, register_router
 
@@ -74,10 +74,10 @@ class TokenChoiceRouter(BiasedRouter, LinearGateRouter):
             score_TE = logit_TE.softmax(dim=-1) if cfg.score == "softmax" else logit_TE.sigmoid()
             routing = top_experts(score_TE, cfg.top_k, self.bias)
             if cfg.renormalise:
-                weight_TK = routing.weight_N.view(-1, cfg.top_k)
-                routing = routing._replace(weight_N=(weight_TK / weight_TK.sum(dim=-1, keepdim=True)).view(-1))
+                weight_TK = of_their_sum(routing.weight_N.view(-1, cfg.top_k))
+                routing = routing._replace(weight_N=weight_TK.view(-1))
             if self.training:
-                share_TE = score_TE if cfg.score == "softmax" else score_TE / score_TE.sum(dim=-1, keepdim=True)
+                share_TE = score_TE if cfg.score == "softmax" else of_their_sum(score_TE)
                 terms = {"score": share_TE.sum(0)} | ({"z": z_terms(logit_TE)} if cfg.z_weight else {})
         return routing._replace(terms=terms)
 

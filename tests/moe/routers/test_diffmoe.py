@@ -46,6 +46,22 @@ def test_diffmoe_training(scope: str, top_k: int) -> None:
         torch.testing.assert_close(router.threshold, threshold.double(), rtol=1e-6, atol=1e-6)
 
 
+def test_thresholds_are_an_average_that_decays() -> None:
+    """The first step sets them. Ranks and micro-batches count alike; a step without tokens leaves them."""
+    router: Any = make("diffmoe", threshold_decay=0.75)
+    steps = [[[0.5, 0.25, 0.125, 1.0]], [[0.1, 0.2, 0.3, 0.4], [0.3, 0.6, 0.9, 0.2]], [], [[1.0, 0.0, 0.5, 0.5]] * 3]
+    expected = [0.5] * E
+    for i, step in enumerate(steps):
+        for kth_E in step:
+            router.accumulate(torch.tensor([*kth_E, 1.0]))
+        router.accumulate(torch.zeros(E + 1))  # a pool without tokens
+        router.after_step()
+        for e in range(E if step else 0):
+            mean = sum(kth_E[e] for kth_E in step) / len(step)
+            expected[e] = mean if i == 0 else 0.75 * expected[e] + 0.25 * mean
+        assert router.threshold.tolist() == pytest.approx(expected) and router.updates == (1, 2, 2, 3)[i]
+
+
 @pytest.mark.parametrize("inference", ["token", "pool"])
 def test_diffmoe_inference(inference: str) -> None:
     router: Any = make("diffmoe", inference=inference).eval()

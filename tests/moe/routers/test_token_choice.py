@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from promoe_ds.config.errors import ConfigError
 from promoe_ds.moe.router import aux_losses_of
 from promoe_ds.moe.routers import ROUTERS
 from promoe_ds.recipes.load import load_config
-from tests.moe.routers.loops import D, E, check, losses_of, make, route, same_gradients, split_of, tokens
+from tests.moe.routers.loops import D, E, check, edges, losses_of, make, route, same_gradients, split_of, tokens
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -57,6 +58,24 @@ def test_load_balance_of_prototypes(activation: str, top_k: int) -> None:
     plain = losses_of(other, route(other, x, split_of()))
     assert plain.keys() == {"routing_contrastive"}
     assert torch.equal(plain["routing_contrastive"], aux["routing_contrastive"])
+
+
+@pytest.mark.parametrize(("activation", "top_k"), [("identity", 1), ("identity", 3), ("sigmoid", 1), ("softmax", 2)])
+def test_a_bias_of_prototypes_chooses_and_does_not_weigh(activation: str, top_k: int) -> None:
+    router: Any = make("promoe", activation=activation, top_k=top_k, bias_rate=0.5)
+    x, bias, expected, moved = tokens(), [0.3, -0.4, 0.0, 0.2], {}, 0
+    router.bias.copy_(torch.tensor(bias))
+    for t, token in enumerate(x.reshape(-1, D)):
+        z = torch.stack([token @ p / (token.norm() * p.norm()) for p in router.prototypes])
+        s = {"identity": z, "sigmoid": z.sigmoid(), "softmax": z.softmax(0)}[activation]
+        chosen = sorted(range(E), key=lambda i: -(s[i].item() + bias[i]))[:top_k]  # noqa: B023
+        moved += set(chosen) != set(s.topk(top_k).indices.tolist())
+        expected |= {(t, i): s[i] for i in chosen}
+    routing = route(router, x, split_of())
+    check(routing, expected)
+    assert moved, "the bias matters"
+    slow = torch.stack([expected[edge] for edge in edges(routing)]).square().sum()
+    same_gradients(routing.weight_N.square().sum(), slow, [x, router.prototypes])
 
 
 @pytest.mark.parametrize("scope", ["global", "rank"])
@@ -106,6 +125,25 @@ def test_token_choice_of_today(score: str, top_k: int, renormalise: bool) -> Non
     same_gradients(ours, (torch.stack(edge) * probe).sum() + balance + 0.3 * z_loss, [x, gate])
     kind = type(router)
     assert kind.aux_loss_weights(router.config) == {"load_balance": 0.01, "z": 0.1}
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_sigmoids_that_underflow_leave_numbers(renormalise: bool) -> None:
+    """In float32 they are 0 from logits of about -90 downwards. Such a token goes to experts with weights next to 0,
+    has no part in the balance and no gradient; one beside it is as ever."""
+    router: Any = make("token_choice", score="sigmoid", top_k=2, renormalise=renormalise).float()
+    with torch.no_grad():
+        router.gate.fill_(1.0)
+    for logit in (-86.0, -88.0, -95.0, -160.0, -1e4):
+        x: Any = torch.tensor([[logit / D] * D, [0.1] * D], requires_grad=True)
+        routing = router(x, 2, split_of([1]))
+        weight_TK, share_E = routing.weight_N.view(2, 2), routing.terms["score"]
+        assert (weight_TK[0] < 1e-6).all() and share_E.tolist() == pytest.approx([0.25] * E)
+        assert weight_TK[1].tolist() == pytest.approx([0.5 if renormalise else 1 / (1 + math.exp(-0.8))] * 2)
+        (1e3 * (weight_TK[:, 0].sum() + share_E[0])).backward()
+        assert x.grad.isfinite().all() and router.gate.grad.isfinite().all()
+    small = router(torch.full((1, D), -40.0 / D), 1, split_of([1]))  # sums of 1e-17 are sums
+    assert small.terms["score"].tolist() == pytest.approx([0.25] * E)
 
 
 @pytest.mark.parametrize("name", ["token_choice", "promoe"])
