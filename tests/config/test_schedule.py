@@ -86,6 +86,22 @@ def test_lengths_that_are_not_given() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [
+        ("cosine warmup_steps=3", [1 / 3, 2 / 3, 1, 0.25, 0.25]),
+        ("linear warmup_steps=3", [1 / 3, 2 / 3, 1, 0.25, 0.25]),
+        ("wsd decay_steps=3", [1, 0.75, 0.5, 0.25, 0.25]),
+        ("wsd decay_steps=2 warmup_steps=1", [1, 1, 0.625, 0.25, 0.25]),
+    ],
+)
+def test_phases_that_fill_the_schedule(overrides: str, shares: list[float]) -> None:
+    """After 3 steps it is at its floor, whatever they were."""
+    config = configured("optimizer.schedule_steps=3", "optimizer.lr_floor=0.25",
+                        *(f"optimizer.{text}" for text in f"schedule={overrides}".split()))  # fmt: skip
+    assert [learning_rate(config, step) / LR for step in range(1, 6)] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ("schedule=cosine warmup_steps=25", "optimizer.warmup_steps=25: the cosine schedule has 24 steps; short"),
