@@ -18,7 +18,7 @@ from promoe_ds.checkpoint.load_weights import open_weights
 from promoe_ds.checkpoint.save import SAVED
 from promoe_ds.config.decode import BAD_YAML, read_yaml
 from promoe_ds.config.errors import ConfigError, reject
-from promoe_ds.config.option import differences
+from promoe_ds.config.option import Difference, differences
 from promoe_ds.config.schedule import end_of, same_rates
 from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
@@ -32,8 +32,7 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
         known = load_tree(saved)
     except ConfigError as error:
         reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
-    for path, old, new in differences(known, config, free=("resume",)):
-        way_out = "name its recipe" if old == "a section" else f"set {path}={old}"
+    for path, old, new, way_out in differences(known, config, free=("resume",)):
         reject(path, new, f"{where} was made with {path}={old}", f"{way_out} or choose another --run")
 
 
@@ -48,14 +47,14 @@ def check_run(run: Path, config: Config) -> None:
     if (run / "manifest.json").exists():  # those of a run lie in its checkpoints
         way_out = f"name another folder; train.init={run} starts from them"
         reject("--run", run, "holds weights that were exported or imported", way_out)
-    for path, old, new in _edits(saved, run):
+    for path, old, new, _ in _edits(saved, run):
         conflict = f"{run / CONFIG} was edited or damaged, its checkpoints were made with {path}={old}"
         reject(path, new, conflict, "put the old file back, or its old value, or start a new run with another --run")
     check_same_run(saved, config, run)
 
 
-def _edits(saved: dict[str, Any], run: Path) -> Iterator[tuple[str, str, str]]:
-    """Option, value in the newest checkpoint and in RUN/config.yaml, where they differ and no resume may change it."""
+def _edits(saved: dict[str, Any], run: Path) -> Iterator[Difference]:
+    """Of RUN/config.yaml from the newest checkpoint, in options that no resume may change."""
     with contextlib.suppress(ConfigError, IndexError, KeyError):  # damage is told by who reads it, none is none
         made = load_tree(manifest(candidates(run)[-1])["config"])
         yield from differences(made, load_tree(saved), free=("resume",))
@@ -75,18 +74,20 @@ def changed_rates(found: Path | None, config: Config) -> list[str]:
     saved, done = load_tree(manifest(found)["config"]), step_of(found)
     _check_length(saved, config, done)
     lr, steps = saved.optimizer.lr, config.train.steps
-    if lr != config.optimizer.lr and done >= steps:
-        conflict = f"{found} is at the last step, and was made with optimizer.lr={lr}"
-        reject("optimizer.lr", config.optimizer.lr, conflict, f"raise train.steps, or set optimizer.lr={lr}")
     if done >= steps:
+        if lr != config.optimizer.lr:
+            conflict = f"{found} is at the last step, and was made with optimizer.lr={lr}"
+            reject("optimizer.lr", config.optimizer.lr, conflict, f"raise train.steps, or set optimizer.lr={lr}")
         return []
-    told, old = [], replace(saved.optimizer, schedule_steps=end_of(saved))
+    told, old = [], replace(saved.optimizer, schedule_steps=end_of(saved))  # null was the length of that run
     last = max(steps, end_of(saved), end_of(config)) + 1
-    for path, before, now in differences(saved, config, free=("never", "finetune")):
+    for path, before, now, _ in differences(saved, config, free=("never", "finetune")):
         section, _, key = path.rpartition(".")
         if section == "optimizer":
-            unchanged = _with(config, **{key: getattr(old, key)})
-            told += [f"{path} {now} instead of {before}"] if not same_rates(unchanged, config, done + 1, last) else []
+            felt = not same_rates(_with(config, **{key: getattr(old, key)}), config, done + 1, last)
+        else:
+            felt = path == "moe.router.bias_rate"
+        told += [f"{path} {now} instead of {before}"] if felt else []
     return told
 
 

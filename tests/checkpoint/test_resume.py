@@ -67,6 +67,26 @@ def test_the_way_out_of_another_option_is_written_as_it_is_typed(made: str, now:
     resume.check_same_run(saved, load_config("tiny", [now, way_out[1]]), Path("run"))
 
 
+def test_the_rate_of_biases_may_change_but_not_to_or_from_0(tmp_path: Path) -> None:
+    """The bias is a buffer that comes and goes with 0. A change is told if there are steps to make with it."""
+
+    def rate(text: str, *more: str) -> Config:
+        return load_config("tiny", [f"moe.router.bias_rate={text}", *more])
+
+    save(tmp_path, 5, rate("0.01"))
+    found = layout.folder(tmp_path, 5)
+    saved = layout.manifest(found)["config"]
+    for text in ("0.001", "0.5", "1e-09"):
+        resume.check_same_run(saved, rate(text), found)
+        assert resume.changed_rates(found, rate(text)) == [f"moe.router.bias_rate {text} instead of 0.01"]
+    assert resume.changed_rates(found, rate("0.5", "train.steps=5")) == []
+    out = "set moe.router.bias_rate=1e-09 to all but stop it or choose another --run$"
+    with pytest.raises(ConfigError, match=f"^moe.router.bias_rate=0.0: .*made with moe.router.bias_rate=0.01; {out}"):
+        resume.check_same_run(saved, CONFIG, found)
+    with pytest.raises(ConfigError, match="^moe.router.bias_rate=0.01: .* set moe.router.bias_rate=0.0 or choose anot"):
+        resume.check_same_run(encode(CONFIG), rate("0.01"), found)
+
+
 def test_an_edited_configuration_is_told_from_another_one(tmp_path: Path) -> None:
     """Whichever of the two values the command has: no command is to be followed into a loop."""
     resume.check_run(tmp_path, CONFIG)
