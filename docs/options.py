@@ -56,7 +56,8 @@ def table(config: Config, path: str) -> str:
         above, _, key = name.rpartition(".")
         if above == path and option.doc:
             cells = (f"`{name}`", default(value), values(hints[key], option), option.doc)
-            rows.append(f"| {' | '.join(cells)} | {CHANGE.get(str(option.change), option.change)} |")
+            change = CHANGE.get(str(option.change), option.change)
+            rows.append(f"| {' | '.join(cells)} | {change}{', not to or from 0' if option.almost_off else ''} |")
     return "\n".join(rows) if len(rows) > 2 else "It has no options."
 
 

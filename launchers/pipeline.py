@@ -21,7 +21,7 @@ if not __package__:
 
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.layout import newest, step_of, trained
-from promoe_ds.checkpoint.resume import changed_lr, check_run
+from promoe_ds.checkpoint.resume import changed_rates, check_run
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.schema import Config
 from promoe_ds.data.codecs import find_codec, open_codec
@@ -207,7 +207,7 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     run = args.run or Path("runs") / config.name
     check_run_place(run)
     check_run(run, config)  # its stages are not those of this command, whatever is there
-    changed_lr(newest(run), config)
+    changed_rates(newest(run), config)
     ds_config.resolve(args.ds_config, config, args.processes)
     if config.train.init and newest(run) is None:
         InitialWeights(config)

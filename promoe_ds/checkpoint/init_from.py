@@ -99,12 +99,12 @@ class InitialWeights:
 
     def _check_options(self) -> None:
         mine, theirs, reset = listed(self.config), listed(self.theirs), self.config.train.init_reset
-        for path, before, now in differences(theirs, mine, ("finetune", "resume")):
+        for path, before, now, way_out in differences(theirs, mine, ("finetune", "resume")):
             part = self._part_of(path)
             if part == "" or part in reset:
                 continue
             conflict = f"the weights in train.init={self.path} have {path}={before}"
-            way_out = f"set it so, or start from {self.path / CONFIG}"
+            way_out = f"{way_out}, or start from {self.path / CONFIG}"
             reject(path, now, conflict, f"{way_out}, or add train.init_reset=[{part}]" if part else way_out)
 
     def _part_of(self, path: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from promoe_ds.checkpoint.load_weights import open_weights
 from promoe_ds.checkpoint.save import SAVED
 from promoe_ds.config.decode import BAD_YAML, read_yaml
 from promoe_ds.config.errors import ConfigError, reject
-from promoe_ds.config.option import differences
-from promoe_ds.config.schedule import end_of, learning_rate
+from promoe_ds.config.option import Difference, differences
+from promoe_ds.config.schedule import end_of, same_rates
 from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND, parse_json
@@ -31,8 +32,7 @@ def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:
         known = load_tree(saved)
     except ConfigError as error:
         reject("--run", where, f"holds a configuration that this version cannot read ({error})", "choose another --run")
-    for path, old, new in differences(known, config, free=("resume",)):
-        way_out = "name its recipe" if old == "a section" else f"set {path}={old}"
+    for path, old, new, way_out in differences(known, config, free=("resume",)):
         reject(path, new, f"{where} was made with {path}={old}", f"{way_out} or choose another --run")
 
 
@@ -47,47 +47,61 @@ def check_run(run: Path, config: Config) -> None:
     if (run / "manifest.json").exists():  # those of a run lie in its checkpoints
         way_out = f"name another folder; train.init={run} starts from them"
         reject("--run", run, "holds weights that were exported or imported", way_out)
-    for path, old, new in _edits(saved, run):
+    for path, old, new, _ in _edits(saved, run):
         conflict = f"{run / CONFIG} was edited or damaged, its checkpoints were made with {path}={old}"
         reject(path, new, conflict, "put the old file back, or its old value, or start a new run with another --run")
     check_same_run(saved, config, run)
 
 
-def _edits(saved: dict[str, Any], run: Path) -> Iterator[tuple[str, str, str]]:
-    """Option, value in the newest checkpoint and in RUN/config.yaml, where they differ and no resume may change it."""
+def _edits(saved: dict[str, Any], run: Path) -> Iterator[Difference]:
+    """Of RUN/config.yaml from the newest checkpoint, in options that no resume may change."""
     with contextlib.suppress(ConfigError, IndexError, KeyError):  # damage is told by who reads it, none is none
         made = load_tree(manifest(candidates(run)[-1])["config"])
         yield from differences(made, load_tree(saved), free=("resume",))
 
 
-def changed_lr(found: Path | None, config: Config) -> tuple[float, float] | None:
-    """The learning rates of the next step under the options of the steps before and under `config`, where they differ.
+def changed_rates(found: Path | None, config: Config) -> list[str]:
+    """The options that give the steps to come other rates than the run before had, as "KEY VALUE instead of VALUE".
+
+    Those to come are all up to the end of the schedule, for the run may be made longer; none, if it has ended.
 
     Raises:
-        ConfigError: there is no step left to make with another `optimizer.lr`; or the run is made longer, and its
+        ConfigError: there is no step left to make with another `optimizer.lr`; or the run has another length, and its
             schedule would have had other rates from the start.
     """
     if found is None:
-        return None
+        return []
     saved, done = load_tree(manifest(found)["config"]), step_of(found)
-    if saved.optimizer == config.optimizer:
-        _check_length(saved, config, done)
-        return None
-    before, now = saved.optimizer.lr, config.optimizer.lr
-    if before != now and done >= config.train.steps:
-        conflict = f"{found} is at the last step, and was made with optimizer.lr={before}"
-        reject("optimizer.lr", now, conflict, f"raise train.steps, or set optimizer.lr={before}")
-    rates = learning_rate(saved, done + 1), learning_rate(config, done + 1)
-    return rates if rates[0] != rates[1] else None
+    _check_length(saved, config, done)
+    lr, steps = saved.optimizer.lr, config.train.steps
+    if done >= steps:
+        if lr != config.optimizer.lr:
+            conflict = f"{found} is at the last step, and was made with optimizer.lr={lr}"
+            reject("optimizer.lr", config.optimizer.lr, conflict, f"raise train.steps, or set optimizer.lr={lr}")
+        return []
+    told, old = [], replace(saved.optimizer, schedule_steps=end_of(saved))  # null was the length of that run
+    last = max(steps, end_of(saved), end_of(config)) + 1
+    for path, before, now, _ in differences(saved, config, free=("never", "finetune")):
+        section, _, key = path.rpartition(".")
+        if section == "optimizer":
+            felt = not same_rates(_with(config, **{key: getattr(old, key)}), config, done + 1, last)
+        else:
+            felt = path == "moe.router.bias_rate"
+        told += [f"{path} {now} instead of {before}"] if felt else []
+    return told
+
+
+def _with(config: Config, **changed: Any) -> Config:
+    return replace(config, optimizer=replace(config.optimizer, **changed))
 
 
 def _check_length(saved: Config, config: Config, done: int) -> None:
     """Another length must not change, without a word, what the steps before should have been made with."""
-    steps, end = config.train.steps, end_of(saved)
-    if steps != saved.train.steps and any(
-        learning_rate(saved, step) != learning_rate(config, step) for step in range(1, done + 1)
-    ):
-        conflict = f"the {done} steps before were made for a {config.optimizer.schedule} schedule of {end} steps"
+    steps, end, o = config.train.steps, end_of(saved), config.optimizer
+    if steps == saved.train.steps or o.schedule_steps or o.schedule != saved.optimizer.schedule:
+        return
+    if not same_rates(saved, _with(saved, schedule_steps=steps), 1, done):
+        conflict = f"the {done} steps before were made for a {o.schedule} schedule of {end} steps"
         way_out = f"set optimizer.schedule_steps={end} to keep it, or {steps} to change it from here on"
         reject("train.steps", steps, conflict, way_out)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from promoe_ds.config.errors import written
 
@@ -25,6 +25,8 @@ class Option:
     below: float | None = None
     change: Change | None = None
     """None: as its section"""
+    almost_off: float | None = None
+    """If given, nobody changes it to or from 0, with which parts of the model come or go; it does almost what 0 does"""
 
     def range(self) -> str:
         """The numbers that are allowed, in words that follow "must"; empty if all are."""
@@ -60,11 +62,26 @@ def options(config: Any, path: str = "", change: Change = "never") -> Iterator[t
             yield from options(value, inner, allowed)
 
 
-def differences(old: Any, new: Any, free: Collection[Change]) -> Iterator[tuple[str, str, str]]:
-    """Options in which two configurations differ, with both values as they are written, but for those that `free` may
-    change."""
-    before, after = ({path: value for path, o, value in options(c) if o.change not in free} for c in (old, new))
-    for path in before | after:
-        a, b = before.get(path), after.get(path)
-        if a != b and not (is_dataclass(a) and is_dataclass(b)):
-            yield path, "a section" if is_dataclass(a) else written(a), "a section" if is_dataclass(b) else written(b)
+class Difference(NamedTuple):
+    """An option in which two configurations differ, with both values as they are written."""
+
+    path: str
+    old: str
+    new: str
+    way_out: str
+    """how to come near the old one"""
+
+
+def differences(old: Any, new: Any, free: Collection[Change]) -> Iterator[Difference]:
+    """Where two configurations differ, but for options that `free` may change."""
+    before, after = ({path: (o, value) for path, o, value in options(c)} for c in (old, new))
+    for path, (known, _) in (before | after).items():
+        a, b = (found[path][1] if path in found else None for found in (before, after))
+        comes_or_goes = known.almost_off is not None and bool(a) != bool(b)
+        if a == b or (is_dataclass(a) and is_dataclass(b)) or (known.change in free and not comes_or_goes):
+            continue
+        was, now = ("a section" if is_dataclass(value) else written(value) for value in (a, b))
+        way_out = "name its recipe" if is_dataclass(a) else f"set {path}={was}"
+        if comes_or_goes and a:
+            way_out = f"set {path}={written(known.almost_off)} to all but stop it"
+        yield Difference(path, was, now, way_out)

@@ -8,13 +8,14 @@ The values are those of torch's schedulers, whose own state a checkpoint would h
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from promoe_ds.config.errors import reject
 from promoe_ds.config.schema import Config
 
 
 def end_of(config: Config) -> int:
-    """The step at which the schedule reaches its floor."""
+    """Steps until the schedule is at its floor."""
     return config.optimizer.schedule_steps or config.train.steps
 
 
@@ -33,17 +34,30 @@ def learning_rate(config: Config, step: int) -> float:
 
         k < w     lr (k + 1) / w
         k < d     lr
-        else      lr (f + (1 - f) g(p)),  p = min(1, (k - d) / (T - d)),  g = 1 - p, or (1 + cos pi p) / 2
+        k < T     lr (f + (1 - f) g(p)),  p = (k - d) / (T - d),  g = 1 - p, or (1 + cos pi p) / 2
+        else      lr f
     """
     o, done = config.optimizer, step - 1
     if done < o.warmup_steps:
         return o.lr * (step / o.warmup_steps)
-    start = decay_start(config)
+    start, end = decay_start(config), end_of(config)
     if o.schedule == "constant" or done < start:
         return o.lr
-    passed = min(1.0, (done - start) / max(1, end_of(config) - start))
+    passed = (done - start) / (end - start) if done < end else 1.0
     left = (1 + math.cos(math.pi * passed)) / 2 if o.schedule == "cosine" else 1 - passed
     return o.lr * (o.lr_floor + (1 - o.lr_floor) * left)
+
+
+def same_rates(one: Config, other: Config, first: int, last: int) -> bool:
+    """Whether all steps from `first` to `last`, of which there may be any number, have equal rates under both.
+
+    Looked at are the ends, the first step of each phase after warm-up, and eighths of the way to the next: no two of
+    the curves above that differ agree at all of them.
+    """
+    starts = {s + 1 for c in (one, other) for s in (decay_start(c), end_of(c))}
+    ends = sorted({first, last, *(step for step in starts if first < step < last)})
+    between = (a + (b - a) * i // 8 for a, b in pairwise(ends) for i in range(1, 8))
+    return all(learning_rate(one, step) == learning_rate(other, step) for step in (*ends, *between))
 
 
 def validate_schedule(config: Config) -> None:

@@ -238,7 +238,7 @@ class OptimizerConfig:
     warmup_steps: int = option(0, "steps in which the learning rate rises linearly", at_least=0, change="resume")
     schedule_steps: int | None = option(
         None,
-        "the step at which a schedule reaches its floor, and stays there; null: train.steps",
+        "steps until a schedule is at its floor, where it stays; null: train.steps",
         above=0,
         change="resume",
     )

@@ -52,6 +52,8 @@ class BiasedConfig(TopKConfig):
         "balance without a loss (arXiv:2408.15664): after each step a bias per expert moves by this much against its "
         "load; it is added to the scores where experts are chosen, not to the gate weights; 0: there is no bias",
         at_least=0,
+        change="resume",
+        almost_off=1e-9,
     )
 
 

@@ -97,8 +97,8 @@ class Trainer:
         elif config.train.init and not self.started:  # this rank saw checkpoints where the first rank finds none
             self.started = InitialWeights(config)
         self.step = resume.check_history(run, checkpoint, config)
-        self.lr_change = resume.changed_lr(checkpoint, config)
-        self.renewed = self.step + 1 if self.lr_change else 0
+        self.changed_rates = resume.changed_rates(checkpoint, config)
+        self.renewed = self.step + 1 if self.changed_rates else 0
         if self.scores:
             self.scores.prepare()
         return checkpoint, data
@@ -380,10 +380,10 @@ class Trainer:
         t, cfg = self.topology, self.config.train
         fresh = f"starting from {cfg.init}" if cfg.init else "starting"
         where = f"resuming at step {self.step}" if self.step else fresh
-        lr = ", optimizer.lr {1:g} instead of {0:g}".format(*self.lr_change) if self.lr_change else ""
+        rates = "".join(f", {change}" for change in self.changed_rates)
         parameters = flops.count_parameters(self.config).total
         return (
-            f"{self.config.name}: {where} of {cfg.steps}{lr}; {parameters / 1e6:.1f} M parameters, "
+            f"{self.config.name}: {where} of {cfg.steps}{rates}; {parameters / 1e6:.1f} M parameters, "
             f"{len(self.dataset)} images; {t.world} x {t.device.type}, ep {t.ep}, ZeRO-{self.engine.stage}, "
             f"{cfg.precision}, global batch {cfg.global_batch_size}; run folder {self.run_folder}"
             f"{self.started.summary() if self.started else ''}"

@@ -234,6 +234,17 @@ def test_mistakes(folder: Path, tmp_path: Path) -> None:
     assert "moe.hidden_ratio=4.0: a dense MLP of model.mlp_ratio=4 is split into" in text and "set it to 2" in text
 
 
+@pytest.mark.parametrize("folder", [("moe.router.bias_rate=0.01",)], indirect=True)
+def test_biases_go_on_at_another_rate_but_do_not_go(folder: Path) -> None:
+    model, source, before = start(folder, "moe.router.bias_rate=0.001")
+    assert torch.equal(model.state_dict()["blocks.1.mlp.router.bias"], before["blocks.1.mlp.router.bias"])
+    assert len(source.record()["kept"]) == len(before)
+    text = mistake(folder)
+    assert text.startswith("moe.router.bias_rate=0.0: the weights in train.init")
+    assert "; set moe.router.bias_rate=1e-09 to all but stop it, or start from " in text
+    assert text.endswith("or add train.init_reset=[experts]")
+
+
 @pytest.mark.parametrize(("name", "text"), [("blocks.0.mlp.fc1.bias", "is missing"), ("more", "is unexpected")])
 def test_weights_that_do_not_fit_their_own_config(folder: Path, tmp_path: Path, name: str, text: str) -> None:
     made: Any = load(folder)

@@ -14,6 +14,7 @@ from promoe_ds.checkpoint import layout
 from promoe_ds.checkpoint.load_weights import find_weights
 from promoe_ds.checkpoint.resume import Reader
 from promoe_ds.config.errors import ConfigError
+from promoe_ds.config.schema import OptimizerConfig
 from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import on_ranks, save, save_on
 from tests.disk import as_nobody, loop
@@ -190,3 +191,11 @@ def test_the_newest_is_the_last_step_however_many_digits_it_has(tmp_path: Path) 
 def test_sizes_for_people() -> None:
     counts = (0, 1023, 1024, 3.5 * 2**20, 2**40)
     assert [layout.size(n) for n in counts] == ["0 B", "1023 B", "1.0 KiB", "3.5 MiB", "1.0 TiB"]
+
+
+def test_the_file_of_an_average_is_known_by_its_name() -> None:
+    """However its decay is written: 1e-05 has letters."""
+    for name in OptimizerConfig(ema_more=(0.0, 1e-05, 5e-324, 0.5, 0.9999999999999999)).averages():
+        found = layout.AVERAGE.fullmatch(f"{name}.safetensors")
+        assert found and found[1] == name
+    assert not layout.AVERAGE.fullmatch("state-00000-of-00001.safetensors")

@@ -16,6 +16,7 @@ from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config.decode import dump, encode
 from promoe_ds.config.errors import ConfigError
 from promoe_ds.config.option import options
+from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_config
 from promoe_ds.utils.ranks import ALONE
 from tests.checkpoint.state import CONFIG, State, save, save_on
@@ -66,6 +67,26 @@ def test_the_way_out_of_another_option_is_written_as_it_is_typed(made: str, now:
     resume.check_same_run(saved, load_config("tiny", [now, way_out[1]]), Path("run"))
 
 
+def test_the_rate_of_biases_may_change_but_not_to_or_from_0(tmp_path: Path) -> None:
+    """The bias is a buffer that comes and goes with 0. A change is told if there are steps to make with it."""
+
+    def rate(text: str, *more: str) -> Config:
+        return load_config("tiny", [f"moe.router.bias_rate={text}", *more])
+
+    save(tmp_path, 5, rate("0.01"))
+    found = layout.folder(tmp_path, 5)
+    saved = layout.manifest(found)["config"]
+    for text in ("0.001", "0.5", "1e-09"):
+        resume.check_same_run(saved, rate(text), found)
+        assert resume.changed_rates(found, rate(text)) == [f"moe.router.bias_rate {text} instead of 0.01"]
+    assert resume.changed_rates(found, rate("0.5", "train.steps=5")) == []
+    out = "set moe.router.bias_rate=1e-09 to all but stop it or choose another --run$"
+    with pytest.raises(ConfigError, match=f"^moe.router.bias_rate=0.0: .*made with moe.router.bias_rate=0.01; {out}"):
+        resume.check_same_run(saved, CONFIG, found)
+    with pytest.raises(ConfigError, match="^moe.router.bias_rate=0.01: .* set moe.router.bias_rate=0.0 or choose anot"):
+        resume.check_same_run(encode(CONFIG), rate("0.01"), found)
+
+
 def test_an_edited_configuration_is_told_from_another_one(tmp_path: Path) -> None:
     """Whichever of the two values the command has: no command is to be followed into a loop."""
     resume.check_run(tmp_path, CONFIG)
@@ -101,10 +122,48 @@ def test_another_learning_rate_needs_a_step_to_make_with_it(tmp_path: Path) -> N
     save(tmp_path, 5)
     found, other = layout.folder(tmp_path, 5), ["optimizer.lr=0.5"]
     resume.check_same_run(layout.manifest(found)["config"], load_config("tiny", other), found)
-    assert resume.changed_lr(found, load_config("tiny", other)) == (0.001, 0.5)
-    assert resume.changed_lr(found, CONFIG) is resume.changed_lr(None, load_config("tiny", other)) is None
+    assert resume.changed_rates(found, load_config("tiny", other)) == ["optimizer.lr 0.5 instead of 0.001"]
+    assert resume.changed_rates(found, CONFIG) == resume.changed_rates(None, load_config("tiny", other)) == []
     with pytest.raises(ConfigError, match=r"optimizer.lr=0.5: .*at the last step, .*; raise train.steps, or"):
-        resume.changed_lr(found, load_config("tiny", [*other, "train.steps=5"]))
+        resume.changed_rates(found, load_config("tiny", [*other, "train.steps=5"]))
+
+
+@pytest.mark.parametrize(
+    ("made", "now", "told"),
+    [
+        ("wsd decay_steps=4", "wsd decay_steps=12", ["decay_steps 12 instead of 4"]),  # from step 9 on
+        ("wsd decay_steps=2", "wsd", []),  # a tenth of 20
+        ("cosine", "cosine decay_steps=3", []),
+        ("cosine", "cosine schedule_steps=20", []),
+        ("cosine", "cosine schedule_steps=30", ["schedule_steps 30 instead of null"]),
+        ("cosine schedule_steps=30", "cosine", ["schedule_steps null instead of 30"]),
+        ("constant", "constant lr_floor=0.1 schedule_steps=9", []),
+        ("constant", "wsd decay_steps=3 lr_floor=0.1", ["schedule wsd instead of constant",
+                                                        "decay_steps 3 instead of null",
+                                                        "lr_floor 0.1 instead of 0.0"]),
+        ("wsd warmup_steps=2", "wsd warmup_steps=3", []),  # it is over
+        ("wsd warmup_steps=2", "wsd warmup_steps=7", ["warmup_steps 7 instead of 2"]),
+        ("cosine warmup_steps=2", "cosine warmup_steps=3", ["warmup_steps 3 instead of 2"]),  # it falls from then on
+        ("cosine schedule_steps=5", "linear schedule_steps=5", []),
+    ],
+)  # fmt: skip
+def test_changes_of_a_schedule_that_steps_to_come_feel(tmp_path: Path, made: str, now: str, told: list[str]) -> None:
+    """After 5 of 20 steps. Those that none of them feels are not told."""
+
+    def scheduled(text: str) -> Config:
+        return load_config("tiny", [f"optimizer.{word}" for word in f"schedule={text}".split()])
+
+    save(tmp_path, 5, scheduled(made))
+    assert resume.changed_rates(layout.folder(tmp_path, 5), scheduled(now)) == [f"optimizer.{text}" for text in told]
+
+
+def test_a_change_is_told_by_a_run_that_stops_before_it_is_felt(tmp_path: Path) -> None:
+    """It may be made longer, and its checkpoints know the new schedule alone. Without a step to come none is told."""
+    wsd = ["optimizer.schedule=wsd", "optimizer.schedule_steps=20", "train.steps=6"]
+    save(tmp_path, 5, load_config("tiny", [*wsd, "optimizer.decay_steps=4"]))
+    found, now = layout.folder(tmp_path, 5), [*wsd, "optimizer.decay_steps=12"]
+    assert resume.changed_rates(found, load_config("tiny", now)) == ["optimizer.decay_steps 12 instead of 4"]
+    assert resume.changed_rates(found, load_config("tiny", [*now, "train.steps=5"])) == []
 
 
 def test_a_longer_run_must_not_change_the_rates_of_the_steps_before(tmp_path: Path) -> None:
@@ -114,15 +173,27 @@ def test_a_longer_run_must_not_change_the_rates_of_the_steps_before(tmp_path: Pa
     for step in (20, 25):
         Saver(tmp_path, State(1), config, ALONE, {}, say=lambda text: None).save(step, {}, last=True)
     stable, decaying = layout.candidates(tmp_path)
-    longer = load_config("tiny", ["train.steps=60", *decay])
-    assert resume.changed_lr(stable, longer) is resume.changed_lr(decaying, config) is None
+    longer = ["train.steps=60", *decay]
+    assert resume.changed_rates(stable, load_config("tiny", longer)) == resume.changed_rates(decaying, config) == []
     message = r"train.steps=60: the 25 steps before were made for a wsd schedule of 30 steps; set optimizer.schedule_"
-    with pytest.raises(ConfigError, match=message + r"steps=30 to keep it, or 60 to change it from here on"):
-        resume.changed_lr(decaying, longer)
-    kept = load_config("tiny", ["train.steps=60", *decay, "optimizer.schedule_steps=30"])
-    moved = load_config("tiny", ["train.steps=60", *decay, "optimizer.schedule_steps=60"])
-    assert resume.changed_lr(decaying, kept) is None
-    assert resume.changed_lr(decaying, moved) == (pytest.approx(0.0005), 0.001)
+    for beside in ("train.steps=60", "optimizer.decay_steps=9", "optimizer.lr=0.5", "optimizer.lr_floor=0.1"):
+        with pytest.raises(ConfigError, match=message + r"steps=30 to keep it, or 60 to change it from here on"):
+            resume.changed_rates(decaying, load_config("tiny", [*longer, beside]))
+    kept = load_config("tiny", [*longer, "optimizer.schedule_steps=30"])
+    moved = load_config("tiny", [*longer, "optimizer.schedule_steps=60"])
+    assert resume.changed_rates(decaying, kept) == []
+    assert resume.changed_rates(decaying, moved) == ["optimizer.schedule_steps 60 instead of null"]
+    other = load_config("tiny", ["train.steps=60", "optimizer.schedule=linear"])
+    assert resume.changed_rates(decaying, other) == ["optimizer.schedule linear instead of wsd"]
+
+
+def test_a_longer_run_needs_the_end_that_its_schedule_had_by_name(tmp_path: Path) -> None:
+    """It was given at first, and is not any more."""
+    save(tmp_path, 5, load_config("tiny", ["optimizer.schedule=cosine", "optimizer.schedule_steps=9"]))
+    with pytest.raises(ConfigError, match=r"train.steps=30: the 5 steps .* a cosine schedule of 9 steps; .*steps=9 to"):
+        resume.changed_rates(
+            layout.folder(tmp_path, 5), load_config("tiny", ["optimizer.schedule=cosine", "train.steps=30"])
+        )
 
 
 def test_what_is_advised_after_a_nan_may_change_on_resume() -> None:

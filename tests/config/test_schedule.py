@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from promoe_ds.config.errors import ConfigError
-from promoe_ds.config.schedule import learning_rate
+from promoe_ds.config.schedule import learning_rate, same_rates
 from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_config
 
@@ -83,6 +84,42 @@ def test_lengths_that_are_not_given() -> None:
     assert learning_rate(configured("optimizer.schedule=linear"), END) == pytest.approx(LR / END)
     longer = configured("optimizer.schedule=linear", "optimizer.schedule_steps=24", "train.steps=99")
     assert learning_rate(longer, END) == pytest.approx(LR / END) and learning_rate(longer, 25) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [
+        ("cosine warmup_steps=3", [1 / 3, 2 / 3, 1, 0.25, 0.25]),
+        ("linear warmup_steps=3", [1 / 3, 2 / 3, 1, 0.25, 0.25]),
+        ("wsd decay_steps=3", [1, 0.75, 0.5, 0.25, 0.25]),
+        ("wsd decay_steps=2 warmup_steps=1", [1, 1, 0.625, 0.25, 0.25]),
+    ],
+)
+def test_phases_that_fill_the_schedule(overrides: str, shares: list[float]) -> None:
+    """After 3 steps it is at its floor, whatever they were."""
+    config = configured("optimizer.schedule_steps=3", "optimizer.lr_floor=0.25",
+                        *(f"optimizer.{text}" for text in f"schedule={overrides}".split()))  # fmt: skip
+    assert [learning_rate(config, step) / LR for step in range(1, 6)] == pytest.approx(shares)
+
+
+def test_whether_steps_have_the_same_rates() -> None:
+    """As by a look at each, however many there are."""
+    ends = "", " schedule_steps=5", " schedule_steps=30", " lr_floor=0.1", " decay_steps=3", " warmup_steps=3"
+    texts = [f"{name}{more}" for name in ("constant", "cosine", "linear", "wsd") for more in ends]
+    configs = [configured(*(f"optimizer.{text}" for text in f"schedule={words}".split())) for words in texts]
+    rates = [[learning_rate(config, step) for step in range(1, 60)] for config in configs]
+    agree = 0
+    for (one, a), (other, b) in product(zip(configs, rates, strict=True), repeat=2):
+        for first, last in product((1, 2, 4, 6, 22, 25, 31), (6, 22, 25, 31, 59)):
+            if first <= last:
+                assert same_rates(one, other, first, last) == (a[first - 1 : last] == b[first - 1 : last])
+                agree += one is not other and same_rates(one, other, first, last)
+    assert agree > 1000
+    end = 10**12
+    more = [configured("optimizer.schedule=cosine", f"train.steps={steps}") for steps in (end, end, end + 10**6)]
+    assert same_rates(more[0], more[1], 1, end) and not same_rates(more[0], more[2], 1, end)
+    late = [configured("optimizer.schedule=wsd", f"train.steps={end}", f"optimizer.decay_steps={d}") for d in (8, 9)]
+    assert same_rates(*late, 1, end - 8) and not same_rates(*late, 1, end + 1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def losses(folder: Path) -> dict[int, float]:
 def test_a_schedule_goes_on_at_another_topology(tmp_path: Path) -> None:
     """Stopped at the top of a cosine, and on at other world sizes, ep and ZeRO stages, past the schedule's end.
 
-    A rate that was taken from the wrong step would change the loss of the next step by 1e-3 and more.
+    What is logged are the rates of the pure function. Rates that were counted from the resume on would change the loss
+    of the next step by 1e-3 and more. That the rate of a step is the one that is logged: the test below.
     """
     often = ("train.log_every=1", "train.checkpoint_every=5", *SCHEDULE)
     first = [("whole", "zero2", "train.steps=12", *often), ("first", "zero2", "train.steps=5", *often)]
@@ -92,3 +94,15 @@ def test_a_schedule_goes_on_at_another_topology(tmp_path: Path) -> None:
     config = load_config("tiny", ["train.steps=12", *SCHEDULE])
     assert rates(tmp_path / "whole") == [(step, learning_rate(config, step)) for step in range(1, 13)]
     assert len({rate for _, rate in rates(tmp_path / "whole")}) == 10  # step 3 and 4 are at the peak, 11 and 12 at 0.1
+
+
+def test_the_rate_of_a_step_is_the_one_that_is_logged(tmp_path: Path) -> None:
+    """A cosine falls to 0 within the run, and a step moves weights if and only if its record says so: the rate of the
+    step before would move those of step 4, that of the step after would not move those of step 3."""
+    often = ("train.checkpoint_every=1", "train.keep_last=9", "parallel.expert_parallel=1")
+    ending = ("optimizer.schedule=cosine", "optimizer.schedule_steps=3", "optimizer.lr_floor=0")
+    work = [("run", "zero1", "train.steps=5", *often, *ending)]
+    run(torchrun(1, "tests/distributed/train_worker.py", str(tmp_path), json.dumps(work)))
+    kept = [weights(tmp_path / "run", step) for step in range(1, 6)]
+    moved = [any(not torch.equal(x, after[key]) for key, x in before.items()) for before, after in pairwise(kept)]
+    assert moved == [rate > 0 for _, rate in rates(tmp_path / "run")][1:] == [True, True, False, False]

@@ -28,8 +28,8 @@ CASES["biased"] = (
 )
 CASES["promoe with the timestep"] = ("moe.router_input=plain+t",)
 """overrides of each router"""
-RESUMED = ("biased", "diffmoe", "kmeans")
-"""routers with buffers"""
+BUFFERS = {"biased": ("bias",), "diffmoe": ("threshold", "updates"), "kmeans": ("centroids", "placed")}
+"""of the routers that have some"""
 FEW = ("train.global_batch_size=8", "diffusion.label_drop=0.6")
 """two images a rank, more often null than not: in most steps a rank has nothing to route"""
 EP = {1: "zero0", 2: "zero2", 4: "zero1"}
@@ -46,7 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for ep, zero in EP.items()
         for name, case in CASES.items()
     ]
-    for name in RESUMED:
+    once = (*small, "train.steps=1", *CASES["biased"])
+    alone.append(("biased once", "zero0", *once, "parallel.expert_parallel=1"))
+    four.append(("biased in parts", "zero2", *once, "train.micro_batch_size=1"))
+    for name in BUFFERS:
         shared = (f"{name} resumed", "zero2", *small, "train.checkpoint_every=2", *CASES[name])
         four += [(*shared, "train.steps=2"), (*shared, f"train.steps={STEPS}")]
         four.append((f"{name} stage 3", "zero3", *small, "train.activation_checkpointing=block", *CASES[name]))
@@ -93,30 +96,56 @@ def test_one_curve_whatever_the_topology(folder: Path, case: str, ep: int) -> No
     same_run(folder / f"{case} {ep}", folder / f"{case} alone")
 
 
-@pytest.mark.parametrize("router", RESUMED)
+@pytest.mark.parametrize("router", BUFFERS)
 def test_recomputation_under_zero_3_changes_nothing(folder: Path, router: str) -> None:
     same_run(folder / f"{router} stage 3", folder / f"{router} alone")
 
 
-@pytest.mark.parametrize("router", RESUMED)
+@pytest.mark.parametrize("router", BUFFERS)
 def test_buffers_are_fp32_in_a_bf16_model(folder: Path, router: str) -> None:
     (log, ema), (log0, _) = read(folder / f"{router} bf16"), read(folder / f"{router} alone")
     assert log[-1]["loss"] == pytest.approx(log0[-1]["loss"], rel=0.06)
-    name = {"biased": "bias", "diffmoe": "threshold", "kmeans": "centroids"}[router]
-    values = ema[f"blocks.0.mlp.router.{name}"]
+    values = ema[f"blocks.0.mlp.router.{BUFFERS[router][0]}"]
     assert not torch.equal(values, values.bfloat16().float())
 
 
-@pytest.mark.parametrize("router", RESUMED)
+@pytest.mark.parametrize("router", BUFFERS)
 def test_buffers_are_saved_and_resumed_bit_exact(folder: Path, router: str) -> None:
     (log, ema), (log0, ema0) = read(folder / f"{router} resumed"), read(folder / f"{router} 2")
     assert [record["loss"] for record in log] == [record["loss"] for record in log0]
     assert all(torch.equal(ema[name], ema0[name]) for name in ema0)
-    buffers = {"biased": ("bias",), "diffmoe": ("threshold", "updates"), "kmeans": ("centroids", "placed")}[router]
-    for name in buffers:
+    for name in BUFFERS[router]:
         values = ema[f"blocks.0.mlp.router.{name}"]
         assert values.dtype == torch.float32 and values.isfinite().all() and values.abs().sum() > 0
     if router == "diffmoe":
         assert ema["blocks.0.mlp.router.updates"] == STEPS
     elif router == "kmeans":
         assert (ema["blocks.0.mlp.router.placed"] == 1).all()
+
+
+def buffers_of(run: Path, step: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    ema = load_file(layout.folder(run, step) / "ema.safetensors")
+    return {key: values for key, values in ema.items() if ".mlp.router." in key and key.endswith(names)}
+
+
+def test_biases_follow_the_load_of_all_micro_batches(folder: Path) -> None:
+    """One image each, two on each of four ranks: as if a step had them all at once."""
+    (parts,), (once,) = (buffers_of(folder / f"biased {how}", 1, ("bias",)).values() for how in ("in parts", "once"))
+    assert torch.equal(parts, once) and once.abs().max() > 0
+
+
+def test_a_step_without_an_update_moves_no_buffer(tmp_path: Path) -> None:
+    """The third, in which a gradient or the images of rank 1 are no numbers."""
+    often = ("train.on_nonfinite=skip", "train.steps=4", "train.checkpoint_every=1", "train.keep_last=9")
+    work = [
+        (f"{name} {what}", what, "zero2", *often, *CASES[name]) for name in BUFFERS for what in ("gradient", "data")
+    ]
+    run(torchrun(2, WORKER, str(tmp_path), "bad", json.dumps(work)))
+    for name, *_ in work:
+        router = name.split()[0]
+        before, skipped, after = (buffers_of(tmp_path / name, step, BUFFERS[router]) for step in (2, 3, 4))
+        assert before.keys() and all(torch.equal(skipped[key], values) for key, values in before.items()), name
+        assert all(values.isfinite().all() for values in after.values()), name
+        assert all(not torch.equal(after[key], x) for key, x in before.items() if key.endswith(BUFFERS[router][0])), (
+            name
+        )
