@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # DeepSpeed: a warm-up begins with two updates at a learning rate of zero, and its default shape is logarithmic. The engine steps
-# the optimizer, then the schedule, whose first two values are both that of step 0: two batches move nothing, and every rate comes
-# one update later than in transformers' schedules. By default the rate grows with the logarithm of the step: a warm-up of
-# 1,000 steps is at two thirds of the peak after 100. WarmupCosineLR with a linear warm-up never reaches the peak.
+# the optimizer, then the schedule, whose first two values are both that of step 0: two batches move nothing. By default the
+# rate grows with the logarithm of the step: a warm-up of 1,000 steps is at two thirds of the peak after 100. WarmupCosineLR with a
+# linear warm-up never reaches the peak.
 #
 # Warm-up of 4 steps, 10 in all, rate over the peak at each of 12 updates. Seen with deepspeed 0.19.8, torch 2.13.0, Python 3.11, on
 # a CPU:
@@ -10,7 +10,6 @@
 #   the same, linear               0  0  0.25  0.5   0.75  1     ...
 #   WarmupCosineLR, log            0  0  0.5   0.79  1     0.93  0.75  ...
 #   WarmupCosineLR, linear         0  0  0.25  0.5   0.75  0.93  0.75  ...
-#   transformers' linear, cosine   0  0.25  0.5  0.75  1   0.83, 0.93 ...
 # Exits with 1 if that changes.
 set -euo pipefail
 # shellcheck source=findings/environment.sh

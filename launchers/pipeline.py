@@ -211,6 +211,9 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     ds_config.resolve(args.ds_config, config, args.processes)
     if config.train.init and newest(run) is None:
         InitialWeights(config)
+    to_train = not trained(run, config.train.steps)
+    if to_train and config.moe is not None:
+        config.moe.router.validate_files(config)
     if config.guidance.model:
         find_weak(config.guidance.model, config, "guidance.model")
     latents = config.data.name == "latents"
@@ -221,9 +224,9 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
         check_size(args.size, config.model.image_size, args.vae)
     if latents and not args.images and not shards.exists():
         reject("--latents", shards, "does not exist, and no images are named", "add --images DIR")
-    if args.images and not (latents and encoded(shards, args.size or SIZE)):
+    if args.images and (not encoded(shards, args.size or SIZE) if latents else to_train):
         check_images("--images", args.images)
-    elif config.data.name == "images" and config.data.path:
+    elif to_train and config.data.name == "images" and config.data.path:
         check_images("data.path", config.data.path)
     features = args.features or ("digits-cnn" if args.ref in (None, DIGITS) else "inception")
     named = {"--ref": args.ref, "--features": features, "--inception-weights": args.inception_weights}

@@ -79,16 +79,29 @@ def changed_rates(found: Path | None, config: Config) -> list[str]:
             conflict = f"{found} is at the last step, and was made with optimizer.lr={lr}"
             reject("optimizer.lr", config.optimizer.lr, conflict, f"raise train.steps, or set optimizer.lr={lr}")
         return []
-    told, old = [], replace(saved.optimizer, schedule_steps=end_of(saved))  # null was the length of that run
     last = max(steps, end_of(saved), end_of(config)) + 1
-    for path, before, now, _ in differences(saved, config, free=("never", "finetune")):
-        section, _, key = path.rpartition(".")
-        if section == "optimizer":
-            felt = not same_rates(_with(config, **{key: getattr(old, key)}), config, done + 1, last)
-        else:
-            felt = path == "moe.router.bias_rate"
-        told += [f"{path} {now} instead of {before}"] if felt else []
-    return told
+
+    def felt(undone: list[Difference]) -> bool:
+        before = _with(config, **{key: value for change in undone for key, value in _before(change, saved, config)})
+        return not same_rates(before, config, done + 1, last)
+
+    changes = list(differences(saved, config, free=("never", "finetune")))
+    of_rates = [change for change in changes if change.path == "train.steps" or change.path.startswith("optimizer.")]
+    told = [change for change in of_rates if felt([change])]
+    if not told and felt(of_rates):  # one hides the other
+        told = of_rates
+    told += [change for change in changes if change.path == "moe.router.bias_rate"]
+    return [f"{change.path} {change.new} instead of {change.old}" for change in told]
+
+
+def _before(change: Difference, saved: Config, config: Config) -> Iterator[tuple[str, Any]]:
+    """The options of the optimizer, with their values, that would undo a change. A schedule without a length of its own
+    has that of the run."""
+    key = change.path.rpartition(".")[2]
+    if change.path == "train.steps":
+        yield "schedule_steps", config.optimizer.schedule_steps or end_of(saved)
+    else:
+        yield key, end_of(saved) if key == "schedule_steps" else getattr(saved.optimizer, key)
 
 
 def _with(config: Config, **changed: Any) -> Config:
@@ -100,7 +113,8 @@ def _check_length(saved: Config, config: Config, done: int) -> None:
     steps, end, o = config.train.steps, end_of(saved), config.optimizer
     if steps == saved.train.steps or o.schedule_steps or o.schedule != saved.optimizer.schedule:
         return
-    if not same_rates(saved, _with(saved, schedule_steps=steps), 1, done):
+    longer = _with(saved, schedule_steps=steps)
+    if not (same_rates(saved, longer, 1, done) or same_rates(saved, config, 1, done)):
         conflict = f"the {done} steps before were made for a {o.schedule} schedule of {end} steps"
         way_out = f"set optimizer.schedule_steps={end} to keep it, or {steps} to change it from here on"
         reject("train.steps", steps, conflict, way_out)

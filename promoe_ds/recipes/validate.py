@@ -160,7 +160,7 @@ def validate(config: Config) -> None:
             if isinstance(number, int | float) and not known.allows(number):
                 reject(path, number, f"must {known.range()}", "choose such a value")
             if isinstance(number, float) and number and not 2**-126 <= abs(number) < 2**128:
-                reject(path, number, "does not fit into float32", "choose a number nearer to 1")
+                reject(path, number, "is outside the normal range of float32", "choose a number nearer to 1, or 0")
     _validate_name(config.name)
     _validate_model(config)
     _validate_moe(config)

@@ -32,11 +32,16 @@ def check_place(out: Path, option: str = "--out") -> None:
 
 
 def check_run_place(run: Path) -> None:
-    """As `check_place`, and raise `ConfigError` if a run lies in another one, such as in its samples."""
+    """As `check_place`, and raise `ConfigError` if a new run would lie in another one, such as in its samples, or hold
+    one. A run that has begun goes on, wherever it lies."""
     check_place(run, "--run")
+    if _is_run(run):
+        return
     for folder in _around(run / ".."):
         if _is_run(folder):
             reject("--run", run, f"lies in the run {folder}", "name another folder")
+    if inner := next((path for path in sorted(run.glob("*")) if _is_run(path)), None):
+        reject("--run", run, f"holds the run {inner}", "name a folder of its own, such as one beside that")
 
 
 def _around(out: Path) -> Iterator[Path]:

@@ -145,6 +145,8 @@ def test_another_learning_rate_needs_a_step_to_make_with_it(tmp_path: Path) -> N
         ("wsd warmup_steps=2", "wsd warmup_steps=7", ["warmup_steps 7 instead of 2"]),
         ("cosine warmup_steps=2", "cosine warmup_steps=3", ["warmup_steps 3 instead of 2"]),  # it falls from then on
         ("cosine schedule_steps=5", "linear schedule_steps=5", []),
+        ("wsd", "linear decay_steps=20", ["schedule linear instead of wsd",
+                                            "decay_steps 20 instead of null"]),  # neither alone
     ],
 )  # fmt: skip
 def test_changes_of_a_schedule_that_steps_to_come_feel(tmp_path: Path, made: str, now: str, told: list[str]) -> None:
@@ -174,7 +176,8 @@ def test_a_longer_run_must_not_change_the_rates_of_the_steps_before(tmp_path: Pa
         Saver(tmp_path, State(1), config, ALONE, {}, say=lambda text: None).save(step, {}, last=True)
     stable, decaying = layout.candidates(tmp_path)
     longer = ["train.steps=60", *decay]
-    assert resume.changed_rates(stable, load_config("tiny", longer)) == resume.changed_rates(decaying, config) == []
+    assert resume.changed_rates(stable, load_config("tiny", longer)) == ["train.steps 60 instead of 30"]
+    assert resume.changed_rates(decaying, config) == []
     message = r"train.steps=60: the 25 steps before were made for a wsd schedule of 30 steps; set optimizer.schedule_"
     for beside in ("train.steps=60", "optimizer.decay_steps=9", "optimizer.lr=0.5", "optimizer.lr_floor=0.1"):
         with pytest.raises(ConfigError, match=message + r"steps=30 to keep it, or 60 to change it from here on"):
@@ -184,7 +187,27 @@ def test_a_longer_run_must_not_change_the_rates_of_the_steps_before(tmp_path: Pa
     assert resume.changed_rates(decaying, kept) == []
     assert resume.changed_rates(decaying, moved) == ["optimizer.schedule_steps 60 instead of null"]
     other = load_config("tiny", ["train.steps=60", "optimizer.schedule=linear"])
-    assert resume.changed_rates(decaying, other) == ["optimizer.schedule linear instead of wsd"]
+    told = {"optimizer.schedule linear instead of wsd", "train.steps 60 instead of 30"}
+    assert set(resume.changed_rates(decaying, other)) == told
+
+
+def test_a_longer_run_tells_that_the_end_of_its_schedule_moves(tmp_path: Path) -> None:
+    """No step of the warm-up, or of the stable phase, would have had another rate."""
+    cosine = ["optimizer.schedule=cosine", "optimizer.warmup_steps=5", "train.steps=8"]
+    save(tmp_path, 5, load_config("tiny", cosine))
+    found = layout.folder(tmp_path, 5)
+    longer = load_config("tiny", [*cosine, "train.steps=12"])
+    assert resume.changed_rates(found, longer) == ["train.steps 12 instead of 8"]
+    kept = load_config("tiny", [*cosine, "train.steps=12", "optimizer.schedule_steps=8"])
+    assert resume.changed_rates(found, kept) == []
+
+
+def test_a_stable_phase_may_end_early_by_another_decay(tmp_path: Path) -> None:
+    wsd = ["optimizer.schedule=wsd", "train.steps=20", "optimizer.decay_steps=16"]
+    save(tmp_path, 4, load_config("tiny", wsd))
+    finished = load_config("tiny", [*wsd, "train.steps=7", "optimizer.decay_steps=3"])
+    told = ["train.steps 7 instead of 20", "optimizer.decay_steps 3 instead of 16"]
+    assert sorted(resume.changed_rates(layout.folder(tmp_path, 4), finished)) == sorted(told)
 
 
 def test_a_longer_run_needs_the_end_that_its_schedule_had_by_name(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def test_images_that_the_step_encodes_need_no_stage(pipeline: Pipeline) -> None:
         (IN_STEP, "data.path=i: does not exist; name a folder per class"),
         (["digits", "train.init=nowhere"], "train.init=nowhere: no such file or folder; name a run folder"),
         (["digits", "guidance.model=nowhere"], "guidance.model=nowhere: no such file or folder; name a run folder"),
+        (["digits_classification", "moe.router.superclasses=no.yaml"], "moe.router.superclasses=no.yaml: is no file"),
         (["digit"], "did you mean 'digits'?"),
         (["digits", "--ds_config", "no.json"], "--ds_config=no.json: cannot be read"),
         (["digits", "--processes", "3"], "train.global_batch_size=128: "),
@@ -155,6 +156,15 @@ def test_a_run_of_another_configuration_is_not_taken_for_done(pipeline: Pipeline
     for key, value in (("eps", "1.0"), ("lr", "1.0")):
         code, text, error = pipeline("tiny", "--run", tmp_path, "--until", "train", f"optimizer.{key}={value}")
         assert code == 2 and text == "" and error.startswith(f"error: optimizer.{key}=1.0: ") and error.count("\n") == 1
+
+
+def test_a_trained_run_needs_its_images_no_more(pipeline: Pipeline, tmp_path: Path) -> None:
+    images = ["tiny", "data.name=images", "data.path=gone", "model.channels=3"]
+    (tmp_path / "config.yaml").write_text(dump(load_config("tiny", images[1:])))
+    save(tmp_path, 20, load_config("tiny", images[1:]))
+    assert pipeline(*images, "--run", tmp_path, "--until", "train")[1].startswith("[1 train: done] ")
+    code, _, error = pipeline(*images, "train.steps=21", "--run", tmp_path, "--until", "train")
+    assert code == 2 and "data.path=gone: does not exist" in error
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,12 @@ def test_a_run_lies_in_no_other_run(step: Path, tmp_path: Path, capsys: pytest.C
             check_run_place(place)
         assert f"lies in the run {run}" in refusal(capsys, "train", "--config", "tiny", "--run", place)
         assert f"lies in the run {run}" in refusal(capsys, "pipeline", "tiny", "--run", place)
-    for place in (run, tmp_path / "run" / ".", tmp_path / "other", tmp_path):
+    for place in (run, tmp_path / "run" / ".", tmp_path / "other", tmp_path / "other" / ".." / "new"):
         check_run_place(place)
+    with pytest.raises(ConfigError, match=f"--run={tmp_path}: holds the run {run}; name a folder of its own"):
+        check_run_place(tmp_path)
+    shutil.copytree(run, run / "samples" / "begun")  # before this was refused
+    check_run_place(run / "samples" / "begun")
     (tmp_path / "elsewhere").mkdir()
     run.rename(tmp_path / "elsewhere" / "run")
     run.symlink_to(tmp_path / "elsewhere" / "run")
