@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from itertools import count
+
 import pytest
 import torch
 
@@ -38,3 +41,18 @@ def test_experts_are_timed_beside_graphs_but_not_inside() -> None:
     assert parts(compile_model(model_of("moe=null"), "eager")) == []
     with pytest.raises(AssertionError, match="a graph calls no hooks"):
         Meter(compile_model(model_of(), "eager"), CPU)
+
+
+def test_parts_share_the_time_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of its own: the look at it is the n-th since the start at n * n seconds."""
+    looks = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(looks) ** 2))
+    meter = Meter(torch.nn.Linear(1, 1), CPU)  # at 0
+    with meter.part("backward"):  # 1
+        with meter.part("experts"):  # 4
+            pass  # 9
+        meter.skip()  # 16, of which 7 are a pause
+    report = meter.report(2, lambda x: x * 3, 3)  # 25, 36: per step of two, over three equal ranks
+    seconds = {key: value for key, value in report.items() if key.startswith("seconds/") and value}
+    assert seconds == {"seconds/other": (1 + 11) / 2, "seconds/backward": (3 + 9) / 2, "seconds/experts": 5 / 2}
+    assert sum(seconds.values()) == (36 - 7) / 2
