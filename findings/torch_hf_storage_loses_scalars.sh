@@ -3,7 +3,7 @@
 # torch.distributed.checkpoint, which torchtitan offers for Hugging Face's format, joins the ranks' files once all are written
 # (enable_consolidation). A learned temperature or CLIP's logit_scale is 0 in the file that it makes, and 0 when it is loaded; the
 # shards beside it are right. It also asks torch.finfo for the size of each dtype: a model with BatchNorm (num_batches_tracked), a
-# boolean mask or a router's counts of tokens ends each save, after its shards, in CheckpointException from a TypeError about finfo.
+# boolean mask or a router's counts of tokens ends each save, after its shards, in CheckpointException from a TypeError about finfo
 # (pytorch/pytorch#192485). Without consolidation all is well.
 #
 # Seen with torch 2.13.0, safetensors 0.8.0, Python 3.11, on a CPU:
