@@ -20,7 +20,7 @@ if not __package__:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while libraries load
 
 from promoe_ds.checkpoint.init_from import InitialWeights
-from promoe_ds.checkpoint.layout import newest, step_of, trained
+from promoe_ds.checkpoint.layout import find_whole, newest, step_of, trained
 from promoe_ds.checkpoint.resume import changed_rates, check_run
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.schema import Config
@@ -34,7 +34,7 @@ from promoe_ds.sampling.weak import find_weak
 from promoe_ds.utils.command_line import DONE, USER_ERROR, Parser, check_positive, launcher, parse_scales, parse_steps
 from promoe_ds.utils.files import read_json
 from promoe_ds.utils.outputs import RECORD, SAMPLES, check_run_place
-from promoe_ds.utils.ranks import check_accelerator
+from promoe_ds.utils.ranks import ALONE, check_accelerator
 
 HERE = Path(__file__).resolve().parent
 DIGITS = "digits"
@@ -207,7 +207,7 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
     run = args.run or Path("runs") / config.name
     check_run_place(run)
     check_run(run, config)  # its stages are not those of this command, whatever is there
-    changed_rates(newest(run), config)
+    changed_rates(find_whole(run, ALONE, read_bytes=False), config)
     ds_config.resolve(args.ds_config, config, args.processes)
     if config.train.init and newest(run) is None:
         InitialWeights(config)

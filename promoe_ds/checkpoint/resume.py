@@ -15,7 +15,6 @@ from tqdm import tqdm
 from promoe_ds.checkpoint.init_from import InitialWeights
 from promoe_ds.checkpoint.layout import AVERAGE, RESUMED_STATES, StateAccess, candidates, manifest, step_of, unreadable
 from promoe_ds.checkpoint.load_weights import open_weights
-from promoe_ds.checkpoint.save import SAVED
 from promoe_ds.config.decode import BAD_YAML, read_yaml
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.option import Difference, differences
@@ -23,7 +22,7 @@ from promoe_ds.config.schedule import end_of, same_rates
 from promoe_ds.config.schema import Config
 from promoe_ds.recipes.load import load_tree
 from promoe_ds.utils.files import NOT_FOUND, parse_json
-from promoe_ds.utils.outputs import CONFIG
+from promoe_ds.utils.outputs import CONFIG, SAVED
 
 
 def check_same_run(saved: dict[str, Any], config: Config, where: Path) -> None:

@@ -45,10 +45,9 @@ from promoe_ds.config.decode import dump, encode
 from promoe_ds.config.errors import ConfigError, reject
 from promoe_ds.config.schema import Config
 from promoe_ds.utils.files import atomic, fsync
+from promoe_ds.utils.outputs import SAVED
 from promoe_ds.utils.ranks import Ranks
 
-SAVED = "saved"
-"""of a run, an empty file: it has had a complete checkpoint, so that one without any does not start again unasked"""
 HEADER_BYTES = 256
 """of a tensor in a safetensors header and of a file in the manifest, generously"""
 

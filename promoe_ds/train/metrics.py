@@ -104,9 +104,22 @@ class MetricsLog:
     def __init__(self, run: Path, step: int, steps: int):
         self.path, self.steps = run / "metrics.jsonl", steps
         if self.path.exists():
-            write_text(self.path, "".join(f"{line}\n" for logged, line in resume.logged(run) if logged <= step))
+            whole = resume.logged(run)
+            self._keep_damaged(len(whole))
+            write_text(self.path, "".join(f"{line}\n" for logged, line in whole if logged <= step))
         self.file, self.waiting = self.path.open("ab", buffering=0), b""
         self.board: SummaryWriter | None = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def _keep_damaged(self, whole: int) -> None:
+        """A copy of a log with other lines than its whole records and a last one that was cut."""
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        lost = len(text.splitlines()) - whole - (not text.endswith("\n"))
+        copy = self.path.with_name("metrics.jsonl.damaged")
+        if lost > 0 and not copy.exists():
+            copy.write_bytes(self.path.read_bytes())
+            print(
+                f"warning: {self.path}: {lost} lines are no records; the file is kept as {copy.name}", file=sys.stderr
+            )
 
     def write(self, record: dict[str, Any]) -> None:
         """One record with the key `step`; numbers or None, the reason `skipped` of a step without an update, and

@@ -16,6 +16,8 @@ RECORD = "sampling.json"
 """of samples: how they were made"""
 SAMPLES = "samples.npz"
 """of samples: all of them, packed"""
+SAVED = "saved"
+"""of a run, an empty file: it has had a complete checkpoint, so that one without any does not start again unasked"""
 
 
 def check_place(out: Path, option: str = "--out") -> None:
@@ -51,9 +53,10 @@ def _around(out: Path) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """A run is known by its config.yaml and a checkpoint: others have folders of that name, too."""
+    """A run is known by its config.yaml and a checkpoint, or that it had one: others have folders of that name, too."""
     manifests = (folder / "checkpoints").glob("step_*/manifest.json")
-    return os.path.exists(folder / CONFIG) and next(manifests, None) is not None
+    had = os.path.exists(folder / SAVED)
+    return os.path.exists(folder / CONFIG) and (had or next(manifests, None) is not None)
 
 
 def check_new(out: Path, way_out: str = "name another one") -> None:

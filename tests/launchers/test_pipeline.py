@@ -158,6 +158,16 @@ def test_a_run_of_another_configuration_is_not_taken_for_done(pipeline: Pipeline
         assert code == 2 and text == "" and error.startswith(f"error: optimizer.{key}=1.0: ") and error.count("\n") == 1
 
 
+def test_a_damaged_checkpoint_is_told_before_any_work(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(load_config("tiny")))
+    save(tmp_path, 20)
+    file = next(tmp_path.glob("checkpoints/*/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    for more in ([], ["--dry-run", "--check-files"]):
+        code, text, error = pipeline("tiny", "--run", tmp_path, *more)
+        assert code == 2 and text == "" and "is damaged: " in error and file.name in error
+
+
 def test_a_trained_run_needs_its_images_no_more(pipeline: Pipeline, tmp_path: Path) -> None:
     images = ["tiny", "data.name=images", "data.path=gone", "model.channels=3"]
     (tmp_path / "config.yaml").write_text(dump(load_config("tiny", images[1:])))

@@ -142,3 +142,16 @@ def test_tags_are_capped() -> None:
     tags = shown(layers)
     assert len(tags) == LAYERS_SHOWN - 1 and "layers/load_entropy/block_01" in tags  # None has no tag
     assert shown({"block": [3], "gate_mean": [0.25]}) == {"layers/gate_mean/block_03": 0.25}
+
+
+def test_lines_that_are_no_records_are_kept_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But not the last, which was being written when the run was killed."""
+    path, copy = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+    MetricsLog(tmp_path, 2, 3).close()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n' and not copy.exists()
+    damaged = b'{"step": 1}\n\xff"step": 2}\n{"step": 3}\n'
+    path.write_bytes(damaged)
+    MetricsLog(tmp_path, 3, 3).close()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n' and copy.read_bytes() == damaged
+    assert "metrics.jsonl: 1 lines are no records; the file is kept as metrics.jsonl.damaged" in capsys.readouterr().err

@@ -83,6 +83,12 @@ def test_a_run_lies_in_no_other_run(step: Path, tmp_path: Path, capsys: pytest.C
         check_run_place(tmp_path)
     shutil.copytree(run, run / "samples" / "begun")  # before this was refused
     check_run_place(run / "samples" / "begun")
+    shutil.rmtree(run / "samples")
+    (run / "checkpoints").rename(tmp_path / "lost")
+    (run / "saved").touch()
+    with pytest.raises(ConfigError, match=f"lies in the run {run}; name another folder"):
+        check_run_place(run / "inner")
+    (tmp_path / "lost").rename(run / "checkpoints")
     (tmp_path / "elsewhere").mkdir()
     run.rename(tmp_path / "elsewhere" / "run")
     run.symlink_to(tmp_path / "elsewhere" / "run")
