@@ -86,6 +86,7 @@ WAIT = "sleep 30 & wait"
     [
         ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; exit 85"), "requeue 7"),  # launchers that hear the signal
         ((WAIT, "exit 0", "sleep 0.2; exit 85"), "requeue 7"),  # dies of it before Python hears it; one is done
+        (("{ sleep 0.3; kill -TERM $PPID; } & kill -TERM $$",), "requeue 7"),  # its TERM before that of task.sh
         (("exit 0", "exit 0"), "exit code 0"),
         ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; exit 3"), "exit code 1"),  # a crash: 85 is the greater code
         ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; kill -KILL $$"), "exit code 137"),
@@ -103,6 +104,15 @@ def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[
     done = shell(folder, "bash", "-c", script, SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="7", PYTHON="/bin/bash",
                  PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
     assert done.stdout.splitlines()[-1].endswith(expected), done.stdout + done.stderr
+
+
+def test_a_rank_that_is_stopped_before_its_command_does_not_start_it(folder: Path, tmp_path: Path) -> None:
+    early = tmp_path / "early.sh"
+    early.write_text("trap 'if [[ ${RANK+set} && ! $told ]]; then kill -TERM $$; fi' DEBUG", encoding="utf-8")
+    variables = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    variables |= {"LOCAL_WORLD_SIZE": "1", "PROMOE_ENDS": str(tmp_path), "BASH_ENV": str(early)}
+    done = shell(folder, "bash", "slurm/task.sh", "echo", "started", **variables)
+    assert (done.returncode, done.stdout, (tmp_path / "0").read_text(encoding="utf-8")) == (85, "", "stopped\n")
 
 
 @pytest.mark.slow
