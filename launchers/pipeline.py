@@ -230,11 +230,13 @@ def check_files(args: argparse.Namespace, config: Config) -> None:
         check_images("data.path", config.data.path)
     features = args.features or ("digits-cnn" if args.ref in (None, DIGITS) else "inception")
     named = {"--ref": args.ref, "--features": features, "--inception-weights": args.inception_weights}
+    if to_train and config.train.score_every:
+        named |= {"train.score_ref": config.train.score_ref, "train.score_features": config.train.score_features}
     for option, path in named.items():
         if path is None or not (option == "--inception-weights" or Path(path).suffix or "/" in path):
             continue  # a name
         if not Path(path).exists():
-            reject(option, path, "no such file", "it would be missed after the training; name an existing one")
+            reject(option, path, "no such file", "it would be missed only later; name an existing one")
     if args.until != STAGES[-1]:
         return
     if args.ref is None and config.data.name != DIGITS:

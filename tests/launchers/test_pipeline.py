@@ -103,7 +103,7 @@ def test_images_that_the_step_encodes_need_no_stage(pipeline: Pipeline) -> None:
             [*IN_STEP, "--size", "64"],
             "--size=64: model.image_size=32 cells of 1 pixels are 32; set model.image_size=64",
         ),
-        (["digits", "--ref", "none.npz"], "--ref=none.npz: no such file; it would be missed after the training"),
+        (["digits", "--ref", "none.npz"], "--ref=none.npz: no such file; it would be missed only later"),
         (["digits", "--inception-weights", "w"], "--inception-weights=w: no such file"),
         (["digits", "--cfg", "one"], "--cfg='one': is not a list of numbers"),
         (["digits", "--num", "0"], "--num=0: must be positive"),
@@ -111,6 +111,8 @@ def test_images_that_the_step_encodes_need_no_stage(pipeline: Pipeline) -> None:
         (["digits", "--cfg", "1,1"], "--cfg='1,1': names a scale twice"),
         (["digits", "--steps", "many"], "--steps=many: "),
         (["digits", "--features", "my.onnx"], "--features=my.onnx: no such file"),
+        (["digits", "train.score_every=5", "train.score_ref=a/b"], "train.score_ref=a/b: no such file"),
+        (["digits", "train.score_every=5", "train.score_features=n.onnx"], "train.score_features=n.onnx: no such file"),
         (["digits", "--ref", "."], "the Inception weights are not there"),
         (["imagenet256_promoe_b", "--vae", "identity", "--images", "."], "--ref=(none): imagenet256_promoe_b is not"),
         (
