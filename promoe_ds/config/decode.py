@@ -191,7 +191,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         expected, got = "int" if kind is int else "a finite float", "float" if math.isfinite(read) else str(read)
         reject(path, value, f"expected {expected}, got {got}", "change the value")  # as it was written
     way_out = "write it in quotes" if kind is str and not isinstance(value, list | dict) else "change the value"
-    reject(path, _quoted(value), f"expected {kind.__name__}, got {type(value).__name__}", way_out)
+    reject(path, _quoted(value), f"expected {kind.__name__}, got {_spell(type(value))}", way_out)
 
 
 def _number(text: str) -> float | None:

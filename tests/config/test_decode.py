@@ -82,7 +82,7 @@ def test_null_is_nothing_for_optional_strings_and_for_others_a_word_in_quotes() 
     assert load_config("tiny", ["data.path='null'"]).data.path == "null", "quotes are YAML's"
     assert load_config("tiny", ['data.path="a: b"']).data.path == "a: b"
     for null in ("null", "~", ""):
-        error("data.split=null: expected str, got NoneType; write it in quotes", f"data.split={null}")
+        error("data.split=null: expected str, got null; write it in quotes", f"data.split={null}")
 
 
 @pytest.mark.parametrize(
