@@ -89,8 +89,9 @@ count_starts() { # FOLDER PROGRESS
 # Slurm's warning before the time limit (--signal=B:USR2@...) comes to this shell; scancel passes it to all ranks (a TERM
 # to srun itself would end the step by force).
 forward() {
-    asked=1
+    asked=waits
     [[ $pid ]] || return 0
+    asked=passed
     ((SECONDS - began >= EARLY)) || sleep $((EARLY - SECONDS + began))
     scancel --signal="$SIGNAL" "$JOB" # steps only
 }
@@ -111,6 +112,7 @@ run_ranks() { # RANKS COMMAND...
     fi
     slurm/launch.sh "$n" "${python[@]}" "$@" &
     pid=$! began=$SECONDS
+    [[ $asked != waits ]] || forward # it came after the first line
     while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
     wait "$pid" # bash keeps the status of its child
     code=$?
@@ -134,6 +136,17 @@ all_said() { # PATTERN
 # which ends the others by TERM when one has crashed.
 stopped() { ((code)) && [[ $PROMOE_ENDS ]] && grep -qsx stopped "$PROMOE_ENDS"/* && all_said 'stopped\|finished'; }
 
+# Whether a TERM ended a rank before bash had read task.sh, which left no file. Ranks that hear signals die of no other.
+early() { ((code == 143)) && [[ ! $PROMOE_ENDS || $(find "$PROMOE_ENDS" -type f | wc -l) -lt $expected ]]; }
+
+# Whether scancel ended the job, which waits for its processes only: Slurm would take a requeue and bring it back to life.
+# It writes the same of a job that it has requeued itself, but for Restarts, or preempts, but for PreemptTime.
+cancelled() {
+    local job
+    job=$(scontrol show job --oneliner "$JOB" 2>/dev/null)
+    [[ $job == *" JobState=COMPLETING Reason=None "*" Restarts=${SLURM_RESTART_COUNT:-0} "*" PreemptTime=None "* ]]
+}
+
 # Whether the work is done, which an exit code of 0 does not say: launchers may give it when they are killed themselves.
 # Scripts whose ranks leave no words look into their folder.
 finished() { [[ ! $PROMOE_ENDS ]] || all_said finished; }
@@ -143,6 +156,7 @@ forget_ends() { [[ ! $PROMOE_ENDS ]] || rm -rf "$PROMOE_ENDS"; }
 # Back into the queue under the same job id; dependents keep waiting.
 again() { # WHY
     forget_ends
+    if cancelled; then fail 85 "$1, and not requeued, because the job was cancelled; submit the same command again to go on"; fi
     case $ON_STOP in
     continue) say "$1; the next job of the chain continues" && exit 0 ;;
     stop) say "$1; submit the same command again" && exit 85 ;;
@@ -159,7 +173,8 @@ again() { # WHY
 # The end of a batch script: success, requeue, or a failure that cancels the jobs that wait for this one.
 finish() {
     if stopped; then again "stopped and saved"; fi
-    if ((code)) && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
+    if early; then again "stopped while the ranks started"; fi
+    if ((code)) && ! cancelled && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
     if ((!code)) && ! finished; then
         code=1
         echo "error: the ranks ended with exit code 0, but not all is done; the same command continues" >&2

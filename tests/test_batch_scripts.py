@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ LAUNCH = """#!/usr/bin/env bash
 # srun on one machine: ranks in groups of processes; when one fails, TERM to the others, and the greatest code
 n=$1 worst=0
 shift
-export SLURM_STEP_NUM_TASKS=$n LOCAL_WORLD_SIZE=$n SLURM_NODEID=0
+export SLURM_STEP_NUM_TASKS=$n LOCAL_WORLD_SIZE=$n SLURM_NODEID=0 BASH_ENV=${EARLY_SH:-}
 for ((rank = 0; rank < n; rank++)); do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank setsid slurm/task.sh "$@" & ranks+=($!)
 done
@@ -78,41 +79,116 @@ for ((i = 0; i < n; i++)); do
 done
 exit "$worst"
 """
-WAIT = "sleep 30 & wait"
+WAIT = "touch up0; sleep 30 & wait"
+HEAR = f"trap 'exit 85' TERM; {WAIT}"
+FIRST_UP = "until [ -e up0 ]; do sleep 0.05; done"
+REQUEUE = """case $* in
+"show job"*) echo "JobId=7 JobState=$STATE" ;;
+requeue*) echo "$@"; kill -KILL $PPID ;; # as Slurm ends the script
+esac"""
+
+
+def job_state(state: str, reason: str = "None", restarts: int = 0, preempted: str = "None") -> str:
+    """What `scontrol show job` writes."""
+    return f"{state} Reason={reason} Requeue=1 Restarts={restarts} BatchFlag=1 PreemptTime={preempted} Partition=batch"
+
+
+def ended(folder: Path, tmp_path: Path, ranks: tuple[str, ...], answer: str = "exit 0", **variables: str) -> str:
+    """Run ranks as a short job does; returns its error or last line. `answer`: what nodes do when they are asked."""
+    write_program(tmp_path / "bin/scontrol", REQUEUE)
+    write_program(tmp_path / "bin/srun", answer)
+    (folder / "slurm/launch.sh").write_text(LAUNCH, encoding="utf-8")
+    for rank, text in enumerate(ranks):
+        write_program(folder / f"rank{rank}", text)
+    run = f"run_ranks {len(ranks)} -c 'exec ./rank$RANK'"
+    script = f"source slurm/common.sh; {variables.pop('SCRIPT', '')} count_starts out 0; {run}; finish"
+    usual = {"STATE": job_state("RUNNING"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    usual |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "PYTHON": "/bin/bash"}
+    done = shell(folder, "bash", "-c", script, **usual | variables)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return [*done.stdout.splitlines(), *errors][-1]
 
 
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
-        ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; exit 85"), "requeue 7"),  # launchers that hear the signal
-        ((WAIT, "exit 0", "sleep 0.2; exit 85"), "requeue 7"),  # dies of it before Python hears it; one is done
+        ((HEAR, f"{FIRST_UP}; exit 85"), "requeue 7"),  # launchers that hear the signal
+        ((WAIT, "exit 0", f"{FIRST_UP}; exit 85"), "requeue 7"),  # dies of it before Python hears it; one is done
         (("{ sleep 0.3; kill -TERM $PPID; } & kill -TERM $$",), "requeue 7"),  # its TERM before that of task.sh
         (("exit 0", "exit 0"), "exit code 0"),
-        ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; exit 3"), "exit code 1"),  # a crash: 85 is the greater code
-        ((f"trap 'exit 85' TERM; {WAIT}", "sleep 0.2; kill -KILL $$"), "exit code 137"),
-        ((WAIT, "sleep 0.2; kill -TERM $$"), "exit code 143"),  # not by Slurm
+        ((HEAR, f"{FIRST_UP}; exit 3"), "exit code 1"),  # a crash: 85 is the greater code
+        ((HEAR, f"{FIRST_UP}; kill -KILL $$"), "exit code 137"),
+        ((WAIT, f"{FIRST_UP}; kill -TERM $$"), "exit code 143"),  # not by Slurm
     ],
 )
 def test_a_rank_that_dies_is_no_stop(folder: Path, tmp_path: Path, ranks: tuple[str, ...], expected: str) -> None:
     """What the short jobs do about their end: all ranks done or stopped from outside is a requeue, else a failure."""
-    write_program(tmp_path / "bin/scontrol", 'echo "$@"; kill -KILL $PPID')  # as Slurm ends the script
-    write_program(tmp_path / "bin/srun", "exit 0")  # all nodes answer
-    (folder / "slurm/launch.sh").write_text(LAUNCH, encoding="utf-8")
-    for rank, text in enumerate(ranks):
-        write_program(folder / f"rank{rank}", text)
-    script = f"source slurm/common.sh; count_starts out 0; run_ranks {len(ranks)} -c 'exec ./rank$RANK'; finish"
-    done = shell(folder, "bash", "-c", script, SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="7", PYTHON="/bin/bash",
-                 PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
-    assert done.stdout.splitlines()[-1].endswith(expected), done.stdout + done.stderr
+    assert ended(folder, tmp_path, ranks).endswith(expected)
 
 
-def test_a_rank_that_is_stopped_before_its_command_does_not_start_it(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hears", ["", "1"])
+def test_a_rank_whose_bash_dies_before_it_reads_the_script_is_stopped(folder: Path, tmp_path: Path, hears: str) -> None:
+    early = tmp_path / "early.sh"
+    early.write_text("[[ $0 != */task.sh || $SLURM_PROCID != 1 ]] || kill -TERM $$", encoding="utf-8")
+    script = f"HEARS_SIGNALS={hears}; [[ ! $HEARS_SIGNALS ]] || stopped() {{ false; }}; export HEARS_SIGNALS;"
+    assert ended(folder, tmp_path, ("exit 0", "exit 0"), SCRIPT=script, EARLY_SH=str(early)).endswith("requeue 7")
+
+
+CANCELLED = job_state("COMPLETING")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (job_state("RUNNING"), "requeue 7"),  # preempted, with a grace time
+        (CANCELLED, "the job was cancelled; submit the same command again to go on"),
+        (job_state("COMPLETING", reason="TimeLimit"), "requeue 7"),
+        (job_state("COMPLETING", preempted="2026-11-29T12:45:02"), "requeue 7"),
+        (job_state("COMPLETING", restarts=1), "requeue 7"),  # by Slurm already
+    ],
+)
+def test_a_cancelled_job_is_not_requeued(folder: Path, tmp_path: Path, state: str, expected: str) -> None:
+    assert ended(folder, tmp_path, (HEAR, f"{FIRST_UP}; exit 85"), STATE=state).endswith(expected)
+
+
+def test_a_node_that_does_not_answer_is_a_requeue_but_not_of_a_cancelled_job(folder: Path, tmp_path: Path) -> None:
+    assert ended(folder, tmp_path, ("exit 3",), answer="exit 1").endswith("requeue 7")
+    assert ended(folder, tmp_path, ("exit 3",), answer="exit 1", STATE=CANCELLED).endswith("exit code 3")
+
+
+def test_a_warning_while_the_ranks_are_started_is_passed_on_once(folder: Path, tmp_path: Path) -> None:
+    write_program(tmp_path / "bin/mkdir", 'case $* in *.ends*) kill -USR2 $PPID ;; esac; exec /bin/mkdir "$@"')
+    write_program(tmp_path / "bin/scancel", 'echo "$@" >>passed; exec touch up1')
+    stops = "n=0; until [ -e up1 ] || [ $((n += 1)) -gt 200 ]; do sleep 0.05; done; exit 85"
+    assert ended(folder, tmp_path, (stops,), SCRIPT="EARLY=0;").endswith("requeue 7")
+    assert (folder / "passed").read_text(encoding="utf-8") == "--signal=TERM 7\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "text", "words"),
+    [
+        ("PROMOE_ENDS", 85, "", "stopped\n"),
+        ("HEARS_SIGNALS", 0, "started\n", None),  # what train.py does about them it does itself
+        ("PLAIN", -signal.SIGTERM, "", None),
+    ],
+)
+def test_a_signal_before_the_command(
+    folder: Path, tmp_path: Path, how: str, code: int, text: str, words: str | None
+) -> None:
     early = tmp_path / "early.sh"
     early.write_text("trap 'if [[ $BASH_COMMAND == export* ]]; then kill -TERM $$; fi' DEBUG", encoding="utf-8")
     variables = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-    variables |= {"LOCAL_WORLD_SIZE": "1", "PROMOE_ENDS": str(tmp_path), "BASH_ENV": str(early)}
+    variables |= {"LOCAL_WORLD_SIZE": "1", "BASH_ENV": str(early), how: str(tmp_path)}
     done = shell(folder, "bash", "slurm/task.sh", "echo", "started", **variables)
-    assert (done.returncode, done.stdout, (tmp_path / "0").read_text(encoding="utf-8")) == (85, "", "stopped\n")
+    assert (done.returncode, done.stdout) == (code, text), done.stderr
+    left = tmp_path / "0"
+    assert (left.read_text(encoding="utf-8") if left.exists() else None) == words
+
+
+def test_ranks_that_are_not_in_blocks_are_refused(folder: Path) -> None:
+    variables = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    done = shell(folder, "slurm/task.sh", "echo", "started", LOCAL_WORLD_SIZE="2", **variables)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.slow

@@ -249,12 +249,14 @@ case "$*" in *--dry-run*) exit ;; esac
 touch "$RUN/up$RANK"
 if ((SLURM_RESTART_COUNT)); then exit; fi
 if ((RANK == 0)); then trap 'exit 85' TERM; fi
-if [[ $DIES && $RANK == 1 ]]; then kill -KILL $$; fi
+if [[ $DIES && $RANK == 1 ]]; then until [[ -e $RUN/up0 ]]; do sleep 0.1; done; kill -KILL $$; fi
 sleep 300 & wait
 """
 
 
-def test_a_preempted_rank_is_requeued_and_a_killed_one_fails(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_preempted_job_is_requeued_and_not_one_whose_rank_is_killed_or_that_is_cancelled(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "python").write_text(RANK, encoding="utf-8")
     (tmp_path / "python").chmod(0o755)
@@ -262,10 +264,20 @@ def test_a_preempted_rank_is_requeued_and_a_killed_one_fails(cluster: Cluster, t
     killed = cluster.sbatch("--gpus-per-node=2", "slurm/sample.sbatch", env=env | {"DIES": "1"})
     assert cluster.wait(killed) == ["FAILED"]
     assert cluster.fields(killed)[0]["Restarts"] == "0" and output(tmp_path, killed).endswith("exit code 137\n")
-    for path in tmp_path.glob("up*"):
-        path.unlink()
-    job = cluster.sbatch("--gpus-per-node=2", "slurm/evaluate.sbatch", env=env | {"DIES": ""})
-    wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, what=lambda: "ranks")
+
+    def start() -> str:
+        for path in tmp_path.glob("up*"):
+            path.unlink()
+        job = cluster.sbatch("--gpus-per-node=2", "slurm/evaluate.sbatch", env=env | {"DIES": ""})
+        wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, what=lambda: "ranks")
+        return job
+
+    cancelled = start()
+    assert cluster.run("scancel", cancelled).returncode == 0
+    assert cluster.wait(cancelled) == ["CANCELLED"]
+    assert cluster.fields(cancelled)[0]["Restarts"] == "0", output(tmp_path, cancelled)
+    assert "the job was cancelled; submit the same command again to go on" in output(tmp_path, cancelled)
+    job = start()
     cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)
     assert cluster.fields(job)[0]["Restarts"] == "1" and "stopped and saved; requeueing" in output(tmp_path, job)
