@@ -9,6 +9,10 @@ fail() { # CODE TEXT
 }
 
 [[ ${SLURM_JOB_NUM_NODES:-} ]] || fail 2 "SLURM_JOB_NUM_NODES is not set: this is no Slurm job; submit the script with sbatch"
+# A job that is submitted by another one, or from an interactive one, inherits its variables, and srun reads them as options:
+# the memory that one had of its node would limit the ranks here, its processors and GPUs would bind them.
+unset "${!SLURM_STEP@}" SLURM_MEM_PER_{CPU,GPU,NODE} SLURM_NTASKS_PER_{GPU,TRES} SLURM_{GPUS,TRES}_PER_TASK SLURM_CPUS_PER_GPU SLURM_GPU_BIND
+[[ ! ${SLURM_CPU_BIND_TYPE:-} ]] || unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" # only srun sets the _TYPE, in its tasks
 # shellcheck source=slurm/env.sh
 source slurm/env.sh # before -u: the scripts of modules, conda and .bashrc read variables that are not set
 set -uo pipefail    # not -e: `wait` returns more than 128 when a signal arrives
@@ -26,10 +30,19 @@ export TASKS_PER_NODE DEVICE=${DEVICE:-}
 export PROMOE_ENDS='' HEARS_SIGNALS=''                     # not those of a job that submitted this one
 NODES=$SLURM_JOB_NUM_NODES
 pid='' asked='' began=0 code=0 plan='' folder='' expected=0
+# What Slurm knows of this job, as words KEY=VALUE; nothing if it does not answer.
+ask() { record=$(timeout 60 scontrol show job --oneliner "${SLURM_JOB_ID:-}" 2>/dev/null | grep "^JobId=${SLURM_JOB_ID:-} "); }
+field() { [[ " $record" =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
+record='' restarts=${SLURM_RESTART_COUNT:-0}
+if ask; then # these may be inherited too
+    restarts=$(field Restarts)
+    unset SLURM_RESTART_COUNT
+    [[ $(field ArrayTaskId) ]] || unset "${!SLURM_ARRAY@}"
+fi
 # a task of an array by its own name: one of them has the array's number, which means all tasks to scancel and scontrol
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 JOB=${JOB:-${SLURM_JOB_ID:-}}
-say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $JOB on ${SLURM_JOB_NODELIST:-}"
+say "start $((restarts + 1)) of job $JOB on ${SLURM_JOB_NODELIST:-}"
 
 ranks() { echo $((NODES * TASKS_PER_NODE)); }
 
@@ -120,7 +133,7 @@ run_ranks() { # RANKS COMMAND...
 
 # Whether every allocated node still starts a process: Slurm itself may take minutes to notice that one is gone.
 nodes_answer() {
-    timeout 90 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true >/dev/null 2>&1
+    timeout 90 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true >/dev/null 2>&1
 }
 
 # Whether every rank has left word (slurm/task.sh) that matches PATTERN.
@@ -142,9 +155,7 @@ early() { ((code == 143)) && [[ ! $PROMOE_ENDS || $(find "$PROMOE_ENDS" -type f 
 # Whether scancel ended the job, which waits for its processes only: Slurm would take a requeue and bring it back to life.
 # It writes the same of a job that it has requeued itself, but for Restarts, or preempts, but for PreemptTime.
 cancelled() {
-    local job
-    job=$(scontrol show job --oneliner "$JOB" 2>/dev/null)
-    [[ $job == *" JobState=COMPLETING Reason=None "*" Restarts=${SLURM_RESTART_COUNT:-0} "*" PreemptTime=None "* ]]
+    ask && [[ $record == *" JobState=COMPLETING Reason=None "*" Restarts=$restarts "*" PreemptTime=None "* ]]
 }
 
 # Whether the work is done, which an exit code of 0 does not say: launchers may give it when they are killed themselves.

@@ -20,6 +20,7 @@ on_node=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-1}} # salloc sets the s
 cpus=$((${on_node%%[!0-9]*} / per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}
 # since 22.05 srun does not take --cpus-per-task from the job; without --kill-on-bad-exit a dead rank leaves the others
+# --mem=0: all the job has of a node, whatever the variables say
 # --export: of a job submitted with --export=NONE, the ranks would get no variables
-exec srun --export=ALL --nodelist="$(IFS=, && echo "${hosts[*]}")" --nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$per_node" \
+exec srun --export=ALL --mem=0 --nodelist="$(IFS=, && echo "${hosts[*]}")" --nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$per_node" \
     --distribution=block --cpus-per-task="$((cpus > 0 ? cpus : 1))" --kill-on-bad-exit=1 "$here/task.sh" "$@"

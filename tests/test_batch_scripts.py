@@ -83,7 +83,7 @@ WAIT = "touch up0; sleep 30 & wait"
 HEAR = f"trap 'exit 85' TERM; {WAIT}"
 FIRST_UP = "until [ -e up0 ]; do sleep 0.05; done"
 REQUEUE = """case $* in
-"show job"*) echo "JobId=7 JobState=$STATE" ;;
+"show job"*) [ -e up0 ] || STATE=$(echo "$STATE" | sed s/Restarts=1/Restarts=0/); echo "JobId=7 JobState=$STATE" ;;
 requeue*) echo "$@"; kill -KILL $PPID ;; # as Slurm ends the script
 esac"""
 
@@ -258,3 +258,19 @@ def test_a_task_of_an_array_requeues_itself_alone(folder: Path, tmp_path: Path) 
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     done = shell(folder, "bash", "-c", "source slurm/common.sh; again lost", **names, PATH=path)
     assert done.stdout.splitlines()[-1] == "requeue 7_2", done.stderr
+
+
+def test_what_another_job_has_left_in_the_environment(folder: Path, tmp_path: Path) -> None:
+    """sbatch passes the variables of the job that calls it on; a job that is none of an array sets no others."""
+    write_program(tmp_path / "bin/scontrol", 'echo "JobId=9 JobName=a Restarts=0 JobState=RUNNING"')
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "4"}
+    step = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_MEM_PER_NODE": "1000", "SLURM_NTASKS_PER_GPU": "1"}
+    bound = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_CPU_BIND_LIST": "0x1"}
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    own = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "9", "PATH": path}
+    script = "source slurm/common.sh; env | grep ^SLURM_ | sort"
+    done = shell(folder, "bash", "-c", script, **own, **task, **step, **bound)
+    first, *left = done.stdout.splitlines()
+    assert "start 1 of job 9 on" in first and left == ["SLURM_JOB_ID=9", "SLURM_JOB_NUM_NODES=1"], done.stderr
+    wanted = shell(folder, "bash", "-c", script, **own, SLURM_CPU_BIND="cores")
+    assert "SLURM_CPU_BIND=cores" in wanted.stdout.splitlines()

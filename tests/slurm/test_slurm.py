@@ -246,21 +246,26 @@ def test_encoding(cluster: Cluster, tmp_path: Path) -> None:
 RANK = """#!/bin/bash
 # instead of Python: the first start never ends by itself, ranks hear TERM like launchers, or not yet
 case "$*" in *--dry-run*) exit ;; esac
+if [[ -e $RUN/up$RANK ]]; then exit; fi
 touch "$RUN/up$RANK"
-if ((SLURM_RESTART_COUNT)); then exit; fi
 if ((RANK == 0)); then trap 'exit 85' TERM; fi
 if [[ $DIES && $RANK == 1 ]]; then until [[ -e $RUN/up0 ]]; do sleep 0.1; done; kill -KILL $$; fi
 sleep 300 & wait
 """
 
 
+def write_rank(folder: Path) -> dict[str, str]:
+    """Variables of a submission whose Python is RANK."""
+    (folder / "samples").mkdir()
+    (folder / "python").write_text(RANK, encoding="utf-8")
+    (folder / "python").chmod(0o755)
+    return settings(folder, PYTHON=folder / "python", RUN=folder, DIES="")
+
+
 def test_a_preempted_job_is_requeued_and_not_one_whose_rank_is_killed_or_that_is_cancelled(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "python").write_text(RANK, encoding="utf-8")
-    (tmp_path / "python").chmod(0o755)
-    env = settings(tmp_path, PYTHON=tmp_path / "python", RUN=tmp_path)
+    env = write_rank(tmp_path)
     killed = cluster.sbatch("--gpus-per-node=2", "slurm/sample.sbatch", env=env | {"DIES": "1"})
     assert cluster.wait(killed) == ["FAILED"]
     assert cluster.fields(killed)[0]["Restarts"] == "0" and output(tmp_path, killed).endswith("exit code 137\n")
@@ -268,7 +273,7 @@ def test_a_preempted_job_is_requeued_and_not_one_whose_rank_is_killed_or_that_is
     def start() -> str:
         for path in tmp_path.glob("up*"):
             path.unlink()
-        job = cluster.sbatch("--gpus-per-node=2", "slurm/evaluate.sbatch", env=env | {"DIES": ""})
+        job = cluster.sbatch("--gpus-per-node=2", "slurm/evaluate.sbatch", env=env)
         wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, what=lambda: "ranks")
         return job
 
@@ -281,6 +286,28 @@ def test_a_preempted_job_is_requeued_and_not_one_whose_rank_is_killed_or_that_is
     cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)
     assert cluster.fields(job)[0]["Restarts"] == "1" and "stopped and saved; requeueing" in output(tmp_path, job)
+
+
+def test_a_job_that_another_has_submitted_is_a_job_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    """It inherits the other's number in an array, how often that was restarted, and its share of a node's memory."""
+    inner = f"sbatch --parsable --gpus-per-node=2 slurm/evaluate.sbatch >{tmp_path}/inner"
+    script = f"""#!/bin/bash
+        [[ $SLURM_RESTART_COUNT ]] || {{ scontrol requeue "$SLURM_ARRAY_JOB_ID"_3; sleep 60; }}
+        srun --ntasks=3 --exact bash -c '((SLURM_PROCID)) || {inner}'
+        until [[ -e {tmp_path}/done ]]; do sleep 0.2; done"""
+    (tmp_path / "outer.sh").write_text(script, encoding="utf-8")
+    options = ["--array=3", "--ntasks=3", "--ntasks-per-gpu=1", "--gpus=3", "--mem=1000", f"--chdir={ROOT}"]
+    outer = cluster.sbatch(*options, f"{tmp_path}/outer.sh", env=write_rank(tmp_path))
+    told = lambda: output(tmp_path, outer)  # noqa: E731
+    wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, told, told)
+    job = (tmp_path / "inner").read_text(encoding="utf-8").strip()
+    assert "mem=62.50G," in cluster.run("scontrol", "-o", "show", "step", f"{job}.0").stdout
+    assert cluster.run("scancel", "--signal=TERM", job).returncode == 0
+    assert cluster.wait(job) == ["COMPLETED"], output(tmp_path, job)
+    (tmp_path / "done").touch()
+    assert cluster.wait(outer) == ["COMPLETED"], told()
+    assert [cluster.fields(name)[0]["Restarts"] for name in (job, outer)] == ["1", "1"]
+    assert re.findall(r"start (\d+) of job (\S+) ", output(tmp_path, job)) == [("1", job), ("2", job)]
 
 
 def test_the_array_job_of_the_study_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
