@@ -13,6 +13,19 @@ fail() { # CODE TEXT
 # the memory that one had of its node would limit the ranks here, its processors and GPUs would bind them.
 unset "${!SLURM_STEP@}" SLURM_MEM_PER_{CPU,GPU,NODE} SLURM_NTASKS_PER_{GPU,TRES} SLURM_{GPUS,TRES}_PER_TASK SLURM_CPUS_PER_GPU SLURM_GPU_BIND
 [[ ! ${SLURM_CPU_BIND_TYPE:-} ]] || unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" # only srun sets the _TYPE, in its tasks
+# Slurm's warning before the time limit (--signal=B:USR2@...) comes to this shell; scancel passes it to all ranks (a TERM
+# to srun itself would end the step by force).
+pid='' asked=''
+forward() {
+    asked=waits
+    [[ $pid ]] || return 0
+    asked=passed
+    ((SECONDS - began >= EARLY)) || sleep $((EARLY - SECONDS + began))
+    scancel --signal="$SIGNAL" "$JOB" # steps only
+}
+SIGNAL=TERM
+trap forward USR2 # before env.sh, which may take a minute: by default USR2 ends a shell
+trap : TERM       # the ranks finish their step; Slurm's KILL still ends the job
 # shellcheck source=slurm/env.sh
 source slurm/env.sh # before -u: the scripts of modules, conda and .bashrc read variables that are not set
 set -uo pipefail    # not -e: `wait` returns more than 128 when a signal arrives
@@ -29,7 +42,7 @@ EARLY=15                                                   # seconds in which ra
 export TASKS_PER_NODE DEVICE=${DEVICE:-}
 export PROMOE_ENDS='' HEARS_SIGNALS=''                     # not those of a job that submitted this one
 NODES=$SLURM_JOB_NUM_NODES
-pid='' asked='' began=0 code=0 plan='' folder='' expected=0
+pid='' began=0 code=0 plan='' folder='' expected=0
 # What Slurm knows of this job, as words KEY=VALUE; nothing if it does not answer.
 ask() { record=$(timeout 60 scontrol show job --oneliner "${SLURM_JOB_ID:-}" 2>/dev/null | grep "^JobId=${SLURM_JOB_ID:-} "); }
 field() { [[ " $record" =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
@@ -98,19 +111,6 @@ count_starts() { # FOLDER PROGRESS
     ((starts <= MAX_STARTS)) || fail 1 "$MAX_STARTS starts in a row saved nothing ($2); look for the cause above, or set MAX_STARTS"
     echo "$SLURM_JOB_ID $2 $starts" >"$1/.starts"
 }
-
-# Slurm's warning before the time limit (--signal=B:USR2@...) comes to this shell; scancel passes it to all ranks (a TERM
-# to srun itself would end the step by force).
-forward() {
-    asked=waits
-    [[ $pid ]] || return 0
-    asked=passed
-    ((SECONDS - began >= EARLY)) || sleep $((EARLY - SECONDS + began))
-    scancel --signal="$SIGNAL" "$JOB" # steps only
-}
-SIGNAL=TERM
-trap forward USR2
-trap : TERM # the ranks finish their step; Slurm's KILL still ends the job
 
 # Runs a command on RANKS ranks and waits for it, through signals; sets `code`.
 run_ranks() { # RANKS COMMAND...

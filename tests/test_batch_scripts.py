@@ -52,6 +52,16 @@ def test_blanks_in_the_folder_and_unset_variables_in_env_sh(folder: Path) -> Non
     assert "u" in options
 
 
+def test_a_warning_while_env_sh_runs_is_kept(folder: Path) -> None:
+    """Modules may take a minute to load; by default USR2 ends a shell."""
+    with (folder / "slurm/env.sh").open("a", encoding="utf-8") as file:
+        file.write("kill -USR2 $$\n")
+    script = "source slurm/common.sh; run_ranks 1 true"
+    done = shell(folder, "bash", "-c", script, SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="7", ON_STOP="stop")
+    assert (done.returncode, done.stderr) == (85, "")
+    assert "stopped before the ranks started; submit the same command again" in done.stdout
+
+
 def test_launch_in_an_salloc_shell(folder: Path, tmp_path: Path) -> None:
     """salloc sets no SLURM_CPUS_ON_NODE."""
     write_program(tmp_path / "bin/scontrol", "echo node1; echo node2")
