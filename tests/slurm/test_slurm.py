@@ -310,22 +310,6 @@ def test_a_job_that_another_has_submitted_is_a_job_of_its_own(cluster: Cluster, 
     assert re.findall(r"start (\d+) of job (\S+) ", output(tmp_path, job)) == [("1", job), ("2", job)]
 
 
-def test_a_minimum_of_time_becomes_the_limit_where_backfill_starts_the_job(cluster: Cluster) -> None:
-    """Though the whole time would fit: the job ahead of it waits longer. docs/slurm.md warns of it."""
-    quiet = ["--exclusive", "--output=/dev/null", "--wrap=sleep 300"]
-    long = cluster.sbatch("--nodelist=node1", "--time=120", *quiet)
-    wait_until(lambda: cluster.states(long) == ["RUNNING"], what=lambda: "the long job")
-    ahead = cluster.sbatch("--nodes=2", "--time=10", *quiet)
-    job = cluster.sbatch("--hold", "--time=60", "--time-min=2", *quiet)
-    wait_until(lambda: cluster.fields(ahead)[0]["Reason"] == "Resources", what=lambda: "the job ahead")
-    assert cluster.run("scontrol", "release", job).returncode == 0
-    wait_until(lambda: cluster.states(job) == ["RUNNING"], what=lambda: "a start")
-    entry = cluster.fields(job)[0]
-    assert (entry["Scheduler"], entry["TimeLimit"]) == ("Backfill", "00:02:00")
-    cluster.run("scancel", long, ahead, job)
-    wait_until(lambda: cluster.idle() == 2, what=lambda: "idle nodes")
-
-
 def test_the_array_job_of_the_study_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
     env = settings(tmp_path, RECIPE="tiny", WORLD="2,4", EP=2, STAGE=1, BATCH="strong", OUT=tmp_path / "study",
                    STUDY_OPTIONS="--window 2 --windows 2", GPUS_PER_NODE=2)  # fmt: skip
