@@ -149,7 +149,7 @@ all_said() { # PATTERN
 # which ends the others by TERM when one has crashed.
 stopped() { ((code)) && [[ $PROMOE_ENDS ]] && grep -qsx stopped "$PROMOE_ENDS"/* && all_said 'stopped\|finished'; }
 
-# Whether a TERM ended a rank before bash had read task.sh, which left no file. Ranks that hear signals die of no other.
+# Whether a TERM ended a rank before bash had read task.sh, which left no file; or one that hears signals, and heard two.
 early() { ((code == 143)) && [[ ! $PROMOE_ENDS || $(find "$PROMOE_ENDS" -type f | wc -l) -lt $expected ]]; }
 
 # Whether scancel ended the job, which waits for its processes only: Slurm would take a requeue and bring it back to life.
@@ -184,7 +184,7 @@ again() { # WHY
 # The end of a batch script: success, requeue, or a failure that cancels the jobs that wait for this one.
 finish() {
     if stopped; then again "stopped and saved"; fi
-    if early; then again "stopped while the ranks started"; fi
+    if early; then again "stopped before the ranks had saved"; fi
     if ((code)) && ! cancelled && ! nodes_answer; then again "a node does not answer (exit code $code)"; fi
     if ((!code)) && ! finished; then
         code=1

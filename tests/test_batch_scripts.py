@@ -81,11 +81,16 @@ export SLURM_STEP_NUM_TASKS=$n LOCAL_WORLD_SIZE=$n SLURM_NODEID=0 BASH_ENV=${EAR
 for ((rank = 0; rank < n; rank++)); do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank setsid slurm/task.sh "$@" & ranks+=($!)
 done
-for ((i = 0; i < n; i++)); do
-    wait -n
-    code=$?
-    ((code == 0)) || for rank in "${ranks[@]}"; do kill -TERM -- "-$rank" 2>/dev/null; done
-    ((code <= worst)) || worst=$code
+while ((${#ranks[@]})); do # not wait -n, which forgets children that have ended already
+    for i in "${!ranks[@]}"; do
+        if kill -0 "${ranks[i]}" 2>/dev/null; then continue; fi
+        wait "${ranks[i]}"
+        code=$?
+        unset "ranks[i]"
+        ((code == 0)) || for rank in "${ranks[@]}"; do kill -TERM -- "-$rank" 2>/dev/null; done
+        ((code <= worst)) || worst=$code
+    done
+    sleep 0.02
 done
 exit "$worst"
 """
@@ -93,7 +98,7 @@ WAIT = "touch up0; sleep 30 & wait"
 HEAR = f"trap 'exit 85' TERM; {WAIT}"
 FIRST_UP = "until [ -e up0 ]; do sleep 0.05; done"
 REQUEUE = """case $* in
-"show job"*) [ -e up0 ] || STATE=$(echo "$STATE" | sed s/Restarts=1/Restarts=0/); echo "JobId=7 JobState=$STATE" ;;
+"show job"*) if [ -e up0 ]; then echo "JobId=7 JobState=$STATE"; else echo "JobId=7 JobState=$START"; fi ;;
 requeue*) echo "$@"; kill -KILL $PPID ;; # as Slurm ends the script
 esac"""
 
@@ -112,7 +117,11 @@ def ended(folder: Path, tmp_path: Path, ranks: tuple[str, ...], answer: str = "e
         write_program(folder / f"rank{rank}", text)
     run = f"run_ranks {len(ranks)} -c 'exec ./rank$RANK'"
     script = f"source slurm/common.sh; {variables.pop('SCRIPT', '')} count_starts out 0; {run}; finish"
-    usual = {"STATE": job_state("RUNNING"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    usual = {
+        "START": job_state("RUNNING"),
+        "STATE": job_state("RUNNING"),
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+    }
     usual |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "PYTHON": "/bin/bash"}
     done = shell(folder, "bash", "-c", script, **usual | variables)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -148,29 +157,33 @@ CANCELLED = job_state("COMPLETING")
 
 
 @pytest.mark.parametrize(
-    ("state", "expected"),
+    ("start", "state", "expected"),
     [
-        (job_state("RUNNING"), "requeue 7"),  # preempted, with a grace time
-        (CANCELLED, "the job was cancelled; submit the same command again to go on"),
-        (job_state("COMPLETING", reason="TimeLimit"), "requeue 7"),
-        (job_state("COMPLETING", preempted="2026-11-29T12:45:02"), "requeue 7"),
-        (job_state("COMPLETING", restarts=1), "requeue 7"),  # by Slurm already
+        (0, job_state("RUNNING"), "requeue 7"),  # preempted, with a grace time
+        (0, CANCELLED, "the job was cancelled; submit the same command again to go on"),
+        (1, job_state("COMPLETING", restarts=1), "the job was cancelled; submit the same command again to go on"),
+        (0, job_state("COMPLETING", reason="TimeLimit"), "requeue 7"),
+        (0, job_state("COMPLETING", preempted="2026-11-29T12:45:02"), "requeue 7"),
+        (0, job_state("COMPLETING", restarts=1), "requeue 7"),  # by Slurm already
     ],
 )
-def test_a_cancelled_job_is_not_requeued(folder: Path, tmp_path: Path, state: str, expected: str) -> None:
-    assert ended(folder, tmp_path, (HEAR, f"{FIRST_UP}; exit 85"), STATE=state).endswith(expected)
+def test_a_cancelled_job_is_not_requeued(folder: Path, tmp_path: Path, start: int, state: str, expected: str) -> None:
+    states = {"START": job_state("RUNNING", restarts=start), "STATE": state}
+    assert ended(folder, tmp_path, (HEAR, f"{FIRST_UP}; exit 85"), **states).endswith(expected)
 
 
 def test_a_node_that_does_not_answer_is_a_requeue_but_not_of_a_cancelled_job(folder: Path, tmp_path: Path) -> None:
-    assert ended(folder, tmp_path, ("exit 3",), answer="exit 1").endswith("requeue 7")
-    assert ended(folder, tmp_path, ("exit 3",), answer="exit 1", STATE=CANCELLED).endswith("exit code 3")
+    assert ended(folder, tmp_path, ("touch up0; exit 3",), answer="exit 1").endswith("requeue 7")
+    assert ended(folder, tmp_path, ("touch up0; exit 3",), answer="exit 1", STATE=CANCELLED).endswith("exit code 3")
 
 
-def test_a_warning_while_the_ranks_are_started_is_passed_on_once(folder: Path, tmp_path: Path) -> None:
-    write_program(tmp_path / "bin/mkdir", 'case $* in *.ends*) kill -USR2 $PPID ;; esac; exec /bin/mkdir "$@"')
+@pytest.mark.parametrize("before", ["rm -rf", "[[ $asked != waits"])
+def test_a_warning_while_the_ranks_are_started_is_passed_on_once(folder: Path, tmp_path: Path, before: str) -> None:
+    """It comes before the command of `run_ranks` that begins so."""
     write_program(tmp_path / "bin/scancel", 'echo "$@" >>passed; exec touch up1')
     stops = "n=0; until [ -e up1 ] || [ $((n += 1)) -gt 200 ]; do sleep 0.05; done; exit 85"
-    assert ended(folder, tmp_path, (stops,), SCRIPT="EARLY=0;").endswith("requeue 7")
+    warn = "trap 'if [[ $BASH_COMMAND == \"$BEFORE\"* && ! ${sent:-} ]]; then sent=1; kill -USR2 $$; fi' DEBUG"
+    assert ended(folder, tmp_path, (stops,), SCRIPT=f"EARLY=0; set -T; {warn};", BEFORE=before).endswith("requeue 7")
     assert (folder / "passed").read_text(encoding="utf-8") == "--signal=TERM 7\n"
 
 
@@ -263,7 +276,7 @@ def test_a_study_is_submitted_by_its_sizes(folder: Path, tmp_path: Path) -> None
 
 def test_a_task_of_an_array_requeues_itself_alone(folder: Path, tmp_path: Path) -> None:
     """The last task has the number of the array as its SLURM_JOB_ID, and that means all of them to scontrol."""
-    write_program(tmp_path / "bin/scontrol", 'echo "$@"; kill -KILL $PPID')
+    write_program(tmp_path / "bin/scontrol", '[ "$1" = show ] || { echo "$@"; kill -KILL $PPID; }')
     names = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     done = shell(folder, "bash", "-c", "source slurm/common.sh; again lost", **names, PATH=path)
