@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from promoe_ds.utils import signals
 from tests.launch import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.slow  # starts processes, and waits
+
+
+@pytest.fixture(autouse=True)
+def hangups_are_heard() -> Iterator[None]:
+    """Under `nohup make test` processes would start with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def start(body: str, **how: Any) -> subprocess.Popen[str]:
