@@ -42,7 +42,7 @@ EARLY=15                                                   # seconds in which ra
 export TASKS_PER_NODE DEVICE=${DEVICE:-}
 export PROMOE_ENDS='' HEARS_SIGNALS=''                     # not those of a job that submitted this one
 NODES=$SLURM_JOB_NUM_NODES
-pid='' began=0 code=0 plan='' folder='' expected=0
+began=0 code=0 plan='' folder='' expected=0
 # What Slurm knows of this job, as words KEY=VALUE; nothing if it does not answer.
 ask() { record=$(timeout 60 scontrol show job --oneliner "${SLURM_JOB_ID:-}" 2>/dev/null | grep "^JobId=${SLURM_JOB_ID:-} "); }
 field() { [[ " $record" =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
